@@ -1,0 +1,1 @@
+"""The command line: Typer and Rich. Whatever is heavy is imported inside the command that needs it."""

@@ -1,0 +1,120 @@
+"""``gdro``: one command per stage. Each loads a recipe, runs one stage and shows its result.
+
+From a command to the mathematics it is three hops: here, the stage's ``run``, ``gdro_cli.core``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from gdro_cli.cli import launch, show, tables
+from gdro_cli.cli.failures import exit_code_of
+from gdro_cli.cli.options import (
+    DEFAULT_OUT,
+    DEFAULT_RECIPE,
+    DebugOption,
+    DryRunOption,
+    OutOption,
+    ProcessesOption,
+    RecipeOption,
+    SetOption,
+)
+
+app = typer.Typer(
+    name="gdro",
+    help="Post-train rectified-flow text-to-image models with Group-level Direct Reward Optimization.",
+    epilog="The main job, on any machine: gdro train --recipe ocr.yaml, then gdro eval --recipe ocr.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def sample(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Make the groups: several images of each training prompt, once, with the untrained model."""
+    job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import sample as stage
+
+    tables.print_result("Samples", stage.run(*launch.start(job)).summary)
+
+
+@app.command()
+def score(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Score the stored images with the recipe's reward."""
+    job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import score as stage
+
+    tables.print_result("Scores", stage.run(*launch.start(job)).summary)
+
+
+@app.command()
+def train(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Train an adapter on the scored groups; samples and scores that are missing are made first."""
+    job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import train as stage
+
+    tables.print_result("Training", stage.run(*launch.start(job)).summary)
+
+
+@app.command(name="eval")
+def evaluate(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Measure the base and the trained model on held-out prompts, side by side."""
+    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import evaluate as stage
+
+    tables.print_result("Evaluation", stage.run(*launch.start(job)).summary)
+
+
+app.add_typer(show.recipes, name="recipes")
+app.command(name="runs")(show.runs)
+app.command(name="env")(show.env)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave with its exit code: the console script ``gdro``."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=given, prog_name="gdro")
+    except Exception as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)
+        sys.exit(exit_code_of(error, debug="--debug" in given))

@@ -1,0 +1,57 @@
+"""What a failure looks like to the user: one sentence in red on stderr, and a fixed exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+
+from gdro_cli.errors import GdroError, Interrupted, PrerequisiteError, StoreError, UserError
+
+_UNEXPECTED = 1
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def exit_code_of(error: Exception, *, debug: bool) -> int:
+    """Tell the user about ``error`` (with its traceback if ``debug``) and return the exit code."""
+    known = _known(error)
+    if debug:
+        traceback.print_exception(error, file=sys.stderr)
+    if known is not None:
+        stopped = isinstance(known, Interrupted)
+        _print(str(known), label="" if stopped else "Error", style="yellow" if stopped else "red")
+        return known.exit_code
+    reason = " ".join(str(error).split())
+    message = f"Unexpected {type(error).__name__}" + (f": {reason}" if reason else "")
+    hint = "the traceback above" if debug else "what the same command prints with --debug"
+    _print(f"{message.rstrip('.')}. This is a defect: please report it with {hint} and the output of gdro env.")
+    return _UNEXPECTED
+
+
+def _known(error: Exception) -> GdroError | None:
+    """The error as one of ours; the operating system's refusals are the user's to mend, too."""
+    if isinstance(error, GdroError):
+        return error
+    if not isinstance(error, OSError):
+        return None
+    where = error.filename if error.filename is not None else "a file"
+    if error.errno in _DENIED:
+        return UserError(f"{where}: {error.strerror}: change its permissions or name another --out.")
+    if error.errno in _FULL:
+        return StoreError(f"The disk is full ({where}): make room and run the same command again to go on.")
+    if error.errno == errno.EMFILE:
+        return PrerequisiteError("Too many open files: raise the limit (ulimit -n) and run the same command again.")
+    return None
+
+
+def _print(message: str, *, label: str = "Error", style: str = "red") -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    rank = os.environ.get("RANK", "0")
+    parts = [label, "" if rank == "0" else f"(process {rank})"]
+    head = " ".join(part for part in parts if part)
+    text = f"{head}: {message}" if head else message[:1].upper() + message[1:]
+    Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)

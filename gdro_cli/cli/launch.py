@@ -1,0 +1,111 @@
+"""From the options of a command to a running stage: in this process, or in several through accelerate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import typer
+
+from gdro_cli.errors import PrerequisiteError, UserError
+
+if TYPE_CHECKING:
+    from gdro_cli.config.recipe import Recipe
+    from gdro_cli.runtime.progress import Reporter
+
+Stage = Literal["sample", "score", "train", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A stage, its checked recipe and its folder; ``command`` starts the same job again."""
+
+    stage: Stage
+    recipe: Recipe
+    workspace: Path
+    command: tuple[str, ...]
+
+
+def prepare(stage: Stage, *, recipe: str, overrides: Sequence[str] | None, out: Path, debug: bool = False) -> Job:
+    """Load and check the recipe; nothing is run or written. Raises ``UserError``."""
+    from gdro_cli.config.recipe import load_recipe
+
+    changes = tuple(part for override in overrides or () for part in ("--set", override))
+    last = ("--debug",) if debug else ()
+    command = (stage, "--recipe", recipe, *changes, "--out", str(out), *last)
+    return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
+
+
+def elsewhere(job: Job, *, dry_run: bool, num_processes: int) -> bool:
+    """Whether nothing is left to do here: the job was only described, or other processes have done it."""
+    if dry_run:
+        from gdro_cli.cli.tables import print_plan
+        from gdro_cli.stages.plan import describe
+
+        print_plan(job.stage, describe(job.recipe, job.stage, job.workspace))
+        return True
+    if num_processes > 1 and "WORLD_SIZE" not in os.environ:
+        _writable(job.workspace)
+        run_in_processes(job, num_processes)
+        return True
+    return False
+
+
+def start(job: Job) -> tuple[Recipe, Path, Reporter]:
+    """What a stage's ``run`` takes; the folder exists and can be written. Raises ``UserError``."""
+    from gdro_cli.runtime.progress import Reporter
+
+    _writable(job.workspace)
+    return job.recipe, job.workspace, Reporter(quiet=not is_main_process())
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all (the only one, or the first of several)."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"--out {folder} is not a folder: name another one.") from error
+    except OSError as error:
+        raise UserError(f"--out {folder} cannot be made ({error.strerror}): name another folder.") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--out {folder} cannot be written: change its permissions or name another folder.")
+
+
+def run_in_processes(job: Job, num_processes: int) -> None:
+    """Run the job in several processes of this machine; leave with the exit code of the first to fail."""
+    import logging
+
+    import torch
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if torch.accelerator.is_available():
+        gpus = torch.accelerator.device_count()
+        if gpus < num_processes:
+            raise PrerequisiteError(
+                f"--num-processes {num_processes} needs as many GPUs, but there are {gpus}: ask for no more."
+            )
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would take itself for the only one
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what failed
+    # --multi_gpu is accelerate's name for "several processes on this machine", with GPUs or without
+    options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    ports = ["--main_process_port", "0"]  # any free one, so that two jobs can share a machine
+    arguments = [*options, *ports, "--num_processes", str(num_processes), "-m", "gdro_cli", *job.command]
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        raise typer.Exit(failure.exitcode if failure.exitcode > 0 else 1) from error
+    except SignalException as error:
+        raise typer.Exit(130) from error

@@ -1,0 +1,26 @@
+"""The options that all stage commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeOption = Annotated[
+    str,
+    typer.Option("--recipe", metavar="NAME|PATH", help="A recipe file, or a shipped recipe (see gdro recipes)."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; may be given many times."),
+]
+OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of stores and runs.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+ProcessesOption = Annotated[
+    int, typer.Option("--num-processes", metavar="N", min=1, help="Processes on this machine, one per GPU.")
+]
+
+DEFAULT_RECIPE = "ocr"
+DEFAULT_OUT = Path("gdro-out")

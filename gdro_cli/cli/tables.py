@@ -1,0 +1,41 @@
+"""Results on the terminal, as Rich tables on stdout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+
+def print_result(title: str, summary: Mapping[str, object]) -> None:
+    """A stage's summary as a table of two columns; only the first of several processes prints."""
+    from gdro_cli.cli.launch import is_main_process
+
+    if is_main_process():
+        print_pairs(title, [(name, str(value)) for name, value in summary.items()])
+
+
+def print_plan(stage: str, lines: Iterable[tuple[str, str]]) -> None:
+    """What ``--dry-run`` says."""
+    print_pairs(f"gdro {stage} would do this (nothing was run)", lines)
+
+
+def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
+    """A titled table of names and values."""
+    rows = [[name, value] for name, value in pairs]
+    print_table(title, ["", ""], rows, header=False)
+
+
+def print_table(title: str, columns: list[str], rows: Iterable[list[str]], *, header: bool = True) -> None:
+    """A titled table of plain text: nothing in it is read as markup. Off a terminal no line is cut."""
+    console = Console(highlight=False)
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=header, pad_edge=False)
+    for column in columns:
+        table.add_column(Text(column), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    width = console.width if console.is_terminal else max(console.width, console.measure(table).maximum)
+    console.print(table, width=width)

@@ -1,0 +1,1 @@
+"""Recipes: strict, documented YAML. Imports pydantic and PyYAML, never torch."""

@@ -1,0 +1,121 @@
+"""Rules between the keys of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gdro_cli.config.sections import BUILTIN_PROMPTS, PromptSource
+from gdro_cli.config.suggest import similar, similar_key
+
+if TYPE_CHECKING:
+    from gdro_cli.config.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong with a recipe: the dotted path of a key and the rest of the sentence about it.
+
+    ``involves`` are other keys that the rule looked at.
+    """
+
+    path: str
+    message: str
+    involves: tuple[str, ...] = ()
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every broken rule of a recipe whose single fields are all valid."""
+    yield from _method(recipe)
+    yield from _prompts(recipe)
+    yield from _sizes(recipe)
+    yield from _train(recipe)
+    yield from _ablation(recipe)
+
+
+def _method(recipe: Recipe) -> Iterator[Problem]:
+    method, images = recipe.method, recipe.sample.images_per_prompt
+    if method.k > images:
+        yield Problem(
+            "method.k",
+            f"{method.k} is more than sample.images_per_prompt ({images}): lower k or sample more images",
+            ("sample.images_per_prompt",),
+        )
+    if method.sigma_min >= method.sigma_max:
+        yield Problem(
+            "method.sigma_min",
+            f"{method.sigma_min:g} must be below method.sigma_max ({method.sigma_max:g})",
+            ("method.sigma_max",),
+        )
+
+
+def _prompts(recipe: Recipe) -> Iterator[Problem]:
+    task = recipe.prompts.task
+    if recipe.reward.kind != task:
+        yield Problem(
+            "reward.kind",
+            f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)",
+            ("prompts.task",),
+        )
+    for split in ("train", "validation", "eval"):
+        source: PromptSource = getattr(recipe.prompts, split)
+        for problem in _source(source, task=task, path=f"prompts.{split}"):
+            yield Problem(problem.path, problem.message, (f"prompts.{split}", "prompts.task"))
+
+
+def _source(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
+    if source.file is None and source.builtin is None:
+        yield Problem(path, "needs a `file` or a `builtin` set")
+    elif source.file is not None and source.builtin is not None:
+        yield Problem(path, "names both a `file` and a `builtin` set: keep one")
+    elif source.builtin is not None:
+        known = BUILTIN_PROMPTS.get(task, ())
+        if source.builtin not in known:
+            names = ", ".join(known) if known else f"none for the task {task!r}, name a `file`"
+            hint = similar(source.builtin, known)
+            yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
+        if source.min_letters > source.max_letters:
+            yield Problem(
+                f"{path}.min_letters", f"{source.min_letters} is more than max_letters ({source.max_letters})"
+            )
+    else:
+        for key in ("seed", "two_line_share", "min_letters", "max_letters"):
+            if getattr(source, key) != PromptSource.model_fields[key].default:
+                yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
+
+
+def _sizes(recipe: Recipe) -> Iterator[Problem]:
+    height, width = recipe.sample.height, recipe.sample.width
+    if (height is None) != (width is None):
+        missing = "sample.height" if height is None else "sample.width"
+        yield Problem(missing, "is missing: set both height and width, or neither", ("sample.height", "sample.width"))
+
+
+def _train(recipe: Recipe) -> Iterator[Problem]:
+    train = recipe.train
+    if train.warmup_steps > train.steps:
+        yield Problem(
+            "train.warmup_steps",
+            f"{train.warmup_steps} is more than train.steps ({train.steps})",
+            ("train.steps",),
+        )
+    if train.group_gradient == "one_pass" and train.micro_batch is not None and train.micro_batch < recipe.method.k:
+        yield Problem(
+            "train.group_gradient",
+            "'one_pass' needs a whole group in one forward pass, but train.micro_batch "
+            f"({train.micro_batch}) is less than method.k ({recipe.method.k}): use 'two_pass' or 'auto'",
+            ("train.micro_batch", "method.k"),
+        )
+
+
+def _ablation(recipe: Recipe) -> Iterator[Problem]:
+    from gdro_cli.config.fields import field_names
+
+    known = field_names()
+    for name, values in recipe.ablation.items():
+        path = f"ablation.{name}"
+        if name not in known and f"method.{name}" not in known:
+            yield Problem(path, f"there is no recipe key {name!r}{similar_key(name, known)}")
+        if not values:
+            yield Problem(path, "needs at least one value")

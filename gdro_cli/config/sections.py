@@ -1,0 +1,203 @@
+"""The sections of a recipe, each field with its meaning, unit and range."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gdro_cli.config.base import StrictModel
+
+#: Prompt sets drawn by the tool itself, per task. Train, validation and test share no word.
+BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {"ocr": ("ocr-train", "ocr-validation", "ocr-test")}
+
+Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]
+
+
+class ModelSection(StrictModel):
+    """Which text-to-image model is trained."""
+
+    path: str = Field("tiny", min_length=1)
+    """`tiny` is the model inside the package; else a diffusers folder or a hub id such as `org/name`.
+    A relative folder is looked up beside the recipe first, then in the current folder."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Number format of the frozen weights. `auto`: bfloat16 on CUDA, float32 on CPU. LoRA weights are always
+    float32."""
+    max_sequence_length: int | None = Field(None, ge=1)
+    """Text tokens per prompt, 1 or more. Nothing: the model family's own length."""
+
+
+class PromptSource(StrictModel):
+    """Where prompts come from: a `file`, or a `builtin` set; exactly one of them."""
+
+    file: str | None = Field(None, min_length=1)
+    """Prompt file, one prompt per line or JSONL. A relative path is looked up beside the recipe that names
+    it, then in the current folder."""
+    builtin: str | None = None
+    """Name of a set that the tool draws itself: `ocr-train`, `ocr-validation` or `ocr-test`."""
+    count: int | None = Field(None, ge=1)
+    """Number of prompts, 1 or more: the first so many. Nothing: all of a file, or one per word of a built-in
+    set."""
+    seed: int = Field(0, ge=0)
+    """Which draw of a built-in set. 0 or more. Has no effect on a file, so it must stay 0 there."""
+    two_line_share: float = Field(0.0, ge=0, le=1)
+    """Share of a built-in OCR set whose signs carry two words, one above the other. 0 to 1."""
+    min_letters: int = Field(4, ge=1)
+    """Letters of the shortest word of a built-in OCR set. 1 or more, at most `max_letters`."""
+    max_letters: int = Field(6, ge=1)
+    """Letters of the longest word of a built-in OCR set. At least `min_letters`."""
+
+
+class PromptsSection(StrictModel):
+    """The task, and its prompts for training, for watching the training, and for the final evaluation."""
+
+    task: Literal["ocr", "geneval"]
+    """What is asked of the images: `ocr` (write this text) or `geneval` (these objects, counts, colours,
+    places; its prompts can be read, but no reward scores them in this version)."""
+    train: PromptSource
+    """Prompts whose groups are sampled, scored and trained on."""
+    validation: PromptSource
+    """Prompts of the evaluation points during training. Settings may be chosen by them."""
+    eval: PromptSource
+    """Held-out prompts of `gdro eval`. Choose no setting by them."""
+
+
+class SampleSection(StrictModel):
+    """How the groups are made: deterministic (ODE) Euler sampling from the untrained model."""
+
+    images_per_prompt: int = Field(16, ge=2)
+    """Images of each training prompt kept in the store (the stored group). 2 or more. Paper: 16."""
+    steps: int = Field(8, ge=1)
+    """Euler steps from noise to image. 1 or more."""
+    guidance: float = Field(1.0, ge=0)
+    """Guidance scale, passed to models that take one. 0 or more."""
+    height: int | None = Field(None, ge=8)
+    """Image height in pixels; set both or neither of height and width. Nothing: the model's own size."""
+    width: int | None = Field(None, ge=8)
+    """Image width in pixels."""
+    batch_size: int = Field(32, ge=1)
+    """Images per forward pass of sampling. 1 or more. Changes speed and memory, not which images come out."""
+    prompts_per_shard: int = Field(8, ge=1)
+    """Groups per shard of the store. 1 or more. An interruption costs at most one shard."""
+    image_format: Literal["png", "webp"] = "png"
+    """Format of the stored images, both lossless."""
+
+
+class OcrReward(StrictModel):
+    """The text recognition engine (PaddleOCR on ONNX Runtime)."""
+
+    recognition_width: int = Field(160, ge=48, le=3200)
+    """Width in pixels to which a text line of height 48 is brought for recognition. 48 to 3200. The engine's
+    own default is 320; 160 was as accurate on 64-pixel images and a third faster."""
+    detection_model: str = Field("PP-OCRv6_small_det", min_length=1)
+    """Name of the detection model."""
+    recognition_model: str = Field("PP-OCRv6_small_rec", min_length=1)
+    """Name of the recognition model."""
+    model_dir: str | None = Field(None, min_length=1)
+    """Folder with one sub-folder per model name. Nothing: the weights installed with the package."""
+
+
+class RewardSection(StrictModel):
+    """How stored images are scored."""
+
+    kind: Literal["ocr"] = "ocr"
+    """Which reward; must be the one of `prompts.task`."""
+    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Scoring processes, 1 or more. `auto`: one per CPU core that may be used."""
+    max_failed_share: float = Field(0.02, ge=0, le=1)
+    """Share of images that may fail to be scored before `gdro score` refuses. 0 to 1. A failed image has no
+    score, never a score of 0."""
+    ocr: OcrReward = OcrReward()
+    """Settings of the OCR reward."""
+
+
+class LoraSection(StrictModel):
+    """The trained low-rank adapter."""
+
+    rank: int = Field(32, ge=1)
+    """Rank of the update. 1 or more. Paper: 32."""
+    alpha: float = Field(32.0, gt=0)
+    """The update is scaled by alpha / rank (by alpha / sqrt(rank) with `rslora`). Above 0."""
+    targets: Strings | Literal["auto", "all-linear"] = "auto"
+    """Layers that get an adapter: `auto` (the ones published for the model family), `all-linear`, or a list
+    of module names."""
+    rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(rank)."""
+
+
+class EmaSection(StrictModel):
+    """Moving average of the adapter; its decay at step i is min(rate * i, max_decay)."""
+
+    rate: float = Field(0.001, ge=0, le=1)
+    """Growth of the decay per step. 0 to 1. Paper: 0.001."""
+    max_decay: float = Field(0.5, ge=0, lt=1)
+    """Highest decay. In [0, 1). Paper: 0.5."""
+
+
+class TrainSection(StrictModel):
+    """Optimisation of the adapter on stored, scored groups."""
+
+    steps: int = Field(300, ge=1)
+    """Optimizer steps. 1 or more."""
+    groups_per_step: int = Field(8, ge=1)
+    """Groups per optimizer step, over all processes together. 1 or more. A step sees this times `method.k`
+    images."""
+    lr: float = Field(3e-4, gt=0)
+    """Highest learning rate of AdamW. Above 0. Paper: 3e-4."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Course of the learning rate after the warm-up: `constant`, or falling to 0 at the last step."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0. 0 or more, at most `steps`."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay of AdamW. 0 or more."""
+    adam_betas: Annotated[
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
+    ] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment. Each in [0, 1)."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient's norm is clipped to this. Above 0."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Images per forward pass in one process, 1 or more. Nothing: all images of the step. Changes memory and
+    speed, not the gradient."""
+    group_gradient: Literal["auto", "one_pass", "two_pass"] = "auto"
+    """`one_pass` keeps a whole group's activations; `two_pass` computes the group's weights first and needs
+    memory for `micro_batch` images only; the gradients are equal. `auto`: one pass where a group fits into
+    `micro_batch`."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints. 1 or more; the last step always has one."""
+    keep_checkpoints: int = Field(3, ge=1)
+    """Checkpoints kept; older ones are deleted. 1 or more."""
+    log_every: int = Field(1, ge=1)
+    """Steps between rows of metrics.jsonl. 1 or more."""
+    eval_every: int = Field(0, ge=0)
+    """Steps between evaluation points on the validation prompts; 0 = none."""
+    trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
+    """Experiment trackers that get the metrics, by accelerate's names; metrics.jsonl is always written."""
+    lora: LoraSection = LoraSection()
+    """The trained adapter."""
+    ema: EmaSection = EmaSection()
+    """Moving average of the adapter."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+class EvalSection(StrictModel):
+    """How `gdro eval` and the evaluation points measure a model."""
+
+    images_per_prompt: int = Field(2, ge=1)
+    """Images per held-out prompt in `gdro eval`. 1 or more."""
+    steps: int | None = Field(None, ge=1)
+    """Euler steps, 1 or more. Nothing: as in `sample`."""
+    guidance: float | None = Field(None, ge=0)
+    """Guidance scale, 0 or more. Nothing: as in `sample`."""
+    seed: int = Field(1000, ge=0)
+    """Seed of the evaluation's noise. 0 or more. Base and trained model get the same noise."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Which weights of the adapter are evaluated: their moving average or the last ones."""
+    bootstrap: int = Field(2000, ge=100)
+    """Resamples over prompts behind each 95 % confidence interval. 100 or more."""
+    grid_prompts: int = Field(8, ge=0)
+    """Prompts shown in the picture grid, base above trained; 0 = no grid."""
+    validation_images_per_prompt: int = Field(1, ge=1)
+    """Images per validation prompt at the evaluation points during training. 1 or more."""

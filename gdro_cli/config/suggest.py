@@ -1,0 +1,36 @@
+"""Did you mean ...?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+#: How alike two names must be (difflib's ratio, 1 = equal) to be offered.
+_SIMILAR = 0.6
+#: The same where the whole recipe is searched, so that chance finds more.
+_SIMILAR_ANYWHERE = 0.75
+_MOST = 3
+
+
+def similar(given: str, known: Iterable[str]) -> str:
+    """``; did you mean `x`?`` with the most similar known name, else nothing."""
+    best = get_close_matches(given, list(known), n=1, cutoff=_SIMILAR)
+    return f"; did you mean `{best[0]}`?" if best else ""
+
+
+def similar_key(given: str, known: Iterable[str]) -> str:
+    """The same for a dotted key: first a like name in the same section, then the same name in another section
+    (``method.tau`` for ``tau``), then a like name anywhere."""
+    names = list(known)
+    section, _, leaf = given.rpartition(".")
+    siblings = {_leaf(name): name for name in names if name.rpartition(".")[0] == section}
+    best = [siblings[name] for name in get_close_matches(leaf, siblings, n=1, cutoff=_SIMILAR)]
+    best = best or [name for name in names if _leaf(name) == leaf][:_MOST]
+    if not best:
+        leaves = {_leaf(name): name for name in reversed(names)}
+        best = [leaves[name] for name in get_close_matches(leaf, leaves, n=1, cutoff=_SIMILAR_ANYWHERE)]
+    return f"; did you mean {' or '.join(f'`{name}`' for name in best)}?" if best else ""
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,292 @@
+"""The group losses: GDRO, its rank and top-1 forms, DPO, and the top-1 stabilisation.
+
+Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19). Every loss takes the implicit
+rewards ``s`` and the explicit rewards ``r`` of B groups of K images, both [B, K] in any order inside a
+group, and gives a ``LossOutput``. All of them depend only on differences of ``s`` inside a group. Images
+whose mask is False take no part: no loss, no gradient, whatever stands in their places. A group with fewer
+than two scored images adds 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from gdro_cli.core.diagnostics import group_metrics
+from gdro_cli.core.flow import as_float
+from gdro_cli.core.implicit import implicit_reward
+from gdro_cli.core.ranking import Ranking, best_share, preferences, rank_images, target_distributions
+
+Pairs = Literal["best_worst", "all"]
+
+
+@dataclass(frozen=True, slots=True)
+class LossOutput:
+    """A loss and what is worth logging about it.
+
+    Attributes:
+        loss: scalar, mean of ``per_group``; carries the gradient.
+        per_group: [B] loss of each group; carries the gradient.
+        metrics: detached scalars. ``loss_floor`` is the lowest value the loss can reach for these rewards
+            (the entropy of the targets), so the method's loss minus this is what is left to learn.
+    """
+
+    loss: Tensor
+    per_group: Tensor
+    metrics: dict[str, Tensor]
+
+
+def _check(s: Tensor, rewards: Tensor) -> Tensor:
+    if s.shape != rewards.shape or s.ndim != 2:
+        raise ValueError(
+            f"s and rewards must share one shape [B, K], got {list(s.shape)} and {list(rewards.shape)}"
+        )
+    return as_float(s)
+
+
+def _cross_entropies(s: Tensor, ranking: Ranking, target: Tensor, *, terms: Tensor) -> LossOutput:
+    """Sum over ranks of ``logsumexp(s over the remaining set) - sum_j q_i(j) s_j``.
+
+    Args:
+        s: implicit rewards [B, K] in the order of the caller.
+        ranking: the sorted groups.
+        target: q [B, K, K] in rank order.
+        terms: [B, K] bool, the ranks i that count.
+    """
+    columns = ranking.sort(s)[:, None, :]
+    remaining = ranking.remaining
+    # No set is empty and all members are finite, so -inf outside gives exact zeros and no nan in backward.
+    log_partition = columns.masked_fill(~remaining, -torch.inf).logsumexp(dim=-1)
+    expected = (target.to(s.dtype) * columns).sum(dim=-1)
+    per_group = ((log_partition - expected) * terms).sum(dim=1)
+    entropy = torch.special.entr(target).sum(dim=-1)
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": (entropy * terms).sum(dim=1).mean()})
+
+
+def gdro_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:
+    """GDRO (eqs. 7 and 17): match the distribution of the rewards on every remaining set of the ranking.
+
+    With the images sorted by explicit reward, best first,
+
+        L = sum_{i=1..K-1} ( logsumexp_{m=i..K} s_m - sum_{j=i..K} q_i(j, tau) s_j )
+
+    where ``q_i = softmax(r_i..r_K / tau)``.
+
+    Args:
+        s: implicit rewards [B, K].
+        rewards: explicit rewards [B, K].
+        tau: temperature >= 0 in units of the reward; 0 is the exact limit (all weight on the best remaining
+            image, shared equally between exact ties).
+        mask: [B, K] bool, True = scored; None = all scored.
+
+    Raises:
+        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
+    """
+    values = _check(s, rewards)
+    ranking = rank_images(rewards, mask)
+    target = target_distributions(ranking, tau=tau)
+    return _cross_entropies(values, ranking, target, terms=ranking.terms)
+
+
+def rank_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> LossOutput:
+    """Rank (eq. 12): negative Plackett-Luce log-likelihood of the order that the rewards give.
+
+        L = sum_{i=1..K-1} ( logsumexp_{m=i..K} s_m - s_i )
+
+    Equal to ``gdro_loss`` at tau = 0 when no rewards are tied. Tied images keep their order in the group
+    here.
+
+    Args:
+        s: implicit rewards [B, K].
+        rewards: explicit rewards [B, K].
+        mask: [B, K] bool, True = scored; None = all scored.
+
+    Raises:
+        ValueError: shapes do not fit, or a scored reward is not finite.
+    """
+    values = _check(s, rewards)
+    ranking = rank_images(rewards, mask)
+    target = torch.eye(s.shape[1], dtype=values.dtype, device=s.device).expand(len(s), -1, -1)
+    return _cross_entropies(values, ranking, target, terms=ranking.terms)
+
+
+def top1_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:
+    """Top-1 (eq. 6): only the first term of GDRO, the cross-entropy over the whole group.
+
+        L = logsumexp_{m=1..K} s_m - sum_{j=1..K} q_1(j, tau) s_j
+
+    Args:
+        s: implicit rewards [B, K].
+        rewards: explicit rewards [B, K].
+        tau: temperature >= 0 in units of the reward; 0 is the exact limit.
+        mask: [B, K] bool, True = scored; None = all scored.
+
+    Raises:
+        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
+    """
+    values = _check(s, rewards)
+    ranking = rank_images(rewards, mask)
+    target = target_distributions(ranking, tau=tau)
+    first = torch.zeros_like(ranking.terms)
+    first[:, 0] = ranking.terms[:, 0]
+    return _cross_entropies(values, ranking, target, terms=first)
+
+
+def dpo_loss(
+    s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: Tensor | None = None
+) -> LossOutput:
+    """DPO (eqs. 18-19): ``-log sigmoid(s_winner - s_loser)``, mean over the pairs of a group.
+
+    Diffusion-DPO is arXiv 2311.12908. Equal to ``gdro_loss`` with K = 2 and tau = 0. Equal rewards express
+    no preference and make no pair; a group of equal rewards adds 0.
+
+    Args:
+        s: implicit rewards [B, K].
+        rewards: explicit rewards [B, K].
+        pairs: "best_worst" takes the best and the worst image of each group (exact ties share equally);
+            "all" takes every pair with different rewards.
+        mask: [B, K] bool, True = scored; None = all scored.
+
+    Raises:
+        ValueError: shapes do not fit, ``pairs`` is unknown, or a scored reward is not finite.
+    """
+    values = _check(s, rewards)
+    preferred = preferences(rewards, mask)
+    if pairs == "best_worst":
+        best, worst = best_share(rewards, mask), best_share(-rewards, mask)
+        weights = best[:, :, None] * worst[:, None, :] * preferred
+    elif pairs == "all":
+        weights = preferred.to(values.dtype)
+        weights = weights / weights.sum(dim=(1, 2), keepdim=True).clamp_min(1)
+    else:
+        raise ValueError(f"pairs must be 'best_worst' or 'all', got {pairs!r}")
+    margin = values[:, :, None] - values[:, None, :]
+    margin = torch.where(preferred, margin, torch.zeros_like(margin))
+    per_group = (softplus(-margin) * weights.to(values.dtype)).sum(dim=(1, 2))
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
+
+
+def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Top-1 likelihood stabilisation (eqs. 8-9): the velocity error of the image with the highest reward.
+
+    ``L_final = L_method + gamma * e_theta(best image)`` keeps the likelihood of the best image from falling
+    while its implicit reward rises only because the others fall faster. Exact ties share equally.
+
+    Args:
+        errors: velocity errors of the policy [B, K].
+        rewards: explicit rewards [B, K].
+        mask: [B, K] bool, True = scored; None = all scored.
+
+    Returns:
+        [B], at least float32; 0 for a group without any score.
+
+    Raises:
+        ValueError: shapes do not fit, or a scored reward is not finite.
+    """
+    values = _check(errors, rewards)
+    share = best_share(rewards, mask).to(values.dtype)
+    return (share * torch.where(share > 0, values, torch.zeros_like(values))).sum(dim=1)
+
+
+def _needed(tau: float | None, method: str) -> float:
+    if tau is None:
+        raise ValueError(f"method {method!r} needs tau")
+    return tau
+
+
+def _method_loss(
+    method: str, s: Tensor, rewards: Tensor, mask: Tensor | None, *, tau: float | None, pairs: Pairs
+) -> LossOutput:
+    if method == "gdro":
+        return gdro_loss(s, rewards, tau=_needed(tau, method), mask=mask)
+    if method == "rank":
+        return rank_loss(s, rewards, mask=mask)
+    if method == "top1":
+        return top1_loss(s, rewards, tau=_needed(tau, method), mask=mask)
+    if method == "dpo":
+        return dpo_loss(s, rewards, pairs=pairs, mask=mask)
+    raise ValueError(f"method must be gdro, rank, top1 or dpo, got {method!r}")
+
+
+def group_loss(
+    method: str,
+    errors: Tensor,
+    reference_errors: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float,
+    gamma: float,
+    tau: float | None = None,
+    pairs: Pairs = "best_worst",
+) -> LossOutput:
+    """Return the whole training loss (eqs. 8-9): ``L_final = L_method(s) + gamma * e_theta(best image)``.
+
+    Args:
+        method: "gdro", "rank", "top1" or "dpo".
+        errors: velocity errors of the policy [B, K]; the gradient flows into these.
+        reference_errors: velocity errors of the reference on the same latents, sigma and noise [B, K].
+        rewards: explicit rewards [B, K].
+        mask: [B, K] bool, True = scored; None = all scored.
+        beta: strength of the implicit reward, in 1 / unit of the errors.
+        gamma: weight of the top-1 stabilisation, >= 0, in 1 / unit of the errors.
+        tau: temperature of the targets, for gdro and top1; the others do not read it.
+        pairs: which pairs dpo takes; the others do not read it.
+
+    Returns:
+        The loss; its metrics are those of the method, ``loss_method`` and ``loss_stabiliser`` (gamma
+        included, they add up to the loss) and those of ``diagnostics.group_metrics``.
+
+    Raises:
+        ValueError: shapes do not fit, an unknown method, tau missing or negative, or a scored reward is not
+            finite.
+    """
+    s = implicit_reward(errors, reference_errors, beta=beta)
+    objective = _method_loss(method, s, rewards, mask, tau=tau, pairs=pairs)
+    stabiliser = gamma * top1_stabiliser(errors, rewards, mask)
+    per_group = objective.per_group + stabiliser
+    sharpness = _needed(tau, method) if method in ("gdro", "top1") else 0.0
+    metrics = group_metrics(s, errors, reference_errors, rewards, mask, tau=sharpness)
+    metrics |= objective.metrics
+    metrics["loss_method"] = objective.loss.detach()
+    metrics["loss_stabiliser"] = stabiliser.detach().mean()
+    return LossOutput(per_group.mean(), per_group, metrics)
+
+
+def image_weights(
+    method: str,
+    errors: Tensor,
+    reference_errors: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float,
+    gamma: float,
+    tau: float | None = None,
+    pairs: Pairs = "best_worst",
+) -> Tensor:
+    """Return ``w = d loss / d errors`` of ``group_loss``, the weights of the two-pass gradient.
+
+    Pass 1 computes all errors of the group without gradient, in micro-batches of any size. Pass 2 runs the
+    images again and goes backward through ``sum(w * errors)``, again in micro-batches. By the chain rule
+    that is the gradient of the loss itself, to rounding, and memory no longer grows with K. The mean over
+    the B groups is already in ``w``.
+
+    Works under ``torch.no_grad`` and ``torch.inference_mode``. Arguments and errors as for ``group_loss``.
+
+    Returns:
+        [B, K], at least float32, detached; 0 for images that are not scored.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = as_float(errors.detach()).clone().requires_grad_(True)
+        reference, explicit = reference_errors.detach().clone(), rewards.detach().clone()
+        valid = None if mask is None else mask.clone()
+        s = implicit_reward(leaf, reference, beta=beta)
+        objective = _method_loss(method, s, explicit, valid, tau=tau, pairs=pairs)
+        loss = objective.loss + gamma * top1_stabiliser(leaf, explicit, valid).mean()
+        (weights,) = torch.autograd.grad(loss, leaf)
+    return weights

@@ -1,0 +1,122 @@
+"""Scores with their uncertainty: bootstrap confidence intervals over prompts.
+
+Images of one prompt are not independent, so prompts are drawn with replacement and each brings all of its
+images along.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gdro_cli.core.seeds import generator
+
+DRAWS_PER_CHUNK = 4_000_000
+"""Prompt draws held in memory at a time (32 MB of indices)."""
+
+Values = Sequence[Sequence[float | None]]
+"""Scores per prompt and image; None and nan are missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with its bootstrap confidence interval.
+
+    Attributes:
+        mean: mean over all scored images.
+        low: lower end of the interval.
+        high: upper end of the interval.
+        prompts: prompts with at least one scored image.
+        images: scored images.
+        level: confidence level of the interval, e.g. 0.95.
+    """
+
+    mean: float
+    low: float
+    high: float
+    prompts: int
+    images: int
+    level: float
+
+
+def _present(values: Sequence[float | None]) -> list[float]:
+    return [float(value) for value in values if value is not None and not math.isnan(value)]
+
+
+def _resampled_means(sums: Tensor, counts: Tensor, *, seed: int, samples: int) -> Tensor:
+    """Mean over images of each resampled set of prompts, [samples]; sums and counts are per prompt [B]."""
+    stream = generator(seed, "bootstrap")
+    prompts = len(sums)
+    rows = max(1, DRAWS_PER_CHUNK // prompts)
+    means = []
+    for start in range(0, samples, rows):
+        draw = torch.randint(prompts, (min(rows, samples - start), prompts), generator=stream)
+        means.append(sums[draw].sum(dim=1) / counts[draw].sum(dim=1))
+    return torch.cat(means)
+
+
+def bootstrap_ci(
+    values_per_prompt: Values, *, seed: int = 0, samples: int = 2000, level: float = 0.95
+) -> Interval:
+    """Return the mean over all images and its percentile bootstrap interval over prompts.
+
+    Each of the ``samples`` resamples draws as many prompts as there are, with replacement, and takes the
+    mean over all their images; the interval lies between the (1 - level) / 2 and (1 + level) / 2 quantiles
+    of these means. Missing scores are left out, never counted as 0. With one prompt the interval is the
+    point itself.
+
+    Args:
+        values_per_prompt: scores, one sequence of images per prompt, of any lengths.
+        seed: names the random stream; same seed, same interval.
+        samples: number of resamples, >= 1.
+        level: confidence level, in (0, 1).
+
+    Raises:
+        ValueError: no score at all, or ``samples`` or ``level`` out of range.
+    """
+    if samples < 1 or not 0 < level < 1:
+        raise ValueError(f"samples must be at least 1 and level between 0 and 1, got {samples} and {level}")
+    scores = [kept for kept in map(_present, values_per_prompt) if kept]
+    if not scores:
+        raise ValueError("no scored image to average")
+    sums = torch.tensor([math.fsum(prompt) for prompt in scores], dtype=torch.float64)
+    counts = torch.tensor([len(prompt) for prompt in scores], dtype=torch.float64)
+    means = _resampled_means(sums, counts, seed=seed, samples=samples)
+    ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.quantile(means, ends).tolist()
+    images = sum(map(len, scores))
+    mean = math.fsum(value for prompt in scores for value in prompt) / images
+    return Interval(mean=mean, low=low, high=high, prompts=len(scores), images=images, level=level)
+
+
+def paired_bootstrap(
+    baseline: Values, candidate: Values, *, seed: int = 0, samples: int = 2000, level: float = 0.95
+) -> Interval:
+    """Return the mean difference candidate - baseline and its bootstrap interval over prompts.
+
+    Entry [p][i] of both must be the same prompt and the same noise seed. The difference is taken image by
+    image, so what the two share (easy and hard prompts) cancels. An image missing on either side is left
+    out on both.
+
+    Args:
+        baseline: scores per prompt and image, e.g. of the base model.
+        candidate: scores of what is compared with it, e.g. of the trained model.
+        seed: names the random stream.
+        samples: number of resamples, >= 1.
+        level: confidence level, in (0, 1).
+
+    Raises:
+        ValueError: the two differ in prompts or images per prompt, nothing is scored on both sides, or
+            ``samples`` or ``level`` is out of range.
+    """
+    if [len(prompt) for prompt in baseline] != [len(prompt) for prompt in candidate]:
+        raise ValueError("paired scores must have the same prompts and the same number of images per prompt")
+    differences = [
+        [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
+        for before, after in zip(baseline, candidate, strict=True)
+    ]
+    return bootstrap_ci(differences, seed=seed, samples=samples, level=level)

@@ -1,0 +1,1 @@
+"""Prompts, the group store, score tables, and the training set that is read from them."""

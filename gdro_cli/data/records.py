@@ -1,0 +1,101 @@
+"""Prompt records: what every stage knows about a prompt, and the set of them that a run uses."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from gdro_cli.config.base import DIGEST_LENGTH, digest
+
+_QUOTED = re.compile(
+    '"([^"]*)"|[\u201c\u201d\u201e\u201f]([^\u201c\u201d\u201e\u201f]*)[\u201c\u201d\u201e\u201f]'
+)
+_ID = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH}}}")
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """One prompt. Two records with the same content have the same ``id``, wherever they come from."""
+
+    id: str
+    """First 12 hex digits of the SHA-256 of the canonical JSON of ``[prompt, target, metadata]``."""
+    prompt: str
+    """The text that the model is asked for."""
+    target: str | None = None
+    """The text that an OCR reward looks for in the picture; ``None`` for other tasks."""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Everything else a reward needs, as JSON values (GenEval: ``tag``, ``include``, ``exclude``)."""
+
+    @classmethod
+    def of(cls, prompt: str, *, target: str | None = None, metadata: Mapping[str, Any] | None = None) -> Self:
+        """Make a record and its id. Raises ValueError where ``metadata`` holds what JSON cannot."""
+        extra = dict(metadata or {})
+        return cls(id=digest([prompt, target, extra]), prompt=prompt, target=target, metadata=extra)
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as a JSON object."""
+        return {"id": self.id, "prompt": self.prompt, "target": self.target, "metadata": dict(self.metadata)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Read ``to_json`` back.
+
+        Raises ValueError when a field is wrong or the id does not belong to the content.
+        """
+        if not isinstance(value, dict) or set(value) != {"id", "prompt", "target", "metadata"}:
+            raise ValueError("a prompt record needs the keys id, prompt, target and metadata")
+        name, prompt, target, metadata = value["id"], value["prompt"], value["target"], value["metadata"]
+        if (
+            not isinstance(prompt, str)
+            or not (target is None or isinstance(target, str))
+            or not isinstance(metadata, dict)
+        ):
+            raise ValueError(f"the prompt record {name!r} has a field of the wrong type")
+        record = cls.of(prompt, target=target, metadata=metadata)
+        if name != record.id:
+            raise ValueError(f"the prompt record {name!r} was changed: its content has the id {record.id}")
+        return record
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSet:
+    """The prompts of one source, in order, none twice."""
+
+    records: tuple[PromptRecord, ...]
+    digest: str
+    """Short digest of the ids in order: equal for equal sets."""
+    dropped_duplicates: int = 0
+    """How many records of the source were left out because the same one stood earlier."""
+
+    @classmethod
+    def of(cls, records: Iterable[PromptRecord]) -> Self:
+        """Keep the first of equal records, count the others, and take the digest."""
+        unique: dict[str, PromptRecord] = {}
+        dropped = 0
+        for record in records:
+            dropped += record.id in unique
+            unique.setdefault(record.id, record)
+        return cls(tuple(unique.values()), digest(list(unique)), dropped)
+
+    def first(self, count: int) -> Self:
+        """The first ``count`` prompts as a set of their own."""
+        kept = self.records[:count]
+        return type(self)(kept, digest([record.id for record in kept]), self.dropped_duplicates)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+
+def quoted_text(prompt: str) -> str | None:
+    """The text between the first pair of double quotes, straight or typographic; ``None`` without a pair."""
+    found = _QUOTED.search(prompt)
+    if found is None:
+        return None
+    return found.group(1) if found.group(1) is not None else found.group(2)
+
+
+def is_prompt_id(value: str) -> bool:
+    """Whether ``value`` has the form of a prompt id, and so is safe as part of a file name."""
+    return _ID.fullmatch(value) is not None

@@ -1,0 +1,37 @@
+"""Errors that a user meets, each with its fixed exit code.
+
+A message is one sentence: what is wrong, where, and what to do. The command line prints it without a
+traceback (``--debug`` shows one) and leaves with ``exit_code``.
+"""
+
+from __future__ import annotations
+
+
+class GdroError(Exception):
+    """Base of every error that the tool raises on purpose."""
+
+    exit_code = 1
+
+
+class UserError(GdroError):
+    """A wrong command line, recipe or prompt file."""
+
+    exit_code = 2
+
+
+class PrerequisiteError(GdroError):
+    """Something that must be there first is missing: weights, a package, an endpoint."""
+
+    exit_code = 3
+
+
+class StoreError(GdroError):
+    """A group store, score table, checkpoint or run folder that is damaged or belongs to something else."""
+
+    exit_code = 4
+
+
+class Interrupted(GdroError):
+    """Stopped by the user at a safe point; the message says how to go on."""
+
+    exit_code = 130

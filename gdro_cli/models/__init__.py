@@ -1,0 +1,1 @@
+"""Flow models behind one interface: the only package that imports diffusers, transformers and peft."""

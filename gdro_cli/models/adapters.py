@@ -1,0 +1,271 @@
+"""LoRA on a flow model's transformer, the reference model inside it, and the average of its weights.
+
+The policy is the base with the adapter on, the reference is the same weights with the adapter off: there is never a
+second copy of the transformer. Adapter weights are float32 whatever the dtype of the base.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from gdro_cli.errors import StoreError, UserError
+from gdro_cli.models.base import FlowModel
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name under which ``pipe.load_lora_weights(folder)`` of diffusers looks for an adapter."""
+
+_ADAPTER = "default"
+_PREFIX = "transformer."
+
+
+def attach_lora(
+    model: FlowModel,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str] | Literal["auto", "all-linear"] = "auto",
+    rslora: bool = False,
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Freeze the transformer and add a low-rank adapter, which changes nothing until it is trained.
+
+    ``W x + s B A x`` with A normal (deviation 1 / rank), B zero and s = alpha / rank, or alpha / sqrt(rank) for
+    rank-stabilised LoRA (LoRA: arXiv 2106.09685; rsLoRA: arXiv 2312.03732).
+
+    Args:
+        model: its transformer must be bare (not yet wrapped for several processes).
+        rank: width of A and B.
+        alpha: scale, see above.
+        targets: "auto" = the family's published layers; "all-linear" = every linear layer, modulation, embedders
+            and output included; or a list of layer names or ends of names.
+        rslora: use the rank-stabilised scale.
+        seed: of A; the global random state is neither used nor changed.
+
+    Returns:
+        The adapter's parameters, float32, on the base's device, in the transformer's order.
+
+    Raises:
+        UserError: there is an adapter already, or a target matches no linear layer.
+    """
+    from peft import LoraConfig
+
+    transformer: Any = model.transformer
+    if _lora_layers(transformer):
+        raise UserError("the transformer has an adapter already: load the model again to attach another")
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_target_names(model, targets),
+        use_rslora=rslora,
+        init_lora_weights="gaussian",
+    )
+    transformer.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, adapter_name=_ADAPTER)
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+@contextmanager
+def reference(model: FlowModel) -> Iterator[None]:
+    """Switch the adapter off inside the block: the model is then exactly the untouched base."""
+    layers = _lora_layers(model.transformer)
+    before = [layer._disable_adapters for layer in layers]
+    # Only the switch itself: peft's own method would also change requires_grad, which DDP and FSDP do not allow.
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(layers, before, strict=True):
+            layer._disable_adapters = state
+
+
+def lora_state(model: FlowModel) -> dict[str, Tensor]:
+    """Copy the adapter's weights to the CPU, named as peft does: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in _lora_parameters(model).items()}
+
+
+def load_lora_state(model: FlowModel, state: Mapping[str, Tensor]) -> None:
+    """Put weights of ``lora_state`` into the attached adapter.
+
+    Raises:
+        UserError: there is no adapter.
+        StoreError: names or shapes differ from the attached adapter's.
+    """
+    parameters = _lora_parameters(model)
+    odd = sorted(parameters.keys() ^ state.keys())
+    odd += [name for name in parameters.keys() & state.keys() if parameters[name].shape != state[name].shape]
+    if odd:
+        raise StoreError(
+            f"the stored adapter does not fit this recipe's ({len(odd)} layers differ, e.g. {odd[0]}): "
+            "use the rank and targets it was trained with"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
+    """Write the adapter in diffusers' format, so that ``pipe.load_lora_weights(folder)`` gives the trained model.
+
+    Rank, alpha and the kind of scale travel in the file's metadata; without them loaders assume alpha = rank.
+
+    Args:
+        model: carries the adapter (its configuration is written).
+        folder: made if missing; gets ``pytorch_lora_weights.safetensors``.
+        state: weights to write instead of the current ones, as from ``lora_state``.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        UserError: there is no adapter.
+    """
+    from safetensors.torch import save_file
+
+    weights = lora_state(model) if state is None else state
+    config = _bare(model.transformer).peft_config[_ADAPTER]
+    # Only what defines the adapter: versions of peft that lack a newer key refuse a file that has it.
+    about = {
+        "peft_type": "LORA",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in weights}),
+    }
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps({_PREFIX + key: value for key, value in about.items()}, sort_keys=True),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LORA_FILE
+    save_file({_PREFIX + name: value.contiguous() for name, value in weights.items()}, path, metadata=metadata)
+    return path
+
+
+class Ema:
+    """Exponential moving average of parameters, kept in float32.
+
+    Before update i (i = 1, 2, ...) the decay is ``eta(i) = min(rate * i, max_decay)`` and then
+    ``average = eta * average + (1 - eta) * parameter`` (GDRO, arXiv 2601.02036: rate 0.001, max_decay 0.5).
+
+    Args:
+        parameters: what is averaged; the average starts as a copy of them.
+        rate: growth of the decay per update, >= 0.
+        max_decay: its ceiling, in [0, 1].
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], rate: float, max_decay: float) -> None:
+        self.rate = rate
+        self.max_decay = max_decay
+        self.updates = 0
+        self._parameters = list(parameters)
+        self._average = [p.detach().float().clone() for p in self._parameters]
+
+    def decay(self, update: int) -> float:
+        """Return eta at update number ``update``, counted from 1."""
+        return min(self.rate * update, self.max_decay)
+
+    def update(self) -> None:
+        """Take the parameters' present values into the average."""
+        self.updates += 1
+        new = 1.0 - self.decay(self.updates)
+        with torch.no_grad():
+            for average, parameter in zip(self._average, self._parameters, strict=True):
+                average.lerp_(parameter.detach().float(), new)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copy the average and the update count to CPU tensors."""
+        tensors = {f"{i:05d}": a.to("cpu", copy=True) for i, a in enumerate(self._average)}
+        return {**tensors, "updates": torch.tensor(self.updates)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a ``state``.
+
+        Raises:
+            StoreError: it belongs to other parameters.
+        """
+        names = [f"{i:05d}" for i in range(len(self._average))]
+        if {*names, "updates"} != state.keys() or any(
+            state[name].shape != average.shape for name, average in zip(names, self._average, strict=True)
+        ):
+            raise StoreError("the stored average does not fit the adapter: use the rank and targets it was made with")
+        self.updates = int(state["updates"])
+        for name, average in zip(names, self._average, strict=True):
+            average.copy_(state[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Put the average into the parameters inside the block; the trained values come back after it."""
+        kept = [p.detach().clone() for p in self._parameters]
+        self._fill(self._average)
+        try:
+            yield
+        finally:
+            self._fill(kept)
+
+    def _fill(self, values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._parameters, values, strict=True):
+                parameter.copy_(value)
+
+
+def _bare(module: Any) -> Any:
+    """Take off the wrappers of DDP (``module``) and of torch.compile (``_orig_mod``)."""
+    while True:
+        inner = getattr(module, "_orig_mod", None)
+        if inner is None and isinstance(module, nn.parallel.DistributedDataParallel):
+            inner = module.module
+        if inner is None:
+            return module
+        module = inner
+
+
+def _lora_layers(module: nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+
+
+def _lora_parameters(model: FlowModel) -> dict[str, nn.Parameter]:
+    """Adapter parameters by the name that peft gives them in files."""
+    part = f".{_ADAPTER}."
+    found = {n.replace(part, "."): p for n, p in _bare(model.transformer).named_parameters() if ".lora_" in n}
+    if not found:
+        raise UserError("the transformer has no adapter: attach one first")
+    return found
+
+
+def _target_names(model: FlowModel, targets: Sequence[str] | str) -> list[str]:
+    """Resolve targets to what peft matches: full layer names or their ends."""
+    linear = [name for name, layer in model.transformer.named_modules() if isinstance(layer, nn.Linear)]
+    if targets == "all-linear":
+        return linear
+    if isinstance(targets, str) and targets != "auto":
+        raise UserError(f"train.lora.targets is {targets!r}: give auto, all-linear or a list of layer names")
+    wanted = list(model.lora_targets) if targets == "auto" else list(targets)
+    for target in wanted:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            ends = {name.split(".", 2)[-1] for name in linear}
+            near = difflib.get_close_matches(target, sorted(ends), n=1)
+            raise UserError(
+                f"train.lora.targets names {target}, but no linear layer of the transformer ends like that"
+                + (f": did you mean {near[0]}?" if near else "")
+            )
+    return wanted

@@ -1,0 +1,115 @@
+"""The interface that the stages see: a text-to-image model trained with rectified flow.
+
+Shapes: N images (or prompts), S latent tokens, C numbers per token, L text tokens, D text width. ``sigma`` is in
+[0, 1] and 1 is pure noise; the 0..1000 timestep of the schedulers exists only inside the families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+Conditioning = dict[str, Tensor]
+"""What the text encoders make of ONE prompt, without a batch dimension; batched, each tensor gains a leading N."""
+
+
+class FlowModel(Protocol):
+    """A pipeline folder seen as a flow: noise, velocity, pictures.
+
+    Components are loaded when they are first used: the transformer by ``velocity``, the text encoders by ``encode``,
+    the autoencoder by ``decode``. So training, which only calls ``velocity``, never loads the other two.
+    """
+
+    transformer: nn.Module
+    """The network that is trained; assign the wrapped module (DDP, FSDP, compiled) here to use it."""
+
+    @property
+    def family(self) -> str:
+        """Short name of the model family, e.g. ``"flux"``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the components run."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the frozen weights and of the transformer's inputs."""
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, that the model was made for."""
+
+    @property
+    def identity(self) -> dict[str, str | dict[str, str]]:
+        """What the weights are: path as given, pipeline class, component classes, and ``digest`` or ``commit``.
+
+        ``digest`` is a SHA-256 over the bytes of every component file of a local folder (computed on first use, which
+        reads all of them); a model of the Hub has ``commit`` instead.
+        """
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names (suffixes) of the linear layers that the family's published recipes adapt."""
+
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Encode prompts; the results are on the CPU and do not depend on the batch, up to rounding."""
+
+    def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
+        """Stack N conditionings (or take batched ones as they are), on the model's device and in its dtype."""
+
+    def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
+        """Return the sampling schedule [steps + 1], float32, descending, ending in 0."""
+
+    def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:
+        """Return the shape of one image's latents as the transformer takes them, e.g. (S, C)."""
+
+    def noise(self, seeds: Sequence[int], *, height: int, width: int) -> Tensor:
+        """Return starting noise [N, S, C], float32: image i depends on ``seeds[i]`` only."""
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning | Sequence[Conditioning],
+        *,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """Return the model's velocity [N, S, C], in its dtype, at noisy ``latents`` [N, S, C] and ``sigma`` [N]."""
+
+    def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image]:
+        """Turn clean latents [N, S, C] into N RGB pictures."""
+
+    def release_encoders(self) -> None:
+        """Free the text encoders; the next ``encode`` loads them again."""
+
+    def release_decoder(self) -> None:
+        """Free the autoencoder; the next ``decode`` loads it again."""
+
+
+def stack_conditioning(
+    conditioning: Conditioning | Sequence[Conditioning], *, device: torch.device, dtype: torch.dtype
+) -> Conditioning:
+    """Stack per-prompt conditionings into a batch, floating-point tensors in ``dtype``.
+
+    Args:
+        conditioning: N conditionings of one prompt each, with equal shapes, or one that is batched already.
+        device: where the batch goes.
+        dtype: of floating-point entries; integer entries and masks keep theirs.
+
+    Returns:
+        The same keys with a leading N. Tensors that are in place already are not copied.
+    """
+    if isinstance(conditioning, Mapping):
+        batched: Conditioning = conditioning
+    else:
+        batched = {key: torch.stack([one[key] for one in conditioning]) for key in conditioning[0]}
+    return {
+        key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
+        for key, value in batched.items()
+    }

@@ -1,0 +1,59 @@
+"""Load a flow model: the family is chosen by the pipeline class that the folder names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from gdro_cli.errors import UserError
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.flux import FluxFlow
+from gdro_cli.models.folder import PipelineFolder
+
+FAMILIES: dict[str, type[DiffusersFlow]] = {
+    "FluxPipeline": FluxFlow,
+}
+"""Pipeline class in ``model_index.json`` -> family. A new family is one file and one row here."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_flow_model(
+    path: str | Path,
+    *,
+    dtype: DtypeName = "auto",
+    device: torch.device | str = "cpu",
+    max_sequence_length: int | None = None,
+) -> FlowModel:
+    """Open a pipeline folder; nothing heavy is loaded before it is used.
+
+    Args:
+        path: pipeline folder, or Hub id (whose files are fetched when they are needed).
+        dtype: of the weights; auto = bfloat16 on CUDA, float32 elsewhere.
+        device: where the model runs.
+        max_sequence_length: text tokens per prompt; None takes the model's own.
+
+    Raises:
+        PrerequisiteError: the model is not there; the message says what to fetch.
+        UserError: the pipeline is of an unknown family, or the dtype is unknown.
+    """
+    target = torch.device(device)
+    if dtype == "auto":
+        weights = torch.bfloat16 if target.type == "cuda" else torch.float32
+    elif dtype in _DTYPES:
+        weights = _DTYPES[dtype]
+    else:
+        raise UserError(f"model.dtype is {dtype!r}: choose auto, {', '.join(_DTYPES)}")
+    folder = PipelineFolder(path)
+    family = FAMILIES.get(folder.pipeline)
+    if family is None:
+        raise UserError(
+            f"model {folder.path} is a {folder.pipeline or 'folder without a pipeline class'}, which is not supported: "
+            f"choose one of {', '.join(sorted(FAMILIES))}"
+        )
+    return family(folder, device=target, dtype=weights, max_sequence_length=max_sequence_length)

@@ -1,0 +1,230 @@
+"""What all families of diffusers share: lazy components, schedules, seeds, pictures. A family adds the rest.
+
+To add a family, subclass ``DiffusersFlow`` in its own file and add one row to ``diffusers_flow.FAMILIES``.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from gdro_cli.errors import UserError
+from gdro_cli.models.base import Conditioning, stack_conditioning
+from gdro_cli.models.folder import PipelineFolder
+
+_ENCODE_BATCH = 8
+"""Prompts per pass through the text encoders; they are cheap beside the transformer."""
+_DECODE_PIXELS = 1 << 21
+"""Pixels per pass through the autoencoder (two pictures of 1024 x 1024), which bounds its memory."""
+
+
+class DiffusersFlow(abc.ABC):
+    """A ``FlowModel`` on a pipeline folder of diffusers. See ``base.FlowModel`` for what each member means.
+
+    Args:
+        folder: the opened pipeline folder.
+        device: where the components run.
+        dtype: of the components' weights.
+        max_sequence_length: text tokens per prompt; None takes the model's own.
+    """
+
+    family: ClassVar[str]
+    lora_targets: ClassVar[tuple[str, ...]]
+    patch: ClassVar[int]
+    """Latent pixels per side of one token."""
+    fallback_size: ClassVar[int]
+    """Picture side in pixels when the autoencoder's configuration does not give one."""
+
+    def __init__(
+        self,
+        folder: PipelineFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_sequence_length: int | None,
+    ) -> None:
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
+        self._max_sequence_length = max_sequence_length
+        self._transformer: nn.Module | None = None
+        self._loaded: dict[str, Any] = {}
+        self._ids: dict[tuple[str, int, int], Tensor] = {}
+        self.transformer_config = folder.config("transformer")
+        self.vae_config = folder.config("vae")
+        self.vae_scale = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+
+    # -- components ---------------------------------------------------------------------------------------------
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The network that is trained, frozen as loaded; assign a wrapped module to use it instead."""
+        if self._transformer is None:
+            self._transformer = self._load_module("transformer")
+        return self._transformer
+
+    @transformer.setter
+    def transformer(self, module: nn.Module) -> None:
+        self._transformer = module
+
+    @property
+    def identity(self) -> dict[str, str | dict[str, str]]:
+        """What the weights are."""
+        return self.folder.identity
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width of the autoencoder's configuration, in pixels."""
+        size = self.vae_config.get("sample_size") or self.fallback_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+    def release_encoders(self) -> None:
+        """Free the text encoders."""
+        self._release([name for name in self._loaded if name.startswith("text_encoder")])
+
+    def release_decoder(self) -> None:
+        """Free the autoencoder."""
+        self._release(["vae"])
+
+    def _release(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._loaded.pop(name, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _part(self, name: str) -> Any:
+        """A component without weights (tokenizer, scheduler), loaded once."""
+        if name not in self._loaded:
+            self._loaded[name] = self.folder.load(name)
+        return self._loaded[name]
+
+    def _module(self, name: str) -> Any:
+        """A component with weights other than the transformer, loaded once."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load_module(name)
+        return self._loaded[name]
+
+    def _load_module(self, name: str) -> nn.Module:
+        # A first use inside inference mode must not leave inference tensors behind: they could never be trained on.
+        with torch.inference_mode(False):
+            module: nn.Module = self.folder.load(name, dtype=self.dtype)
+            return module.to(self.device).eval().requires_grad_(False)
+
+    # -- text ---------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Encode prompts, a few at a time; each result is a CPU copy without a batch dimension."""
+        found: list[Conditioning] = []
+        with torch.no_grad(), torch.inference_mode(False):
+            for start in range(0, len(prompts), _ENCODE_BATCH):
+                part = list(prompts[start : start + _ENCODE_BATCH])
+                batch = {key: value.cpu() for key, value in self._encode(part).items()}
+                found += [{key: value[i].clone() for key, value in batch.items()} for i in range(len(part))]
+        return found
+
+    def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
+        """Stack N conditionings, or move batched ones, to the model's device and dtype."""
+        return stack_conditioning(conditioning, device=self.device, dtype=self.dtype)
+
+    @abc.abstractmethod
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        """Encode one small batch of prompts, every entry with a leading batch dimension."""
+
+    # -- flow ---------------------------------------------------------------------------------------------------
+
+    def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
+        """Return the scheduler's own schedule [steps + 1], float32 on the CPU, with its shift for this size."""
+        scheduler = self._part("scheduler")
+        config = scheduler.config
+        rows, columns = self.grid(height=height, width=width)
+        even = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1.0 / steps, steps)
+        scheduler.set_timesteps(
+            num_inference_steps=steps if even is None else None,
+            sigmas=even,
+            mu=_shift(config, rows * columns) if config.get("use_dynamic_shifting") else None,
+        )
+        schedule: Tensor = scheduler.sigmas
+        return schedule.to("cpu", torch.float32).clone()
+
+    def grid(self, *, height: int, width: int) -> tuple[int, int]:
+        """Return the token grid (rows, columns) of a picture.
+
+        Raises:
+            UserError: the size is no multiple of a token's side.
+        """
+        side = self.vae_scale * self.patch
+        if height <= 0 or width <= 0 or height % side or width % side:
+            raise UserError(
+                f"picture size {height} x {width} does not fit this model: height and width must be multiples of {side}"
+            )
+        return height // side, width // side
+
+    @abc.abstractmethod
+    def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one image's latents as the transformer takes them."""
+
+    @abc.abstractmethod
+    def noise(self, seeds: Sequence[int], *, height: int, width: int) -> Tensor:
+        """Starting noise, one CPU generator per image."""
+
+    @abc.abstractmethod
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning | Sequence[Conditioning],
+        *,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """The model's velocity."""
+
+    # -- pictures -----------------------------------------------------------------------------------------------
+
+    def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image]:
+        """Decode clean latents into RGB pictures, a few at a time."""
+        vae = self._module("vae")
+        at_once = max(1, _DECODE_PIXELS // (height * width))
+        scale, shift = self.vae_config["scaling_factor"], self.vae_config.get("shift_factor") or 0.0
+        pictures: list[Image.Image] = []
+        with torch.inference_mode():
+            for start in range(0, len(latents), at_once):
+                part = latents[start : start + at_once]
+                maps = self._unpack(part.to(self.device, self.dtype), height=height, width=width)
+                pixels = vae.decode(maps / scale + shift, return_dict=False)[0]
+                pictures += _pictures(pixels)
+        return pictures
+
+    @abc.abstractmethod
+    def _unpack(self, latents: Tensor, *, height: int, width: int) -> Tensor:
+        """Turn the transformer's latents into the autoencoder's maps [N, channels, rows, columns]."""
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int], *, device: torch.device) -> Tensor:
+    """Draw standard normal noise [N, *shape] in float32, image i from a CPU generator of ``seeds[i]`` alone.
+
+    It is what a pipeline of diffusers in float32 draws for one image and ``torch.Generator().manual_seed(seed)``.
+    """
+    draws = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(draws).to(device)
+
+
+def _shift(config: Any, tokens: int) -> float:
+    """The schedule's shift exponent mu, linear in the number of image tokens (FLUX; ``calculate_shift``)."""
+    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    return float(start + (end - start) * (tokens - low) / (high - low))
+
+
+def _pictures(pixels: Tensor) -> list[Image.Image]:
+    """Turn decoder output [N, 3, height, width] in [-1, 1] into pictures."""
+    values = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(one) for one in (values * 255).round().astype(np.uint8)]

@@ -1,0 +1,219 @@
+"""A diffusers pipeline folder, on disk or on the Hugging Face Hub, opened one component at a time.
+
+``model_index.json`` names the class of each component and the library it comes from. Components of diffusers and
+transformers are loaded, and those of modules inside ``gdro_cli``; any other library is refused, so that a downloaded
+folder can never choose code to run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gdro_cli.errors import PrerequisiteError, UserError
+
+_INDEX = "model_index.json"
+_LIBRARIES = ("diffusers", "transformers")
+_OWN = "gdro_cli."
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HASH_THREADS = 4
+_HASH_BLOCK = 1 << 20
+
+
+class PipelineFolder:
+    """The components of one pipeline.
+
+    Args:
+        path: a folder that holds ``model_index.json``, or a Hub id such as ``black-forest-labs/FLUX.1-dev``.
+
+    Raises:
+        PrerequisiteError: the folder or the Hub repository cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+        folder = Path(path).expanduser()
+        self._repo: str | None = None
+        self._commit: str | None = None
+        if folder.is_dir():
+            self._root = folder
+        elif _HUB_ID.fullmatch(self.path):
+            self._repo = self.path
+            self._root = self._fetch([_INDEX])
+            self._commit = self._root.name
+        else:
+            raise PrerequisiteError(
+                f"model folder {self.path} does not exist: set model.path to a folder with {_INDEX}, "
+                "to a Hub id like owner/name, or to tiny"
+            )
+        self._index = _read_json(self._root / _INDEX, what=f"model {self.path}")
+
+    @property
+    def pipeline(self) -> str:
+        """Class name of the pipeline, e.g. ``FluxPipeline``."""
+        return str(self._index.get("_class_name", ""))
+
+    @property
+    def components(self) -> dict[str, str]:
+        """Component name -> class name, without the absent ones."""
+        return {name: entry[1] for name, entry in self._entries()}
+
+    def config(self, name: str, *, file: str = "config.json") -> dict[str, Any]:
+        """Read a component's configuration without loading the component.
+
+        Raises:
+            PrerequisiteError: the file is missing or broken.
+        """
+        if self._repo is not None:
+            self._fetch([f"{name}/{file}"])
+        return _read_json(self._root / name / file, what=f"component {name} of model {self.path}")
+
+    def load(self, name: str, *, dtype: torch.dtype | None = None) -> Any:
+        """Load a component by the class that ``model_index.json`` names.
+
+        Args:
+            name: component name, e.g. ``"transformer"``.
+            dtype: of the weights; None for components without weights (tokenizers, schedulers).
+
+        Raises:
+            PrerequisiteError: the component is absent, incomplete or broken.
+            UserError: its class comes from a library that is not loaded.
+        """
+        from safetensors import SafetensorError
+
+        cls = self.component_class(name)
+        if self._repo is not None:
+            self._fetch([f"{name}/*"])
+        options = {} if dtype is None else {"dtype": dtype}
+        try:
+            with _no_bars():
+                return cls.from_pretrained(str(self._root / name), local_files_only=True, **options)
+        except (OSError, ValueError, SafetensorError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise PrerequisiteError(
+                f"component {name} of model {self.path} cannot be loaded ({reason}): fetch the folder again"
+            ) from error
+
+    def component_class(self, name: str) -> Any:
+        """Find the class of a component.
+
+        Raises:
+            PrerequisiteError: the pipeline has no such component, or the installed library no such class.
+            UserError: the class comes from a library that is not loaded.
+        """
+        entry = dict(self._entries()).get(name)
+        if entry is None:
+            raise PrerequisiteError(f"model {self.path} has no component {name}: fetch the whole pipeline folder")
+        library, class_name = entry
+        if library not in _LIBRARIES and not library.startswith(_OWN):
+            raise UserError(
+                f"model {self.path} names {library}.{class_name} for {name}, "
+                "but only classes of diffusers, transformers and gdro_cli are loaded"
+            )
+        try:
+            return getattr(importlib.import_module(library), class_name)
+        except (ImportError, AttributeError) as error:
+            raise PrerequisiteError(
+                f"model {self.path} needs {library}.{class_name} for {name}, which the installed {library} lacks: "
+                "upgrade it"
+            ) from error
+
+    @functools.cached_property
+    def identity(self) -> dict[str, str | dict[str, str]]:
+        """Path, pipeline and component classes, and ``digest`` (local) or ``commit`` (Hub). Reads every file once."""
+        what: dict[str, str | dict[str, str]] = {
+            "path": self.path,
+            "pipeline": self.pipeline,
+            "components": self.components,
+        }
+        if self._commit is not None:
+            return {**what, "commit": self._commit}
+        return {**what, "digest": self._digest()}
+
+    def _digest(self) -> str:
+        """SHA-256 over (relative name, SHA-256 of the bytes) of the index and of every component's files."""
+        files = [self._root / _INDEX]
+        for name, _ in self._entries():
+            found = (self._root / name).rglob("*")
+            files += [f for f in found if f.is_file() and not f.name.startswith(".")]
+        names = [f.relative_to(self._root).as_posix() for f in files]
+        with ThreadPoolExecutor(_HASH_THREADS) as pool:
+            sums = list(pool.map(_sha256, files))
+        lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, sums, strict=True))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def _entries(self) -> Iterator[tuple[str, tuple[str, str]]]:
+        for name, value in self._index.items():
+            if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+                yield name, (value[0], value[1])
+
+    def _fetch(self, patterns: Sequence[str]) -> Path:
+        """Fetch files of the Hub repository into its cache, or take them from there; returns the snapshot folder."""
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
+
+        repo = str(self._repo)
+        local = f"or set model.path to a local folder (`hf download {repo} --local-dir FOLDER`)"
+        try:
+            return Path(
+                snapshot_download(
+                    repo,
+                    revision=self._commit,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=["*.bin", "*.msgpack"],
+                )
+            )
+        except GatedRepoError as error:
+            raise PrerequisiteError(
+                f"model {repo} needs its licence accepted: do so at https://huggingface.co/{repo} and log in with "
+                f"`hf auth login`, {local}"
+            ) from error
+        except (OSError, EntryNotFoundError, HFValidationError) as error:
+            raise PrerequisiteError(
+                f"model {repo} is neither a folder here nor could {', '.join(patterns)} be fetched from the Hugging "
+                f"Face Hub ({type(error).__name__}): check the name and the connection, {local}"
+            ) from error
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Keep transformers from drawing a bar per component, which lasts milliseconds and breaks up our own bars."""
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+
+
+def _read_json(path: Path, *, what: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
+        raise PrerequisiteError(f"{what}: {path} {reason}: fetch the pipeline folder again") from error
+    if not isinstance(value, dict):
+        raise PrerequisiteError(f"{what}: {path} is not a JSON object: fetch the pipeline folder again")
+    return value
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

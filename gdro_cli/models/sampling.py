@@ -1,0 +1,82 @@
+"""Sample pictures' latents: Euler steps on the flow's ODE, as the pipelines of diffusers take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from gdro_cli.core.flow import euler_step
+from gdro_cli.models.base import Conditioning, FlowModel
+
+
+def sample_latents(
+    model: FlowModel,
+    noise: Tensor,
+    conditioning: Conditioning | Sequence[Conditioning],
+    *,
+    steps: int,
+    guidance: float,
+    height: int,
+    width: int,
+    batch_size: int,
+    on_step: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Integrate from noise (sigma 1) to clean latents (sigma 0).
+
+    The state is kept in float32 between steps; image i depends on its own noise and conditioning only, so batches
+    change nothing but rounding.
+
+    Args:
+        model: gives schedule and velocity.
+        noise: starting noise [N, S, C] of ``model.noise``.
+        conditioning: N conditionings, or one batched with leading N.
+        steps: Euler steps.
+        guidance: guidance scale, with the family's meaning.
+        height: picture height in pixels.
+        width: picture width in pixels.
+        batch_size: images per forward.
+        on_step: called after each step of each batch with the number of images in it (N * steps in total); what it
+            raises ends the sampling.
+
+    Returns:
+        Clean latents [N, S, C], float32, where ``noise`` is.
+
+    Raises:
+        ValueError: ``noise`` and ``conditioning`` have different lengths, or steps or batch_size is below 1.
+    """
+    count = len(noise)
+    given = _length(conditioning)
+    if given != count:
+        raise ValueError(f"sample_latents: {count} starting points but {given} conditionings")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"sample_latents: steps ({steps}) and batch_size ({batch_size}) must be at least 1")
+    sigmas = model.sigmas(steps, height=height, width=width).tolist()
+    result = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)
+    with torch.inference_mode():
+        for start in range(0, count, batch_size):
+            part = slice(start, min(start + batch_size, count))
+            text = model.batch_conditioning(_cut(conditioning, part))
+            state = noise[part].to(model.device, torch.float32)
+            for sigma, sigma_next in pairwise(sigmas):
+                level = torch.full((len(state),), sigma, device=model.device)
+                velocity = model.velocity(state, level, text, guidance=guidance, height=height, width=width)
+                state = euler_step(state, velocity, sigma, sigma_next)
+                if on_step is not None:
+                    on_step(len(state))
+            result[part] = state.to(result.device)
+    return result
+
+
+def _length(conditioning: Conditioning | Sequence[Conditioning]) -> int:
+    if isinstance(conditioning, Mapping):
+        return len(next(iter(conditioning.values())))
+    return len(conditioning)
+
+
+def _cut(conditioning: Conditioning | Sequence[Conditioning], part: slice) -> Conditioning | Sequence[Conditioning]:
+    if isinstance(conditioning, Mapping):
+        return {key: value[part] for key, value in conditioning.items()}
+    return conditioning[part]

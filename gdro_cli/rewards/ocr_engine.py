@@ -1,0 +1,199 @@
+"""PaddleOCR behind one small class: an RGB image in, the lines of text in reading order out.
+
+This is the only module that imports ``paddleocr``, and only when an engine is made: the import takes seconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from PIL import Image
+
+from gdro_cli.errors import PrerequisiteError
+from gdro_cli.rewards.base import describe
+from gdro_cli.rewards.ocr_models import OcrModels, cache_folder
+
+EngineKind = Literal["onnxruntime", "paddle"]
+
+# Modules that an engine needs, with the distributions that may bring them; the first is named to the user.
+_COMMON_PACKAGES: dict[str, tuple[str, ...]] = {
+    "paddleocr": ("paddleocr",),
+    "paddlex": ("paddlex",),
+    "cv2": ("opencv-contrib-python", "opencv-contrib-python-headless", "opencv-python"),
+    "rapidfuzz": ("rapidfuzz",),
+}
+_RUNTIME_PACKAGES: dict[EngineKind, dict[str, tuple[str, ...]]] = {
+    "onnxruntime": {"onnxruntime": ("onnxruntime", "onnxruntime-gpu")},
+    "paddle": {"paddle": ("paddlepaddle", "paddlepaddle-gpu")},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the engine read in one image, lines in reading order."""
+
+    lines: tuple[str, ...]
+    confidences: tuple[float, ...]
+    """One per line, in [0, 1]."""
+    text_area: float
+    """Area of the detected text boxes as a share of the image, in [0, 1]."""
+
+    @property
+    def text(self) -> str:
+        """All lines joined without a separator."""
+        return "".join(self.lines)
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean over the lines; ``None`` when nothing was read."""
+        return sum(self.confidences) / len(self.confidences) if self.confidences else None
+
+
+Box = tuple[float, float, float, float]
+"""Left, top, right, bottom in pixels."""
+
+
+def reading_order(boxes: Sequence[Box]) -> list[int]:
+    """Indices of ``boxes`` in reading order: rows from top to bottom, within a row from left to right.
+
+    A box belongs to a row when it shares at least half of the smaller height with the row's highest box, so
+    the rule does not depend on the image's size (PaddleOCR's own has a fixed limit of 10 pixels).
+    """
+    rows: list[list[int]] = []
+    for index in sorted(range(len(boxes)), key=lambda i: (boxes[i][1], boxes[i][0])):
+        row = next((row for row in rows if _same_row(boxes[row[0]], boxes[index])), None)
+        if row is None:
+            rows.append([index])
+        else:
+            row.append(index)
+    return [index for row in rows for index in sorted(row, key=lambda i: boxes[i][0])]
+
+
+def engine_version(kind: EngineKind) -> dict[str, Any]:
+    """Names and versions of what an engine of this kind runs on, without importing it.
+
+    Raises ``PrerequisiteError`` naming the package that is missing.
+    """
+    needed = _COMMON_PACKAGES | _RUNTIME_PACKAGES[kind]
+    libraries = dict(_installed(module, names) for module, names in needed.items())
+    return {"engine": "paddleocr", "runtime": kind, "libraries": libraries}
+
+
+class OcrEngine:
+    """A loaded PaddleOCR pipeline (detection and recognition of text, nothing else) on local model folders.
+
+    Raises ``PrerequisiteError`` when PaddleOCR cannot be imported or cannot load the models.
+    """
+
+    def __init__(self, models: OcrModels, *, kind: EngineKind = "onnxruntime", threads: int = 1) -> None:
+        options: dict[str, Any] = {"engine": kind}
+        if kind == "onnxruntime":
+            options |= {
+                "device": "cpu",
+                "engine_config": {"intra_op_num_threads": threads, "inter_op_num_threads": 1},
+            }
+        with _loading(models):
+            paddleocr = _import_paddleocr()
+            self._pipeline: Any = paddleocr.PaddleOCR(
+                text_detection_model_name=models.detection.name,
+                text_detection_model_dir=str(models.detection.path),
+                text_recognition_model_name=models.recognition.name,
+                text_recognition_model_dir=str(models.recognition.path),
+                use_doc_orientation_classify=False,
+                use_doc_unwarping=False,
+                use_textline_orientation=False,
+                **options,
+            )
+            importlib.import_module("cv2").setNumThreads(threads)
+
+    def read(self, image: Image.Image) -> Reading:
+        """Read an RGB image of any size. An image without text gives no lines.
+
+        Whatever PaddleOCR raises on an image goes through.
+        """
+        import numpy as np
+
+        bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+        (result,) = self._pipeline.predict(bgr)
+        boxes = [_bounds(polygon) for polygon in result["rec_polys"]]
+        order = reading_order(boxes)
+        covered = sum(_polygon_area(polygon) for polygon in result["dt_polys"])
+        return Reading(
+            lines=tuple(str(result["rec_texts"][i]) for i in order),
+            confidences=tuple(float(result["rec_scores"][i]) for i in order),
+            text_area=min(covered / (image.width * image.height), 1.0),
+        )
+
+
+def _installed(module: str, distributions: Sequence[str]) -> tuple[str, str]:
+    """The distribution that brings ``module``, and its version. Raises ``PrerequisiteError``."""
+    if importlib.util.find_spec(module) is None:
+        raise PrerequisiteError(
+            f"the OCR reward needs the Python package {distributions[0]}, which is not installed: install it "
+            f"with `pip install {distributions[0]}`"
+        )
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return name, importlib.metadata.version(name)
+    return distributions[0], "unknown"
+
+
+@contextlib.contextmanager
+def _loading(models: OcrModels) -> Iterator[None]:
+    """Turn whatever the third-party libraries raise while loading into one sentence."""
+    try:
+        yield
+    except Exception as error:
+        raise PrerequisiteError(
+            f"PaddleOCR cannot load the models {models.detection.path} and {models.recognition.path} "
+            f"({describe(error)}): check that the folders and the installed paddleocr belong together"
+        ) from error
+
+
+def _import_paddleocr() -> Any:
+    """Import PaddleOCR quietly, with its files below our cache folder."""
+    os.environ.setdefault("PADDLE_PDX_CACHE_HOME", str(cache_folder() / "paddlex"))
+    _bind_modelscope_hub()
+    module = importlib.import_module("paddleocr")
+    for name in ("paddlex", "paddleocr"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return module
+
+
+def _bind_modelscope_hub() -> None:
+    """Halve the time of PaddleOCR's import.
+
+    paddlex imports ``modelscope.hub.errors``. modelscope replaces its own module object, which thereby loses
+    the attribute ``hub`` that Python binds for a sub-module, and then looks for the name in transformers,
+    peft and diffusers, importing all three. Binding the attribute as Python does for any package avoids
+    that; where modelscope is absent or made differently, nothing is lost.
+    """
+    with contextlib.suppress(ImportError):
+        package: Any = importlib.import_module("modelscope")
+        package.hub = importlib.import_module("modelscope.hub")
+
+
+def _same_row(first: Box, second: Box) -> bool:
+    shared = min(first[3], second[3]) - max(first[1], second[1])
+    return 2 * shared >= min(first[3] - first[1], second[3] - second[1])
+
+
+def _bounds(polygon: Sequence[Sequence[float]]) -> Box:
+    xs = [float(point[0]) for point in polygon]
+    ys = [float(point[1]) for point in polygon]
+    return min(xs), min(ys), max(xs), max(ys)
+
+
+def _polygon_area(polygon: Sequence[Sequence[float]]) -> float:
+    """Area in pixels by the shoelace formula."""
+    points = [(float(point[0]), float(point[1])) for point in polygon]
+    pairs = zip(points, points[1:] + points[:1], strict=True)
+    return abs(sum(x0 * y1 - x1 * y0 for (x0, y0), (x1, y1) in pairs)) / 2

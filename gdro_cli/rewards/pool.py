@@ -1,0 +1,313 @@
+"""Scoring on several processes.
+
+Each worker process holds its own loaded reward and scores small chunks of images, one chunk at a time, sent
+through a pipe of its own; so it is always known which images a worker that dies was looking at. Processes and
+not threads: recognition libraries hold Python's lock for a part of the work, set up logging and other global
+state when they are imported, and can crash; none of that touches the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing import connection, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from gdro_cli.errors import GdroError, PrerequisiteError
+from gdro_cli.rewards.base import (
+    ImageSource,
+    PromptLike,
+    Reward,
+    Score,
+    UnreadableImageError,
+    describe,
+    read_rgb,
+)
+
+LARGEST_CHUNK = 8
+"""Images per message: enough to hide the transfer, few enough to lose little and to end together."""
+ATTEMPTS = 2
+"""How often an image is tried before it is missing."""
+_STOP_SECONDS = 5.0
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_CONNECTION_LOST = (EOFError, BrokenPipeError, ConnectionResetError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A worker has loaded its reward."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """What a worker answers instead of scores."""
+
+    reason: str
+    error: GdroError | None = None
+    """An error for the user, which ends the scoring."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    images: list[ImageSource]
+    prompts: list[PromptLike]
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Images that are sent together, by their index, and how often they have been tried before."""
+
+    indices: tuple[int, ...]
+    attempt: int = 0
+
+
+@dataclass(slots=True)
+class _Worker:
+    process: SpawnProcess
+    pipe: Connection
+    ready: bool = False
+    chunk: _Chunk | None = None
+
+
+def usable_cores() -> int:
+    """How many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class ScoringPool:
+    """A reward on several worker processes.
+
+    Use it as a context manager: the workers start (and load, in the background) on entry and are gone on
+    exit, also after an error. A worker that dies is replaced, and its images are tried once more, one by one;
+    an image that fails again is missing with a reason. Workers ignore Ctrl-C, which is the parent's to
+    handle, and end by themselves when the parent is gone.
+
+    Args:
+        reward: a reward that is not loaded yet; it is pickled and sent to the workers.
+        workers: how many processes; ``None`` for one per usable core.
+    """
+
+    def __init__(self, reward: Reward, *, workers: int | None = None) -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"a pool needs at least one worker, got {workers}")
+        self._reward = reward
+        self._count = usable_cores() if workers is None else workers
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Self:
+        """Start the workers; they load while the caller goes on."""
+        for _ in range(self._count):
+            self._workers.append(_start(self._reward))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the workers."""
+        self.close()
+
+    def score(
+        self,
+        images: Sequence[ImageSource],
+        prompts: Sequence[PromptLike],
+        *,
+        on_scored: Callable[[int], None] | None = None,
+    ) -> list[Score]:
+        """Score ``images[i]`` (an image, or the path of one) for ``prompts[i]``; the order is kept.
+
+        ``on_scored`` is called with the number of images that have just been finished. An error or an
+        interruption closes the pool.
+
+        Raises:
+            UserError: a prompt cannot be scored with any image.
+            PrerequisiteError: the workers cannot load the reward.
+            ValueError: not as many prompts as images, or the pool is not open.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        if not self._workers:
+            raise ValueError("the pool is not open: use it in a `with` statement")
+        try:
+            return _Batch(images, prompts, on_scored=on_scored).run(self._workers, self._replace)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the workers at once; they hold nothing that could be lost."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join(_STOP_SECONDS)
+            if worker.process.is_alive():
+                worker.process.kill()
+                worker.process.join()
+        self._workers = []
+
+    def _replace(self, worker: _Worker) -> int | None:
+        """Start another worker in the place of one that died; returns the exit code of the dead one."""
+        worker.pipe.close()
+        worker.process.join(_STOP_SECONDS)
+        fresh = _start(self._reward)
+        code = worker.process.exitcode
+        worker.process, worker.pipe, worker.ready, worker.chunk = fresh.process, fresh.pipe, False, None
+        return code
+
+
+class _Batch:
+    """One call of ``ScoringPool.score``: what is still to do and what is done."""
+
+    def __init__(
+        self,
+        images: Sequence[ImageSource],
+        prompts: Sequence[PromptLike],
+        *,
+        on_scored: Callable[[int], None] | None,
+    ) -> None:
+        self._images = images
+        self._prompts = prompts
+        self._on_scored = on_scored
+        self._scores: list[Score | None] = [None] * len(images)
+        self._waiting: deque[_Chunk] = deque()
+
+    def run(self, workers: Sequence[_Worker], replace: Callable[[_Worker], int | None]) -> list[Score]:
+        """Hand chunks to workers and collect the scores until none is left."""
+        # Four chunks for each worker at least, so that the workers finish at about the same time.
+        size = max(1, min(LARGEST_CHUNK, len(self._images) // (4 * len(workers))))
+        everything = range(len(self._images))
+        self._waiting.extend(_Chunk(tuple(everything[i : i + size])) for i in everything[::size])
+        while True:
+            for worker in workers:
+                self._send(worker)
+            busy = [worker for worker in workers if worker.chunk is not None or not worker.ready]
+            if not self._waiting and not any(worker.chunk for worker in workers):
+                return [score for score in self._scores if score is not None]
+            answering = connection.wait([worker.pipe for worker in busy])
+            for worker in busy:
+                if worker.pipe in answering:
+                    self._receive(worker, replace)
+
+    def _send(self, worker: _Worker) -> None:
+        """Give an idle worker its next chunk; images that cannot be decoded here are not sent."""
+        while worker.ready and worker.chunk is None and self._waiting:
+            chunk = self._waiting.popleft()
+            images: dict[int, ImageSource] = {}
+            for index in chunk.indices:
+                try:
+                    images[index] = _portable(self._images[index])
+                except UnreadableImageError as error:
+                    self._finish({index: Score(None, str(error))})
+            if not images:
+                continue
+            worker.chunk = _Chunk(tuple(images), chunk.attempt)
+            # A worker that is gone is noticed when its answer is awaited.
+            with contextlib.suppress(*_CONNECTION_LOST):
+                worker.pipe.send(_Task(list(images.values()), [self._prompts[index] for index in images]))
+
+    def _receive(self, worker: _Worker, replace: Callable[[_Worker], int | None]) -> None:
+        chunk = worker.chunk
+        try:
+            answer = worker.pipe.recv()
+        except _CONNECTION_LOST:
+            was_ready, code = worker.ready, replace(worker)
+            if not was_ready:
+                raise PrerequisiteError(
+                    f"a scoring worker ended while it started (exit code {code}): look at the messages "
+                    f"above, and try fewer workers if memory is short"
+                ) from None
+            self._try_again(chunk, f"the scoring worker died on this image (exit code {code})")
+            return
+        if isinstance(answer, _Ready):
+            worker.ready = True
+            return
+        worker.chunk = None
+        if isinstance(answer, _Failure):
+            if answer.error is not None:
+                raise answer.error
+            self._try_again(chunk, answer.reason)
+        elif chunk is not None:
+            self._finish(dict(zip(chunk.indices, answer, strict=True)))
+
+    def _try_again(self, chunk: _Chunk | None, reason: str) -> None:
+        """Queue the images of a failed chunk one by one, or give them up."""
+        if chunk is None:
+            return
+        if chunk.attempt + 1 >= ATTEMPTS:
+            self._finish({index: Score(None, reason) for index in chunk.indices})
+        else:
+            self._waiting.extend(_Chunk((index,), chunk.attempt + 1) for index in chunk.indices)
+
+    def _finish(self, scores: dict[int, Score]) -> None:
+        for index, score in scores.items():
+            self._scores[index] = score
+        if self._on_scored is not None:
+            self._on_scored(len(scores))
+
+
+def _portable(source: ImageSource) -> ImageSource:
+    """A path as it is; an image decoded, so that a broken one fails here and not while it is pickled."""
+    return source if isinstance(source, Path) else read_rgb(source)
+
+
+def _start(reward: Reward) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(reward, theirs), daemon=True, name="gdro-scoring")
+    with _interrupts_held_back():
+        process.start()
+    theirs.close()
+    return _Worker(process, ours)
+
+
+@contextlib.contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Start a child with SIGINT blocked, so that Ctrl-C cannot hit it before it ignores the signal."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # starting it, as the first process does, would unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(reward: Reward, pipe: Connection) -> None:
+    """A worker's life: load, then answer chunks until the parent closes the pipe or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for variable in _THREAD_VARIABLES:
+        os.environ[variable] = "1"
+    with contextlib.suppress(*_CONNECTION_LOST):
+        try:
+            reward.load()
+        except GdroError as error:
+            pipe.send(_Failure(str(error), error))
+            return
+        pipe.send(_Ready())
+        while True:
+            pipe.send(_answer(reward, pipe.recv()))
+
+
+def _answer(reward: Reward, task: _Task) -> list[Score] | _Failure:
+    try:
+        scores = reward.score(task.images, task.prompts)
+    except GdroError as error:
+        return _Failure(str(error), error)
+    except Exception as error:  # a defect of one reward on some images must not end the others' scoring
+        return _Failure(f"the reward failed on this image: {describe(error)}")
+    if len(scores) != len(task.images):
+        return _Failure(f"the reward gave {len(scores)} scores for {len(task.images)} images")
+    return scores

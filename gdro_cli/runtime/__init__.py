@@ -1,0 +1,1 @@
+"""What every stage runs on: run folders, checkpoints, progress, interruption, processes."""

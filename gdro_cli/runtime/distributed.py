@@ -1,0 +1,163 @@
+"""Devices and processes, through accelerate (the only importer of it): one process or many run the same lines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gdro_cli.errors import PrerequisiteError, UserError
+
+Precision = Literal["no", "bf16", "fp16"]
+
+_PROJECT = "gdro"
+
+
+class Engine:
+    """One process's view of the job; make it with ``make_engine``.
+
+    Groups are split over the processes and gradients are summed, so a step of W processes is the same step, up to
+    rounding, as one process taking all groups.
+    """
+
+    def __init__(self, accelerator: Any, *, tracked: bool) -> None:
+        self._accelerator = accelerator
+        self._tracked = tracked
+
+    @property
+    def device(self) -> torch.device:
+        """This process's device."""
+        device: torch.device = self._accelerator.device
+        return device
+
+    @property
+    def rank(self) -> int:
+        """This process's number, 0 .. world - 1."""
+        return int(self._accelerator.process_index)
+
+    @property
+    def world(self) -> int:
+        """How many processes there are."""
+        return int(self._accelerator.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and talks."""
+        return bool(self._accelerator.is_main_process)
+
+    def prepare(self, *objects: Any) -> Any:
+        """Wrap modules and optimizers for the job (device, DDP, FSDP, DeepSpeed); one in, one out, else a tuple."""
+        return self._accelerator.prepare(*objects)
+
+    def share(self, items: Sequence[Any]) -> list[Any]:
+        """Return this process's share of a list: every world-th item from its rank on."""
+        return list(items[self.rank :: self.world])
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        self._accelerator.wait_for_everyone()
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Compute in the engine's precision inside the block."""
+        context: AbstractContextManager[None] = self._accelerator.autocast()
+        return context
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of ``loss``."""
+        self._accelerator.backward(loss)
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Add the gradients of unwrapped parameters over all processes, in one message; a missing one counts as zero.
+
+        It is what makes parameters that no wrapper looks after (a LoRA on a replicated base) agree; do not call it
+        for a module that ``prepare`` wrapped, which sums by itself.
+        """
+        if self.world == 1:
+            return
+        trained = [p for p in parameters if p.requires_grad]
+        parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+        flat = torch.cat([part.flatten().float() for part in parts])
+        total = self._accelerator.reduce(flat, reduction="sum")
+        for parameter, part in zip(trained, total.split([p.numel() for p in trained]), strict=True):
+            parameter.grad = part.view_as(parameter).to(parameter.dtype)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add a tensor over all processes."""
+        total: Tensor = self._accelerator.reduce(values, reduction="sum")
+        return total
+
+    def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
+        """Scale gradients down to a total norm of at most ``max_norm``; returns the norm before."""
+        norm = self._accelerator.clip_grad_norm_(list(parameters), max_norm)
+        return float(norm)
+
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """Join the lists of all processes, in the order of their ranks; every process gets the whole."""
+        from accelerate.utils import gather_object
+
+        if self.world == 1:
+            return list(items)
+        return list(gather_object(list(items)))
+
+    def start_trackers(self, settings: Mapping[str, Any]) -> None:
+        """Open the trackers with the run's settings (flat values only)."""
+        if self._tracked:
+            flat = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool))}
+            self._accelerator.init_trackers(_PROJECT, config=flat)
+
+    def log(self, numbers: Mapping[str, float], step: int) -> None:
+        """Send numbers to the trackers, if there are any."""
+        if self._tracked:
+            self._accelerator.log(dict(numbers), step=step)
+
+    def end(self) -> None:
+        """Close the trackers and leave the process group; once, at the end of the job."""
+        self._accelerator.end_training()
+
+
+def make_engine(
+    *, trackers: Sequence[str] = (), out: Path | None = None, precision: Precision = "no", cpu: bool = False
+) -> Engine:
+    """Join the job that accelerate (or nobody) launched.
+
+    Args:
+        trackers: names that accelerate knows, e.g. ``tensorboard``, ``wandb``, ``trackio``.
+        out: folder for trackers that write files.
+        precision: of ``autocast``; "no" leaves every tensor in its own dtype.
+        cpu: stay off the GPUs.
+
+    Raises:
+        UserError: an unknown tracker.
+        PrerequisiteError: a tracker whose package is not installed.
+    """
+    from accelerate import Accelerator
+
+    _check_trackers(trackers)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        cpu=cpu,
+        log_with=list(trackers) or None,
+        project_dir=None if out is None else str(out),
+    )
+    return Engine(accelerator, tracked=bool(trackers))
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    from accelerate.tracking import get_available_trackers
+    from accelerate.utils import LoggerType
+
+    if not names:
+        return
+    known = {str(member.value) for member in LoggerType if member is not LoggerType.ALL}
+    ready = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise UserError(f"train.trackers names {name}: choose from {', '.join(sorted(known))}")
+        if name not in ready:
+            raise PrerequisiteError(
+                f"tracker {name} is not installed: `pip install {name}` or drop it from train.trackers"
+            )

@@ -1,0 +1,61 @@
+"""Stop at the next safe point instead of in the middle of something."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+from gdro_cli.errors import Interrupted
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopFlag:
+    """While the block runs, the first Ctrl-C (or SIGTERM) only raises a flag; a second Ctrl-C stops at once.
+
+    Signals reach Python's main thread only: in any other thread the flag works but must be set by hand.
+
+    Args:
+        on_request: called once when the flag goes up, e.g. to tell the user what happens next.
+    """
+
+    def __init__(self, on_request: Callable[[], None] | None = None) -> None:
+        self.requested = False
+        self._on_request = on_request
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> StopFlag:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested = True
+            if self._on_request is not None:
+                self._on_request()
+
+    def check(self, message: str) -> None:
+        """Stop here if it was asked for; call it where everything so far is on the disk.
+
+        Args:
+            message: what is kept and how to go on.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
+        if self.requested:
+            raise Interrupted(message)

@@ -1,0 +1,198 @@
+"""A run: one folder that holds what was asked for, what came out, and enough to go on after a stop.
+
+recipe.json       the resolved recipe
+environment.json  versions and devices when the run began (environment-2.json ... if a later sitting differs)
+manifest.json     schema, time, digests of the inputs; written last, so a folder without it is no run yet
+metrics.jsonl     one JSON object per line, each with its ``step``
+lock              who works in the folder just now
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.errors import StoreError
+from gdro_cli.runtime.files import cannot_write, make_folder, to_json, write_atomic
+from gdro_cli.runtime.lock import folder_lock
+
+SCHEMA = 1
+_SHOWN = 8
+"""Differences named in one message."""
+
+
+class RunFolder:
+    """An opened run folder; make one with ``create_or_open``."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create_or_open(
+        cls,
+        path: str | Path,
+        *,
+        recipe: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        environment: Mapping[str, Any],
+    ) -> RunFolder:
+        """Make the run, or go on with it if it was made from the same recipe and inputs.
+
+        Args:
+            path: the folder, made if missing.
+            recipe: the resolved recipe as JSON values.
+            inputs: digests of what the run reads (store, scores, model) as JSON values.
+            environment: what ``environment()`` gives; it may change between sittings.
+
+        Raises:
+            StoreError: the folder belongs to another recipe or other inputs, is damaged, or cannot be written to.
+        """
+        run = cls(Path(path))
+        make_folder(run.path)
+        asked = {"recipe": _plain(recipe), "inputs": _plain(inputs)}
+        if (run.path / "manifest.json").exists():
+            manifest = run.read_json("manifest.json")
+            if manifest.get("schema") != SCHEMA:
+                raise StoreError(
+                    f"run {run.path} has schema {manifest.get('schema')}, this version writes {SCHEMA}: "
+                    "choose another folder with --out"
+                )
+            there = {"recipe": run.read_json("recipe.json"), "inputs": manifest.get("inputs")}
+            changed = differences(there, asked)
+            if changed:
+                raise StoreError(_refusal(run.path, changed))
+            run._note_environment(_plain(environment))
+            run._drop_torn_line()
+            return run
+        run.write_json("recipe.json", asked["recipe"])
+        run.write_json("environment.json", _plain(environment))
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        run.write_json("manifest.json", {"schema": SCHEMA, "created": created, "inputs": asked["inputs"]})
+        return run
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """The resolved recipe that the run was made from."""
+        value: dict[str, Any] = self.read_json("recipe.json")
+        return value
+
+    # -- JSON files ---------------------------------------------------------------------------------------------
+
+    def write_json(self, name: str, value: Any) -> Path:
+        """Write a JSON file of the run at once; returns its path."""
+        path = self.path / name
+        write_atomic(path, to_json(value))
+        return path
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file of the run.
+
+        Raises:
+            StoreError: it is missing or damaged.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise StoreError(f"{path} is missing: the run cannot be read; start another with --out") from error
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{path} is damaged: restore it or start another run with --out") from error
+
+    def _note_environment(self, environment: Any) -> None:
+        """Keep a changed environment beside the first, numbered from 2."""
+        known = sorted(self.path.glob("environment*.json"))
+        if any(self.read_json(path.name) == environment for path in known):
+            return
+        self.write_json(f"environment-{len(known) + 1}.json", environment)
+
+    # -- metrics ------------------------------------------------------------------------------------------------
+
+    @property
+    def metrics_path(self) -> Path:
+        """Where the metrics are."""
+        return self.path / "metrics.jsonl"
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one line to the metrics; it survives a kill of the process as soon as this returns.
+
+        Args:
+            row: JSON values; ``step`` (int) is required, since resuming cuts the file by it.
+
+        Raises:
+            ValueError: the row has no step.
+            StoreError: the file cannot be written to.
+        """
+        if not isinstance(row.get("step"), int):
+            raise ValueError("a row of metrics needs an integer 'step'")
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Read all rows; a last line that was cut off by a crash is left out.
+
+        Raises:
+            StoreError: another line is damaged.
+        """
+        if not self.metrics_path.exists():
+            return []
+        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
+        rows = []
+        for number, line in enumerate(lines[:-1], start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise StoreError(f"{self.metrics_path} line {number} is damaged: delete the line to go on") from error
+        return rows
+
+    def _drop_torn_line(self) -> None:
+        """Cut off a last line that a crash left unfinished, so that the next row starts a line."""
+        if self.metrics_path.exists():
+            whole, newline, torn = self.metrics_path.read_text(encoding="utf-8").rpartition("\n")
+            if torn:
+                write_atomic(self.metrics_path, whole + newline)
+
+    def truncate_metrics(self, after_step: int) -> None:
+        """Drop every row of a step beyond ``after_step``: those steps will be run again."""
+        if self.metrics_path.exists():
+            kept = [row for row in self.metrics() if row["step"] <= after_step]
+            write_atomic(self.metrics_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+
+    # -- one writer ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process; see ``lock.folder_lock``."""
+        with folder_lock(self.path / "lock"):
+            yield
+
+
+def differences(there: Any, asked: Any, *, path: str = "") -> list[str]:
+    """List what differs between two JSON values as ``a.b: old there, new asked for``, sorted by path."""
+    if isinstance(there, dict) and isinstance(asked, dict):
+        found = []
+        for key in sorted(there.keys() | asked.keys()):
+            inner = f"{path}.{key}" if path else str(key)
+            found += differences(there.get(key), asked.get(key), path=inner)
+        return found
+    if there == asked and type(there) is type(asked):
+        return []
+    return [f"{path}: {json.dumps(there)} there, {json.dumps(asked)} asked for"]
+
+
+def _refusal(path: Path, changed: list[str]) -> str:
+    shown = "; ".join(changed[:_SHOWN])
+    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+    return f"run {os.fspath(path)} was made from something else ({shown}{more}): choose another folder with --out"
+
+
+def _plain(value: Any) -> Any:
+    """The value as it comes back from a JSON file (tuples become lists)."""
+    return json.loads(json.dumps(value))

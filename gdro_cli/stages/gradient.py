@@ -1,0 +1,152 @@
+"""The gradient of one training step: noisy latents, velocity errors, and the group loss in one pass or two.
+
+Shapes: B groups of K images, N = B * K images in all; latents [N, ...].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdro_cli.config.methods import DpoMethod, GdroMethod, GroupMethod, Top1Method
+from gdro_cli.core.flow import interpolate, velocity_error, velocity_target
+from gdro_cli.core.losses import LossOutput, group_loss, image_weights
+from gdro_cli.core.seeds import generator
+from gdro_cli.data.dataset import GroupBatch
+from gdro_cli.models.base import Conditioning, FlowModel
+
+
+def loss_arguments(method: GroupMethod) -> dict[str, Any]:
+    """What ``group_loss`` and ``image_weights`` take from a recipe's method section."""
+    return {
+        "method": method.name,
+        "beta": method.beta,
+        "gamma": method.gamma,
+        "tau": method.tau if isinstance(method, (GdroMethod, Top1Method)) else None,
+        "pairs": method.pairs if isinstance(method, DpoMethod) else "best_worst",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class NoisyGroups:
+    """A batch of groups at drawn noise levels, on the model's device; images of a group lie side by side."""
+
+    latents: Tensor
+    """x_sigma [N, ...] in float32."""
+    target: Tensor
+    """Velocity target noise - x0 [N, ...] in float32."""
+    sigma: Tensor
+    """[N] float32."""
+    conditioning: Conditioning
+    """Batched by group: each tensor has a leading B."""
+    group: Tensor
+    """[N] group of each image."""
+    rewards: Tensor
+    """[B, K]."""
+    mask: Tensor
+    """[B, K] bool."""
+
+
+def draw_noise(batch: GroupBatch, method: GroupMethod, *, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise levels [B, K], uniform in [sigma_min, sigma_max), and noise [B, K, ...], both float32 on the CPU.
+
+    With ``share_sigma`` and ``share_noise`` a group has one of each (that lowers the variance of the differences of
+    implicit rewards, which are all that the losses see). They depend on (seed, prompt, visit, image), not on the place
+    of the group in the batch or on the number of processes.
+    """
+    shape = batch.latents.shape
+    sigma, noise = torch.empty(shape[:2]), torch.empty(shape)
+    for place, (prompt, visit) in enumerate(zip(batch.prompts, batch.visits, strict=True)):
+        for k, image in enumerate(batch.image_indices[place].tolist()):
+            level = (prompt.id, visit) if method.share_sigma else (prompt.id, visit, image)
+            sigma[place, k] = torch.rand((), generator=generator(seed, "training sigma", *level))
+            name = (prompt.id, visit) if method.share_noise else (prompt.id, visit, image)
+            noise[place, k] = torch.randn(shape[2:], generator=generator(seed, "training noise", *name))
+    return method.sigma_min + (method.sigma_max - method.sigma_min) * sigma, noise
+
+
+def noisy_groups(model: FlowModel, batch: GroupBatch, method: GroupMethod, *, seed: int) -> NoisyGroups:
+    """Bring a batch to its noise levels, on the model's device."""
+    sigma, noise = draw_noise(batch, method, seed=seed)
+    b, k = batch.rewards.shape
+    clean = batch.latents.flatten(0, 1).to(model.device, torch.float32)
+    noise = noise.flatten(0, 1).to(model.device)
+    level = sigma.flatten().to(model.device)
+    return NoisyGroups(
+        latents=interpolate(clean, noise, level),
+        target=velocity_target(clean, noise),
+        sigma=level,
+        conditioning=model.batch_conditioning(list(batch.conditioning)),
+        group=torch.arange(b, device=model.device).repeat_interleave(k),
+        rewards=batch.rewards.to(model.device),
+        mask=batch.mask.to(model.device),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class GroupGradient:
+    """Computes the gradient of the group loss into the adapter's parameters.
+
+    The reference is the same transformer with its adapter off, on the same x_sigma.
+    """
+
+    model: FlowModel
+    loss: dict[str, Any]
+    """Arguments of ``group_loss`` beside the errors, from ``loss_arguments``."""
+    reduction: str
+    guidance: float
+    size: tuple[int, int]
+    micro_batch: int | None
+    """Images per forward; None = all."""
+    one_pass: bool
+    reference: Callable[[], AbstractContextManager[None]]
+    """Context manager that turns the adapter off."""
+    autocast: Callable[[], AbstractContextManager[None]]
+    backward: Callable[[Tensor], None]
+
+    def __call__(self, groups: NoisyGroups) -> LossOutput:
+        """Add the gradient of the mean loss over B groups to the parameters; the output is detached."""
+        rewards: dict[str, Any] = {"rewards": groups.rewards, "mask": groups.mask}
+        with torch.no_grad(), self.reference():
+            reference_errors = self._errors(groups)
+        if self.one_pass:
+            output = group_loss(errors=self._errors(groups), reference_errors=reference_errors, **rewards, **self.loss)
+            self.backward(output.loss)
+            return LossOutput(output.loss.detach(), output.per_group.detach(), output.metrics)
+        # Two passes: the weight of each image's error first, then the images again, one micro-batch at a time.
+        with torch.no_grad():
+            errors = self._errors(groups)
+            output = group_loss(errors=errors, reference_errors=reference_errors, **rewards, **self.loss)
+            weights = image_weights(errors=errors, reference_errors=reference_errors, **rewards, **self.loss)
+        for part in self._parts(weights.numel()):
+            self.backward((weights.flatten()[part] * self._part_errors(groups, part)).sum())
+        return output
+
+    def _parts(self, count: int) -> list[slice]:
+        size = self.micro_batch or count
+        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+
+    def _errors(self, groups: NoisyGroups) -> Tensor:
+        """Velocity errors [B, K]."""
+        parts = [self._part_errors(groups, part) for part in self._parts(len(groups.sigma))]
+        return torch.cat(parts).view(groups.rewards.shape)
+
+    def _part_errors(self, groups: NoisyGroups, part: slice) -> Tensor:
+        """Velocity errors [n] of some of the N images."""
+        group = groups.group[part]
+        conditioning = {key: value[group] for key, value in groups.conditioning.items()}
+        with self.autocast():
+            velocity = self.model.velocity(
+                groups.latents[part],
+                groups.sigma[part],
+                conditioning,
+                guidance=self.guidance,
+                height=self.size[0],
+                width=self.size[1],
+            )
+        return velocity_error(velocity, groups.target[part], reduction=self.reduction)  # type: ignore[arg-type]

@@ -1,0 +1,84 @@
+"""The picture grid of an evaluation: the same prompts and seeds, base above trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from gdro_cli.data.atomic import write_bytes
+from gdro_cli.data.scores import ScoreRow, ScoreTable
+
+CELL = 160  # pixels per picture on the sheet
+MARGIN = 8
+LINE = 15  # pixels per line of text
+TEXT_SIZE = 11
+INK, PAPER, FAINT = (24, 24, 28), (255, 255, 255), (110, 110, 118)
+
+
+def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int) -> Path | None:
+    """Draw the first image of the first ``prompts`` prompts of both models and write a PNG.
+
+    Under each picture stand its reward and the recognised text. Returns None when no prompts are asked for.
+    """
+    store = base.store
+    shown = store.prompts[:prompts]
+    if not shown:
+        return None
+    pictures = [first_images(table, len(shown)) for table in (base, trained)]
+    row_height = CELL + 2 * LINE + MARGIN
+    left = 60
+    sheet = Image.new("RGB", (left + len(shown) * (CELL + MARGIN), 2 * LINE + MARGIN + 2 * row_height), PAPER)
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(TEXT_SIZE)
+    for column, prompt in enumerate(shown):
+        x = left + column * (CELL + MARGIN)
+        for number, line in enumerate(wrapped(prompt.prompt, font, CELL)[:2]):
+            pen.text((x, 2 + number * LINE), line, fill=INK, font=font)
+        for row, images in enumerate(pictures):
+            y = 2 * LINE + MARGIN + row * row_height
+            image, score = images[column]
+            sheet.paste(image.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
+            for number, line in enumerate(caption(score)):
+                pen.text((x, y + CELL + 2 + number * LINE), line, fill=FAINT, font=font)
+    for row, name in enumerate(("base", "trained")):
+        pen.text((MARGIN, 2 * LINE + MARGIN + row * row_height + CELL // 2), name, fill=INK, font=font)
+    import io
+
+    data = io.BytesIO()
+    sheet.save(data, "PNG")
+    write_bytes(path, data.getvalue())
+    return path
+
+
+def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image, ScoreRow]]:
+    """The first image of each of the first ``count`` prompts with its score."""
+    found: list[tuple[Image.Image, ScoreRow]] = []
+    for number in range(len(table.store.shards)):
+        for stored, row in zip(table.store.images(number), table.read_shard(number), strict=True):
+            if stored.index == 0:
+                with Image.open(stored.path) as image:
+                    found.append((image.convert("RGB"), row))
+        if len(found) >= count:
+            break
+    return found[:count]
+
+
+def caption(row: ScoreRow) -> list[str]:
+    """Two lines about a score."""
+    if row.value is None:
+        return ["no score", str(row.reason)[:24]]
+    read = row.details.get("text")
+    return [f"reward {row.value:.2f}", f"read: {read}" if read is not None else ""]
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    """Break a text into lines of at most ``width`` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines

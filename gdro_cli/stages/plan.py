@@ -1,0 +1,99 @@
+"""What a command would do, for ``--dry-run``: counts, batches, disk, and what is there already. Makes nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.store import GroupStore
+from gdro_cli.models.base import FlowModel
+from gdro_cli.stages.workspace import (
+    image_size,
+    open_model,
+    open_prompts,
+    runs_folder,
+    store_identity,
+    store_path,
+    stores_folder,
+    training_plan,
+)
+
+PIXEL_BYTES = 2.2  # a PNG of a generated picture, per pixel: measured on stores of the embedded model
+
+
+def describe(recipe: Recipe, stage: str, workspace: Path) -> list[tuple[str, str]]:
+    """Lines about ``stage`` (sample, score, train or eval) as (what, how much).
+
+    Raises:
+        UserError: prompts cannot be used.
+        PrerequisiteError: the model is missing.
+    """
+    model = open_model(recipe)
+    height, width = image_size(recipe, model)
+    rows = [
+        ("recipe", f"{recipe.name}, digest {recipe.digest()}"),
+        ("model", f"{recipe.model.path} ({model.family}), pictures {width} x {height}"),
+    ]
+    if stage == "eval":
+        return rows + _evaluation(recipe)
+    rows += _store(recipe, model, workspace)
+    return rows + _training(recipe, model, workspace) if stage == "train" else rows
+
+
+def _store(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
+    prompts = open_prompts(recipe, recipe.prompts.train)
+    plan = training_plan(recipe, model)
+    images = len(prompts) * plan.images_per_prompt
+    path = store_path(recipe, stores_folder(workspace), store_identity(recipe, model, plan, prompts))
+    if path.exists():
+        store = GroupStore.open(path)
+        missing = len(store.missing_shards())
+        state = f"{len(store.shards) - missing} of {len(store.shards)} shards are there"
+    else:
+        state = "nothing is there yet"
+    latent_bytes = images * math.prod(model.latent_shape(height=plan.height, width=plan.width)) * model.dtype.itemsize
+    disk = latent_bytes + images * plan.height * plan.width * PIXEL_BYTES
+    return [
+        ("store", str(path)),
+        ("samples", f"{len(prompts)} prompts x {plan.images_per_prompt} = {images} images; {state}"),
+        ("forward passes", f"{math.ceil(images / recipe.sample.batch_size)} batches x {plan.steps} steps"),
+        ("disk", f"about {disk / 1e6:.0f} MB and the text encoders' outputs"),
+        ("latents in memory", f"{latent_bytes / 1e6:.0f} MB while training"),
+    ]
+
+
+def _training(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
+    train, method = recipe.train, recipe.method
+    images = train.groups_per_step * method.k
+    micro = train.micro_batch or images
+    two_pass = train.group_gradient == "two_pass" or (train.group_gradient == "auto" and images > micro)
+    return [
+        ("runs", str(runs_folder(workspace))),
+        (
+            "method",
+            f"{method.name}, K {method.k}, beta {method.beta:g} ({method.reduction}), gamma {method.gamma:g}",
+        ),
+        (
+            "step",
+            f"{train.groups_per_step} groups x {method.k} = {images} images in micro-batches of {micro}",
+        ),
+        ("gradient", "two passes" if two_pass else "one pass"),
+        ("steps", f"{train.steps}, so {train.steps * images} images with policy and reference"),
+        ("checkpoints", f"every {train.checkpoint_every} steps, the last {train.keep_checkpoints} are kept"),
+    ]
+
+
+def _evaluation(recipe: Recipe) -> list[tuple[str, str]]:
+    prompts = open_prompts(recipe, recipe.prompts.eval)
+    images = len(prompts) * recipe.eval.images_per_prompt
+    return [
+        (
+            "held-out prompts",
+            f"{len(prompts)} x {recipe.eval.images_per_prompt} = {images} images of each model",
+        ),
+        (
+            "sampling",
+            f"{recipe.eval_steps} steps, guidance {recipe.eval_guidance:g}, seed {recipe.eval.seed}",
+        ),
+    ]

@@ -1,0 +1,175 @@
+"""Stage ``sample``: generate groups of images per prompt, once, with the untrained model.
+
+Image i of prompt p depends only on (seed, p, i): batches, shards, restarts and processes change nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.store import Group, GroupStore
+from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.sampling import sample_latents
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.workspace import (
+    SamplingPlan,
+    open_model,
+    open_prompts,
+    open_store,
+    store_identity,
+    stores_folder,
+    training_plan,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleResult:
+    """A complete store and how much of it this call made."""
+
+    store: GroupStore
+    shards_made: int
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What the command line shows."""
+        images = len(self.store.prompts) * self.store.images_per_prompt
+        return {
+            "store": str(self.store.path),
+            "prompts": str(len(self.store.prompts)),
+            "images": str(images),
+            "shards made now": f"{self.shards_made} of {len(self.store.shards)}",
+        }
+
+
+def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> SampleResult:
+    """Make the missing shards of the recipe's training store.
+
+    Raises:
+        UserError: prompts cannot be used.
+        PrerequisiteError: the model is missing.
+        StoreError: the store is damaged or the disk refuses.
+        Interrupted: stopped by the user; finished shards are kept.
+    """
+    with StopFlag() as stop:
+        model = open_model(recipe)
+        store, plan = training_store(recipe, workspace, model)
+        made = fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
+    return SampleResult(store, made)
+
+
+def training_store(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[GroupStore, SamplingPlan]:
+    """Make or open the (perhaps still empty) training store of a recipe."""
+    prompts = open_prompts(recipe, recipe.prompts.train)
+    plan = training_plan(recipe, model)
+    identity = store_identity(recipe, model, plan, prompts)
+    return open_store(recipe, stores_folder(workspace), identity, prompts, plan), plan
+
+
+def fill_store(
+    model: FlowModel,
+    store: GroupStore,
+    plan: SamplingPlan,
+    *,
+    recipe: Recipe,
+    reporter: Reporter,
+    stop: StopFlag,
+    label: str = "sampling",
+) -> int:
+    """Sample the shards that ``store`` lacks and return their number.
+
+    Raises:
+        Interrupted: between two batches; finished shards are kept.
+    """
+    missing = store.missing_shards()
+    if not missing:
+        return 0
+    todo = sum(len(store.shards[number]) for number in missing) * plan.images_per_prompt
+
+    def advance(images: int) -> None:
+        stop.check(f"stopped while {label}; finished shards are kept in {store.path}: run the command again to go on")
+
+    with reporter.track(label, total=todo, unit="images") as progress:
+        for number in missing:
+            groups = []
+            for group in sample_groups(
+                model, store.shards[number], plan, batch_size=recipe.sample.batch_size, on_step=advance
+            ):
+                groups.append(group)
+                progress.advance(plan.images_per_prompt)
+            store.write_shard(number, groups)
+    return len(missing)
+
+
+def sample_groups(
+    model: FlowModel,
+    prompts: tuple[PromptRecord, ...],
+    plan: SamplingPlan,
+    *,
+    batch_size: int,
+    on_step: Callable[[int], None] | None = None,
+) -> list[Group]:
+    """Sample one group per prompt; each prompt is encoded once, and batches run across groups.
+
+    Args:
+        model: the model, with or without an adapter.
+        prompts: B prompts.
+        plan: K images per prompt, and the settings.
+        batch_size: images per forward.
+        on_step: passed to ``sample_latents``.
+
+    Returns:
+        B groups with latents [K, ...] in the model's dtype.
+    """
+    count = plan.images_per_prompt
+    conditioning = model.encode([prompt.prompt for prompt in prompts])
+    seeds = [[plan.image_seed(prompt.id, index) for index in range(count)] for prompt in prompts]
+    latents = sample_images(model, conditioning, seeds, plan, batch_size=batch_size, on_step=on_step)
+    groups = []
+    for place, prompt in enumerate(prompts):
+        own = latents[place * count : (place + 1) * count]
+        pictures = decode_images(model, own, plan, batch_size=batch_size)
+        kept = own.to("cpu", model.dtype)
+        groups.append(Group(prompt, kept, conditioning[place], pictures, seeds[place]))
+    return groups
+
+
+def decode_images(model: FlowModel, latents: torch.Tensor, plan: SamplingPlan, *, batch_size: int) -> list[Image.Image]:
+    """Pictures of clean latents [N, ...]."""
+    return [
+        picture
+        for part in latents.split(batch_size)
+        for picture in model.decode(part, height=plan.height, width=plan.width)
+    ]
+
+
+def sample_images(
+    model: FlowModel,
+    conditioning: list[Conditioning],
+    seeds: list[list[int]],
+    plan: SamplingPlan,
+    *,
+    batch_size: int,
+    on_step: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Clean latents [sum of seeds, ...]: prompt p has one image for each of ``seeds[p]``."""
+    flat = [seed for group in seeds for seed in group]
+    texts = [text for text, group in zip(conditioning, seeds, strict=True) for _ in group]
+    return sample_latents(
+        model,
+        model.noise(flat, height=plan.height, width=plan.width),
+        texts,
+        steps=plan.steps,
+        guidance=plan.guidance,
+        height=plan.height,
+        width=plan.width,
+        batch_size=batch_size,
+        on_step=on_step,
+    )

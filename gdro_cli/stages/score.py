@@ -1,0 +1,149 @@
+"""Stage ``score``: give each stored image its reward. Scores are a side table; re-scoring never re-samples.
+
+An image that cannot be scored is missing with a reason, never zero; too many of them stop the stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
+from gdro_cli.data.store import GroupStore
+from gdro_cli.errors import StoreError
+from gdro_cli.rewards.ocr import OcrReward
+from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.sample import fill_store, training_store
+from gdro_cli.stages.workspace import open_model
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """A complete score table and how much of it this call made."""
+
+    table: ScoreTable
+    totals: ScoreSummary
+    best_of_group: float
+    """Mean over groups of the highest reward."""
+    shards_made: int
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What the command line shows."""
+        mean = "none" if self.totals.mean is None else f"{self.totals.mean:.3f}"
+        return {
+            "scores": str(self.table.path),
+            "images scored": f"{self.totals.scored} of {self.totals.images}",
+            "mean reward": mean,
+            f"mean of best of {self.table.store.images_per_prompt}": f"{self.best_of_group:.3f}",
+            "shards made now": f"{self.shards_made} of {len(self.table.store.shards)}",
+        }
+
+
+def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
+    """Score the training store of ``recipe``; samples what is missing of it first.
+
+    Raises:
+        PrerequisiteError: the model or the reward engine is missing.
+        StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
+        Interrupted: stopped by the user; finished shards are kept.
+    """
+    with StopFlag() as stop:
+        model = open_model(recipe)
+        store, plan = training_store(recipe, workspace, model)
+        table = open_table(recipe, store)
+        fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
+        made = score_missing(recipe, table, reporter=reporter, stop=stop)
+        refuse_failures(recipe, table)
+    return ScoreResult(table, table.summary(), best_of_group(table), made)
+
+
+def open_reward(recipe: Recipe) -> OcrReward:
+    """The recipe's reward; its engine starts with the first image.
+
+    Raises:
+        PrerequisiteError: its packages or weights are missing.
+    """
+    settings = recipe.reward.ocr
+    return OcrReward(
+        recognition_width=settings.recognition_width,
+        detection_model=settings.detection_model,
+        recognition_model=settings.recognition_model,
+        model_dir=settings.model_dir,
+    )
+
+
+def open_pool(recipe: Recipe) -> ScoringPool:
+    """Processes that score; a context manager."""
+    workers = None if recipe.reward.workers == "auto" else recipe.reward.workers
+    return ScoringPool(open_reward(recipe), workers=workers)
+
+
+def open_table(recipe: Recipe, store: GroupStore) -> ScoreTable:
+    """Make or open the table of the recipe's reward beside ``store``."""
+    return ScoreTable.create_or_open(store, recipe.reward.kind, provenance=open_reward(recipe).version)
+
+
+def score_missing(
+    recipe: Recipe,
+    table: ScoreTable,
+    *,
+    reporter: Reporter,
+    stop: StopFlag,
+    label: str = "scoring",
+) -> int:
+    """Score the shards that ``table`` lacks and return their number.
+
+    Raises:
+        Interrupted: between two shards; finished ones are kept.
+    """
+    missing = table.missing_shards()
+    if not missing:
+        return 0
+    store = table.store
+    todo = sum(len(store.shards[number]) for number in missing) * store.images_per_prompt
+    with open_pool(recipe) as pool, reporter.track(label, total=todo, unit="images") as progress:
+        for number in missing:
+            images = store.images(number)
+            scores = pool.score(
+                [image.path for image in images],
+                [image.prompt for image in images],
+                on_scored=progress.advance,
+            )
+            rows = [
+                ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
+                for image, score in zip(images, scores, strict=True)
+            ]
+            table.write_shard(number, rows)
+            stop.check(
+                f"stopped while {label}; finished shards are kept in {table.path}: run the command again to go on"
+            )
+    return len(missing)
+
+
+def refuse_failures(recipe: Recipe, table: ScoreTable) -> None:
+    """Check the share of images without a score.
+
+    Raises:
+        StoreError: it is above ``reward.max_failed_share``.
+    """
+    totals = table.summary()
+    if totals.missing_share > recipe.reward.max_failed_share:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])
+        raise StoreError(
+            f"{totals.images - totals.scored} of {totals.images} images in {table.path} could not be scored, more than"
+            f" reward.max_failed_share ({recipe.reward.max_failed_share:g}) allows ({reasons}): mend the cause, delete"
+            " that folder and run `gdro score` again"
+        )
+
+
+def best_of_group(table: ScoreTable) -> float:
+    """Mean over the groups of their highest reward (nan if none is scored)."""
+    best: dict[str, float] = {}
+    for row in table.rows():
+        if row.value is not None:
+            best[row.prompt_id] = max(row.value, best.get(row.prompt_id, row.value))
+    return sum(best.values()) / len(best) if best else float("nan")

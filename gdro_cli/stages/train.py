@@ -1,0 +1,325 @@
+"""Stage ``train``: align the adapter's implicit rewards with the stored explicit ones, fully offline.
+
+What differs from the paper (arXiv 2601.02036): the reference is the same transformer with its adapter off, never a
+second copy; the group gradient may be computed in two passes, which is exact and needs the memory of one micro-batch;
+sigma and noise are drawn from named streams, so a resumed run continues bit-exactly on the CPU. Everything else follows
+the recipe, and the recipe's header says where its numbers come from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gdro_cli.config.base import digest
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sections import TrainSection
+from gdro_cli.core.losses import LossOutput
+from gdro_cli.data.dataset import GroupBatch, GroupDataset
+from gdro_cli.errors import StoreError, UserError
+from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
+from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.checkpoint import (
+    flatten_optimizer,
+    latest_checkpoint,
+    load_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
+from gdro_cli.runtime.distributed import Engine, Precision, make_engine
+from gdro_cli.runtime.environment import environment
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.sample import fill_store, training_store
+from gdro_cli.stages.score import open_table, refuse_failures, score_missing
+from gdro_cli.stages.validate import Validation
+from gdro_cli.stages.workspace import image_size, open_model, runs_folder
+
+# Keys that change how fast or how verbosely a run goes, or what is done after it, but not what it learns.
+_NOT_LEARNT_FROM: dict[str, Any] = {
+    "name": True,
+    "description": True,
+    "ablation": True,
+    "eval": True,
+    "prompts": {"eval", "validation"},
+    "sample": {"batch_size", "prompts_per_shard", "image_format"},
+    "reward": {"workers", "max_failed_share"},
+    "train": {"checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "trackers"},
+}
+
+
+# The few metrics that the progress line has room for, and their names there.
+SHOWN = {"loss": "loss", "implicit_accuracy": "accuracy", "top1_error_gap": "top1_gap"}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """A finished run."""
+
+    run: RunFolder
+    steps: int
+    resumed_from: int
+    last: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What the command line shows."""
+        rows = {"run": str(self.run.path), "steps": str(self.steps)}
+        if self.resumed_from == self.steps:
+            rows["training"] = "was finished already"
+        elif self.resumed_from:
+            rows["training"] = f"continued from step {self.resumed_from}"
+        points = [row for row in self.run.metrics() if row.get("kind") == "validation"]
+        if points:
+            rows["validation reward"] = f"{points[0]['reward']:.3f} -> {points[-1]['reward']:.3f}"
+        rows["adapter"] = str(self.run.path / "pytorch_lora_weights.safetensors")
+        return rows
+
+
+def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
+    """Train the adapter of ``recipe``; makes missing samples and scores first and resumes an interrupted run.
+
+    Raises:
+        UserError: the recipe cannot be trained as it is.
+        PrerequisiteError: the model or the reward engine is missing.
+        StoreError: a store, score table, checkpoint or run is damaged or belongs to something else.
+        Interrupted: stopped by the user after a checkpoint.
+    """
+    engine = make_engine(trackers=recipe.train.trackers, out=workspace, precision=precision(recipe))
+    with StopFlag() as stop:
+        model = open_model(recipe, device=str(engine.device))
+        dataset, inputs = training_set(recipe, workspace, model, engine, reporter, stop)
+        folder = open_run(recipe, workspace, inputs)
+        engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.seed})
+        with folder.lock():
+            trainer = Trainer(recipe, model, dataset, folder, engine)
+            start = trainer.resume()
+            with ExitStack() as stack:
+                watch = engine.is_main and recipe.train.eval_every > 0 and start < recipe.train.steps
+                train_loop(trainer, Validation.open(recipe, model, stack) if watch else None, reporter, stop)
+            if engine.is_main:
+                trainer.export()
+        engine.end()
+    return TrainResult(folder, recipe.train.steps, start)
+
+
+def training_set(
+    recipe: Recipe, workspace: Path, model: FlowModel, engine: Engine, reporter: Reporter, stop: StopFlag
+) -> tuple[GroupDataset, dict[str, str]]:
+    """Make what is missing of store and scores, then load the training groups into memory."""
+    store, plan = training_store(recipe, workspace, model)
+    table = open_table(recipe, store)
+    if engine.is_main:
+        fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
+        score_missing(recipe, table, reporter=reporter, stop=stop)
+        refuse_failures(recipe, table)
+    engine.barrier()
+    model.release_encoders()
+    model.release_decoder()
+    dataset = GroupDataset.load(store, table, k=recipe.method.k, min_spread=recipe.method.min_spread)
+    return dataset, {"store": store.digest, "scores": table.digest}
+
+
+def precision(recipe: Recipe) -> Precision:
+    """What matrix products are computed in: bfloat16 on CUDA unless the recipe says otherwise, float32 elsewhere."""
+    return "bf16" if torch.cuda.is_available() and recipe.model.dtype in ("auto", "bfloat16") else "no"
+
+
+def learnt_from(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that its training depends on, as JSON."""
+    return recipe.model_dump(mode="json", exclude=_NOT_LEARNT_FROM)
+
+
+def run_path(recipe: Recipe, workspace: Path, inputs: dict[str, str]) -> Path:
+    """Where the run of a recipe lies: named by all that its training depends on."""
+    return runs_folder(workspace) / f"{recipe.name}-{digest({'recipe': learnt_from(recipe), 'inputs': inputs})}"
+
+
+def open_run(recipe: Recipe, workspace: Path, inputs: dict[str, str]) -> RunFolder:
+    """Make or open the run folder of a recipe."""
+    return RunFolder.create_or_open(
+        run_path(recipe, workspace, inputs),
+        recipe=learnt_from(recipe),
+        inputs=inputs,
+        environment=environment(),
+    )
+
+
+def find_run(recipe: Recipe, workspace: Path, inputs: dict[str, str]) -> RunFolder | None:
+    """The run folder of a recipe, if it has been made."""
+    return open_run(recipe, workspace, inputs) if run_path(recipe, workspace, inputs).exists() else None
+
+
+def attach_adapter(recipe: Recipe, model: FlowModel) -> list[torch.nn.Parameter]:
+    """Give the model the recipe's adapter, freshly initialised, and return its parameters."""
+    lora = recipe.train.lora
+    return attach_lora(
+        model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, rslora=lora.rslora, seed=recipe.seed
+    )
+
+
+class Trainer:
+    """Adapter, optimizer and averages of one run, stepped, saved and restored together."""
+
+    def __init__(
+        self, recipe: Recipe, model: FlowModel, dataset: GroupDataset, folder: RunFolder, engine: Engine
+    ) -> None:
+        section = recipe.train
+        if section.groups_per_step % engine.world:
+            raise UserError(
+                f"train.groups_per_step is {section.groups_per_step}, which {engine.world} processes cannot share"
+                " equally: choose a multiple"
+            )
+        self.recipe, self.model, self.dataset, self.folder, self.engine = (
+            recipe,
+            model,
+            dataset,
+            folder,
+            engine,
+        )
+        self.parameters = attach_adapter(recipe, model)
+        if section.gradient_checkpointing:
+            model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=section.lr, betas=section.adam_betas, weight_decay=section.weight_decay
+        )
+        self.ema = Ema(self.parameters, section.ema.rate, section.ema.max_decay)
+        self.step = 0
+        images = section.groups_per_step // engine.world * recipe.method.k
+        fits = section.micro_batch is None or images <= section.micro_batch
+        self.gradient = GroupGradient(
+            model=model,
+            loss=loss_arguments(recipe.method),
+            reduction=recipe.method.reduction,
+            guidance=recipe.sample.guidance,
+            size=image_size(recipe, model),
+            micro_batch=section.micro_batch,
+            one_pass=section.group_gradient == "one_pass" or (section.group_gradient == "auto" and fits),
+            reference=lambda: reference(model),
+            autocast=engine.autocast,
+            backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
+        )
+
+    def draw(self) -> GroupBatch:
+        """This process's share of the groups of the present step."""
+        section = self.recipe.train
+        batch = self.dataset.draw(self.step, groups=section.groups_per_step, seed=self.recipe.seed)
+        return batch.share(self.engine.rank, self.engine.world)
+
+    def update(self, batch: GroupBatch) -> tuple[LossOutput, float]:
+        """One optimizer step; returns the loss and the gradient's norm before clipping."""
+        output = self.gradient(noisy_groups(self.model, batch, self.recipe.method, seed=self.recipe.seed))
+        self.engine.sum_gradients(self.parameters)
+        norm = self.engine.clip(self.parameters, self.recipe.train.max_grad_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe.train, self.step)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema.update()
+        self.step += 1
+        return output, norm
+
+    def validate(self, validation: Validation, reporter: Reporter) -> None:
+        """Measure the reward on the validation prompts and log it."""
+        with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
+            row = validation.measure()
+        self.folder.append_metrics({"kind": "validation", "step": self.step, **row})
+        self.engine.log({f"validation/{name}": value for name, value in row.items()}, self.step)
+        reporter.say(
+            f"step {self.step}: validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],"
+            f" {row['images']} images"
+        )
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, with the adapter in diffusers' format beside it."""
+        if not self.engine.is_main:
+            return
+        tensors, state = flatten_optimizer(self.optimizer)
+
+        def add_adapters(folder: Path) -> None:
+            save_lora(self.model, folder / "raw")
+            with self.ema.applied():
+                save_lora(self.model, folder / "ema")
+
+        save_checkpoint(
+            self.folder.path,
+            self.step,
+            tensors={"adapter": lora_state(self.model), "ema": self.ema.state(), "optimizer": tensors},
+            state={"optimizer": state},
+            extra=add_adapters,
+            keep=self.recipe.train.keep_checkpoints,
+        )
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint, if there is one, and return its step."""
+        path = latest_checkpoint(self.folder.path)
+        if path is not None:
+            checkpoint = load_checkpoint(path)
+            self.step = checkpoint.step
+            load_lora_state(self.model, checkpoint.tensors["adapter"])
+            self.ema.load(checkpoint.tensors["ema"])
+            restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        self.folder.truncate_metrics(after_step=self.step)
+        return self.step
+
+    def export(self) -> None:
+        """Put the averaged adapter where ``pipe.load_lora_weights(run)`` finds it."""
+        with self.ema.applied():
+            save_lora(self.model, self.folder.path)
+
+
+def learning_rate(section: TrainSection, step: int) -> float:
+    """Learning rate of step ``step`` (from 0)."""
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / section.warmup_steps
+    course = (step - section.warmup_steps) / max(1, section.steps - section.warmup_steps)
+    if section.lr_schedule == "linear":
+        return section.lr * (1 - course)
+    if section.lr_schedule == "cosine":
+        return section.lr * 0.5 * (1 + math.cos(math.pi * course))
+    return section.lr
+
+
+def train_loop(trainer: Trainer, validation: Validation | None, reporter: Reporter, stop: StopFlag) -> None:
+    """All remaining steps: draw groups, one update, log; now and then validate and save."""
+    section, engine, folder = trainer.recipe.train, trainer.engine, trainer.folder
+    if validation is not None and trainer.step == 0:
+        trainer.validate(validation, reporter)
+    with reporter.track("training", total=section.steps - trainer.step, unit="steps") as progress:
+        while trainer.step < section.steps:
+            began = time.perf_counter()
+            output, norm = trainer.update(trainer.draw())
+            step, last = trainer.step, trainer.step == section.steps
+            numbers = averages(engine, {"loss": output.loss, **output.metrics})
+            if not math.isfinite(numbers["loss"]) or not math.isfinite(norm):
+                raise StoreError(
+                    f"the loss became {numbers['loss']} at step {step} of {folder.path}: lower train.lr or method.beta;"
+                    " the last checkpoint is kept"
+                )
+            if engine.is_main and (step % section.log_every == 0 or last):
+                numbers |= {"grad_norm": norm, "lr": trainer.optimizer.param_groups[0]["lr"]}
+                known = {name: value for name, value in numbers.items() if math.isfinite(value)}
+                folder.append_metrics({"kind": "train", "step": step, **known, "seconds": time.perf_counter() - began})
+                engine.log(known, step)
+            progress.advance(1, **{label: numbers[name] for name, label in SHOWN.items()})
+            if validation is not None and (step % section.eval_every == 0 or last):
+                trainer.validate(validation, reporter)
+            if step % section.checkpoint_every == 0 or last or stop.requested:
+                trainer.save()
+            stop.check(f"stopped after step {step} of {section.steps}; run the same command again to go on")
+
+
+def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the processes, in one message."""
+    values = torch.stack([value.detach().float() for value in metrics.values()])
+    means = (engine.sum(values) / engine.world if engine.world > 1 else values).tolist()
+    return dict(zip(metrics, means, strict=True))

@@ -1,0 +1,65 @@
+"""Evaluation points during training: the reward on the validation prompts, with the weights that would be exported.
+
+Settings may be chosen by these numbers; the held-out prompts of ``gdro eval`` stay unseen until then.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.scores import bootstrap_ci
+from gdro_cli.data.prompts import PromptSet
+from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.stages.sample import decode_images, sample_images
+from gdro_cli.stages.score import open_pool
+from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """Samples and scores the validation prompts; they are encoded once and the scoring processes stay up."""
+
+    recipe: Recipe
+    model: FlowModel
+    prompts: PromptSet
+    plan: SamplingPlan
+    conditioning: list[Conditioning]
+    pool: ScoringPool
+
+    @classmethod
+    def open(cls, recipe: Recipe, model: FlowModel, stack: ExitStack) -> Validation:
+        """Encode the prompts and start the scoring processes, which end with ``stack``."""
+        prompts = open_prompts(recipe, recipe.prompts.validation)
+        plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
+        conditioning = model.encode([prompt.prompt for prompt in prompts.records])
+        model.release_encoders()
+        return cls(recipe, model, prompts, plan, conditioning, stack.enter_context(open_pool(recipe)))
+
+    def measure(self) -> dict[str, float | int]:
+        """Return mean reward, its 95 % interval, and counts, for the adapter as it is now."""
+        began = time.perf_counter()
+        seeds = [
+            [self.plan.image_seed(prompt.id, index) for index in range(self.plan.images_per_prompt)]
+            for prompt in self.prompts.records
+        ]
+        size = self.recipe.sample.batch_size
+        latents = sample_images(self.model, self.conditioning, seeds, self.plan, batch_size=size)
+        pictures = decode_images(self.model, latents, self.plan, batch_size=size)
+        asked = [prompt for prompt, group in zip(self.prompts.records, seeds, strict=True) for _ in group]
+        values = [score.value for score in self.pool.score(pictures, asked)]
+        count = self.plan.images_per_prompt
+        by_prompt = [values[first : first + count] for first in range(0, len(values), count)]
+        interval = bootstrap_ci(by_prompt, samples=self.recipe.eval.bootstrap)
+        return {
+            "reward": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            "prompts": interval.prompts,
+            "images": interval.images,
+            "failed": sum(value is None for value in values),
+            "seconds": time.perf_counter() - began,
+        }

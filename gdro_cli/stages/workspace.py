@@ -1,0 +1,131 @@
+"""The folder that all stages share (``--out``), and how a recipe's inputs are found in it.
+
+    <out>/stores/<task>-<digest>/    groups of images; named by what the images depend on
+    <out>/runs/<recipe>-<digest>/    one training run; named by what the training depends on
+
+So recipes that sample the same share one store, and no recipe can ever meet the store of another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.config.base import digest
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sections import PromptSource
+from gdro_cli.core.seeds import seed_for
+from gdro_cli.data.prompts import PromptSet, load_prompts
+from gdro_cli.data.store import GroupStore
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.tiny.assets import tiny_model_path
+
+EMBEDDED = "tiny"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """Everything that the images of a store depend on, beside the model and the prompts."""
+
+    seed: int
+    images_per_prompt: int
+    steps: int
+    guidance: float
+    height: int
+    width: int
+
+    def image_seed(self, prompt_id: str, index: int) -> int:
+        """Seed of the noise of image ``index`` of a prompt: no batch, shard or process enters it."""
+        return seed_for(self.seed, "image", prompt_id, index)
+
+
+def open_model(recipe: Recipe, *, device: str = "cpu") -> FlowModel:
+    """Open the recipe's model; nothing is loaded until it is used.
+
+    Raises:
+        PrerequisiteError: the model is not there.
+    """
+    path = str(tiny_model_path()) if recipe.model.path == EMBEDDED else recipe.model.path
+    return load_flow_model(
+        path,
+        dtype=recipe.model.dtype,
+        device=device,
+        max_sequence_length=recipe.model.max_sequence_length,
+    )
+
+
+def open_prompts(recipe: Recipe, source: PromptSource) -> PromptSet:
+    """Load a prompt source of the recipe."""
+    return load_prompts(source, task=recipe.prompts.task)
+
+
+def training_plan(recipe: Recipe, model: FlowModel) -> SamplingPlan:
+    """How the groups of the training store are sampled."""
+    height, width = image_size(recipe, model)
+    sample = recipe.sample
+    return SamplingPlan(recipe.seed, sample.images_per_prompt, sample.steps, sample.guidance, height, width)
+
+
+def evaluation_plan(recipe: Recipe, model: FlowModel, *, images_per_prompt: int) -> SamplingPlan:
+    """How pictures for an evaluation are sampled."""
+    height, width = image_size(recipe, model)
+    steps = recipe.sample.steps if recipe.eval.steps is None else recipe.eval.steps
+    guidance = recipe.sample.guidance if recipe.eval.guidance is None else recipe.eval.guidance
+    return SamplingPlan(recipe.eval.seed, images_per_prompt, steps, guidance, height, width)
+
+
+def image_size(recipe: Recipe, model: FlowModel) -> tuple[int, int]:
+    """Height and width in pixels."""
+    if recipe.sample.height is None or recipe.sample.width is None:
+        return model.default_size
+    return recipe.sample.height, recipe.sample.width
+
+
+def store_identity(
+    recipe: Recipe, model: FlowModel, plan: SamplingPlan, prompts: PromptSet, *, weights: str = "base"
+) -> dict[str, Any]:
+    """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one."""
+    return {
+        "model": {key: value for key, value in model.identity.items() if key != "path"},
+        "dtype": recipe.model.dtype,
+        "max_sequence_length": recipe.model.max_sequence_length,
+        "weights": weights,
+        "prompts": prompts.digest,
+        "seed": plan.seed,
+        "images_per_prompt": plan.images_per_prompt,
+        "steps": plan.steps,
+        "guidance": plan.guidance,
+        "height": plan.height,
+        "width": plan.width,
+    }
+
+
+def store_path(recipe: Recipe, folder: Path, identity: dict[str, Any]) -> Path:
+    """Where the store of ``identity`` lies below ``folder``."""
+    return folder / f"{recipe.prompts.task}-{digest(identity)}"
+
+
+def open_store(
+    recipe: Recipe, folder: Path, identity: dict[str, Any], prompts: PromptSet, plan: SamplingPlan
+) -> GroupStore:
+    """Make or open the store of ``identity`` below ``folder``."""
+    return GroupStore.create_or_open(
+        store_path(recipe, folder, identity),
+        identity=identity,
+        prompts=prompts,
+        images_per_prompt=plan.images_per_prompt,
+        prompts_per_shard=recipe.sample.prompts_per_shard,
+        image_format=recipe.sample.image_format,
+    )
+
+
+def stores_folder(workspace: Path) -> Path:
+    """Folder of the stores made by base models."""
+    return workspace / "stores"
+
+
+def runs_folder(workspace: Path) -> Path:
+    """Folder of the training runs."""
+    return workspace / "runs"

@@ -1,0 +1,195 @@
+"""Commands that only look, errors and exit codes: through the same `main` as the console script."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gdro_cli.cli.app import main
+from gdro_cli.cli.failures import exit_code_of
+from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as leaving:
+        main(arguments)
+    code = leaving.value.code
+    assert isinstance(code, int)
+    return code
+
+
+# --- looking -------------------------------------------------------------------------------------------------
+
+
+def test_recipes_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes") == run("recipes", "list") == 0
+    out = capsys.readouterr().out
+    for name in shipped_recipes():
+        assert load_recipe(name).description in out
+        assert out.count(f" {name} ") >= 2
+
+
+def test_recipes_show_prints_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert run("recipes", "show", "ocr", "--set", "train.lr=1e-5", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    expected = load_recipe("ocr", overrides=["train.lr=1e-5"]).resolved()
+    assert shown == expected
+    assert run("recipes", "show", "ocr.yaml", "--set", "train.lr=1e-5") == 0
+    path = tmp_path / "shown.yaml"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_recipe(str(path)).resolved() == expected
+
+
+def test_recipes_check_goes_through_all_of_them_and_reports_every_fault(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("recipes", "check") == 0
+    assert capsys.readouterr().out.count("correct (digest") == len(shipped_recipes())
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("extends: ocr\nsede: 1\nmethod: {tau: -1}\n", encoding="utf-8")
+    assert run("recipes", "check", "nowhere", "ocr", str(bad)) == 2
+    captured = capsys.readouterr()
+    assert "ocr: correct" in captured.out
+    for words in ("nowhere", "did you mean `seed`?", "method.tau: must be at least 0"):
+        assert words in captured.err
+
+
+def test_recipes_fields_explains_one_section_or_all(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("recipes", "fields") == 0
+    everything = capsys.readouterr().out
+    assert run("recipes", "fields", "train.lora") == 0
+    section = capsys.readouterr().out
+    assert "train.lora.rank  whole number, default 32" in section
+    assert section in everything
+    assert "method.tau  number, default 0.05  only for gdro, top1" in everything
+    assert run("recipes", "fields", "metod") == 2
+    assert "did you mean `method`?" in capsys.readouterr().err
+
+
+def test_runs_lists_runs_even_damaged_ones(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    whole, damaged = tmp_path / "runs" / "ocr-1", tmp_path / "runs" / "ocr-2"
+    for folder in (whole, damaged):
+        folder.mkdir(parents=True)
+    resolved = load_recipe("ocr", overrides=["train.steps=30"]).resolved()
+    (whole / "recipe.json").write_text(json.dumps(resolved), encoding="utf-8")
+    (whole / "metrics.jsonl").write_text('{"step": 1}\n{"step": 20}\n{"st', encoding="utf-8")
+    (damaged / "recipe.json").write_text("{", encoding="utf-8")
+    assert run("runs", str(tmp_path)) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["ocr-1", "ocr", "gdro", "20", "of", "30", "no"] in lines
+    assert ["ocr-2", "?", "?", "0", "of", "?", "no"] in lines
+    assert run("runs", str(tmp_path / "nothing")) == 2
+
+
+def test_env_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("env") == 0
+    out = capsys.readouterr().out
+    for name in ("python", "torch", "diffusers"):
+        assert name in out
+
+
+# --- errors --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["sample", "score", "train", "eval"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--recipe", "nowhere.yaml"], "There is no recipe file 'nowhere.yaml'"),
+        (["--set", "method.taau=1"], "did you mean `method.tau`?"),
+        (["--set", "method.tau=-1"], "method.tau: must be at least 0"),
+        (["--set", "method.k=17"], "more than sample.images_per_prompt (16)"),
+        (["--set", "oops"], "key=value"),
+    ],
+)
+def test_a_wrong_recipe_is_one_sentence_and_exit_code_2(
+    command: str, arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(command, *arguments, "--out", str(out)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Error: ")
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [["trian"], ["train", "--foo"], ["train", "--num-processes", "0"]])
+def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert "Usage: gdro" in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_a_command_that_does_not_exist_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    run("trian")
+    assert "train" in capsys.readouterr().err
+
+
+def test_an_out_that_is_a_file_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert run("sample", "--recipe", "smoke", "--out", str(file)) == 2
+    assert f"--out {file} is not a folder" in capsys.readouterr().err
+    assert run("sample", "--recipe", "smoke", "--out", str(file / "below")) == 2
+
+
+def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", "--recipe", "nowhere", "--debug") == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("Error: There is no recipe file")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (UserError("a [b] c."), 2, "Error: a [b] c."),
+        (PrerequisiteError("a"), 3, "Error: a"),
+        (StoreError("a"), 4, "Error: a"),
+        (Interrupted("stopped"), 130, "Stopped"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x: Read-only file system"),
+        (OSError(errno.ENOSPC, "No space left on device"), 4, "The disk is full"),
+        (OSError(errno.EMFILE, "Too many open files"), 3, "Too many open files"),
+        (ZeroDivisionError("division\nby zero"), 1, "Unexpected ZeroDivisionError: division by zero. This is a defect"),
+        (KeyError("x"), 1, "--debug"),
+    ],
+)
+def test_each_kind_of_failure_has_its_exit_code(
+    error: Exception, code: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code_of(error, debug=False) == code
+    err = capsys.readouterr().err
+    assert words in err
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+IN_PROCESSES = """
+import sys
+from pathlib import Path
+from gdro_cli.cli.launch import Job, run_in_processes
+from gdro_cli.config.recipe import load_recipe
+import typer
+try:
+    run_in_processes(Job("train", load_recipe("smoke"), Path("."), tuple(sys.argv[1:])), 2)
+except typer.Exit as leaving:
+    sys.exit(leaving.exit_code)
+"""
+
+
+def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> None:
+    command = [sys.executable, "-c", IN_PROCESSES, "recipes", "check", "nowhere"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "There is no recipe file 'nowhere'" in done.stderr
+    assert "Traceback" not in done.stderr

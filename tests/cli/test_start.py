@@ -1,0 +1,60 @@
+"""`gdro --help` is light: it loads nothing heavy and answers at once; so does every command's own help."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+COMMANDS = ("sample", "score", "train", "eval", "recipes", "recipes show", "runs", "env")
+#: Seconds of processor time; about 0.2 on a desktop computer. Loading torch alone takes more than this.
+LIMIT = 0.8
+
+PROBE = """
+import json, sys
+from gdro_cli.cli.app import main
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "paddleocr", "numpy", "PIL", "pydantic", "yaml")
+report = []
+for arguments in json.loads(sys.argv[1]):
+    try:
+        main(arguments)
+    except SystemExit as leaving:
+        report.append([leaving.code, [name for name in HEAVY if name in sys.modules]])
+print(json.dumps(report), file=sys.stderr)
+"""
+
+
+def loaded_by(*commands: list[str]) -> list[tuple[int, list[str]]]:
+    """Exit code of each command and the heavy modules that are loaded after it, all in one fresh process."""
+    probe = [sys.executable, "-c", PROBE, json.dumps(commands)]
+    done = subprocess.run(probe, capture_output=True, text=True, check=True)
+    return [(code, names) for code, names in json.loads(done.stderr.splitlines()[-1])]
+
+
+def test_help_loads_nothing_heavy() -> None:
+    assert loaded_by(["--help"]) == [(0, [])]
+
+
+def test_help_of_a_command_loads_no_more_than_typer_itself_does() -> None:
+    """Typer takes pydantic for some kinds of options; nothing else is loaded."""
+    for code, names in loaded_by(*([*command.split(), "--help"] for command in COMMANDS)):
+        assert code == 0
+        assert set(names) <= {"pydantic"}
+
+
+def test_help_answers_at_once() -> None:
+    def used() -> float:
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
+    times = []
+    for _ in range(3):
+        before = used()
+        subprocess.run([sys.executable, "-m", "gdro_cli", "--help"], capture_output=True, check=True)
+        times.append(used() - before)
+    assert min(times) < LIMIT
+
+
+def test_checking_recipes_loads_no_torch() -> None:
+    assert loaded_by(["recipes", "check"]) == [(0, ["pydantic", "yaml"])]

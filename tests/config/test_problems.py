@@ -1,0 +1,227 @@
+"""Everything wrong with a recipe is reported at once, by dotted path, in plain words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdro_cli.config.fields import describe_fields, field_names
+from gdro_cli.config.recipe import build_recipe, load_recipe
+from gdro_cli.config.yamlfile import parse_yaml
+from gdro_cli.errors import UserError
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe("ocr", overrides=overrides)
+    return str(caught.value)
+
+
+def test_all_problems_come_at_once_those_between_keys_too() -> None:
+    text = message("method.k=99", "train.lr=-1", "sede=3", "sample.image_format=jpg", "sample.height=64")
+    assert text.splitlines()[0].endswith("has 5 problems:")
+    assert sorted(line.strip() for line in text.splitlines()[1:]) == [
+        "method.k: 99 is more than sample.images_per_prompt (16): lower k or sample more images",
+        "sample.image_format: must be 'png' or 'webp', not 'jpg'; did you mean `png`?",
+        "sample.width: is missing: set both height and width, or neither",
+        "sede: unknown key; did you mean `seed`?",
+        "train.lr: must be greater than 0, not -1",
+    ]
+
+
+def test_a_rule_about_a_faulty_key_is_not_reported_beside_its_fault() -> None:
+    """With images_per_prompt invalid, nobody knows whether k is too large."""
+    assert message("method.k=99", "sample.images_per_prompt=x").count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        # unknown keys: a sibling, a key of another section, nothing alike
+        ("method.taau=1", "method.taau: unknown key; did you mean `method.tau`?"),
+        ("train.lora.rnk=1", "train.lora.rnk: unknown key; did you mean `train.lora.rank`?"),
+        ("tau=1", "tau: unknown key; did you mean `method.tau`?"),
+        ("steps=1", "steps: unknown key; did you mean `sample.steps` or `train.steps` or `eval.steps`?"),
+        ("smaple.steps=1", "smaple: unknown key; did you mean `sample`?"),
+        ("method.xyzzy=1", "method.xyzzy: unknown key."),
+        ("method.pairs=all", "the method 'gdro' has no such key (it belongs to dpo): remove it."),
+        # values
+        ("method.tau=-0.1", "method.tau: must be at least 0, not -0.1."),
+        ("method.beta=0", "method.beta: must be greater than 0, not 0."),
+        ("method.name=dop", "must be one of 'gdro', 'rank', 'top1', 'dpo', not 'dop'; did you mean `dpo`?"),
+        ("reward.max_failed_share=2", "reward.max_failed_share: must be at most 1, not 2."),
+        ("method.sigma_min=1", "method.sigma_min: must be less than 1, not 1."),
+        ("seed=true", "seed: must be a whole number, not true."),
+        ("seed=1.5", "seed: must be a whole number, not 1.5."),
+        ("seed='1'", "seed: must be a whole number, not '1'."),
+        ("train.lr=.nan", "train.lr: must be a finite number, not nan."),
+        ("method.share_noise=1", "method.share_noise: must be true or false, not 1."),
+        ("method.share_noise=no", "method.share_noise: must be true or false, not 'no'."),
+        ("reward.workers=many", "reward.workers: must be a whole number or 'auto', not 'many'."),
+        ("reward.workers=0", "reward.workers: must be at least 1 or 'auto', not 0."),
+        ("train.adam_betas=[0.9]", "train.adam_betas[1]: is missing."),
+        ("train.adam_betas=[0.9, 1]", "train.adam_betas[1]: must be less than 1, not 1."),
+        ("train.lora.targets=[a, 3]", "train.lora.targets[1]: must be text, not 3."),
+        ("train.trackers=[wandbb]", "did you mean `wandb`?"),
+        ("model=tiny", "model: must be a section of keys and values, not 'tiny'."),
+        ("method=gdro", "method: must be a section of keys and values, not 'gdro'."),
+        ("train=null", "train: must be a section of keys and values, not nothing."),
+        ("name=a/b", "name: must be letters, digits, '.', '_' or '-'"),
+        ("prompts.task=orc", "prompts.task: must be 'ocr' or 'geneval', not 'orc'; did you mean `ocr`?"),
+        # rules between keys
+        ("method.k=17", "method.k: 17 is more than sample.images_per_prompt (16)"),
+        ("method.sigma_max=0.2", "method.sigma_min: 0.2 must be below method.sigma_max (0.2)."),
+        ("prompts.eval.builtin=ocr-tst", "prompts.eval.builtin: 'ocr-tst' is not a built-in set"),
+        ("prompts.eval.min_letters=7", "prompts.eval.min_letters: 7 is more than max_letters (6)."),
+        ("prompts.eval={builtin: ocr-test, file: a}", "prompts.eval: names both a `file` and a `builtin` set"),
+        ("prompts.eval={builtin: null}", "prompts.eval: needs a `file` or a `builtin` set."),
+        ("prompts.eval={file: a, seed: 3}", "prompts.eval.seed: only applies to a `builtin` set"),
+        ("train.warmup_steps=100000", "train.warmup_steps: 100000 is more than train.steps"),
+        ("ablation={taau: [1]}", "ablation.taau: there is no recipe key 'taau'; did you mean `method.tau`?"),
+        ("ablation={tau: []}", "ablation.tau: needs at least one value."),
+        ("ablation={tau: 1}", "ablation.tau: must be a list, not 1."),
+    ],
+)
+def test_one_problem_is_one_sentence(override: str, expected: str) -> None:
+    text = message(override)
+    assert expected in text
+    assert "\n" not in text
+    assert "pydantic" not in text
+
+
+def test_a_reward_must_fit_the_task() -> None:
+    text = message("prompts.task=geneval")
+    assert "reward.kind: 'ocr' does not score prompts of the task 'geneval'" in text
+
+
+def test_one_pass_needs_the_group_in_one_forward() -> None:
+    text = message("train.group_gradient=one_pass", "train.micro_batch=2")
+    assert "train.group_gradient: 'one_pass' needs a whole group" in text
+    load_recipe("ocr", overrides=["train.group_gradient=one_pass", "train.micro_batch=6"])
+
+
+def test_missing_keys_are_named() -> None:
+    with pytest.raises(UserError) as caught:
+        build_recipe({"prompts": {"task": "ocr", "train": {"builtin": "ocr-train"}}}, source="here")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "here has 3 problems:"
+    assert sorted(lines[1:]) == ["  name: is missing", "  prompts.eval: is missing", "  prompts.validation: is missing"]
+
+
+# --- files that are no recipes -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: [1", "line 1, column 6 is not valid YAML"),
+        (b"seed: 1\nseed: 2\n", "line 2, column 1 .* repeated key 'seed'"),
+        (b"a: &x 1\nb: *x\n", "aliases"),
+        (b"a: !!python/object:os.system 1\n", "not valid YAML"),
+        (b"- a\n- b\n", "must hold keys and values .* not a list of 2"),
+        (b"just text\n", "must hold keys and values"),
+        (b"1: 2\n", "the key 1 is not a name"),
+        (b"{[1, 2]: 3}\n", "a key must be a plain name"),
+        (b"a: \x00\n", "not valid YAML"),
+        (b"\xff\xfea\n", "not a text file in UTF-8"),
+        (b"[" * 5000, "nested too deeply"),
+        (b"".join(b" " * i + b"a:\n" for i in range(900)), "nested too deeply"),
+        (b"seed: " + b"9" * 5000, "not valid YAML"),
+        (b"a: 1\n---\nb: 2\n", "not valid YAML"),
+        (b"#" * 1_000_001, "1 MB"),
+        (b"", "prompts: is missing"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_recipe(str(path))
+    assert "recipe.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("\ufeffextends: ocr\n", encoding="utf-8")
+    assert load_recipe(str(path)).prompts.task == "ocr"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3e-4", 3e-4),
+        ("1.", 1.0),
+        (".5", 0.5),
+        ("-2", -2),
+        ("010", 10),
+        ("1_000", "1_000"),
+        ("1:30", "1:30"),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("null", None),
+        ("~", None),
+        ("", None),
+        ("2020-01-01", "2020-01-01"),
+        ("'1'", "1"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
+    parsed = parse_yaml(text, source="test")
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+# --- whatever is thrown at it --------------------------------------------------------------------------------
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3)
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(field_names(sections=True)), VALUES), min_size=1, max_size=4))
+def test_any_values_at_any_keys_give_a_recipe_or_a_sentence(changes: list[tuple[str, object]]) -> None:
+    data: dict[str, object] = load_recipe("ocr").resolved()
+    for path, value in changes:
+        *parents, last = path.split(".")
+        section: object = data
+        for parent in parents:
+            section = section.setdefault(parent, {}) if isinstance(section, dict) else None
+        if isinstance(section, dict):
+            section[last] = value
+    try:
+        recipe = build_recipe(data)
+    except UserError as error:
+        assert "recipe" in str(error)
+    else:
+        assert build_recipe(recipe.resolved()).resolved() == recipe.resolved()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(max_size=30))
+def test_any_text_as_yaml_gives_a_value_or_a_sentence(text: str) -> None:
+    try:
+        parse_yaml(text, source="test")
+    except UserError as error:
+        assert str(error).startswith("test")
+
+
+# --- the fields' own documentation ---------------------------------------------------------------------------
+
+
+def test_every_key_is_documented() -> None:
+    undocumented = [doc.path for doc in describe_fields() if not doc.text.endswith(".")]
+    assert undocumented == []
+
+
+def test_keys_of_some_methods_only_say_so() -> None:
+    methods = {doc.path: doc.methods for doc in describe_fields()}
+    assert methods["method.tau"] == ("gdro", "top1")
+    assert methods["method.pairs"] == ("dpo",)
+    assert methods["method.beta"] == ()

@@ -1,0 +1,304 @@
+"""Group losses against hand-worked values, a literal transcription of the equations, and their limits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdro_cli.core.losses import (
+    LossOutput,
+    dpo_loss,
+    gdro_loss,
+    group_loss,
+    image_weights,
+    rank_loss,
+    top1_loss,
+    top1_stabiliser,
+)
+
+LN2, LN3, LN5, LN6 = math.log(2), math.log(3), math.log(5), math.log(6)
+
+# The worked group, stored worst image first. Sorted by reward it is r = (ln 3, ln 2, 0), s = (0, ln 2, ln 3):
+# the weights exp(r) are 3 : 2 : 1 and exp(s) are 1 : 2 : 3.
+REWARDS = torch.tensor([[0.0, LN3, LN2]], dtype=torch.float64)
+S = torch.tensor([[LN3, 0.0, LN2]], dtype=torch.float64)
+
+Loss = Callable[..., LossOutput]
+LOSSES: dict[str, Loss] = {
+    "gdro": lambda s, r, mask=None: gdro_loss(s, r, tau=0.3, mask=mask),
+    "gdro tau 0": lambda s, r, mask=None: gdro_loss(s, r, tau=0.0, mask=mask),
+    "rank": rank_loss,
+    "top1": lambda s, r, mask=None: top1_loss(s, r, tau=0.3, mask=mask),
+    "top1 tau 0": lambda s, r, mask=None: top1_loss(s, r, tau=0.0, mask=mask),
+    "dpo": dpo_loss,
+    "dpo all pairs": lambda s, r, mask=None: dpo_loss(s, r, pairs="all", mask=mask),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+
+
+def literal(name: str, s: list[float], r: list[float]) -> float:
+    """One group's loss by plain loops over the paper's sums; unscored images are left out beforehand."""
+    order = sorted(range(len(r)), key=lambda i: -r[i])
+    s, r = [s[i] for i in order], [r[i] for i in order]
+    size = len(r)
+    if name.startswith("dpo"):
+        if name == "dpo":
+            best = [i for i in range(size) if r[i] == max(r)]
+            worst = [i for i in range(size) if r[i] == min(r)]
+            pairs = [(i, j) for i in best for j in worst if r[i] > r[j]]
+        else:
+            pairs = [(i, j) for i in range(size) for j in range(size) if r[i] > r[j]]
+        return sum(math.log1p(math.exp(s[j] - s[i])) for i, j in pairs) / max(1, len(pairs))
+    total = 0.0
+    for i in range(size - 1 if not name.startswith("top1") else min(1, size - 1)):
+        left = range(i, size)
+        if name == "rank":
+            q = {j: float(j == i) for j in left}
+        elif name.endswith("tau 0"):
+            ties = [j for j in left if r[j] == r[i]]
+            q = {j: (j in ties) / len(ties) for j in left}
+        else:
+            scale = sum(math.exp((r[j] - r[i]) / 0.3) for j in left)
+            q = {j: math.exp((r[j] - r[i]) / 0.3) / scale for j in left}
+        total += math.log(sum(math.exp(s[m]) for m in left)) - sum(q[j] * s[j] for j in left)
+    return total
+
+
+def random_groups(*, groups: int, images: int, seed: int, ties: bool) -> tuple[Tensor, Tensor]:
+    stream = torch.Generator().manual_seed(seed)
+    s = torch.randn(groups, images, generator=stream, dtype=torch.float64)
+    r = torch.rand(groups, images, generator=stream, dtype=torch.float64)
+    return s, (r * 3).round() / 3 if ties else r
+
+
+def gradient(loss: Loss, s: Tensor, r: Tensor, mask: Tensor | None = None) -> Tensor:
+    leaf = s.clone().requires_grad_(True)
+    (grad,) = torch.autograd.grad(loss(leaf, r, mask=mask).loss, leaf)
+    return grad
+
+
+def test_gdro_by_hand() -> None:
+    """q_1 = (1/2, 1/3, 1/6), q_2 = (2/3, 1/3); the partition sums are 6 and 5.
+
+    L = ln 6 - (ln 2 / 3 + ln 3 / 6) + ln 5 - (2 ln 2 / 3 + ln 3 / 3) = ln 30 - ln 2 - ln 3 / 2.
+    dL/ds = p - q with p_1 = (1/6, 1/3, 1/2), p_2 = (2/5, 3/5): (-1/3, -4/15, 3/5).
+    """
+    out = gdro_loss(S, REWARDS, tau=1.0)
+    assert out.loss.item() == pytest.approx(math.log(30) - LN2 - LN3 / 2, abs=1e-12)
+    grad = gradient(lambda s, r, mask=None: gdro_loss(s, r, tau=1.0, mask=mask), S, REWARDS)
+    torch.testing.assert_close(grad, torch.tensor([[3 / 5, -1 / 3, -4 / 15]], dtype=torch.float64))
+
+
+def test_gdro_temperature_divides_the_rewards() -> None:
+    torch.testing.assert_close(
+        gdro_loss(S, REWARDS * 0.05, tau=0.05).loss, gdro_loss(S, REWARDS, tau=1.0).loss
+    )
+
+
+def test_rank_by_hand() -> None:
+    """L = (ln 6 - 0) + (ln 5 - ln 2) = ln 15: the Plackett-Luce probability of the order is 1/6 * 2/5."""
+    assert rank_loss(S, REWARDS).loss.item() == pytest.approx(math.log(15), abs=1e-12)
+
+
+def test_top1_by_hand() -> None:
+    """L = ln 6 - (ln 2 / 3 + ln 3 / 6) with q_1 = (1/2, 1/3, 1/6); at tau = 0 it is ln 6 - s_best = ln 6."""
+    assert top1_loss(S, REWARDS, tau=1.0).loss.item() == pytest.approx(LN6 - LN2 / 3 - LN3 / 6, abs=1e-12)
+    assert top1_loss(S, REWARDS, tau=0.0).loss.item() == pytest.approx(LN6, abs=1e-12)
+
+
+def test_dpo_by_hand() -> None:
+    """-log sigmoid(s_i - s_j) = ln(1 + exp(s_j) / exp(s_i)).
+
+    Best against worst: ln(1 + 3/1) = ln 4.
+    All pairs: (ln(1 + 2/1) + ln(1 + 3/1) + ln(1 + 3/2)) / 3 = ln 30 / 3.
+    """
+    assert dpo_loss(S, REWARDS).loss.item() == pytest.approx(math.log(4), abs=1e-12)
+    assert dpo_loss(S, REWARDS, pairs="all").loss.item() == pytest.approx(math.log(30) / 3, abs=1e-12)
+
+
+def test_ties_share_the_target_at_tau_zero() -> None:
+    """r = (1, 1, 0), s = (0, ln 2, ln 3): rank 1 is ln 6 - ln 2 / 2, rank 2 is ln 5 - ln 2."""
+    s = torch.tensor([[0.0, LN2, LN3]], dtype=torch.float64)
+    r = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
+    expected = LN6 - LN2 / 2 + LN5 - LN2
+    assert gdro_loss(s, r, tau=0.0).loss.item() == pytest.approx(expected, abs=1e-12)
+    assert gdro_loss(s, r, tau=1e-4).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_dpo_ties_share_best_and_worst() -> None:
+    """r = (1, 1, 0): the pairs (1, 3) and (2, 3) at half weight each: (ln(1 + 3/1) + ln(1 + 3/2)) / 2."""
+    s = torch.tensor([[0.0, LN2, LN3]], dtype=torch.float64)
+    r = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
+    assert dpo_loss(s, r).loss.item() == pytest.approx((math.log(4) + math.log(2.5)) / 2, abs=1e-12)
+
+
+def test_stabiliser_by_hand() -> None:
+    """The error of the best image, 0.4; of two best images half each, (0.4 + 0.6) / 2 = 0.5."""
+    errors = torch.tensor([[0.2, 0.4, 0.6], [0.2, 0.4, 0.6]], dtype=torch.float64)
+    rewards = torch.tensor([[0.0, 1.0, 0.5], [0.0, 1.0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([0.4, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(top1_stabiliser(errors, rewards), expected)
+
+
+def test_group_loss_by_hand() -> None:
+    """e = 1, e_ref = 1 + s / 2 and beta = 2 give the worked s; L = ln 30 - ln 2 - ln 3 / 2 + 0.5 * 1."""
+    errors = torch.ones_like(S)
+    out = group_loss("gdro", errors, 1 + S / 2, REWARDS, beta=2.0, gamma=0.5, tau=1.0)
+    method = math.log(30) - LN2 - LN3 / 2
+    assert out.loss.item() == pytest.approx(method + 0.5, abs=1e-12)
+    assert out.metrics["loss_method"].item() == pytest.approx(method, abs=1e-12)
+    assert out.metrics["loss_stabiliser"].item() == pytest.approx(0.5, abs=1e-12)
+
+
+def test_image_weights_by_hand() -> None:
+    """dL/de = -beta dL/ds + gamma M, dL/ds = (3/5, -1/3, -4/15) as stored, M on the second image."""
+    weights = image_weights("gdro", torch.ones_like(S), 1 + S / 2, REWARDS, beta=2.0, gamma=0.5, tau=1.0)
+    torch.testing.assert_close(weights, torch.tensor([[-6 / 5, 2 / 3 + 0.5, 8 / 15]], dtype=torch.float64))
+    assert not weights.requires_grad
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("name", LOSSES)
+def test_agrees_with_literal_equations(name: str, ties: bool) -> None:
+    s, r = random_groups(groups=7, images=6, seed=1, ties=ties)
+    mask = torch.rand(7, 6, generator=torch.Generator().manual_seed(2)) > 0.25
+    mask[0] = True
+    mask[1] = torch.tensor([False, True, False, False, False, False])
+    mask[2] = False
+    expected = [literal(name, s[b][mask[b]].tolist(), r[b][mask[b]].tolist()) for b in range(7)]
+    out = LOSSES[name](s, r, mask=mask)
+    torch.testing.assert_close(out.per_group, torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(out.loss, out.per_group.mean())
+
+
+@every_loss
+def test_permutation_inside_a_group(loss: Loss) -> None:
+    """The loss knows no order of storage; gradients move with their images."""
+    s, r = random_groups(groups=1, images=4, seed=3, ties=False)
+    base = gradient(loss, s, r)
+    for order in itertools.permutations(range(4)):
+        index = list(order)
+        torch.testing.assert_close(loss(s[:, index], r[:, index]).loss, loss(s, r).loss)
+        torch.testing.assert_close(gradient(loss, s[:, index], r[:, index]), base[:, index])
+
+
+@pytest.mark.parametrize("name", ["top1", "top1 tau 0", "dpo", "dpo all pairs"])
+def test_permutation_of_tied_images(name: str) -> None:
+    """These losses need no order between tied images. GDRO and rank do, and take the order in the group."""
+    s, _ = random_groups(groups=1, images=4, seed=4, ties=False)
+    r = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    swapped = [1, 0, 3, 2]
+    torch.testing.assert_close(LOSSES[name](s[:, swapped], r).loss, LOSSES[name](s, r).loss)
+
+
+@every_loss
+def test_shift_of_s_changes_nothing(loss: Loss) -> None:
+    """The beta log Z(c) term of eqs. 14 and 16 is one constant per group."""
+    s, r = random_groups(groups=3, images=5, seed=5, ties=False)
+    shift = torch.tensor([[4.0], [-70.0], [1000.0]], dtype=torch.float64)
+    torch.testing.assert_close(loss(s + shift, r).loss, loss(s, r).loss)
+    torch.testing.assert_close(gradient(loss, s + shift, r), gradient(loss, s, r))
+    torch.testing.assert_close(gradient(loss, s, r).sum(dim=1), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("s_values", [(0.3, -1.2), (5.0, 9.0), (0.0, 0.0)])
+def test_gdro_with_two_images_and_tau_zero_is_dpo(s_values: tuple[float, float]) -> None:
+    s = torch.tensor([s_values], dtype=torch.float64)
+    r = torch.tensor([[0.2, 0.9]], dtype=torch.float64)
+    expected = -math.log(1 / (1 + math.exp(s_values[0] - s_values[1])))
+    for value in (dpo_loss(s, r), gdro_loss(s, r, tau=0.0), gdro_loss(s, r, tau=0.02), rank_loss(s, r)):
+        assert value.loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_gdro_tau_zero_is_rank_without_ties() -> None:
+    s, r = random_groups(groups=5, images=6, seed=6, ties=False)
+    torch.testing.assert_close(gdro_loss(s, r, tau=0.0).per_group, rank_loss(s, r).per_group)
+    torch.testing.assert_close(gradient(LOSSES["gdro tau 0"], s, r), gradient(rank_loss, s, r))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_tau_zero_is_the_limit(ties: bool) -> None:
+    """The smallest gap between different rewards is far above 1e-6, so softmax at tau = 1e-6 is one-hot."""
+    s, r = random_groups(groups=5, images=6, seed=7, ties=ties)
+    for loss in (gdro_loss, top1_loss):
+        torch.testing.assert_close(loss(s, r, tau=1e-6).per_group, loss(s, r, tau=0.0).per_group)
+
+
+@pytest.mark.parametrize("tau", [1e-30, 1e-44, 1e-300])
+def test_tau_below_the_smallest_float(tau: float) -> None:
+    s, r = (x.float() for x in random_groups(groups=3, images=5, seed=8, ties=True))
+    torch.testing.assert_close(gdro_loss(s, r, tau=tau).per_group, gdro_loss(s, r, tau=0.0).per_group)
+
+
+def test_equal_rewards_ask_for_equal_s() -> None:
+    """Every q is uniform: at equal s there is no gradient, and L = ln 2 + ln 3 + ln 4."""
+    s, r = torch.zeros(1, 4, dtype=torch.float64), torch.full((1, 4), 0.7, dtype=torch.float64)
+    for tau in (0.0, 0.05):
+        assert gdro_loss(s, r, tau=tau).loss.item() == pytest.approx(math.log(24), abs=1e-12)
+        grad = gradient(lambda s, r, mask=None, tau=tau: gdro_loss(s, r, tau=tau, mask=mask), s, r)
+        torch.testing.assert_close(grad, torch.zeros_like(grad))
+    assert dpo_loss(s, r).loss.item() == 0.0
+
+
+@pytest.mark.parametrize("method", ["gdro", "rank"])
+def test_beta_to_zero(method: str) -> None:
+    """s -> 0, so L -> ln K! = ln 24 and the weights vanish in proportion to beta."""
+    stream = torch.Generator().manual_seed(9)
+    errors, reference, r = torch.rand(3, 1, 4, generator=stream, dtype=torch.float64)
+
+    def weights(beta: float) -> Tensor:
+        return image_weights(method, errors, reference, r, beta=beta, gamma=0.0, tau=0.05)
+
+    out = group_loss(method, errors, reference, r, beta=0.0, gamma=0.0, tau=0.05)
+    assert out.loss.item() == pytest.approx(math.log(24), abs=1e-12)
+    assert not weights(0.0).any()
+    torch.testing.assert_close(weights(1e-7) / 1e-7, weights(1e-8) / 1e-8, atol=1e-6, rtol=0)
+    assert weights(1e-7).abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.3, 0.0])
+def test_loss_floor_is_reached_by_the_rewards_themselves(tau: float) -> None:
+    """s = r / tau makes P equal to Q on every remaining set; at tau = 0 any steep s does, without ties."""
+    s, r = random_groups(groups=4, images=5, seed=10, ties=False)
+    best = gdro_loss(r / (tau or 1e-6), r, tau=tau)
+    torch.testing.assert_close(best.loss, best.metrics["loss_floor"])
+    away = gdro_loss(s, r, tau=tau)
+    assert away.loss > away.metrics["loss_floor"] + 0.1
+    assert not away.metrics["loss_floor"].requires_grad
+
+
+def test_extreme_s_stays_finite_in_float32() -> None:
+    s = torch.tensor([[3e4, -3e4, 0.0, 1e4]], requires_grad=True)
+    r = torch.tensor([[0.1, 0.9, 0.5, 0.5]])
+    for loss in LOSSES.values():
+        (grad,) = torch.autograd.grad(loss(s, r).loss, s)
+        assert torch.isfinite(loss(s, r).loss)
+        assert torch.isfinite(grad).all()
+
+
+def test_half_precision_is_raised_to_float32() -> None:
+    out = gdro_loss(S.bfloat16(), REWARDS.bfloat16(), tau=1.0)
+    assert out.loss.dtype == torch.float32
+    assert gdro_loss(S, REWARDS.float(), tau=1.0).loss.dtype == torch.float64
+
+
+def test_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match="one shape"):
+        gdro_loss(S, REWARDS[:, :2], tau=1.0)
+    with pytest.raises(ValueError, match="tau must be 0 or above"):
+        gdro_loss(S, REWARDS, tau=-0.1)
+    with pytest.raises(ValueError, match="pairs must be"):
+        dpo_loss(S, REWARDS, pairs="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="not finite"):
+        rank_loss(S, torch.full_like(S, torch.nan))
+    with pytest.raises(ValueError, match="mask must be bool"):
+        rank_loss(S, REWARDS, mask=torch.ones_like(S))
+    with pytest.raises(ValueError, match="method must be"):
+        group_loss("ppo", S, S, REWARDS, beta=1.0, gamma=0.0)
+    with pytest.raises(ValueError, match="needs tau"):
+        group_loss("gdro", S, S, REWARDS, beta=1.0, gamma=0.0)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gdro_cli.config.sections import PromptSource
+from gdro_cli.data.promptfile import MAX_LINE_BYTES
+from gdro_cli.data.prompts import PromptSet, load_prompts
+from gdro_cli.errors import UserError
+
+
+def load(path: Path, data: bytes | str, *, task: str = "ocr", count: int | None = None) -> PromptSet:
+    path.write_bytes(data.encode() if isinstance(data, str) else data)
+    return load_prompts(PromptSource(file=str(path), count=count), task=task)
+
+
+def refusal(path: Path, data: bytes | str, *, task: str = "ocr") -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, data, task=task)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    return message
+
+
+def test_text_lines_as_flow_grpo_writes_them(tmp_path: Path) -> None:
+    data = 'New York Skyline with "Hello World" written with fireworks\r\n\r\n  A cat holds “Go!”  \n'
+    prompts = load(tmp_path / "train.txt", data)
+    assert [(record.prompt, record.target) for record in prompts.records] == [
+        ('New York Skyline with "Hello World" written with fireworks', "Hello World"),
+        ("A cat holds “Go!”", "Go!"),
+    ]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+def test_byte_order_mark_and_line_ends_change_nothing(tmp_path: Path, line_end: str) -> None:
+    lines = ['a "ONE"', 'b "TWO"']
+    plain = load(tmp_path / "a.txt", "\n".join(lines))
+    other = load(tmp_path / "b.txt", b"\xef\xbb\xbf" + line_end.join(lines).encode() + line_end.encode())
+    assert other == plain
+
+
+def test_only_line_ends_part_lines(tmp_path: Path) -> None:
+    prompts = load(tmp_path / "p.txt", 'one line\u2028with "A"\tand a tab')
+    assert [record.prompt for record in prompts.records] == ['one line\u2028with "A"\tand a tab']
+
+
+def test_right_to_left_and_cjk_text(tmp_path: Path) -> None:
+    prompts = load(tmp_path / "p.txt", 'שלט עם "שלום"\n看板に“こんにちは”と書いてある\n')
+    assert [record.target for record in prompts.records] == ["שלום", "こんにちは"]
+
+
+def test_json_lines(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "a neon sign", "target": "OPEN", "source": "mine"},
+        {"prompt": 'a sign "SHUT"'},
+        {"prompt": 'a sign "SHUT"', "target": None},
+    ]
+    prompts = load(tmp_path / "p.jsonl", "\n".join(map(json.dumps, rows)))
+    assert [(record.prompt, record.target, record.metadata) for record in prompts.records] == [
+        ("a neon sign", "OPEN", {"source": "mine"}),
+        ('a sign "SHUT"', "SHUT", {}),
+    ]
+    assert prompts.dropped_duplicates == 1
+
+
+def test_geneval_metadata_as_the_official_file_has_it(tmp_path: Path) -> None:
+    row = {
+        "tag": "counting",
+        "include": [{"class": "clock", "count": 2}],
+        "exclude": [{"class": "clock", "count": 3}],
+        "prompt": "a photo of two clocks",
+    }
+    record = load(tmp_path / "evaluation_metadata.jsonl", json.dumps(row) + "\n", task="geneval").records[0]
+    assert (record.prompt, record.target) == ("a photo of two clocks", None)
+    assert record.metadata == {key: row[key] for key in ("tag", "include", "exclude")}
+
+
+def test_count_takes_the_first_and_too_many_are_refused(tmp_path: Path) -> None:
+    data = 'a "A"\na "A"\nb "B"\nc "C"\n'
+    assert [record.target for record in load(tmp_path / "p.txt", data, count=2).records] == ["A", "B"]
+    with pytest.raises(UserError, match="holds 3 different prompts, but count asks for 4"):
+        load(tmp_path / "p.txt", data, count=4)
+
+
+def test_file_is_looked_for_beside_the_recipe_then_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    source = PromptSource(file="p.txt")
+    (tmp_path / "here" / "p.txt").write_text('"HERE"')
+    assert load_prompts(source, task="ocr", base_dir=tmp_path / "recipe").records[0].target == "HERE"
+    (tmp_path / "recipe" / "p.txt").write_text('"BESIDE"')
+    assert load_prompts(source, task="ocr", base_dir=tmp_path / "recipe").records[0].target == "BESIDE"
+
+
+TEXT_CASES: dict[str, tuple[bytes | str, str]] = {
+    "no quotes": ("a plain sign", "line 1: it has no text in double quotes"),
+    "one quote": ('a "plain sign', "line 1: it has no text in double quotes"),
+    "empty quotes": ('a sign ""', "line 1: the text that the picture shall say is empty"),
+    "blank quotes": ('a sign "  "', "line 1: the text that the picture shall say is empty"),
+    "NUL": (b'ok "A"\na\x00b "C"', "line 2: it contains a NUL character"),
+    "control character": ('a \x07 "C"', "line 1: it contains the character U+0007"),
+    "latin-1": (b'ok "A"\ncaf\xe9 "B"', "line 2: byte 4 is not UTF-8"),
+    "utf-16": ('a "B"'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
+    "line too long": (b"x" * (MAX_LINE_BYTES + 1), f"line 1: it has {MAX_LINE_BYTES + 1} bytes"),
+    "10 MB line": (b'"' + b"x" * 10_000_000 + b'"', "line 1: it has 10000002 bytes"),
+    "prompt too long": ('"A"' + "x" * 4000, "line 1: the prompt has 4003 characters"),
+    "JSON in a text file": ('{"prompt": "a"}', "line 1: it looks like JSON; name the file .jsonl"),
+    "empty": (b"", "holds no prompts"),
+    "only a mark": (b"\xef\xbb\xbf", "holds no prompts"),
+    "only blank lines": (" \n\t\n\r\n", "holds no prompts"),
+    "binary": (b"\x89PNG\r\n\x1a\n\x00\x00\x00", "bad lines"),
+}
+
+
+@pytest.mark.parametrize("case", TEXT_CASES)
+def test_bad_text_files(tmp_path: Path, case: str) -> None:
+    data, expected = TEXT_CASES[case]
+    assert expected in refusal(tmp_path / "p.txt", data)
+
+
+JSON_CASES = {
+    "not JSON": ("prompt: a", "line 1: it is not JSON"),
+    "cut off": ('{"prompt": "a', "line 1: it is not JSON"),
+    "a list": ('["a"]', "line 1: it is not a JSON object"),
+    "no prompt": ('{"text": "a", "id": 1}', "line 1: the key prompt is missing; found id, text"),
+    "no keys": ("{}", "line 1: the key prompt is missing; found no keys"),
+    "prompt is a number": ('{"prompt": 3}', "line 1: prompt must be a text, not int"),
+    "prompt is empty": ('{"prompt": " ", "target": "A"}', "line 1: the prompt is empty"),
+    "target is a list": ('{"prompt": "a", "target": ["A"]}', "line 1: target must be a text, not list"),
+    "target is blank": (
+        '{"prompt": "a", "target": " "}',
+        "line 1: the text that the picture shall say is empty",
+    ),
+    "key twice": (
+        '{"prompt": "a \\"A\\"", "prompt": "b"}',
+        "line 1: its JSON cannot be used (a key stands twice)",
+    ),
+    "NaN": (
+        '{"prompt": "a \\"A\\"", "x": NaN}',
+        "line 1: its JSON cannot be used (nan is not a json number)",
+    ),
+    "overflow": ('{"prompt": "a \\"A\\"", "x": 1e999}', "line 1: its JSON cannot be used"),
+    "huge integer": ('{"prompt": "a \\"A\\"", "x": ' + "9" * 5000 + "}", "line 1: its JSON cannot be used"),
+    "nested": (
+        '{"prompt": "a", "x": ' + "[" * 30000 + "]" * 30000 + "}",
+        "line 1: its JSON is nested too deeply",
+    ),
+    "half a surrogate pair": (
+        '{"prompt": "a \\ud800 \\"A\\""}',
+        "line 1: the prompt contains the character U+D800",
+    ),
+    "half a pair in metadata": ('{"prompt": "\\"A\\"", "x": "\\udfff"}', "line 1: its metadata contains"),
+    "escaped NUL": ('{"prompt": "a \\u0000 \\"A\\""}', "line 1: the prompt contains a NUL character"),
+}
+
+
+@pytest.mark.parametrize("case", JSON_CASES)
+def test_bad_json_files(tmp_path: Path, case: str) -> None:
+    data, expected = JSON_CASES[case]
+    assert expected in refusal(tmp_path / "p.jsonl", data)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "a photo of a dog"}, "line 1: the key tag is missing"),
+        ({"prompt": "a", "tag": "counting"}, "line 1: the key include is missing"),
+        ({"prompt": "a", "tag": 3, "include": [{}]}, "line 1: tag must be a text"),
+        (
+            {"prompt": "a", "tag": "counting", "include": []},
+            "line 1: include must be a list that is not empty",
+        ),
+    ],
+)
+def test_bad_geneval_metadata(tmp_path: Path, row: dict[str, object], expected: str) -> None:
+    assert expected in refusal(tmp_path / "p.jsonl", json.dumps(row), task="geneval")
+
+
+def test_all_bad_lines_at_once_up_to_ten(tmp_path: Path) -> None:
+    message = refusal(tmp_path / "p.txt", "\n".join(["good “A”"] + ["bad"] * 12))
+    assert "has 12 bad lines" in message
+    assert "line 2:" in message and "line 11:" in message and "line 12:" not in message
+    assert message.endswith("and 2 more")
+
+
+def test_a_file_that_is_not_there_a_folder_and_a_device(tmp_path: Path) -> None:
+    for file, expected in [
+        (str(tmp_path / "none.txt"), "does not exist"),
+        (str(tmp_path), "is not a regular file"),
+        ("/dev/zero", "is not a regular file"),
+        ("x" * 5000, "cannot be read"),
+        ("a\0b", "cannot be read|does not exist"),
+        ("~no-such-user/p.txt", "does not exist"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            load_prompts(PromptSource(file=file), task="ocr", base_dir=tmp_path)
+
+
+def test_a_file_without_read_permission(open_folder: Path, unprivileged: Callable[[], Any]) -> None:
+    path = open_folder / "p.txt"
+    path.write_text('"A"')
+    path.chmod(0)
+    with unprivileged(), pytest.raises(UserError, match="cannot be read: Permission denied"):
+        load_prompts(PromptSource(file=str(path)), task="ocr")
+
+
+def test_built_in_sets(tmp_path: Path) -> None:
+    prompts = load_prompts(PromptSource(builtin="ocr-test", count=20, two_line_share=0.5), task="ocr")
+    assert len(prompts) == 20 and prompts.dropped_duplicates == 0
+    assert all(record.target and f'"{record.target}"' in record.prompt for record in prompts.records)
+    # A built-in prompt and the same line in a file are one record.
+    again = load(tmp_path / "p.txt", "\n".join(record.prompt for record in prompts.records))
+    assert again == prompts
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "hint"),
+    [
+        ("ocr-tset", "ocr", "did you mean ocr-test"),
+        ("zzz", "ocr", "choose one of ocr-train, ocr-validation, ocr-test"),
+        ("ocr-train", "geneval", "for the task geneval"),
+    ],
+)
+def test_unknown_built_in_set(name: str, task: str, hint: str) -> None:
+    with pytest.raises(UserError, match=hint):
+        load_prompts(PromptSource(builtin=name, count=3), task=task)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=200), suffix=st.sampled_from([".txt", ".jsonl"]))
+def test_any_bytes_load_or_are_refused_in_one_sentence(tmp_path: Path, data: bytes, suffix: str) -> None:
+    path = tmp_path / f"p{suffix}"
+    try:
+        prompts = load(path, data)
+    except UserError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(record.target and record.target.strip() for record in prompts.records)

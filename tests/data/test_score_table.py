@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.store import Group, GroupStore
+from gdro_cli.errors import StoreError
+
+PROVENANCE = {"engine": "test", "weights": {"det": "0a1b"}}
+
+
+@pytest.fixture
+def table(store: GroupStore) -> ScoreTable:
+    return ScoreTable.create_or_open(store, "ocr", provenance=PROVENANCE)
+
+
+def score(store: GroupStore, number: int) -> list[ScoreRow]:
+    """Scores 0, 1/4, 1/2 and a missing one for each group."""
+    rows = []
+    for image in store.images(number):
+        missing = image.index == 3
+        value = None if missing else image.index / 4
+        rows.append(ScoreRow(image.prompt.id, image.index, value, "no text" if missing else None, {"text": "é“"}))
+    return rows
+
+
+def fill(table: ScoreTable) -> list[ScoreRow]:
+    for number in table.missing_shards():
+        table.write_shard(number, score(table.store, number))
+    return list(table.rows())
+
+
+def test_rows_come_back_in_the_order_of_the_store(table: ScoreTable) -> None:
+    assert table.missing_shards() == [0, 1, 2]
+    table.write_shard(2, score(table.store, 2))
+    table.write_shard(0, score(table.store, 0))
+    assert table.missing_shards() == [1]
+    rows = fill(table)
+    expected = [(prompt.id, index) for prompt in table.store.prompts for index in range(4)]
+    assert [(row.prompt_id, row.index) for row in rows] == expected
+    assert rows == [row for number in range(3) for row in score(table.store, number)]
+
+
+def test_rows_are_refused_while_some_are_missing(table: ScoreTable) -> None:
+    table.write_shard(0, score(table.store, 0))
+    with pytest.raises(StoreError, match="has no scores of shard 00001: run `gdro score`"):
+        list(table.rows())
+
+
+def test_opening_again_finds_the_scores_and_another_provenance_does_not(table: ScoreTable) -> None:
+    fill(table)
+    again = ScoreTable.create_or_open(table.store, "ocr", provenance=dict(reversed(PROVENANCE.items())))
+    assert again == table and again.missing_shards() == []
+    for name, provenance in (("ocr", PROVENANCE | {"engine": "next"}), ("other", PROVENANCE)):
+        assert ScoreTable.create_or_open(table.store, name, provenance=provenance).missing_shards() == [
+            0,
+            1,
+            2,
+        ]
+
+
+def test_summary(table: ScoreTable) -> None:
+    """Of 5 groups of 4: 15 scores with mean (0 + 1/4 + 1/2) / 3 = 1/4, and 5 missing."""
+    assert table.summary().images == 0 and table.summary().missing_share == 0 and table.summary().mean is None
+    fill(table)
+    summary = table.summary()
+    assert (summary.images, summary.scored, summary.mean) == (20, 15, 0.25)
+    assert summary.missing_share == 0.25 and summary.reasons == (("no text", 5),)
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(None, None), (0.5, "both"), (math.nan, None), (math.inf, None), (-math.inf, None)]
+)
+def test_a_row_has_a_finite_value_or_a_reason(value: float | None, reason: str | None) -> None:
+    with pytest.raises(ValueError):
+        ScoreRow("0123456789ab", 0, value, reason)
+
+
+def test_other_rows_than_the_shard_has_are_programming_errors(table: ScoreTable) -> None:
+    rows = score(table.store, 0)
+    for wrong in (rows[:-1], rows[::-1], [*rows, rows[0]], score(table.store, 1)):
+        with pytest.raises(ValueError):
+            table.write_shard(0, wrong)
+    with pytest.raises(ValueError):
+        table.write_shard(0, [ScoreRow(row.prompt_id, row.index, 0.0, None, {"x": math.nan}) for row in rows])
+    assert table.missing_shards() == [0, 1, 2]
+
+
+def test_a_shard_made_anew_is_scored_anew_only_if_it_differs(
+    table: ScoreTable, make_group: Callable[..., Group]
+) -> None:
+    fill(table)
+    store = table.store
+    groups = [make_group(prompt) for prompt in store.shards[1]]
+    shutil.rmtree(store.path / "shards" / "00001")
+    with pytest.raises(StoreError, match=r"shard 00001 of the store .* is missing: run `gdro sample`"):
+        table.missing_shards()
+    store.write_shard(1, groups)
+    assert table.missing_shards() == []
+    groups[0] = Group(groups[0].prompt, groups[0].latents, groups[0].conditioning, groups[0].images, [9, 9, 9, 9])
+    store.write_shard(1, groups)
+    assert table.missing_shards() == [1]
+    assert len(fill(table)) == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "expected"),
+    [
+        ("00001.jsonl", lambda path: path.write_bytes(path.read_bytes()[:-9]), "has .* bytes instead of"),
+        (
+            "00001.jsonl",
+            lambda path: path.write_text(path.read_text().replace("0.25", "0.75")),
+            "was changed",
+        ),
+        ("00001.json", lambda path: path.write_text("{"), "is not JSON"),
+        ("00001.json", lambda path: path.write_text('{"shard": 1}'), "has other keys"),
+        ("00001.json", lambda path: path.write_text("[]"), "has other keys"),
+    ],
+)
+def test_damaged_scores_are_named_with_the_remedy(
+    table: ScoreTable, name: str, harm: Callable[[Path], Any], expected: str
+) -> None:
+    rows = fill(table)
+    harm(table.path / name)
+    with pytest.raises(StoreError, match=rf"the scores of shard 00001 .*{expected}.*: delete .* and run `gdro score`"):
+        list(table.rows())
+    (table.path / "00001.json").unlink()
+    assert table.missing_shards() == [1]
+    assert fill(table) == rows
+
+
+def test_half_written_scores_are_missing(table: ScoreTable) -> None:
+    rows = fill(table)
+    (table.path / "00001.json").unlink()
+    (table.path / "00001.jsonl").write_text("half")
+    (table.path / ".00001.jsonl.4711.partial").write_text("half")
+    (table.path / "00002.jsonl").unlink()
+    assert table.missing_shards() == [1, 2]
+    assert fill(table) == rows
+    assert not [name for name in os.listdir(table.path) if name.endswith(".partial")]
+
+
+def test_scores_replaced_by_those_of_another_table_are_not_taken(table: ScoreTable) -> None:
+    fill(table)
+    other = ScoreTable.create_or_open(table.store, "other", provenance={})
+    fill(other)
+    shutil.copy(other.path / "00001.json", table.path / "00001.json")
+    assert table.missing_shards() == [1]
+
+
+def test_edited_or_linked_table_is_refused(table: ScoreTable, tmp_path: Path) -> None:
+    manifest = table.path / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"name": "better"}))
+    with pytest.raises(StoreError, match="was changed"):
+        ScoreTable.create_or_open(table.store, "ocr", provenance=PROVENANCE)
+    manifest.write_text("{")
+    with pytest.raises(StoreError, match="is not JSON"):
+        ScoreTable.create_or_open(table.store, "ocr", provenance=PROVENANCE)
+    shutil.move(table.path, tmp_path / "outside")
+    table.path.symlink_to(tmp_path / "outside")
+    with pytest.raises(StoreError, match="link that leaves the store"):
+        ScoreTable.create_or_open(table.store, "ocr", provenance=PROVENANCE)
+
+
+def test_table_in_a_read_only_store(
+    open_folder: Path,
+    open_store: Callable[..., GroupStore],
+    unprivileged: Callable[[], Any],
+) -> None:
+    store = open_store(open_folder / "store")
+    store.path.chmod(0o555)
+    with unprivileged(), pytest.raises(StoreError, match="no permission to write there"):
+        ScoreTable.create_or_open(store, "ocr", provenance=PROVENANCE)

@@ -1,0 +1,213 @@
+"""LoRA, the reference inside it, its file in diffusers' format, and the average of its weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gdro_cli.errors import StoreError, UserError
+from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.diffusers_flow import load_flow_model
+
+from .conftest import PROMPTS, SIZE
+
+
+def velocity(model: FlowModel, transformer: nn.Module | None = None) -> Tensor:
+    """The velocity at fixed inputs, optionally of another transformer with the same interface."""
+    texts = model.encode(PROMPTS)
+    own, model.transformer = model.transformer, transformer or model.transformer
+    with torch.no_grad():
+        noise, sigma = model.noise([1, 2, 3], **SIZE), torch.tensor([0.9, 0.5, 0.1])
+        result = model.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
+    model.transformer = own
+    return result
+
+
+def train_a_little(parameters: list[nn.Parameter]) -> None:
+    """Give every adapter weight a value that matters."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+def test_fresh_adapter_changes_nothing_and_reference_is_the_base_exactly(flux_folder: Path) -> None:
+    base = velocity(load_flow_model(flux_folder))
+    model = load_flow_model(flux_folder)
+    parameters = attach_lora(model, rank=2, alpha=4, targets="all-linear", seed=1)
+    assert torch.equal(velocity(model), base)
+    train_a_little(parameters)
+    trained = velocity(model)
+    assert (trained - base).abs().mean() > 0.1 * base.std()
+    with reference(model):
+        assert torch.equal(velocity(model), base)
+    assert torch.equal(velocity(model), trained)
+
+
+def test_reference_leaves_gradients_and_errors_alone(flux_folder: Path) -> None:
+    model = load_flow_model(flux_folder)
+    parameters = attach_lora(model, rank=2, alpha=2, seed=1)
+    with pytest.raises(KeyError), reference(model):
+        assert all(p.requires_grad for p in parameters)
+        raise KeyError
+    train_a_little(parameters)
+    texts = model.encode(PROMPTS[:1])
+    model.velocity(model.noise([1], **SIZE), torch.tensor([0.5]), texts, guidance=1.0, **SIZE).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters)
+    trainable = [p for p in model.transformer.parameters() if p.requires_grad]
+    assert {id(p) for p in trainable} == {id(p) for p in parameters}
+
+
+def test_nested_references_stay_off_until_the_outer_one_ends(flux_folder: Path) -> None:
+    model = load_flow_model(flux_folder)
+    train_a_little(attach_lora(model, rank=2, alpha=2, seed=1))
+    with reference(model):
+        off = velocity(model)
+        with reference(model):
+            pass
+        assert torch.equal(velocity(model), off)
+
+
+@pytest.mark.parametrize(("rank", "alpha", "rslora"), [(4, 4, False), (4, 10, False), (4, 6, True)])
+@pytest.mark.parametrize("targets", ["auto", "all-linear"])
+def test_diffusers_loads_the_file_and_gives_the_same_velocity(
+    flux_folder: Path, tmp_path: Path, rank: int, alpha: float, rslora: bool, targets: Any
+) -> None:
+    from diffusers import FluxPipeline
+
+    model = load_flow_model(flux_folder)
+    train_a_little(attach_lora(model, rank=rank, alpha=alpha, targets=targets, rslora=rslora, seed=1))
+    save_lora(model, tmp_path / "lora")
+    pipe = FluxPipeline.from_pretrained(flux_folder, local_files_only=True)
+    base = velocity(model, pipe.transformer)
+    pipe.load_lora_weights(tmp_path / "lora")
+    theirs = velocity(model, pipe.transformer)
+    torch.testing.assert_close(theirs, velocity(model), rtol=1e-5, atol=1e-6)
+    assert (theirs - base).abs().mean() > 0.05 * base.std()
+
+
+def test_all_linear_reaches_every_linear_layer(flux_folder: Path) -> None:
+    model = load_flow_model(flux_folder)
+    linear = {name for name, layer in model.transformer.named_modules() if isinstance(layer, nn.Linear)}
+    assert {"x_embedder", "norm_out.linear", "proj_out", "transformer_blocks.0.norm1.linear"} <= linear
+    parameters = attach_lora(model, rank=2, alpha=2, targets="all-linear", seed=1)
+    assert len(parameters) == 2 * len(linear)
+    assert {name.split(".lora_")[0] for name in lora_state(model)} == linear
+
+
+def test_adapter_is_seeded_without_the_global_random_state(flux_folder: Path) -> None:
+    def fresh(seed: int) -> dict[str, Tensor]:
+        model = load_flow_model(flux_folder)
+        _ = model.transformer
+        before = torch.get_rng_state()
+        attach_lora(model, rank=3, alpha=3, seed=seed)
+        assert torch.equal(torch.get_rng_state(), before)
+        return lora_state(model)
+
+    torch.manual_seed(11)
+    one = fresh(1)
+    torch.manual_seed(12)
+    again, other = fresh(1), fresh(2)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    down = [name for name in one if ".lora_A." in name]
+    assert all(not torch.equal(one[name], other[name]) for name in down)
+    assert all(not one[name].any() for name in one if ".lora_B." in name)
+    # Deviation 1 / rank over some thousand draws.
+    assert abs(torch.cat([one[name].flatten() for name in down]).std().item() - 1 / 3) < 0.03
+
+
+def test_adapter_of_a_bfloat16_base_is_float32(flux_folder: Path) -> None:
+    model = load_flow_model(flux_folder, dtype="bfloat16")
+    parameters = attach_lora(model, rank=2, alpha=2, seed=1)
+    assert {p.dtype for p in parameters} == {torch.float32}
+    train_a_little(parameters)
+    assert velocity(model).dtype == torch.bfloat16
+
+
+def test_state_round_trip_and_names_are_pefts(flux_folder: Path) -> None:
+    from peft import get_peft_model_state_dict
+
+    model = load_flow_model(flux_folder)
+    parameters = attach_lora(model, rank=2, alpha=2, targets="all-linear", seed=1)
+    train_a_little(parameters)
+    state, trained = lora_state(model), velocity(model)
+    official = get_peft_model_state_dict(model.transformer, adapter_name="default")
+    assert official.keys() == state.keys() and all(torch.equal(official[k], state[k]) for k in state)
+    train_a_little(parameters)
+    assert not torch.equal(velocity(model), trained)
+    load_lora_state(model, state)
+    assert torch.equal(velocity(model), trained)
+
+
+def test_wrong_state_targets_and_order_are_refused(flux_folder: Path) -> None:
+    model = load_flow_model(flux_folder)
+    with pytest.raises(UserError, match="no adapter"):
+        lora_state(model)
+    with pytest.raises(UserError, match=r"names attn\.to_qq, but .* did you mean attn\.to_q\?"):
+        attach_lora(model, rank=2, alpha=2, targets=["attn.to_qq"])
+    with pytest.raises(UserError, match="give auto, all-linear or a list"):
+        attach_lora(model, rank=2, alpha=2, targets="all")  # type: ignore[arg-type]
+    attach_lora(model, rank=2, alpha=2, targets=["attn.to_q"])
+    with pytest.raises(UserError, match="has an adapter already"):
+        attach_lora(model, rank=2, alpha=2)
+    state = lora_state(model)
+    name = next(iter(state))
+    with pytest.raises(StoreError, match="1 layers differ"):
+        load_lora_state(model, {key: value for key, value in state.items() if key != name})
+    with pytest.raises(StoreError, match="1 layers differ"):
+        load_lora_state(model, {**state, name: state[name][:1]})
+
+
+def test_wrapped_transformer_keeps_its_adapter_names(flux_folder: Path) -> None:
+    model = load_flow_model(flux_folder)
+    attach_lora(model, rank=2, alpha=2, targets=["attn.to_q"], seed=1)
+    plain = lora_state(model)
+    model.transformer = torch.compile(model.transformer)  # lazy: nothing is compiled before a forward
+    assert lora_state(model).keys() == plain.keys()
+
+
+@pytest.mark.parametrize(("rate", "ceiling", "update", "decay"), [(0.001, 0.5, 1, 0.001), (0.2, 0.5, 4, 0.5)])
+def test_decay_of_the_average(rate: float, ceiling: float, update: int, decay: float) -> None:
+    assert math.isclose(Ema([], rate, ceiling).decay(update), decay)
+
+
+def test_average_by_hand() -> None:
+    """rate 0.2, ceiling 0.5: start 0; 1 at eta 0.2 -> 0.8; 2 at 0.4 -> 0.32 + 1.2 = 1.52; 3 at 0.5 -> 0.76 + 1.5."""
+    parameter = nn.Parameter(torch.zeros(2))
+    ema = Ema([parameter], 0.2, 0.5)
+    for value, expected in [(1.0, 0.8), (2.0, 1.52), (3.0, 2.26)]:
+        with torch.no_grad():
+            parameter.fill_(value)
+        ema.update()
+        with ema.applied():
+            torch.testing.assert_close(parameter.detach(), torch.full((2,), expected))
+        assert parameter.tolist() == [value, value]
+
+
+def test_average_comes_back_from_its_state_and_after_errors() -> None:
+    def walk(ema: Ema, parameter: nn.Parameter, values: list[float]) -> None:
+        for value in values:
+            with torch.no_grad():
+                parameter.fill_(value)
+            ema.update()
+
+    make: Callable[[], nn.Parameter] = lambda: nn.Parameter(torch.ones(3))  # noqa: E731
+    one, two = make(), make()
+    straight, resumed = Ema([one], 0.1, 0.5), Ema([two], 0.1, 0.5)
+    walk(straight, one, [1.0, 5.0])
+    resumed.load(straight.state())
+    walk(straight, one, [7.0, 2.0])
+    walk(resumed, two, [7.0, 2.0])
+    assert all(torch.equal(a, b) for a, b in zip(straight.state().values(), resumed.state().values(), strict=True))
+    with pytest.raises(KeyError), resumed.applied():
+        raise KeyError
+    assert two.tolist() == [2.0] * 3
+    with pytest.raises(StoreError, match="stored average does not fit"):
+        Ema([nn.Parameter(torch.ones(4))], 0.1, 0.5).load(straight.state())

@@ -1,0 +1,94 @@
+"""Opening pipeline folders: identity, refusal of foreign code, and one clear sentence when something is missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdro_cli.errors import GdroError, PrerequisiteError, UserError
+from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.folder import PipelineFolder
+
+
+@pytest.fixture
+def copy(flux_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(flux_folder, tmp_path / "copy"))
+
+
+def edit_index(folder: Path, **entries: Any) -> None:
+    path = folder / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+
+
+def test_identity_is_a_digest_of_the_bytes(flux_folder: Path, copy: Path) -> None:
+    original, copied = load_flow_model(flux_folder).identity, load_flow_model(copy).identity
+    assert original["pipeline"] == "FluxPipeline" and original["path"] == str(flux_folder)
+    assert original["components"]["transformer"] == "FluxTransformer2DModel"
+    assert original["digest"] == copied["digest"] and len(original["digest"]) == 64
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert load_flow_model(copy).identity["digest"] != original["digest"]
+
+
+def test_default_size_is_the_autoencoders(flux_folder: Path) -> None:
+    assert load_flow_model(flux_folder).default_size == (64, 64)
+
+
+def test_own_modules_are_loaded_and_foreign_ones_refused(copy: Path) -> None:
+    edit_index(copy, vae=["gdro_cli.errors", "GdroError"])
+    assert PipelineFolder(copy).component_class("vae") is GdroError
+    edit_index(copy, vae=["os", "system"])
+    with pytest.raises(UserError, match=r"names os\.system for vae"):
+        PipelineFolder(copy).component_class("vae")
+    edit_index(copy, vae=["diffusers", "NoSuchAutoencoder"])
+    with pytest.raises(PrerequisiteError, match="NoSuchAutoencoder for vae, which the installed diffusers lacks"):
+        PipelineFolder(copy).component_class("vae")
+
+
+def test_unknown_pipeline_is_refused_with_the_known_ones(copy: Path) -> None:
+    edit_index(copy, _class_name="StableDiffusionPipeline")
+    with pytest.raises(UserError, match="StableDiffusionPipeline, which is not supported: choose one of FluxPipeline"):
+        load_flow_model(copy)
+
+
+def test_missing_folder_and_missing_index(tmp_path: Path) -> None:
+    with pytest.raises(PrerequisiteError, match=r"nowhere does not exist: set model\.path"):
+        load_flow_model(tmp_path / "nowhere")
+    with pytest.raises(PrerequisiteError, match=r"model_index\.json is missing"):
+        load_flow_model(tmp_path)
+
+
+def test_model_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PrerequisiteError, match=r"owner/missing is neither .*`hf download owner/missing --local-dir"):
+        load_flow_model("owner/missing")
+
+
+def test_unknown_dtype(flux_folder: Path) -> None:
+    with pytest.raises(UserError, match="choose auto, float32, bfloat16, float16"):
+        load_flow_model(flux_folder, dtype="float8")  # type: ignore[arg-type]
+
+
+def test_broken_components_are_named(copy: Path) -> None:
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(PrerequisiteError, match="component transformer of model .* cannot be loaded"):
+        _ = load_flow_model(copy).transformer
+    weights.unlink()
+    with pytest.raises(PrerequisiteError, match="component transformer of model .* cannot be loaded"):
+        _ = load_flow_model(copy).transformer
+    edit_index(copy, text_encoder=[None, None])
+    with pytest.raises(PrerequisiteError, match="has no component text_encoder"):
+        load_flow_model(copy).encode(["a"])
+    (copy / "vae" / "config.json").unlink()
+    with pytest.raises(PrerequisiteError, match=r"component vae .*config\.json is missing"):
+        load_flow_model(copy)

@@ -1,0 +1,69 @@
+"""Rewards that load at once and fail in the ways that real ones may; the image's width says how."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.rewards.base import ImageSource, PromptLike, Score, UnreadableImageError, read_rgb
+
+KILLS = 13
+RAISES = 17
+KILLS_ONCE = 19
+WITHOUT_TARGET = "no target"
+
+
+class WidthReward:
+    """The score of an image is its width."""
+
+    def __init__(self, marks: Path | None = None) -> None:
+        self._marks = marks
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        return {"reward": "width"}
+
+    def load(self) -> None:
+        pass
+
+    def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
+        for prompt in prompts:
+            if prompt.prompt == WITHOUT_TARGET:
+                raise UserError("the prompt has no target")
+        return [self._one(image) for image in images]
+
+    def _one(self, source: ImageSource) -> Score:
+        try:
+            width = read_rgb(source).width
+        except UnreadableImageError as error:
+            return Score(None, str(error))
+        if width == RAISES:
+            raise RuntimeError("seventeen")
+        if width == KILLS or (width == KILLS_ONCE and self._first_time()):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Score(float(width), None, {"pid": os.getpid()})
+
+    def _first_time(self) -> bool:
+        assert self._marks is not None
+        mark = self._marks / "killed"
+        new = not mark.exists()
+        mark.touch()
+        return new
+
+
+class Unloadable(WidthReward):
+    """Its weights are missing."""
+
+    def load(self) -> None:
+        raise PrerequisiteError("the weights are missing")
+
+
+class DiesWhileLoading(WidthReward):
+    """Its libraries crash."""
+
+    def load(self) -> None:
+        os._exit(3)

@@ -1,0 +1,201 @@
+"""Scoring on several processes: order, failures, crashes, signals."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.rewards.base import ImageSource
+from gdro_cli.rewards.ocr import OcrReward
+from gdro_cli.rewards.pool import ScoringPool, usable_cores
+
+from .breaking import (
+    KILLS,
+    KILLS_ONCE,
+    RAISES,
+    WITHOUT_TARGET,
+    DiesWhileLoading,
+    Unloadable,
+    WidthReward,
+)
+from .signs import Prompt, ask, sign
+
+WORDS = ["HELLO", "HOTEL", "BREAD", "TIGER", "WINDOW", "MARKET"]
+
+
+def widths(*values: int) -> list[ImageSource]:
+    return [Image.new("RGB", (width, 8)) for width in values]
+
+
+def prompts(images: Sequence[ImageSource]) -> list[Prompt]:
+    return [ask("A")] * len(images)
+
+
+def test_real_ocr_on_two_workers_equals_one_process(reward: OcrReward, tmp_path: Path) -> None:
+    images: list[ImageSource] = [sign([word], colour="#2850be") for word in WORDS]
+    for place in (1, 4):  # images and paths may be mixed
+        path = tmp_path / f"{place}.png"
+        images[place].save(path)  # type: ignore[union-attr]
+        images[place] = path
+    asked = [ask(word) for word in WORDS[:-1]] + [ask("OTHERS")]
+    with ScoringPool(reward, workers=2) as pool:
+        scores = pool.score(images, asked)
+        again = pool.score(images[:2], asked[:2])
+    assert scores == reward.score(images, asked)
+    assert again == scores[:2]
+    assert [score.details["text"] for score in scores] == WORDS
+
+
+def test_order_is_kept_and_work_is_shared() -> None:
+    images = widths(*range(100, 160))
+    done: list[int] = []
+    with ScoringPool(WidthReward(), workers=2) as pool:
+        scores = pool.score(images, prompts(images), on_scored=done.append)
+    assert [score.value for score in scores] == [float(width) for width in range(100, 160)]
+    assert sum(done) == 60
+    assert os.getpid() not in {score.details["pid"] for score in scores}
+
+
+def test_no_images() -> None:
+    with ScoringPool(WidthReward(), workers=1) as pool:
+        assert pool.score([], []) == []
+
+
+def test_broken_images_are_missing(tmp_path: Path) -> None:
+    good, cut = tmp_path / "good.png", tmp_path / "cut.png"
+    Image.effect_noise((40, 40), 50).save(good)
+    cut.write_bytes(good.read_bytes()[:400])
+    opened = Image.open(cut)  # opens; only decoding fails, in the parent
+    images: list[ImageSource] = [good, cut, opened, *widths(7)]
+    with ScoringPool(WidthReward(), workers=2) as pool:
+        scores = pool.score(images, prompts(images))
+    assert [score.value for score in scores] == [40.0, None, None, 7.0]
+    assert all("cannot be decoded" in (score.reason or "") for score in scores[1:3])
+
+
+def test_a_crash_costs_only_the_image_that_caused_it() -> None:
+    images = widths(*range(100, 120), KILLS, *range(120, 140))
+    with ScoringPool(WidthReward(), workers=2) as pool:
+        scores = pool.score(images, prompts(images))
+        assert pool.score(widths(5), prompts(widths(5)))[0].value == 5.0
+    assert [i for i, score in enumerate(scores) if score.value is None] == [20]
+    assert "died on this image (exit code -9)" in (scores[20].reason or "")
+
+
+def test_an_image_whose_worker_crashed_is_tried_again(tmp_path: Path) -> None:
+    images = widths(100, KILLS_ONCE, 101)
+    with ScoringPool(WidthReward(tmp_path), workers=1) as pool:
+        scores = pool.score(images, prompts(images))
+    assert (tmp_path / "killed").exists()
+    assert [score.value for score in scores] == [100.0, float(KILLS_ONCE), 101.0]
+
+
+def test_an_exception_of_the_reward_costs_only_its_image() -> None:
+    images = widths(*range(100, 120), RAISES, 120)
+    with ScoringPool(WidthReward(), workers=1) as pool:
+        scores = pool.score(images, prompts(images))
+    assert [i for i, score in enumerate(scores) if score.value is None] == [20]
+    assert "RuntimeError: seventeen" in (scores[20].reason or "")
+
+
+def test_errors_for_the_user_go_through_and_close_the_pool() -> None:
+    images = widths(5, 6)
+    with ScoringPool(WidthReward(), workers=1) as pool:
+        with pytest.raises(UserError, match="no target"):
+            pool.score(images, [ask("A"), Prompt(WITHOUT_TARGET, None)])
+        with pytest.raises(ValueError, match="not open"):
+            pool.score(images, prompts(images))
+    with (
+        ScoringPool(Unloadable(), workers=2) as pool,
+        pytest.raises(PrerequisiteError, match="weights are missing"),
+    ):
+        pool.score(images, prompts(images))
+    with (
+        ScoringPool(DiesWhileLoading(), workers=1) as pool,
+        pytest.raises(PrerequisiteError, match="exit code 3"),
+    ):
+        pool.score(images, prompts(images))
+
+
+def test_wrong_use() -> None:
+    with pytest.raises(ValueError, match="at least one worker"):
+        ScoringPool(WidthReward(), workers=0)
+    with pytest.raises(ValueError, match="not open"):
+        ScoringPool(WidthReward(), workers=1).score(widths(1), prompts(widths(1)))
+    with ScoringPool(WidthReward(), workers=1) as pool, pytest.raises(ValueError, match="1 images but 0"):
+        pool.score(widths(1), [])
+    assert usable_cores() >= 1
+
+
+def test_an_interruption_of_the_parent_ends_the_workers() -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    images = widths(*range(100, 130))
+    pool = ScoringPool(WidthReward(), workers=2)
+    with pytest.raises(KeyboardInterrupt), pool:
+        pool.score(images, prompts(images), on_scored=interrupt)
+    assert [child for child in multiprocessing.active_children() if child.name == "gdro-scoring"] == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+def test_workers_ignore_ctrl_c() -> None:
+    images = widths(*range(100, 110))
+    with ScoringPool(WidthReward(), workers=2) as pool:
+        for child in multiprocessing.active_children():  # as early as can be: while they start
+            if child.name == "gdro-scoring" and child.pid is not None:
+                os.kill(child.pid, signal.SIGINT)
+        pids = {score.details["pid"] for score in pool.score(images, prompts(images))}
+        for pid in pids:
+            os.kill(pid, signal.SIGINT)
+        scores = pool.score(images, prompts(images))
+    assert {score.details["pid"] for score in scores} <= pids | {score.details["pid"] for score in scores}
+    assert [score.value for score in scores] == [float(width) for width in range(100, 110)]
+
+
+ORPHANS = """
+import multiprocessing, os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from breaking import WidthReward
+from PIL import Image
+from gdro_cli.rewards.pool import ScoringPool
+class P: prompt, target, metadata = "p", "A", {}
+if __name__ == "__main__":
+    with ScoringPool(WidthReward(), workers=2) as pool:
+        pool.score([Image.new("RGB", (5, 5))] * 8, [P()] * 8)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
+def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "orphans.py"
+    script.write_text(ORPHANS)
+    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    deadline = time.monotonic() + 20
+    while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in pids)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"

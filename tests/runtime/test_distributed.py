@@ -1,0 +1,99 @@
+"""The engine in one process, and in two on the CPU: same sums, same gradients."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.runtime.distributed import make_engine
+
+WORK = """
+import json, os, sys, torch
+from torch import nn
+from gdro_cli.runtime.distributed import make_engine
+
+engine = make_engine(cpu=True)
+torch.manual_seed(0)
+layer, unused = nn.Linear(3, 2), nn.Parameter(torch.ones(2))
+groups = [torch.randn(4, 3, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+for group in engine.share(groups):
+    engine.backward(layer(group).square().mean() / len(groups))
+parameters = [*layer.parameters(), unused]
+engine.sum_gradients(parameters)
+norm = engine.clip(parameters, 0.1)
+names = engine.gather_objects([f"{engine.rank}:{i}" for i in range(engine.rank + 1)])
+total = engine.sum(torch.tensor([1.0, engine.rank]))
+engine.barrier()
+result = {"world": engine.world, "main": engine.is_main, "norm": norm, "names": names, "total": total.tolist(),
+          "grad": layer.weight.grad.tolist(), "unused": None if unused.grad is None else unused.grad.tolist()}
+with open(f"{sys.argv[1]}/{engine.rank}.json", "w") as stream:
+    json.dump(result, stream)
+engine.end()
+"""
+
+
+def run(folder: Path, world: int) -> list[dict[str, object]]:
+    folder.mkdir()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    base = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    children = []
+    for rank in range(world):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "LOCAL_WORLD_SIZE": str(world)}
+        environment = base if world == 1 else {**base, **ranks, **place}
+        children.append(subprocess.Popen([sys.executable, "-c", WORK, str(folder)], env=environment))
+    assert [child.wait(timeout=120) for child in children] == [0] * world
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(world)]
+
+
+def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
+    [one] = run(tmp_path / "one", 1)
+    first, second = run(tmp_path / "two", 2)
+    assert (one["world"], first["world"], second["world"]) == (1, 2, 2)
+    assert (one["main"], first["main"], second["main"]) == (True, True, False)
+    for result in (first, second):
+        torch.testing.assert_close(torch.tensor(result["grad"]), torch.tensor(one["grad"]))
+        assert result["norm"] == pytest.approx(one["norm"])
+        assert result["names"] == ["0:0", "1:0", "1:1"] and result["total"] == [2.0, 1.0]
+        assert result["unused"] == [0.0, 0.0]
+    assert one["names"] == ["0:0"] and one["unused"] is None
+    # Clipped to 0.1: the weight's part of it is below, the whole was above.
+    assert float(torch.tensor(one["grad"]).norm()) <= 0.1 < float(one["norm"])  # type: ignore[arg-type]
+
+
+def test_one_process_prepares_and_shares_everything() -> None:
+    engine = make_engine(cpu=True)
+    assert (engine.rank, engine.world, engine.is_main) == (0, 1, True) and engine.device.type == "cpu"
+    assert engine.share(["a", "b", "c"]) == ["a", "b", "c"]
+    layer = nn.Linear(2, 1)
+    prepared, optimizer = engine.prepare(layer, torch.optim.SGD(layer.parameters(), lr=0.5))
+    assert prepared.weight is layer.weight
+    with engine.autocast():
+        loss = prepared(torch.tensor([[3.0, 4.0]])).sum()
+    engine.backward(loss)
+    # d loss / d (weight, bias) = (3, 4, 1), whose norm is the root of 26.
+    assert engine.clip(layer.parameters(), 100.0) == pytest.approx(26**0.5)
+    before = layer.bias.item()
+    optimizer.step()
+    assert layer.bias.item() == pytest.approx(before - 0.5)
+
+
+def test_trackers_are_checked_by_name() -> None:
+    with pytest.raises(UserError, match="names tensorbord: choose from .*tensorboard"):
+        make_engine(trackers=["tensorbord"], cpu=True)
+    from accelerate.tracking import get_available_trackers
+
+    missing = [n for n in ("aim", "clearml", "dvclive") if n not in {str(t.value) for t in get_available_trackers()}]
+    with pytest.raises(PrerequisiteError, match=f"pip install {missing[0]}"):
+        make_engine(trackers=missing[:1], cpu=True)

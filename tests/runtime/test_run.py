@@ -1,0 +1,192 @@
+"""The run folder: identity, metrics that survive a kill, and one writer at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdro_cli.errors import StoreError
+from gdro_cli.runtime.lock import Owner
+from gdro_cli.runtime.run import RunFolder, differences
+
+RECIPE = {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": (0.9, 0.999)}}
+INPUTS = {"store": "abc"}
+ENVIRONMENT = {"python": "3.11"}
+
+
+def open_run(path: Path, *, recipe: Any = None, inputs: Any = None, environment: Any = None) -> RunFolder:
+    return RunFolder.create_or_open(
+        path, recipe=recipe or RECIPE, inputs=inputs or INPUTS, environment=environment or ENVIRONMENT
+    )
+
+
+def test_run_is_made_once_and_opened_again(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "a" / "run")
+    created = run.read_json("manifest.json")["created"]
+    again = open_run(tmp_path / "a" / "run")
+    assert again.read_json("manifest.json")["created"] == created
+    assert again.recipe == {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": [0.9, 0.999]}}
+    assert again.read_json("environment.json") == ENVIRONMENT
+    assert sorted(p.name for p in run.path.iterdir()) == ["environment.json", "manifest.json", "recipe.json"]
+
+
+def test_changed_recipe_or_inputs_are_refused_with_the_difference(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    other = {**RECIPE, "train": {**RECIPE["train"], "lr": 1e-3}}  # type: ignore[dict-item]
+    with pytest.raises(StoreError, match=r"recipe\.train\.lr: 0\.0003 there, 0\.001 asked for.*--out"):
+        open_run(tmp_path, recipe=other)
+    with pytest.raises(StoreError, match=r'inputs\.store: "abc" there, "xyz" asked for'):
+        open_run(tmp_path, inputs={"store": "xyz"})
+
+
+def test_differences_by_hand() -> None:
+    there = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": True}
+    asked = {"a": 1, "b": {"c": [1, 3], "d": 0}, "e": 1}
+    assert differences(there, asked) == [
+        "b.c: [1, 2] there, [1, 3] asked for",
+        "b.d: null there, 0 asked for",
+        "e: true there, 1 asked for",
+    ]
+
+
+def test_other_environments_are_kept_beside_the_first(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    for python in ("3.12", "3.12", "3.11", "3.13"):
+        run = open_run(tmp_path, environment={"python": python})
+    assert run.read_json("environment-2.json") == {"python": "3.12"}
+    assert run.read_json("environment-3.json") == {"python": "3.13"}
+    assert len(list(tmp_path.glob("environment*.json"))) == 3
+
+
+def test_half_made_run_is_made_again(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "recipe.json").write_text("{")
+    assert open_run(tmp_path).recipe["name"] == "ocr"
+
+
+def test_damaged_and_unwritable_runs_say_so(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "run")
+    (run.path / "recipe.json").write_text("{")
+    with pytest.raises(StoreError, match=r"recipe\.json is damaged"):
+        open_run(run.path)
+    (run.path / "recipe.json").unlink()
+    with pytest.raises(StoreError, match=r"recipe\.json is missing"):
+        open_run(run.path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="cannot write to .*file/run .*--out"):
+        open_run(tmp_path / "file" / "run")
+
+
+def test_metrics_are_cut_at_a_step(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    assert run.metrics() == []
+    run.truncate_metrics(0)
+    for step in range(1, 6):
+        run.append_metrics({"step": step, "loss": 0.1 * step})
+    run.append_metrics({"step": 3, "reward": 0.5})
+    run.truncate_metrics(3)
+    assert run.metrics() == [
+        {"step": 1, "loss": 0.1},
+        {"step": 2, "loss": 0.2},
+        {"step": 3, "loss": 0.1 * 3},
+        {"step": 3, "reward": 0.5},
+    ]
+    with pytest.raises(ValueError, match="integer 'step'"):
+        run.append_metrics({"loss": 1.0})
+
+
+def test_torn_last_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    run.append_metrics({"step": 1})
+    with run.metrics_path.open("a") as stream:
+        stream.write('{"step": 2, "lo')
+    assert run.metrics() == [{"step": 1}]
+    run = open_run(tmp_path)
+    run.append_metrics({"step": 2})
+    assert [row["step"] for row in run.metrics()] == [1, 2]
+    run.metrics_path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(StoreError, match=r"metrics\.jsonl line 2 is damaged"):
+        run.metrics()
+
+
+def hold_in_another_process(path: Path) -> subprocess.Popen[str]:
+    code = (
+        "import sys, time; from pathlib import Path; from gdro_cli.runtime.lock import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)\n"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline() == "held\n"
+    return child
+
+
+def test_second_process_is_refused_and_a_killed_ones_lock_taken_over(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    child = hold_in_another_process(tmp_path / "lock")
+    try:
+        with (
+            pytest.raises(StoreError, match=f"in use by process {child.pid} on .* delete .*lock"),
+            run.lock(),
+        ):
+            pass
+        child.send_signal(signal.SIGKILL)
+        # Not yet collected by its parent: a zombie, which still answers to its number.
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        with run.lock():
+            assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
+    finally:
+        child.kill()
+        child.communicate()
+    assert not (tmp_path / "lock").exists()
+    assert not list(tmp_path.glob(".lock*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "taken"),
+    [
+        ({"began": "1"}, True),  # the number runs again, as another process
+        ({"host": "elsewhere"}, False),  # cannot be seen from here
+        ({"pid": 2**22 + 1}, True),  # above the kernel's largest number
+        ({}, False),
+    ],
+)
+def test_whose_lock_is_taken_over(tmp_path: Path, change: dict[str, Any], taken: bool) -> None:
+    run = open_run(tmp_path)
+    mine = Owner.of(os.getpid())
+    assert mine.host == socket.gethostname()
+    owner = {"host": mine.host, "pid": mine.pid, "began": mine.began, **change}
+    (tmp_path / "lock").write_text(json.dumps(owner))
+    if taken:
+        with run.lock():
+            pass
+        assert not (tmp_path / "lock").exists()
+    else:
+        with pytest.raises(StoreError, match="is in use by process"), run.lock():
+            pass
+        assert json.loads((tmp_path / "lock").read_text()) == owner
+
+
+def test_empty_lock_is_taken_over_when_it_is_old(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    (tmp_path / "lock").touch()
+    with pytest.raises(StoreError, match="in use by another process"), run.lock():
+        pass
+    os.utime(tmp_path / "lock", (0, 0))
+    with run.lock():
+        pass
+
+
+def test_lock_is_released_after_an_error(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    with pytest.raises(KeyError), run.lock():
+        raise KeyError
+    with run.lock():
+        pass
