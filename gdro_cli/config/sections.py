@@ -178,6 +178,9 @@ class TrainSection(StrictModel):
     """The trained adapter."""
     ema: EmaSection = EmaSection()
     """Moving average of the adapter."""
+    shuffle_rewards: bool = False
+    """Control experiment: permute the rewards among the images of each group, so that there is nothing to learn. What a
+    run still gains is not the reward's doing."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

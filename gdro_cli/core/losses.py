@@ -42,9 +42,7 @@ class LossOutput:
 
 def _check(s: Tensor, rewards: Tensor) -> Tensor:
     if s.shape != rewards.shape or s.ndim != 2:
-        raise ValueError(
-            f"s and rewards must share one shape [B, K], got {list(s.shape)} and {list(rewards.shape)}"
-        )
+        raise ValueError(f"s and rewards must share one shape [B, K], got {list(s.shape)} and {list(rewards.shape)}")
     return as_float(s)
 
 
@@ -136,9 +134,7 @@ def top1_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = N
     return _cross_entropies(values, ranking, target, terms=first)
 
 
-def dpo_loss(
-    s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: Tensor | None = None
-) -> LossOutput:
+def dpo_loss(s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: Tensor | None = None) -> LossOutput:
     """DPO (eqs. 18-19): ``-log sigmoid(s_winner - s_loser)``, mean over the pairs of a group.
 
     Diffusion-DPO is arXiv 2311.12908. Equal to ``gdro_loss`` with K = 2 and tau = 0. Equal rewards express

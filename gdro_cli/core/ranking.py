@@ -51,9 +51,7 @@ def scored(rewards: Tensor, mask: Tensor | None) -> Tensor:
         raise ValueError(f"rewards must have shape [B, K], got {list(rewards.shape)}")
     valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.to(rewards.device)
     if valid.dtype != torch.bool or valid.shape != rewards.shape:
-        raise ValueError(
-            f"mask must be bool of shape {list(rewards.shape)}, got {valid.dtype} {list(valid.shape)}"
-        )
+        raise ValueError(f"mask must be bool of shape {list(rewards.shape)}, got {valid.dtype} {list(valid.shape)}")
     if not bool(torch.isfinite(rewards[valid]).all()):
         raise ValueError("a reward marked as scored is not finite; unscored images need mask = False")
     return valid

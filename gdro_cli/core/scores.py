@@ -59,9 +59,7 @@ def _resampled_means(sums: Tensor, counts: Tensor, *, seed: int, samples: int) -
     return torch.cat(means)
 
 
-def bootstrap_ci(
-    values_per_prompt: Values, *, seed: int = 0, samples: int = 2000, level: float = 0.95
-) -> Interval:
+def bootstrap_ci(values_per_prompt: Values, *, seed: int = 0, samples: int = 2000, level: float = 0.95) -> Interval:
     """Return the mean over all images and its percentile bootstrap interval over prompts.
 
     Each of the ``samples`` resamples draws as many prompts as there are, with replacement, and takes the

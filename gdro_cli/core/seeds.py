@@ -34,9 +34,7 @@ def seed_for(seed: int, purpose: str, *keys: str | int) -> int:
     return int.from_bytes(hashlib.sha256(name.encode("ascii")).digest()[:8], "big") >> 1
 
 
-def generator(
-    seed: int, purpose: str, *keys: str | int, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def generator(seed: int, purpose: str, *keys: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh torch generator for the named stream (see ``seed_for``).
 
     Generators on different devices give different numbers for one seed; draw on the CPU what must not

@@ -46,9 +46,7 @@ def all_words() -> tuple[str, ...]:
 @cache
 def words(split: Split, *, min_letters: int = 1, max_letters: int = 6) -> tuple[str, ...]:
     """The words of one split that have between ``min_letters`` and ``max_letters`` letters."""
-    return tuple(
-        word for word in all_words() if min_letters <= len(word) <= max_letters and split_of(word) == split
-    )
+    return tuple(word for word in all_words() if min_letters <= len(word) <= max_letters and split_of(word) == split)
 
 
 def sign_prompt(text: str, *, colour: str, background: str) -> str:
@@ -77,8 +75,7 @@ def ocr_prompts(
     pool = words(split, min_letters=min_letters, max_letters=max_letters)
     if len(pool) < (2 if two_line_share > 0 else 1):
         raise UserError(
-            f"the built-in prompt set {name} has too few words of {min_letters} to {max_letters} letters: "
-            f"{len(pool)}"
+            f"the built-in prompt set {name} has too few words of {min_letters} to {max_letters} letters: {len(pool)}"
         )
     wanted = len(pool) if count is None else count
     if wanted > len(pool) * len(SCENES):

@@ -100,18 +100,13 @@ class GroupDataset:
         images per prompt.
         """
         if not 2 <= k <= store.images_per_prompt:
-            raise ValueError(
-                f"k must be between 2 and the {store.images_per_prompt} images per prompt, not {k}"
-            )
+            raise ValueError(f"k must be between 2 and the {store.images_per_prompt} images per prompt, not {k}")
         if table.store.digest != store.digest:
             raise StoreError(
-                f"the score table {table.path} belongs to another store than {store.path}: run "
-                f"`{table.command}`"
+                f"the score table {table.path} belongs to another store than {store.path}: run `{table.command}`"
             )
         values = [math.nan if row.value is None else row.value for row in table.rows()]
-        rewards = torch.tensor(values, dtype=torch.float32).reshape(
-            len(store.prompts), store.images_per_prompt
-        )
+        rewards = torch.tensor(values, dtype=torch.float32).reshape(len(store.prompts), store.images_per_prompt)
         enough = rewards.isfinite().sum(dim=1) >= k
         spread = _spread(rewards) > min_spread
         eligible = enough & spread
@@ -145,9 +140,7 @@ class GroupDataset:
         rewards have spread, after that with the group's best and worst image among them.
         """
         if step < 0 or groups < 1:
-            raise ValueError(
-                f"a draw needs a step from 0 and at least one group, not step {step} and {groups} groups"
-            )
+            raise ValueError(f"a draw needs a step from 0 and at least one group, not step {step} and {groups} groups")
         visits = [divmod(step * groups + place, len(self)) for place in range(groups)]
         chosen = [_permutation(len(self), seed, epoch)[place] for epoch, place in visits]
         images = torch.stack(
@@ -201,9 +194,7 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _read_tensors(
-    store: GroupStore, eligible: Sequence[bool]
-) -> tuple[Tensor, tuple[dict[str, Tensor], ...]]:
+def _read_tensors(store: GroupStore, eligible: Sequence[bool]) -> tuple[Tensor, tuple[dict[str, Tensor], ...]]:
     latents: Tensor | None = None
     conditioning: list[dict[str, Tensor]] = []
     first = 0

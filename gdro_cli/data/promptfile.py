@@ -80,9 +80,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise UserError(
-            f"the prompt file {path} cannot be read: {reason}; check its name and permissions"
-        ) from error
+        raise UserError(f"the prompt file {path} cannot be read: {reason}; check its name and permissions") from error
     if data.startswith(_UTF16_MARKS):
         raise UserError(f"the prompt file {path} is UTF-16: save it as UTF-8")
     data = data.removeprefix(_UTF8_MARK).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
@@ -91,9 +89,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _decode(raw: bytes) -> str:
     if len(raw) > MAX_LINE_BYTES:
-        raise _BadLineError(
-            f"it has {len(raw)} bytes, more than the {MAX_LINE_BYTES} allowed; is it a prompt file?"
-        )
+        raise _BadLineError(f"it has {len(raw)} bytes, more than the {MAX_LINE_BYTES} allowed; is it a prompt file?")
     try:
         line = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -108,9 +104,7 @@ def _check_characters(text: str, what: str) -> None:
         return
     if found.group() == "\0":
         raise _BadLineError(f"{what} contains a NUL character; remove it")
-    raise _BadLineError(
-        f"{what} contains the character U+{ord(found.group()):04X}, which is not text; remove it"
-    )
+    raise _BadLineError(f"{what} contains the character U+{ord(found.group()):04X}, which is not text; remove it")
 
 
 def _parse_text(line: str) -> tuple[str, str | None, dict[str, Any]]:
@@ -157,9 +151,7 @@ def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, tas
     if not prompt:
         raise _BadLineError("the prompt is empty")
     if len(prompt) > MAX_PROMPT_CHARS:
-        raise _BadLineError(
-            f"the prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARS} allowed"
-        )
+        raise _BadLineError(f"the prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARS} allowed")
     _check_characters(prompt, "the prompt")
     if target is not None:
         _check_characters(target, "the target")
@@ -170,8 +162,7 @@ def _ocr_record(prompt: str, target: str | None, metadata: Mapping[str, Any]) ->
     wanted = quoted_text(prompt) if target is None else target
     if wanted is None:
         raise _BadLineError(
-            "it has no text in double quotes; write what the picture shall say, as in a sign that says "
-            '"HELLO"'
+            'it has no text in double quotes; write what the picture shall say, as in a sign that says "HELLO"'
         )
     if not wanted.strip():
         raise _BadLineError("the text that the picture shall say is empty")
@@ -181,9 +172,7 @@ def _ocr_record(prompt: str, target: str | None, metadata: Mapping[str, Any]) ->
 def _geneval_record(prompt: str, target: str | None, metadata: Mapping[str, Any]) -> PromptRecord:
     for key, kind, name in (("tag", str, "a text"), ("include", list, "a list")):
         if key not in metadata:
-            raise _BadLineError(
-                f"the key {key} is missing; GenEval needs metadata in JSON Lines with tag and include"
-            )
+            raise _BadLineError(f"the key {key} is missing; GenEval needs metadata in JSON Lines with tag and include")
         if not isinstance(metadata[key], kind) or not metadata[key]:
             raise _BadLineError(f"{key} must be {name} that is not empty")
     return PromptRecord.of(prompt, target=target, metadata=metadata)

@@ -43,8 +43,7 @@ def load_prompts(source: PromptSource, *, task: str, base_dir: Path | None = Non
         return prompts
     if source.count > len(prompts):
         raise UserError(
-            f"the prompt file {path} holds {len(prompts)} different prompts, but count asks for "
-            f"{source.count}"
+            f"the prompt file {path} holds {len(prompts)} different prompts, but count asks for {source.count}"
         )
     return prompts.first(source.count)
 

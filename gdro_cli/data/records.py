@@ -9,9 +9,7 @@ from typing import Any, Self
 
 from gdro_cli.config.base import DIGEST_LENGTH, digest
 
-_QUOTED = re.compile(
-    '"([^"]*)"|[\u201c\u201d\u201e\u201f]([^\u201c\u201d\u201e\u201f]*)[\u201c\u201d\u201e\u201f]'
-)
+_QUOTED = re.compile('"([^"]*)"|[\u201c\u201d\u201e\u201f]([^\u201c\u201d\u201e\u201f]*)[\u201c\u201d\u201e\u201f]')
 _ID = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH}}}")
 
 

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from gdro_cli.config.base import canonical_json, digest
-from gdro_cli.data.atomic import (
+from gdro_cli.data.store import GroupStore
+from gdro_cli.errors import StoreError
+from gdro_cli.files import (
     json_lines,
     remove_partials,
     remove_tree,
@@ -28,8 +30,6 @@ from gdro_cli.data.atomic import (
     write_bytes,
     write_json,
 )
-from gdro_cli.data.store import GroupStore
-from gdro_cli.errors import StoreError
 
 TABLE_SCHEMA = 1
 _KIND = "gdro score table"
@@ -114,8 +114,7 @@ class ScoreTable:
             write_json(manifest, content)
         elif held != content:
             raise StoreError(
-                f"the score table {path} is damaged ({_MANIFEST} was changed): delete the folder and run "
-                f"`{command}`"
+                f"the score table {path} is damaged ({_MANIFEST} was changed): delete the folder and run `{command}`"
             )
         return cls(store, path, name, known, key, command)
 
@@ -148,9 +147,7 @@ class ScoreTable:
         """The rows of one shard, digest checked. Raises StoreError when they are missing or damaged."""
         manifest = self._manifest(number)
         if manifest is None:
-            raise StoreError(
-                f"the score table {self.path} has no scores of shard {number:05d}: run `{self.command}`"
-            )
+            raise StoreError(f"the score table {self.path} has no scores of shard {number:05d}: run `{self.command}`")
         path = self._rows_path(number)
         try:
             data = b"" if path.is_symlink() else path.read_bytes()
@@ -180,10 +177,7 @@ class ScoreTable:
         """Counts and mean of the shards that are scored. Raises StoreError for damaged files."""
         todo = set(self.missing_shards())
         rows = [
-            row
-            for number in range(len(self.store.shards))
-            if number not in todo
-            for row in self.read_shard(number)
+            row for number in range(len(self.store.shards)) if number not in todo for row in self.read_shard(number)
         ]
         values = [row.value for row in rows if row.value is not None]
         reasons = Counter(row.reason for row in rows if row.reason is not None)
@@ -231,9 +225,7 @@ def _read_json(path: Path) -> Any:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read: {error.strerror or error}; check its permissions"
-        ) from error
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
     except (ValueError, RecursionError) as error:
         raise StoreError(
             f"{path} is damaged (it is not JSON): delete the folder {path.parent} and make it again"

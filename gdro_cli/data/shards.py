@@ -26,8 +26,8 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from gdro_cli.data.atomic import json_bytes, json_lines, sha256, write_folder
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.files import json_bytes, json_lines, sha256, write_folder
 
 SHARD_SCHEMA = 1
 ImageFormat = Literal["png", "webp"]
@@ -175,14 +175,10 @@ class Shard:
                 raise ShardDamageError(
                     f"{TENSORS} has no latents of {self.images_per_prompt} images for prompt {prompt.id}"
                 )
-            conditioning = {
-                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-            }
+            conditioning = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             first = place * self.images_per_prompt
             found.append(
-                StoredGroup(
-                    prompt, latents, conditioning, tuple(seeds[first : first + self.images_per_prompt])
-                )
+                StoredGroup(prompt, latents, conditioning, tuple(seeds[first : first + self.images_per_prompt]))
             )
         return found
 
@@ -193,9 +189,7 @@ class Shard:
             found = [(row["prompt_id"], row["index"], int(row["seed"])) for row in rows]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ShardDamageError(f"{INDEX} has a row that cannot be read") from error
-        if [(name, index) for name, index, _ in found] != [
-            (prompt.id, index) for prompt, index in self.slots()
-        ]:
+        if [(name, index) for name, index, _ in found] != [(prompt.id, index) for prompt, index in self.slots()]:
             raise ShardDamageError(f"{INDEX} lists other images than the shard has to hold")
         return [seed for _, _, seed in found]
 
@@ -239,9 +233,7 @@ class Shard:
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         if [group.prompt.id for group in groups] != [prompt.id for prompt in self.prompts]:
-            raise ValueError(
-                f"shard {self.number} needs the prompts {[prompt.id for prompt in self.prompts]} in order"
-            )
+            raise ValueError(f"shard {self.number} needs the prompts {[prompt.id for prompt in self.prompts]} in order")
         count = self.images_per_prompt
         for group in groups:
             if not (group.latents.shape[:1] == (count,) and len(group.images) == len(group.seeds) == count):

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
 from gdro_cli.config.base import canonical_json, differences, digest
-from gdro_cli.data.atomic import sha256, write_json
 from gdro_cli.data.records import PromptRecord, PromptSet
 from gdro_cli.data.shards import Group, ImageFormat, Shard, ShardDamageError, StoredGroup, StoredImage
 from gdro_cli.errors import StoreError
+from gdro_cli.files import sha256, write_json
 
 __all__ = ["Group", "GroupStore", "ImageFormat", "StoredGroup", "StoredImage"]
 
@@ -86,9 +86,7 @@ class GroupStore:
             "images_per_prompt": images_per_prompt,
             "image_format": image_format,
             "prompts": [record.to_json() for record in prompts.records],
-            "shards": [
-                names[first : first + prompts_per_shard] for first in range(0, len(names), prompts_per_shard)
-            ],
+            "shards": [names[first : first + prompts_per_shard] for first in range(0, len(names), prompts_per_shard)],
         }
         write_json(path / _MANIFEST, content | {"digest": digest(content)})
         return cls.open(path, command=command)
@@ -163,9 +161,7 @@ class GroupStore:
 
     def _shard(self, number: int) -> Shard:
         folder = self.path / "shards" / f"{number:05d}"
-        return Shard(
-            folder, number, self.digest, self.shards[number], self.images_per_prompt, self.image_format
-        )
+        return Shard(folder, number, self.digest, self.shards[number], self.images_per_prompt, self.image_format)
 
     def _guarded(self, number: int, read: Callable[[Shard], _T]) -> _T:
         shard = self._shard(number)
@@ -222,10 +218,7 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _damaged(path: Path, what: str, command: str) -> str:
-    return (
-        f"the manifest of the store {path} is damaged ({what}): "
-        f"restore it, or delete the folder and run `{command}`"
-    )
+    return f"the manifest of the store {path} is damaged ({what}): restore it, or delete the folder and run `{command}`"
 
 
 def _read_manifest(path: Path, command: str) -> dict[str, Any]:
@@ -240,9 +233,7 @@ def _read_manifest(path: Path, command: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise StoreError(_damaged(path, "it is not JSON", command)) from error
     if not isinstance(value, dict) or value.get("kind") != _KIND:
-        raise StoreError(
-            f"{path / _MANIFEST} belongs to something that is not a group store: choose another folder"
-        )
+        raise StoreError(f"{path / _MANIFEST} belongs to something that is not a group store: choose another folder")
     if value.get("schema") != STORE_SCHEMA:
         raise StoreError(
             f"the store {path} has schema {value.get('schema')!r}, this version reads {STORE_SCHEMA}: "

@@ -62,7 +62,7 @@ def attach_lora(
         raise UserError("the transformer has an adapter already: load the model again to attach another")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do, it is only divided
         target_modules=_target_names(model, targets),
         use_rslora=rslora,
         init_lora_weights="gaussian",

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.files import sha256_file
 
 _INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 _OWN = "gdro_cli."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HASH_THREADS = 4
-_HASH_BLOCK = 1 << 20
 
 
 class PipelineFolder:
@@ -148,7 +148,7 @@ class PipelineFolder:
             files += [f for f in found if f.is_file() and not f.name.startswith(".")]
         names = [f.relative_to(self._root).as_posix() for f in files]
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            sums = list(pool.map(_sha256, files))
+            sums = list(pool.map(sha256_file, files))
         lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, sums, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -209,11 +209,3 @@ def _read_json(path: Path, *, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise PrerequisiteError(f"{what}: {path} is not a JSON object: fetch the pipeline folder again")
     return value
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(_HASH_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -163,7 +163,7 @@ def _score_one(engine: OcrEngine, source: ImageSource, target: str) -> Score:
         return Score(None, str(error))
     try:
         reading = engine.read(image)
-    except Exception as error:  # whatever the engine raises concerns this image, not the others
+    except Exception as error:  # noqa: BLE001 - whatever the engine raises concerns this image, not the others
         return Score(None, f"the OCR engine failed on this image: {describe(error)}")
     return _judge(reading, target)
 

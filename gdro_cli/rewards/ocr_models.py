@@ -43,12 +43,8 @@ class _Bundled:
 
 
 _BUNDLED = {
-    DETECTION_MODEL: _Bundled(
-        "ppocrv6_det.onnx", "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"
-    ),
-    RECOGNITION_MODEL: _Bundled(
-        "ppocrv6_rec.onnx", "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884"
-    ),
+    DETECTION_MODEL: _Bundled("ppocrv6_det.onnx", "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"),
+    RECOGNITION_MODEL: _Bundled("ppocrv6_rec.onnx", "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884"),
 }
 
 
@@ -234,13 +230,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PrerequisiteError(
-            f"the OCR model configuration {path} cannot be read: {describe(error)}"
-        ) from error
+        raise PrerequisiteError(f"the OCR model configuration {path} cannot be read: {describe(error)}") from error
     if not isinstance(config, dict):
-        raise PrerequisiteError(
-            f"the OCR model configuration {path} is not a mapping: give the model's own file"
-        )
+        raise PrerequisiteError(f"the OCR model configuration {path} is not a mapping: give the model's own file")
     return config
 
 

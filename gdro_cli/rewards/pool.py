@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,8 @@ LARGEST_CHUNK = 8
 """Images per message: enough to hide the transfer, few enough to lose little and to end together."""
 ATTEMPTS = 2
 """How often an image is tried before it is missing."""
+DEATHS_IN_A_ROW = 6
+"""Workers that die with no image scored in between, after which scoring ends: it is not the images then."""
 _STOP_SECONDS = 5.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _CONNECTION_LOST = (EOFError, BrokenPipeError, ConnectionResetError)
@@ -181,6 +184,7 @@ class _Batch:
         self._on_scored = on_scored
         self._scores: list[Score | None] = [None] * len(images)
         self._waiting: deque[_Chunk] = deque()
+        self._deaths_in_a_row = 0
 
     def run(self, workers: Sequence[_Worker], replace: Callable[[_Worker], int | None]) -> list[Score]:
         """Hand chunks to workers and collect the scores until none is left."""
@@ -227,12 +231,19 @@ class _Batch:
                     f"a scoring worker ended while it started (exit code {code}): look at the messages "
                     f"above, and try fewer workers if memory is short"
                 ) from None
+            self._deaths_in_a_row += 1
+            if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
+                raise PrerequisiteError(
+                    f"{DEATHS_IN_A_ROW} scoring workers in a row have died at work (exit code {code}): try fewer "
+                    f"workers if memory is short, and check that the reward's packages belong together"
+                ) from None
             self._try_again(chunk, f"the scoring worker died on this image (exit code {code})")
             return
         if isinstance(answer, _Ready):
             worker.ready = True
             return
         worker.chunk = None
+        self._deaths_in_a_row = 0
         if isinstance(answer, _Failure):
             if answer.error is not None:
                 raise answer.error
@@ -298,15 +309,17 @@ def _work(reward: Reward, pipe: Connection) -> None:
             return
         pipe.send(_Ready())
         while True:
-            pipe.send(_answer(reward, pipe.recv()))
+            pipe.send(_answer(reward, pipe.recv_bytes()))
 
 
-def _answer(reward: Reward, task: _Task) -> list[Score] | _Failure:
+def _answer(reward: Reward, message: bytes) -> list[Score] | _Failure:
+    """The scores of one pickled ``_Task``."""
     try:
+        task: _Task = pickle.loads(message)
         scores = reward.score(task.images, task.prompts)
     except GdroError as error:
         return _Failure(str(error), error)
-    except Exception as error:  # a defect of one reward on some images must not end the others' scoring
+    except Exception as error:  # noqa: BLE001 - a defect on some images must not end the others' scoring
         return _Failure(f"the reward failed on this image: {describe(error)}")
     if len(scores) != len(task.images):
         return _Failure(f"the reward gave {len(scores)} scores for {len(task.images)} images")

@@ -7,7 +7,6 @@ and renamed when it is complete and on the disk.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -20,14 +19,15 @@ import torch
 from torch import Tensor
 
 from gdro_cli.errors import StoreError
-from gdro_cli.runtime.files import (
+from gdro_cli.files import (
     cannot_write,
+    json_bytes,
     make_folder,
     sha256,
+    sha256_file,
     sync_file,
     sync_folder,
-    to_json,
-    write_atomic,
+    write_bytes,
 )
 
 SCHEMA = 1
@@ -123,7 +123,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         file = path / name
         if not file.is_file():
             raise _damaged(file, "is missing")
-        if sha256(file) != digest:
+        if sha256_file(file) != digest:
             raise _damaged(file, "is damaged (its SHA-256 differs from the manifest)")
     tensors = {name: load_file(path / f"{name}.safetensors") for name in manifest["tensors"]}
     return Checkpoint(step=int(manifest["step"]), tensors=tensors, state=_read_json(path / _STATE))
@@ -193,19 +193,19 @@ def _fill(
             {key: value.detach().contiguous() for key, value in group.items()},
             unfinished / f"{name}.safetensors",
         )
-    (unfinished / _STATE).write_text(to_json(dict(state)), encoding="utf-8")
+    (unfinished / _STATE).write_bytes(json_bytes(dict(state)))
     if extra is not None:
         extra(unfinished)
     files = {}
     for file in sorted(f for f in unfinished.rglob("*") if f.is_file()):
         sync_file(file)
-        files[file.relative_to(unfinished).as_posix()] = sha256(file)
+        files[file.relative_to(unfinished).as_posix()] = sha256_file(file)
     manifest = {"schema": SCHEMA, "step": step, "tensors": sorted(tensors), "files": files}
-    write_atomic(unfinished / _MANIFEST, to_json({**manifest, "sha256": _digest(manifest)}))
+    write_bytes(unfinished / _MANIFEST, json_bytes({**manifest, "sha256": _digest(manifest)}))
 
 
 def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(to_json(manifest).encode()).hexdigest()
+    return sha256(json_bytes(manifest))
 
 
 def _checkpoints(home: Path) -> list[tuple[int, Path]]:

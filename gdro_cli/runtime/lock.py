@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gdro_cli.errors import StoreError
-from gdro_cli.runtime.files import cannot_write
+from gdro_cli.files import cannot_write
 
 _TRIES = 5
 """Attempts when other processes take and leave the lock at the same moment."""

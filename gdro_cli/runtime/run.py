@@ -17,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from gdro_cli.config.base import differences
 from gdro_cli.errors import StoreError
-from gdro_cli.runtime.files import cannot_write, make_folder, to_json, write_atomic
+from gdro_cli.files import json_lines, make_folder, storage_errors, write_bytes, write_json
 from gdro_cli.runtime.lock import folder_lock
 
 SCHEMA = 1
@@ -63,7 +64,7 @@ class RunFolder:
                     "choose another folder with --out"
                 )
             there = {"recipe": run.read_json("recipe.json"), "inputs": manifest.get("inputs")}
-            changed = differences(there, asked)
+            changed = [str(difference) for difference in differences(there, asked)]
             if changed:
                 raise StoreError(_refusal(run.path, changed))
             run._note_environment(_plain(environment))
@@ -86,7 +87,7 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> Path:
         """Write a JSON file of the run at once; returns its path."""
         path = self.path / name
-        write_atomic(path, to_json(value))
+        write_json(path, value)
         return path
 
     def read_json(self, name: str) -> Any:
@@ -129,11 +130,8 @@ class RunFolder:
         """
         if not isinstance(row.get("step"), int):
             raise ValueError("a row of metrics needs an integer 'step'")
-        try:
-            with self.metrics_path.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        except OSError as error:
-            raise cannot_write(self.path, error) from error
+        with storage_errors(self.metrics_path), self.metrics_path.open("ab") as stream:
+            stream.write(json_lines([row]))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all rows; a last line that was cut off by a crash is left out.
@@ -157,13 +155,13 @@ class RunFolder:
         if self.metrics_path.exists():
             whole, newline, torn = self.metrics_path.read_text(encoding="utf-8").rpartition("\n")
             if torn:
-                write_atomic(self.metrics_path, whole + newline)
+                write_bytes(self.metrics_path, (whole + newline).encode())
 
     def truncate_metrics(self, after_step: int) -> None:
         """Drop every row of a step beyond ``after_step``: those steps will be run again."""
         if self.metrics_path.exists():
             kept = [row for row in self.metrics() if row["step"] <= after_step]
-            write_atomic(self.metrics_path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+            write_bytes(self.metrics_path, json_lines(kept))
 
     # -- one writer ---------------------------------------------------------------------------------------------
 
@@ -172,19 +170,6 @@ class RunFolder:
         """Hold the folder for this process; see ``lock.folder_lock``."""
         with folder_lock(self.path / "lock"):
             yield
-
-
-def differences(there: Any, asked: Any, *, path: str = "") -> list[str]:
-    """List what differs between two JSON values as ``a.b: old there, new asked for``, sorted by path."""
-    if isinstance(there, dict) and isinstance(asked, dict):
-        found = []
-        for key in sorted(there.keys() | asked.keys()):
-            inner = f"{path}.{key}" if path else str(key)
-            found += differences(there.get(key), asked.get(key), path=inner)
-        return found
-    if there == asked and type(there) is type(asked):
-        return []
-    return [f"{path}: {json.dumps(there)} there, {json.dumps(asked)} asked for"]
 
 
 def _refusal(path: Path, changed: list[str]) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from gdro_cli.data.atomic import write_bytes
 from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.files import write_bytes
 
 CELL = 160  # pixels per picture on the sheet
 MARGIN = 8

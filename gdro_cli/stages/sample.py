@@ -18,6 +18,7 @@ from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.workspace import (
     SamplingPlan,
@@ -87,6 +88,7 @@ def fill_store(
 
     Raises:
         Interrupted: between two batches; finished shards are kept.
+        StoreError: another process is filling the store.
     """
     missing = store.missing_shards()
     if not missing:
@@ -96,7 +98,7 @@ def fill_store(
     def advance(images: int) -> None:
         stop.check(f"stopped while {label}; finished shards are kept in {store.path}: run the command again to go on")
 
-    with reporter.track(label, total=todo, unit="images") as progress:
+    with folder_lock(store.path / "lock"), reporter.track(label, total=todo, unit="images") as progress:
         for number in missing:
             groups = []
             for group in sample_groups(

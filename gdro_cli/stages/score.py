@@ -15,6 +15,7 @@ from gdro_cli.errors import StoreError
 from gdro_cli.rewards.ocr import OcrReward
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.workspace import open_model
@@ -99,13 +100,18 @@ def score_missing(
 
     Raises:
         Interrupted: between two shards; finished ones are kept.
+        StoreError: another process is filling the table.
     """
     missing = table.missing_shards()
     if not missing:
         return 0
     store = table.store
     todo = sum(len(store.shards[number]) for number in missing) * store.images_per_prompt
-    with open_pool(recipe) as pool, reporter.track(label, total=todo, unit="images") as progress:
+    with (
+        folder_lock(table.path / "lock"),
+        open_pool(recipe) as pool,
+        reporter.track(label, total=todo, unit="images") as progress,
+    ):
         for number in missing:
             images = store.images(number)
             scores = pool.score(

@@ -126,6 +126,8 @@ def training_set(
     model.release_encoders()
     model.release_decoder()
     dataset = GroupDataset.load(store, table, k=recipe.method.k, min_spread=recipe.method.min_spread)
+    if recipe.train.shuffle_rewards:
+        dataset = dataset.with_shuffled_rewards(recipe.seed)
     return dataset, {"store": store.digest, "scores": table.digest}
 
 
@@ -294,7 +296,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
     section, engine, folder = trainer.recipe.train, trainer.engine, trainer.folder
     if validation is not None and trainer.step == 0:
         trainer.validate(validation, reporter)
-    with reporter.track("training", total=section.steps - trainer.step, unit="steps") as progress:
+    with reporter.track("training", total=section.steps, unit="steps", done=trainer.step) as progress:
         while trainer.step < section.steps:
             began = time.perf_counter()
             output, norm = trainer.update(trainer.draw())

@@ -88,7 +88,7 @@ def store_identity(
 ) -> dict[str, Any]:
     """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one."""
     return {
-        "model": {key: value for key, value in model.identity.items() if key != "path"},
+        "model": {key: value for key, value in model.identity.items() if key != "path"},  # wherever it lies
         "dtype": recipe.model.dtype,
         "max_sequence_length": recipe.model.max_sequence_length,
         "weights": weights,

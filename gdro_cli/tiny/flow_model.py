@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from gdro_cli.tiny.world import ALPHABET, COLOURS, GRID, MAX_LETTERS, MAX_LINES,
 WIDTH, TEXT_WIDTH, POOLED_WIDTH = 192, 128, 64
 # Weights of the auxiliary losses: without them letters bind to the prompt an order of magnitude later.
 PLACE_WEIGHT, LETTER_WEIGHT, THING_WEIGHT = 0.1, 0.05, 0.05
+THING_TOKEN_WEIGHT = 3.0  # extra weight of the velocity error in tokens that hold a shape
 
 
 class TinyFlux(nn.Module):
@@ -114,8 +116,10 @@ class TinyFlux(nn.Module):
         predicted = self.velocity((1 - mix) * latents + mix * noise, sigma, text, pooled)
         letters = self.letter_head(self._hidden).unflatten(-1, (LETTERS_PER_TOKEN, len(ALPHABET)))
         shapes, colours = self.thing_head(self._hidden).split([len(SHAPES), len(COLOURS)], dim=-1)
+        # A shape fills one of 16 tokens: without a weight its colour binds to the prompt very late.
+        weight = 1 + THING_TOKEN_WEIGHT * (batch["shapes"] != NO_LABEL)
         parts = {
-            "velocity": functional.mse_loss(predicted, noise - latents),
+            "velocity": ((predicted - (noise - latents)).square().mean(-1) * weight).mean(),
             "place": _cross_entropy(self.place_head(text), batch["places"]),
             "letter": _cross_entropy(letters, batch["letters"]),
             "thing": _cross_entropy(shapes, batch["shapes"]) + _cross_entropy(colours, batch["colours"]),
@@ -150,3 +154,7 @@ def save_pipeline(model: TinyFlux, autoencoder: PatchAutoencoder, folder: Path) 
     """Write the pipeline folder in fp16 safetensors; the parts keep their dtype in memory."""
     half: Any = copy.deepcopy(autoencoder)
     build_pipeline(copy.deepcopy(model).half(), half.half()).save_pretrained(folder, safe_serialization=True)
+    for part in ("text_encoder", "text_encoder_2"):
+        # transformers loads in the dtype that the file names, diffusers in float32: they must agree
+        path = folder / part / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")

@@ -28,7 +28,7 @@ from gdro_cli.tiny.flow_model import TinyFlux, build_pipeline, save_pipeline
 from gdro_cli.tiny.pictures import CHUNK, load_pictures, make_pictures
 from gdro_cli.tiny.pretrain_autoencoder import train_autoencoder
 
-SIGN_SHARE = 0.6
+DRAWN_SIGN_SHARE = 0.6
 BATCH = 64
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, BETAS, MAX_NORM = 1.5e-3, 200, 0.01, (0.9, 0.99), 1.0
 SIGMA_SPREAD, SIGMA_SHIFT = (
@@ -170,12 +170,19 @@ def draw_samples(model: TinyFlux, autoencoder: PatchAutoencoder, path: Path) -> 
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
 
 
-def draw_batch(pictures: dict[str, Tensor], step: int, *, seed: int) -> dict[str, Tensor]:
-    """The batch of step ``step``: consecutive pieces of a fresh permutation per pass over the pictures."""
-    count = len(pictures["latents"])
-    per_pass = count // BATCH
-    order = torch.randperm(count, generator=generator(seed, "tiny-order", step // per_pass))
-    pick = order[(step % per_pass) * BATCH : (step % per_pass + 1) * BATCH]
+def draw_batch(pictures: dict[str, Tensor], step: int, *, seed: int, sign_share: float) -> dict[str, Tensor]:
+    """The batch of step ``step``: signs and shapes in fixed shares, each from fresh permutations per pass."""
+    is_sign = (pictures["places"] >= 0).any(dim=1)
+    signs = round(BATCH * sign_share)
+    picks = []
+    for name, kind, share in (("signs", is_sign, signs), ("shapes", ~is_sign, BATCH - signs)):
+        if share:
+            members = kind.nonzero().flatten()
+            per_pass = len(members) // share
+            order = torch.randperm(len(members), generator=generator(seed, "tiny-order", name, step // per_pass))
+            start = step % per_pass * share
+            picks.append(members[order[start : start + share]])
+    pick = torch.cat(picks)
     return {name: column[pick] for name, column in pictures.items()}
 
 
@@ -196,14 +203,14 @@ def pretrain(arguments: argparse.Namespace) -> None:
         out / "pictures",
         chunks=-(-arguments.pictures // CHUNK),
         seed=arguments.seed,
-        sign_share=SIGN_SHARE,
+        sign_share=DRAWN_SIGN_SHARE,
         workers=arguments.workers,
     )
     pictures = load_pictures(out / "pictures")
     trainer = Trainer(out, seed=arguments.seed)
     forward = torch.compile(trainer.model.losses) if arguments.compile else trainer.model.losses
     while trainer.step < arguments.steps:
-        batch = draw_batch(pictures, trainer.step, seed=arguments.seed)
+        batch = draw_batch(pictures, trainer.step, seed=arguments.seed, sign_share=arguments.sign_share)
         rate = learning_rate(trainer.step, steps=arguments.steps, decay_steps=arguments.decay_steps)
         losses = trainer.update(batch, rate=rate, forward=forward)
         if trainer.step % arguments.log_every == 0:
@@ -220,6 +227,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for everything; made or continued")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of 64 pictures in all")
     parser.add_argument("--decay-steps", type=int, default=2_500, help="length of the learning rate's fall")
+    parser.add_argument("--sign-share", type=float, default=0.6, help="signs in a batch; the rest are shapes")
     parser.add_argument("--pictures", type=int, default=120_000, help="pictures drawn in advance")
     parser.add_argument("--autoencoder-steps", type=int, default=2_000)
     parser.add_argument("--workers", type=int, default=2, help="processes that draw")

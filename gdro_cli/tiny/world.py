@@ -121,7 +121,7 @@ def draw_sign(
         raise ValueError(f"the world's signs take one or two words of 1 to {MAX_LETTERS} letters A-Z, not {text!r}")
     width = max(len(line) for line in lines)
     if place is None:
-        row = int(rng.integers(1, GRID - len(lines)))
+        row = int(rng.integers(0, GRID - len(lines) + 1))
         place = row, int(rng.integers(1, SIZE // LETTER - width))
     row, column = place
     left, top = column * LETTER - 4, row * TOKEN - 5

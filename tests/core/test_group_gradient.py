@@ -83,9 +83,7 @@ def test_one_pass_equals_two_passes(case: dict[str, Any], micro_batch: int) -> N
     chunks = torch.arange(B * K).split(micro_batch)
     with torch.inference_mode():
         errors = torch.cat([velocity_error(policy(x[i], sigma[i]), target[i]) for i in chunks]).view(B, K)
-        weights = image_weights(
-            errors=errors, reference_errors=reference_errors, rewards=rewards, **settings
-        ).view(-1)
+        weights = image_weights(errors=errors, reference_errors=reference_errors, rewards=rewards, **settings).view(-1)
     for i in chunks:
         (weights[i] * velocity_error(policy(x[i], sigma[i]), target[i])).sum().backward()
     for parameter, grad in zip(policy.parameters(), expected, strict=True):

@@ -34,9 +34,7 @@ def test_equivalent_beta_keeps_the_implicit_reward() -> None:
     assert equivalent_beta(12.0, latent_dims=65536, given="mean", wanted="sum") == 12 / 65536
     assert equivalent_beta(12 / 65536, latent_dims=65536, given="sum", wanted="mean") == 12.0
     assert equivalent_beta(12.0, latent_dims=65536, given="sum", wanted="sum") == 12.0
-    v, reference, target = torch.randn(
-        3, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    v, reference, target = torch.randn(3, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     by_sum = equivalent_beta(6.0, latent_dims=10, given="mean", wanted="sum")
     torch.testing.assert_close(
         implicit_reward(velocity_error(v, target), velocity_error(reference, target), beta=6.0),

@@ -95,9 +95,7 @@ def test_gdro_by_hand() -> None:
 
 
 def test_gdro_temperature_divides_the_rewards() -> None:
-    torch.testing.assert_close(
-        gdro_loss(S, REWARDS * 0.05, tau=0.05).loss, gdro_loss(S, REWARDS, tau=1.0).loss
-    )
+    torch.testing.assert_close(gdro_loss(S, REWARDS * 0.05, tau=0.05).loss, gdro_loss(S, REWARDS, tau=1.0).loss)
 
 
 def test_rank_by_hand() -> None:

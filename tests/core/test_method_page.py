@@ -27,9 +27,7 @@ def test_functions_exist(page: str) -> None:
 def test_tests_exist() -> None:
     found = names("docs/method.md", r"`(tests/core/\w+\.py)::(\w+)`")
     assert len(found) > 20
-    missing = [
-        name for name in found if f"def {name[1]}(" not in (ROOT / name[0]).read_text(encoding="utf-8")
-    ]
+    missing = [name for name in found if f"def {name[1]}(" not in (ROOT / name[0]).read_text(encoding="utf-8")]
     assert missing == []
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.data.atomic import storage_errors, write_bytes, write_folder, write_json
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
+from gdro_cli.files import storage_errors, write_bytes, write_folder, write_json
 
 Open = Callable[..., GroupStore]
 Make = Callable[..., Group]
@@ -220,7 +220,7 @@ def test_a_path_below_a_file(tmp_path: Path, open_store: Open) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from gdro_cli.data.atomic import write_folder
+from gdro_cli.files import write_folder
 print("ready", flush=True)
 while True:
     for number in range(4):

@@ -1,13 +1,19 @@
-"""A cache folder of its own and one loaded OCR reward for all tests of this folder."""
+"""A cache folder of its own and one loaded OCR reward for all tests of this folder.
+
+The folder is put on the path because worker processes import ``breaking_rewards`` by its name.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gdro_cli.rewards.ocr import OcrReward
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ocr_signs import sign
 
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.ocr import OcrReward
@@ -19,8 +20,6 @@ from gdro_cli.rewards.ocr_models import (
     cache_folder,
     find_models,
 )
-
-from .signs import sign
 
 
 def bundled(width: int = 160) -> OcrModels:
@@ -164,9 +163,7 @@ def test_own_configuration_that_is_wrong(own_folder: Path, content: str, message
 
 
 def test_a_detection_model_in_place_of_the_recognition_model(own_folder: Path) -> None:
-    shutil.copy(
-        own_folder / DETECTION_MODEL / "inference.yml", own_folder / RECOGNITION_MODEL / "inference.yml"
-    )
+    shutil.copy(own_folder / DETECTION_MODEL / "inference.yml", own_folder / RECOGNITION_MODEL / "inference.yml")
     with pytest.raises(PrerequisiteError, match="RecResizeImg"):
         OcrReward(model_dir=own_folder)
 

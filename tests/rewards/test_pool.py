@@ -12,14 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
-from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.ocr import OcrReward
-from gdro_cli.rewards.pool import ScoringPool, usable_cores
-
-from .breaking import (
+from breaking_rewards import (
     KILLS,
     KILLS_ONCE,
     RAISES,
@@ -28,7 +21,13 @@ from .breaking import (
     Unloadable,
     WidthReward,
 )
-from .signs import Prompt, ask, sign
+from ocr_signs import Prompt, ask, sign
+from PIL import Image
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.rewards.base import ImageSource
+from gdro_cli.rewards.ocr import OcrReward
+from gdro_cli.rewards.pool import ScoringPool, usable_cores
 
 WORDS = ["HELLO", "HOTEL", "BREAD", "TIGER", "WINDOW", "MARKET"]
 
@@ -90,6 +89,12 @@ def test_a_crash_costs_only_the_image_that_caused_it() -> None:
         assert pool.score(widths(5), prompts(widths(5)))[0].value == 5.0
     assert [i for i, score in enumerate(scores) if score.value is None] == [20]
     assert "died on this image (exit code -9)" in (scores[20].reason or "")
+
+
+def test_workers_that_only_die_end_the_scoring() -> None:
+    images = widths(*[KILLS] * 20)
+    with ScoringPool(WidthReward(), workers=2) as pool, pytest.raises(PrerequisiteError, match="in a row have died"):
+        pool.score(images, prompts(images))
 
 
 def test_an_image_whose_worker_crashed_is_tried_again(tmp_path: Path) -> None:
@@ -166,7 +171,7 @@ def test_workers_ignore_ctrl_c() -> None:
 ORPHANS = """
 import multiprocessing, os, signal, sys
 sys.path.insert(0, sys.argv[1])
-from breaking import WidthReward
+from breaking_rewards import WidthReward
 from PIL import Image
 from gdro_cli.rewards.pool import ScoringPool
 class P: prompt, target, metadata = "p", "A", {}

@@ -96,7 +96,7 @@ def test_any_flipped_byte_is_found_and_the_file_named(tmp_path: Path, name: str)
 
 def test_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
-    with pytest.raises(StoreError, match="cannot write to .*checkpoints"):
+    with pytest.raises(StoreError, match="cannot write .*checkpoints"):
         save(tmp_path, 1)
 
 

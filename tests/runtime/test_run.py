@@ -15,7 +15,7 @@ import pytest
 
 from gdro_cli.errors import StoreError
 from gdro_cli.runtime.lock import Owner
-from gdro_cli.runtime.run import RunFolder, differences
+from gdro_cli.runtime.run import RunFolder
 
 RECIPE = {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": (0.9, 0.999)}}
 INPUTS = {"store": "abc"}
@@ -41,20 +41,10 @@ def test_run_is_made_once_and_opened_again(tmp_path: Path) -> None:
 def test_changed_recipe_or_inputs_are_refused_with_the_difference(tmp_path: Path) -> None:
     open_run(tmp_path)
     other = {**RECIPE, "train": {**RECIPE["train"], "lr": 1e-3}}  # type: ignore[dict-item]
-    with pytest.raises(StoreError, match=r"recipe\.train\.lr: 0\.0003 there, 0\.001 asked for.*--out"):
+    with pytest.raises(StoreError, match=r"recipe\.train\.lr: 0\.0003 -> 0\.001.*--out"):
         open_run(tmp_path, recipe=other)
-    with pytest.raises(StoreError, match=r'inputs\.store: "abc" there, "xyz" asked for'):
+    with pytest.raises(StoreError, match=r'inputs\.store: "abc" -> "xyz"'):
         open_run(tmp_path, inputs={"store": "xyz"})
-
-
-def test_differences_by_hand() -> None:
-    there = {"a": 1, "b": {"c": [1, 2], "d": None}, "e": True}
-    asked = {"a": 1, "b": {"c": [1, 3], "d": 0}, "e": 1}
-    assert differences(there, asked) == [
-        "b.c: [1, 2] there, [1, 3] asked for",
-        "b.d: null there, 0 asked for",
-        "e: true there, 1 asked for",
-    ]
 
 
 def test_other_environments_are_kept_beside_the_first(tmp_path: Path) -> None:
@@ -82,7 +72,7 @@ def test_damaged_and_unwritable_runs_say_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"recipe\.json is missing"):
         open_run(run.path)
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot write to .*file/run .*--out"):
+    with pytest.raises(StoreError, match="cannot write .*file/run"):
         open_run(tmp_path / "file" / "run")
 
 

@@ -51,7 +51,7 @@ def test_random_signs_stay_inside_the_picture() -> None:
         picture = random_sign(rng)
         assert picture.text is not None
         assert "".join(picture.letters.values()) == picture.text.replace(" ", "")
-        assert all(1 <= row <= 2 and 1 <= column <= 6 for row, column in picture.letters)
+        assert all(0 <= row <= 3 and 1 <= column <= 6 for row, column in picture.letters)
 
 
 def test_letter_labels_name_token_and_half() -> None:

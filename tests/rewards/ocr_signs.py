@@ -28,9 +28,7 @@ def ask(text: str) -> Prompt:
     return Prompt(f'a sign that says "{text}"', text)
 
 
-def sign(
-    words: Sequence[str], *, colour: str = "#c82828", ink: str = "#fafafa", left: int = 8
-) -> Image.Image:
+def sign(words: Sequence[str], *, colour: str = "#c82828", ink: str = "#fafafa", left: int = 8) -> Image.Image:
     """A picture of 64 x 64 pixels with one sign of 22 pixels height per word, 14 px letters, from the top."""
     picture = Image.new("RGB", (64 * SCALE, 64 * SCALE), "#7090a8")
     draw = ImageDraw.Draw(picture)

@@ -32,30 +32,41 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in hex, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents. Raises ``StoreError``."""
+    with storage_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
     """Turn an ``OSError`` met while writing ``path`` into a ``StoreError`` of one sentence."""
     try:
         yield
     except OSError as error:
-        raise StoreError(_explain(path, error)) from error
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> StoreError:
+    """Say in one sentence why ``path`` was not written and what to do."""
+    return StoreError(_explain(path, error))
 
 
 def _explain(path: Path, error: OSError) -> str:
     if error.errno in _NO_SPACE:
         return (
-            f"cannot write {path}: the disk is full; free some space and run the command again, "
-            f"finished parts are kept"
+            f"cannot write {path}: the disk is full; free some space and run the command again, finished parts are kept"
         )
     if error.errno in _NO_PERMISSION:
-        return (
-            f"cannot write {path}: no permission to write there; choose another folder or change its "
-            f"permissions"
-        )
+        return f"cannot write {path}: no permission to write there; choose another folder or change its permissions"
     reason = error.strerror or str(error)
-    return (
-        f"cannot write {path}: {reason[:1].lower()}{reason[1:]}; check the folder and run the command again"
-    )
+    return f"cannot write {path}: {reason[:1].lower()}{reason[1:]}; check the folder and run the command again"
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -135,6 +146,12 @@ def remove_tree(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file's bytes to the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

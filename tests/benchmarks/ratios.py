@@ -1,0 +1,216 @@
+"""What the tool costs beside the model itself: ratios, each taken in one run on one machine.
+
+    python tests/benchmarks/ratios.py            # the table of docs/performance.md, about three minutes
+
+The two sides of a ratio alternate, and the ratio is that of their medians, so a busy machine disturbs both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+
+from gdro_cli.config.recipe import Recipe, load_recipe
+from gdro_cli.data.dataset import GroupBatch
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.models.adapters import reference
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.sampling import sample_latents
+from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.sample import sample_groups
+from gdro_cli.stages.score import open_reward
+from gdro_cli.stages.train import attach_adapter
+from gdro_cli.stages.workspace import open_model, open_prompts, training_plan
+
+ROUNDS = 7
+
+
+def ratio(
+    ours: Callable[[], object], bare: Callable[[], object], *, rounds: int = ROUNDS
+) -> tuple[float, float, float]:
+    """Median seconds of both sides, alternating, and ours / bare."""
+    ours(), bare()
+    times: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for side, call in enumerate((ours, bare)):
+            began = time.perf_counter()
+            call()
+            times[side].append(time.perf_counter() - began)
+    a, b = (statistics.median(side) for side in times)
+    return a, b, a / b
+
+
+def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int) -> GroupBatch:
+    """Groups of noise with random rewards: speed and memory do not depend on what the pictures show."""
+    prompts = open_prompts(recipe, recipe.prompts.train).records[:groups]
+    shape = model.latent_shape(height=64, width=64)
+    rewards = torch.rand(groups, k)
+    return GroupBatch(
+        latents=torch.randn(groups, k, *shape),
+        rewards=rewards,
+        mask=torch.ones_like(rewards, dtype=torch.bool),
+        prompts=prompts,
+        prompt_indices=torch.arange(groups),
+        image_indices=torch.arange(k).expand(groups, k),
+        conditioning=tuple(model.encode([prompt.prompt for prompt in prompts])),
+        visits=(0,) * groups,
+    )
+
+
+def group_gradient(recipe: Recipe, model: FlowModel, *, one_pass: bool, micro_batch: int | None) -> GroupGradient:
+    """The gradient as ``gdro train`` computes it, without accelerate."""
+    return GroupGradient(
+        model=model,
+        loss=loss_arguments(recipe.method),
+        reduction=recipe.method.reduction,
+        guidance=recipe.sample.guidance,
+        size=(64, 64),
+        micro_batch=micro_batch,
+        one_pass=one_pass,
+        reference=lambda: reference(model),
+        autocast=nullcontext,
+        backward=lambda loss: loss.backward(),
+    )
+
+
+def train_step(recipe: Recipe) -> tuple[float, float, float]:
+    """A whole step (draws of noise, loss, metrics, AdamW) against forward + backward of the same images."""
+    model = open_model(recipe)
+    parameters = attach_adapter(recipe, model)
+    batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.method.k)
+    gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-6)
+    noisy = noisy_groups(model, batch, recipe.method, seed=0)
+    text = {key: value[noisy.group] for key, value in noisy.conditioning.items()}
+
+    def ours() -> None:
+        gradient(noisy_groups(model, batch, recipe.method, seed=0))
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def forward() -> torch.Tensor:
+        return model.velocity(noisy.latents, noisy.sigma, text, guidance=1.0, height=64, width=64)
+
+    def bare() -> None:
+        with torch.no_grad(), reference(model):
+            forward()
+        (forward() - noisy.target).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return ratio(ours, bare)
+
+
+def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, float]:
+    """Latents of 32 images against a loop of bare transformer calls, or against ``FluxPipeline.__call__``."""
+    from diffusers import FluxPipeline
+
+    from gdro_cli.tiny.assets import tiny_model_path
+
+    model = open_model(recipe)
+    prompts = open_prompts(recipe, recipe.prompts.train).records[:32]
+    text = model.batch_conditioning(model.encode([prompt.prompt for prompt in prompts]))
+    noise = model.noise(list(range(32)), height=64, width=64)
+    steps = recipe.sample.steps
+    sigmas = model.sigmas(steps, height=64, width=64)
+    pipeline = FluxPipeline.from_pretrained(tiny_model_path(), dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    ids = {"img_ids": pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)}
+    ids["txt_ids"] = torch.zeros(text["prompt_embeds"].shape[1], 3)
+
+    def ours() -> None:
+        sample_latents(model, noise, text, steps=steps, guidance=1.0, height=64, width=64, batch_size=32)
+
+    def bare() -> None:
+        state = noise
+        with torch.inference_mode():
+            for now, then in itertools.pairwise(sigmas):
+                velocity = model.transformer(
+                    hidden_states=state,
+                    encoder_hidden_states=text["prompt_embeds"],
+                    pooled_projections=text["pooled_prompt_embeds"],
+                    timestep=now.expand(32),
+                    return_dict=False,
+                    **ids,
+                )[0]
+                state = state + (then - now) * velocity
+
+    def whole_pipeline() -> None:
+        pipeline(
+            prompt_embeds=text["prompt_embeds"],
+            pooled_prompt_embeds=text["pooled_prompt_embeds"],
+            height=64,
+            width=64,
+            num_inference_steps=steps,
+            output_type="latent",
+        )
+
+    return ratio(ours, whole_pipeline if against_pipeline else bare)
+
+
+def scoring(recipe: Recipe) -> tuple[float, float, float]:
+    """96 pictures on one worker against two, after both pools have loaded; the ratio is the speed-up."""
+    from gdro_cli.rewards.pool import ScoringPool
+
+    model = open_model(recipe)
+    prompts: tuple[PromptRecord, ...] = open_prompts(recipe, recipe.prompts.train).records[:12]
+    groups = sample_groups(model, prompts, training_plan(recipe, model), batch_size=32)
+    pairs = [(image, group.prompt) for group in groups for image in group.images][:96]
+    images, asked = [image for image, _ in pairs], [prompt for _, prompt in pairs]
+    with ScoringPool(open_reward(recipe), workers=1) as one, ScoringPool(open_reward(recipe), workers=2) as two:
+        return ratio(lambda: one.score(images, asked), lambda: two.score(images, asked), rounds=3)
+
+
+def peak_memory(recipe: Recipe, k: int) -> float:
+    """MB by which one two-pass step in micro-batches of 2 raises the process's memory (in a process of its own)."""
+    command = [sys.executable, __file__, "--memory", str(k)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def measure_memory(recipe: Recipe, k: int) -> None:
+    """Print the rise of the peak over what the process held before the step."""
+    model = open_model(recipe)
+    attach_adapter(recipe, model)
+    warm = random_batch(recipe, model, groups=1, k=2)
+    gradient = group_gradient(recipe, model, one_pass=False, micro_batch=2)
+    batch = random_batch(recipe, model, groups=1, k=k)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gradient(noisy_groups(model, warm if k == 2 else batch, recipe.method, seed=0))
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def main() -> None:
+    """Print the table."""
+    recipe = load_recipe("ocr")
+    rows = []
+    ours, bare, factor = train_step(recipe)
+    rows.append(("train step / bare forward and backward (reference forward on both sides)", ours, bare, factor))
+    ours, bare, factor = sampling(recipe, against_pipeline=False)
+    rows.append(("sampling / bare transformer loop", ours, bare, factor))
+    ours, bare, factor = sampling(recipe, against_pipeline=True)
+    rows.append(("sampling / FluxPipeline.__call__", ours, bare, factor))
+    ours, bare, factor = scoring(recipe)
+    rows.append(("scoring, one worker / two workers", ours, bare, factor))
+    print("| what | ours | against | ratio |\n|---|---|---|---|")
+    for name, a, b, factor in rows:
+        print(f"| {name} | {a:.3f} s | {b:.3f} s | {factor:.2f} |")
+    small, large = peak_memory(recipe, 2), peak_memory(recipe, 16)
+    print(
+        f"| peak memory of a two-pass step, K = 16 / K = 2, micro-batch 2 | {large:.0f} MB | {small:.0f} MB |", end=""
+    )
+    print(f" {large / small:.2f} |")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        measure_memory(load_recipe("ocr"), int(sys.argv[2]))
+    else:
+        main()
