@@ -103,7 +103,9 @@ def evaluate(
         return
     from gdro_cli.stages import evaluate as stage
 
-    tables.print_result("Evaluation", stage.run(*launch.start(job)).summary)
+    result = stage.run(*launch.start(job))
+    tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
+    tables.print_result("Evaluation", result.summary)
 
 
 app.add_typer(show.recipes, name="recipes")

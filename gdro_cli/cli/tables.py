@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from gdro_cli.core.scores import Interval
+    from gdro_cli.stages.evaluate import Comparison
 
 
 def print_result(title: str, summary: Mapping[str, object]) -> None:
@@ -16,6 +21,18 @@ def print_result(title: str, summary: Mapping[str, object]) -> None:
 
     if is_main_process():
         print_pairs(title, [(name, str(value)) for name, value in summary.items()])
+
+
+def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
+    """Each measured quantity of both models with its interval, and the paired difference."""
+    from gdro_cli.cli.launch import is_main_process
+
+    def shown(interval: Interval, form: str = ".3f") -> str:
+        return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
+
+    if is_main_process():
+        rows = [[c.name, shown(c.base), shown(c.trained), shown(c.difference, "+.3f")] for c in comparisons]
+        print_table(title, ["", "base", "trained", "difference"], rows)
 
 
 def print_plan(stage: str, lines: Iterable[tuple[str, str]]) -> None:

@@ -100,7 +100,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
         dataset, inputs = training_set(recipe, workspace, model, engine, reporter, stop)
         folder = open_run(recipe, workspace, inputs)
         engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.seed})
-        with folder.lock():
+        with folder.lock() if engine.is_main else nullcontext():
             trainer = Trainer(recipe, model, dataset, folder, engine)
             start = trainer.resume()
             with ExitStack() as stack:
@@ -270,7 +270,8 @@ class Trainer:
             load_lora_state(self.model, checkpoint.tensors["adapter"])
             self.ema.load(checkpoint.tensors["ema"])
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-        self.folder.truncate_metrics(after_step=self.step)
+        if self.engine.is_main:
+            self.folder.truncate_metrics(after_step=self.step)
         return self.step
 
     def export(self) -> None:
