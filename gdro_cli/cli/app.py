@@ -41,11 +41,10 @@ def sample(
     out: OutOption = DEFAULT_OUT,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
-    num_processes: ProcessesOption = 1,
 ) -> None:
     """Make the groups: several images of each training prompt, once, with the untrained model."""
     job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+    if launch.elsewhere(job, dry_run=dry_run):
         return
     from gdro_cli.stages import sample as stage
 
@@ -59,11 +58,10 @@ def score(
     out: OutOption = DEFAULT_OUT,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
-    num_processes: ProcessesOption = 1,
 ) -> None:
     """Score the stored images with the recipe's reward."""
     job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+    if launch.elsewhere(job, dry_run=dry_run):
         return
     from gdro_cli.stages import score as stage
 
@@ -95,11 +93,10 @@ def evaluate(
     out: OutOption = DEFAULT_OUT,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
-    num_processes: ProcessesOption = 1,
 ) -> None:
     """Measure the base and the trained model on held-out prompts, side by side."""
     job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+    if launch.elsewhere(job, dry_run=dry_run):
         return
     from gdro_cli.stages import evaluate as stage
 

@@ -39,7 +39,7 @@ def prepare(stage: Stage, *, recipe: str, overrides: Sequence[str] | None, out: 
     return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
 
 
-def elsewhere(job: Job, *, dry_run: bool, num_processes: int) -> bool:
+def elsewhere(job: Job, *, dry_run: bool, num_processes: int = 1) -> bool:
     """Whether nothing is left to do here: the job was only described, or other processes have done it."""
     if dry_run:
         from gdro_cli.cli.tables import print_plan

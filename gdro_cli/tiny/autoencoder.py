@@ -26,6 +26,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         hidden: channels of the decoder's residual network.
         scaling_factor: the pipeline multiplies latents by it; 1, because ``encode`` already gives unit variance.
         shift_factor: the pipeline subtracts it; 0.
+        sample_size: height and width of the pictures it was made for, in pixels.
         block_out_channels: FluxPipeline computes its scale factor as 2 ** (length - 1): four entries for 8.
     """
 
@@ -37,6 +38,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         hidden: int = 96,
         scaling_factor: float = 1.0,
         shift_factor: float = 0.0,
+        sample_size: int = 64,
         block_out_channels: tuple[int, ...] = (1, 1, 1, 1),
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -154,7 +154,10 @@ def save_pipeline(model: TinyFlux, autoencoder: PatchAutoencoder, folder: Path) 
     """Write the pipeline folder in fp16 safetensors; the parts keep their dtype in memory."""
     half: Any = copy.deepcopy(autoencoder)
     build_pipeline(copy.deepcopy(model).half(), half.half()).save_pretrained(folder, safe_serialization=True)
-    for part in ("text_encoder", "text_encoder_2"):
-        # transformers loads in the dtype that the file names, diffusers in float32: they must agree
-        path = folder / part / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        content.pop("_name_or_path", None)  # where the parts lay on the machine that made them
+        if path.parent.name.startswith("text_encoder"):
+            # transformers loads in the dtype that the file names, diffusers in float32: they must agree
+            content["dtype"] = "float32"
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
