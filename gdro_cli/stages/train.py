@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,6 @@ class TrainResult:
     run: RunFolder
     steps: int
     resumed_from: int
-    last: dict[str, Any] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, str]:
@@ -181,13 +180,8 @@ class Trainer:
                 f"train.groups_per_step is {section.groups_per_step}, which {engine.world} processes cannot share"
                 " equally: choose a multiple"
             )
-        self.recipe, self.model, self.dataset, self.folder, self.engine = (
-            recipe,
-            model,
-            dataset,
-            folder,
-            engine,
-        )
+        self.recipe, self.model, self.dataset = recipe, model, dataset
+        self.folder, self.engine = folder, engine
         self.parameters = attach_adapter(recipe, model)
         if section.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -271,7 +265,7 @@ class Trainer:
             self.ema.load(checkpoint.tensors["ema"])
             restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
         if self.engine.is_main:
-            self.folder.truncate_metrics(after_step=self.step)
+            self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
         return self.step
 
     def export(self) -> None:
