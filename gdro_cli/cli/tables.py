@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from gdro_cli.core.scores import Interval
     from gdro_cli.stages.evaluate import Comparison
 
+WIDEST = 400
+"""Characters of a line where there is no terminal to fit into."""
+
 
 def print_result(title: str, summary: Mapping[str, object]) -> None:
     """A stage's summary as a table of two columns; only the first of several processes prints."""
@@ -54,5 +57,7 @@ def print_table(title: str, columns: list[str], rows: Iterable[list[str]], *, he
         table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    width = console.width if console.is_terminal else max(console.width, console.measure(table).maximum)
+    width = console.width
+    if not console.is_terminal:
+        width = max(width, console.measure(table, options=console.options.update(max_width=WIDEST)).maximum)
     console.print(table, width=width)

@@ -49,7 +49,8 @@ class Recipe(StrictModel):
     eval: EvalSection = EvalSection()
     """How a model is measured."""
     ablation: dict[str, Annotated[tuple[JsonValue, ...], Field(strict=False)]] = Field(default_factory=dict)
-    """Values to sweep per recipe key (`tau` may stand for `method.tau`)."""
+    """Values worth sweeping per recipe key (`tau` may stand for `method.tau`). Checked, but no command of this
+    version reads them."""
 
     _base_dir: Path | None = PrivateAttr(default=None)
 

@@ -85,8 +85,11 @@ class SampleSection(StrictModel):
 
 
 class OcrReward(StrictModel):
-    """The text recognition engine (PaddleOCR on ONNX Runtime)."""
+    """The text recognition engine, PaddleOCR."""
 
+    engine: Literal["onnxruntime", "paddle"] = "onnxruntime"
+    """What runs the models: `onnxruntime`, or `paddle` where paddlepaddle is installed (for GPUs; models in its own
+    format are needed then, see `model_dir`)."""
     recognition_width: int = Field(160, ge=48, le=3200)
     """Width in pixels to which a text line of height 48 is brought for recognition. 48 to 3200. The engine's
     own default is 320; 160 was as accurate on 64-pixel images and a third faster."""
@@ -146,7 +149,8 @@ class TrainSection(StrictModel):
     lr: float = Field(3e-4, gt=0)
     """Highest learning rate of AdamW. Above 0. Paper: 3e-4."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: `constant`, or falling to 0 at the last step."""
+    """Course of the learning rate after the warm-up: `constant`, or falling to 0, which it would reach one step after
+    the last."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0. 0 or more, at most `steps`."""
     weight_decay: float = Field(0.0, ge=0)
@@ -161,9 +165,9 @@ class TrainSection(StrictModel):
     """Images per forward pass in one process, 1 or more. Nothing: all images of the step. Changes memory and
     speed, not the gradient."""
     group_gradient: Literal["auto", "one_pass", "two_pass"] = "auto"
-    """`one_pass` keeps a whole group's activations; `two_pass` computes the group's weights first and needs
-    memory for `micro_batch` images only; the gradients are equal. `auto`: one pass where a group fits into
-    `micro_batch`."""
+    """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first
+    and needs memory for `micro_batch` images only; the gradients are equal. `auto`: one pass where all images of the
+    step fit into `micro_batch`."""
     checkpoint_every: int = Field(50, ge=1)
     """Steps between checkpoints. 1 or more; the last step always has one."""
     keep_checkpoints: int = Field(3, ge=1)

@@ -90,7 +90,7 @@ def save_checkpoint(
         sync_folder(home)
         _remove_leftovers(home)
         others = [path for _, path in _checkpoints(home) if path != final]
-        for old in others[: len(others) + 1 - keep]:
+        for old in others[: max(0, len(others) + 1 - keep)]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
             doomed = old.with_name(f".{old.name}.{os.getpid()}.old.tmp")
             os.rename(old, doomed)

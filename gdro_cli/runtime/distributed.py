@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from gdro_cli.errors import PrerequisiteError, UserError
 Precision = Literal["no", "bf16", "fp16"]
 
 _PROJECT = "gdro"
+PATIENCE = timedelta(days=7)
+"""How long processes wait for each other: the others wait while the first samples and scores."""
 
 
 class Engine:
@@ -90,6 +93,12 @@ class Engine:
         total: Tensor = self._accelerator.reduce(values, reduction="sum")
         return total
 
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process; the same answer in all of them."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
     def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
         """Scale gradients down to a total norm of at most ``max_norm``; returns the norm before."""
         norm = self._accelerator.clip_grad_norm_(list(parameters), max_norm)
@@ -135,12 +144,14 @@ def make_engine(
         PrerequisiteError: a tracker whose package is not installed.
     """
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     _check_trackers(trackers)
     accelerator = Accelerator(
         mixed_precision=precision,
         cpu=cpu,
         log_with=list(trackers) or None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=None if out is None else str(out),
     )
     return Engine(accelerator, tracked=bool(trackers))

@@ -10,6 +10,9 @@ from typing import Any
 
 from gdro_cli.errors import Interrupted
 
+STOPPING = "stopping at the next safe point; press Ctrl-C again to stop at once"
+"""What a stage tells when a stop is requested."""
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -17,16 +17,17 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval, bootstrap_ci, paired_bootstrap
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.errors import PrerequisiteError
+from gdro_cli.files import sha256_file, write_json
 from gdro_cli.models.adapters import Ema, load_lora_state
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
-from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.grid import draw_grid
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.score import open_table, refuse_failures, score_missing
-from gdro_cli.stages.train import attach_adapter, find_run
+from gdro_cli.stages.train import attach_adapter, find_run, run_inputs
 from gdro_cli.stages.workspace import (
     SamplingPlan,
     evaluation_plan,
@@ -90,22 +91,22 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> EvalResult:
         StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
-    with StopFlag() as stop:
+    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe)
-        folder, checkpoint = finished_run(recipe, workspace, model)
+        folder, path, checkpoint = finished_run(recipe, workspace, model)
         plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.images_per_prompt)
         evaluation = _Evaluation(recipe, model, plan, reporter, stop)
         base = evaluation.measure(stores_folder(workspace), weights="base")
         with ExitStack() as stack:
             stack.enter_context(trained_weights(recipe, model, checkpoint))
-            weights = f"{recipe.eval.weights} weights of {folder.path.name}, step {checkpoint.step}"
+            file = path / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
+            weights = f"{recipe.eval.weights} {sha256_file(file)}"
             trained = evaluation.measure(folder.path / "evaluations", weights=weights)
-        model.release_encoders()
-    return report(recipe, folder, base, trained, evaluation.protocol)
+    return report(recipe, folder, base, trained, evaluation.protocol | {"weights": recipe.eval.weights})
 
 
-def finished_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[RunFolder, Checkpoint]:
-    """The run that ``gdro train`` made of this recipe and its last checkpoint.
+def finished_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[RunFolder, Path, Checkpoint]:
+    """The run that ``gdro train`` made of this recipe, and folder and content of its last checkpoint.
 
     Raises:
         PrerequisiteError: it is not there or not finished.
@@ -123,7 +124,7 @@ def finished_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[Run
             f"the run {folder.path} stands at step {checkpoint.step} of {recipe.train.steps}: run `gdro train` with the"
             " same recipe, --set and --out to finish it"
         )
-    return folder, checkpoint
+    return folder, path, checkpoint
 
 
 def find_trained(recipe: Recipe, workspace: Path, model: FlowModel) -> RunFolder | None:
@@ -133,7 +134,7 @@ def find_trained(recipe: Recipe, workspace: Path, model: FlowModel) -> RunFolder
     if not store_path(recipe, stores_folder(workspace), identity).exists():
         return None
     store, _ = training_store(recipe, workspace, model)
-    return find_run(recipe, workspace, {"store": store.digest, "scores": open_table(recipe, store).digest})
+    return find_run(recipe, workspace, run_inputs(store, open_table(recipe, store)))
 
 
 def trained_weights(recipe: Recipe, model: FlowModel, checkpoint: Checkpoint) -> Any:
@@ -160,7 +161,7 @@ class _Evaluation:
     def protocol(self) -> dict[str, Any]:
         """What two results must share to be compared."""
         identity = store_identity(self.recipe, self.model, self.plan, self.prompts)
-        return {key: value for key, value in identity.items() if key not in ("model", "weights", "dtype")}
+        return {key: value for key, value in identity.items() if key not in ("model", "weights", "image_format")}
 
     def measure(self, folder: Path, *, weights: str) -> ScoreTable:
         """The complete score table of the model as it is now."""
@@ -195,9 +196,12 @@ def report(
             c.name: {k: asdict(getattr(c, k)) for k in ("base", "trained", "difference")} for c in comparisons
         },
         "failed": failed,
+        "bootstrap": recipe.eval.bootstrap,
+        "grid": None if grid is None else str(grid.relative_to(folder.path)),
         "images": rows,
     }
-    path = folder.write_json("results.json", results)
+    write_json(out.with_suffix(".json"), results)  # one per evaluation
+    path = folder.write_json("results.json", results)  # the latest
     return EvalResult(comparisons, failed, path, grid)
 
 

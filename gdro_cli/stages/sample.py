@@ -1,6 +1,6 @@
 """Stage ``sample``: generate groups of images per prompt, once, with the untrained model.
 
-Image i of prompt p depends only on (seed, p, i): batches, shards, restarts and processes change nothing.
+Image i of prompt p depends only on (seed, p, i): batches, shards, restarts and processes change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.sampling import sample_latents
-from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.workspace import (
@@ -59,7 +59,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> SampleResult:
         StoreError: the store is damaged or the disk refuses.
         Interrupted: stopped by the user; finished shards are kept.
     """
-    with StopFlag() as stop:
+    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe)
         store, plan = training_store(recipe, workspace, model)
         made = fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
@@ -94,18 +94,18 @@ def fill_store(
     if not missing:
         return 0
     todo = sum(len(store.shards[number]) for number in missing) * plan.images_per_prompt
+    forwards = 0  # images x steps done
 
     def advance(images: int) -> None:
+        nonlocal forwards
+        forwards += images
+        progress.advance(forwards // plan.steps - progress.done)
         stop.check(f"stopped while {label}; finished shards are kept in {store.path}: run the command again to go on")
 
     with folder_lock(store.path / "lock"), reporter.track(label, total=todo, unit="images") as progress:
         for number in missing:
-            groups = []
-            for group in sample_groups(
-                model, store.shards[number], plan, batch_size=recipe.sample.batch_size, on_step=advance
-            ):
-                groups.append(group)
-                progress.advance(plan.images_per_prompt)
+            size = recipe.sample.batch_size
+            groups = sample_groups(model, store.shards[number], plan, batch_size=size, on_step=advance)
             store.write_shard(number, groups)
     return len(missing)
 

@@ -14,7 +14,7 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.rewards.ocr import OcrReward
 from gdro_cli.rewards.pool import ScoringPool
-from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.sample import fill_store, training_store
@@ -52,7 +52,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
         StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
-    with StopFlag() as stop:
+    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe)
         store, plan = training_store(recipe, workspace, model)
         table = open_table(recipe, store)
@@ -74,6 +74,7 @@ def open_reward(recipe: Recipe) -> OcrReward:
         detection_model=settings.detection_model,
         recognition_model=settings.recognition_model,
         model_dir=settings.model_dir,
+        engine=settings.engine,
     )
 
 

@@ -23,6 +23,8 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import TrainSection
 from gdro_cli.core.losses import LossOutput
 from gdro_cli.data.dataset import GroupBatch, GroupDataset
+from gdro_cli.data.scores import ScoreTable
+from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
 from gdro_cli.models.base import FlowModel
@@ -35,7 +37,7 @@ from gdro_cli.runtime.checkpoint import (
 )
 from gdro_cli.runtime.distributed import Engine, Precision, make_engine
 from gdro_cli.runtime.environment import environment
-from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
@@ -46,7 +48,6 @@ from gdro_cli.stages.workspace import image_size, open_model, runs_folder
 
 # Keys that change how fast or how verbosely a run goes, or what is done after it, but not what it learns.
 _NOT_LEARNT_FROM: dict[str, Any] = {
-    "name": True,
     "description": True,
     "ablation": True,
     "eval": True,
@@ -78,7 +79,8 @@ class TrainResult:
         elif self.resumed_from:
             rows["training"] = f"continued from step {self.resumed_from}"
         points = [row for row in self.run.metrics() if row.get("kind") == "validation"]
-        if points:
+        points = [row for row in points if row["protocol"] == points[-1]["protocol"]]
+        if len(points) > 1:
             rows["validation reward"] = f"{points[0]['reward']:.3f} -> {points[-1]['reward']:.3f}"
         rows["adapter"] = str(self.run.path / "pytorch_lora_weights.safetensors")
         return rows
@@ -94,7 +96,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
         Interrupted: stopped by the user after a checkpoint.
     """
     engine = make_engine(trackers=recipe.train.trackers, out=workspace, precision=precision(recipe))
-    with StopFlag() as stop:
+    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe, device=str(engine.device))
         dataset, inputs = training_set(recipe, workspace, model, engine, reporter, stop)
         folder = open_run(recipe, workspace, inputs)
@@ -106,6 +108,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
                 watch = engine.is_main and recipe.train.eval_every > 0 and start < recipe.train.steps
                 train_loop(trainer, Validation.open(recipe, model, stack) if watch else None, reporter, stop)
             if engine.is_main:
+                folder.write_json("resolved.json", recipe.resolved())
                 trainer.export()
         engine.end()
     return TrainResult(folder, recipe.train.steps, start)
@@ -127,7 +130,12 @@ def training_set(
     dataset = GroupDataset.load(store, table, k=recipe.method.k, min_spread=recipe.method.min_spread)
     if recipe.train.shuffle_rewards:
         dataset = dataset.with_shuffled_rewards(recipe.seed)
-    return dataset, {"store": store.digest, "scores": table.digest}
+    return dataset, run_inputs(store, table)
+
+
+def run_inputs(store: GroupStore, table: ScoreTable) -> dict[str, str]:
+    """Digests of what a run learns from: how its images and their scores were made, however they are stored."""
+    return {"store": digest(dict(store.identity)), "scores": digest(dict(table.provenance))}
 
 
 def precision(recipe: Recipe) -> Precision:
@@ -229,7 +237,8 @@ class Trainer:
         with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
             row = validation.measure()
         self.folder.append_metrics({"kind": "validation", "step": self.step, **row})
-        self.engine.log({f"validation/{name}": value for name, value in row.items()}, self.step)
+        numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}
+        self.engine.log(numbers, self.step)
         reporter.say(
             f"step {self.step}: validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],"
             f" {row['images']} images"
@@ -310,6 +319,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             progress.advance(1, **{label: numbers[name] for name, label in SHOWN.items()})
             if validation is not None and (step % section.eval_every == 0 or last):
                 trainer.validate(validation, reporter)
+            stop.requested = engine.any(stop.requested)
             if step % section.checkpoint_every == 0 or last or stop.requested:
                 trainer.save()
             stop.check(f"stopped after step {step} of {section.steps}; run the same command again to go on")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
+from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import bootstrap_ci
 from gdro_cli.data.prompts import PromptSet
+from gdro_cli.errors import StoreError
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.stages.sample import decode_images, sample_images
@@ -39,8 +41,17 @@ class Validation:
         model.release_encoders()
         return cls(recipe, model, prompts, plan, conditioning, stack.enter_context(open_pool(recipe)))
 
-    def measure(self) -> dict[str, float | int]:
-        """Return mean reward, its 95 % interval, and counts, for the adapter as it is now."""
+    @property
+    def protocol(self) -> str:
+        """Digest of what two points must share to be compared."""
+        return digest([*astuple(self.plan), self.prompts.digest, self.recipe.eval.weights])
+
+    def measure(self) -> dict[str, float | int | str]:
+        """Return mean reward, its 95 % interval, and counts, for the adapter as it is now.
+
+        Raises:
+            StoreError: no image could be scored.
+        """
         began = time.perf_counter()
         seeds = [
             [self.plan.image_seed(prompt.id, index) for index in range(self.plan.images_per_prompt)]
@@ -53,8 +64,11 @@ class Validation:
         values = [score.value for score in self.pool.score(pictures, asked)]
         count = self.plan.images_per_prompt
         by_prompt = [values[first : first + count] for first in range(0, len(values), count)]
+        if all(value is None for value in values):
+            raise StoreError(f"none of the {len(values)} validation images could be scored: mend the reward engine")
         interval = bootstrap_ci(by_prompt, samples=self.recipe.eval.bootstrap)
         return {
+            "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,

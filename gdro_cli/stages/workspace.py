@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import PromptSource
@@ -41,8 +43,12 @@ class SamplingPlan:
         return seed_for(self.seed, "image", prompt_id, index)
 
 
-def open_model(recipe: Recipe, *, device: str = "cpu") -> FlowModel:
-    """Open the recipe's model; nothing is loaded until it is used.
+def open_model(recipe: Recipe, *, device: str | None = None) -> FlowModel:
+    """Open the recipe's model, on the GPU if there is one; nothing is loaded until it is used.
+
+    Args:
+        recipe: names the model.
+        device: where to run it instead.
 
     Raises:
         PrerequisiteError: the model is not there.
@@ -51,7 +57,7 @@ def open_model(recipe: Recipe, *, device: str = "cpu") -> FlowModel:
     return load_flow_model(
         path,
         dtype=recipe.model.dtype,
-        device=device,
+        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         max_sequence_length=recipe.model.max_sequence_length,
     )
 
@@ -71,9 +77,7 @@ def training_plan(recipe: Recipe, model: FlowModel) -> SamplingPlan:
 def evaluation_plan(recipe: Recipe, model: FlowModel, *, images_per_prompt: int) -> SamplingPlan:
     """How pictures for an evaluation are sampled."""
     height, width = image_size(recipe, model)
-    steps = recipe.sample.steps if recipe.eval.steps is None else recipe.eval.steps
-    guidance = recipe.sample.guidance if recipe.eval.guidance is None else recipe.eval.guidance
-    return SamplingPlan(recipe.eval.seed, images_per_prompt, steps, guidance, height, width)
+    return SamplingPlan(recipe.eval.seed, images_per_prompt, recipe.eval_steps, recipe.eval_guidance, height, width)
 
 
 def image_size(recipe: Recipe, model: FlowModel) -> tuple[int, int]:
@@ -89,7 +93,7 @@ def store_identity(
     """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one."""
     return {
         "model": {key: value for key, value in model.identity.items() if key != "path"},  # wherever it lies
-        "dtype": recipe.model.dtype,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "max_sequence_length": recipe.model.max_sequence_length,
         "weights": weights,
         "prompts": prompts.digest,
@@ -99,6 +103,7 @@ def store_identity(
         "guidance": plan.guidance,
         "height": plan.height,
         "width": plan.width,
+        "image_format": recipe.sample.image_format,
     }
 
 

@@ -8,13 +8,13 @@ The two sides of a ratio alternate, and the ratio is that of their medians, so a
 from __future__ import annotations
 
 import itertools
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -182,9 +182,18 @@ def measure_memory(recipe: Recipe, k: int) -> None:
     warm = random_batch(recipe, model, groups=1, k=2)
     gradient = group_gradient(recipe, model, one_pass=False, micro_batch=2)
     batch = random_batch(recipe, model, groups=1, k=k)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gradient(noisy_groups(model, warm if k == 2 else batch, recipe.method, seed=0))
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    gradient(noisy_groups(model, warm, recipe.method, seed=0))  # what is made once: gradients, kernels' own memory
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present size
+    gradient(noisy_groups(model, batch, recipe.method, seed=0))
+    print(resident("VmHWM") - before)
+
+
+def resident(field: str) -> float:
+    """VmRSS or VmHWM of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(field)]
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:

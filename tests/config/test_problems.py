@@ -16,7 +16,7 @@ from gdro_cli.errors import UserError
 
 def message(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        load_recipe("ocr", overrides=overrides)
+        load_recipe("ocr", overrides=["sample.images_per_prompt=16", *overrides])
     return str(caught.value)
 
 
@@ -73,7 +73,7 @@ def test_a_rule_about_a_faulty_key_is_not_reported_beside_its_fault() -> None:
         ("prompts.task=orc", "prompts.task: must be 'ocr' or 'geneval', not 'orc'; did you mean `ocr`?"),
         # rules between keys
         ("method.k=17", "method.k: 17 is more than sample.images_per_prompt (16)"),
-        ("method.sigma_max=0.2", "method.sigma_min: 0.2 must be below method.sigma_max (0.2)."),
+        ("method={sigma_min: 0.2, sigma_max: 0.2}", "method.sigma_min: 0.2 must be below method.sigma_max (0.2)."),
         ("prompts.eval.builtin=ocr-tst", "prompts.eval.builtin: 'ocr-tst' is not a built-in set"),
         ("prompts.eval.min_letters=7", "prompts.eval.min_letters: 7 is more than max_letters (6)."),
         ("prompts.eval={builtin: ocr-test, file: a}", "prompts.eval: names both a `file` and a `builtin` set"),

@@ -238,7 +238,7 @@ def test_digest_ignores_the_order_of_keys_and_is_fixed() -> None:
 
 
 def test_differences_name_changed_added_and_removed_keys() -> None:
-    before = load_recipe("ocr", overrides=["seed=1"])
+    before = load_recipe("ocr", overrides=["seed=1", "method.tau=0.05", "train.lr=3e-4"])
     after = load_recipe("ocr", overrides=["seed=2", "train.lr=0.5", "method.name=rank"])
     lines = [str(difference) for difference in differences(before, after)]
     assert lines == [

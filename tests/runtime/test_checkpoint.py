@@ -53,6 +53,13 @@ def test_only_the_newest_stay(tmp_path: Path) -> None:
         save(tmp_path, 21, keep=0)
 
 
+@pytest.mark.parametrize("keep", [3, 4, 5, 10])
+def test_as_many_stay_as_were_asked_for(tmp_path: Path, keep: int) -> None:
+    for step in range(1, 9):
+        save(tmp_path, step, keep=keep)
+        assert len(list((tmp_path / "checkpoints").iterdir())) == min(step, keep)
+
+
 def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
     (path / "adapter" / "weights.txt").write_text("damaged")
