@@ -57,7 +57,7 @@ def print_table(title: str, columns: list[str], rows: Iterable[list[str]], *, he
         table.add_column(Text(column), overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
-    width = console.width
     if not console.is_terminal:
-        width = max(width, console.measure(table, options=console.options.update(max_width=WIDEST)).maximum)
-    console.print(table, width=width)
+        console.width = WIDEST
+        console.width = console.measure(table).maximum
+    console.print(table)

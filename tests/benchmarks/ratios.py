@@ -111,6 +111,8 @@ def train_step(recipe: Recipe) -> tuple[float, float, float]:
 
 def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, float]:
     """Latents of 32 images against a loop of bare transformer calls, or against ``FluxPipeline.__call__``."""
+    import importlib
+
     from diffusers import FluxPipeline
 
     from gdro_cli.tiny.assets import tiny_model_path
@@ -121,6 +123,7 @@ def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, f
     noise = model.noise(list(range(32)), height=64, width=64)
     steps = recipe.sample.steps
     sigmas = model.sigmas(steps, height=64, width=64)
+    importlib.import_module("gdro_cli.tiny.autoencoder")  # where diffusers looks for the class
     pipeline = FluxPipeline.from_pretrained(tiny_model_path(), dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     ids = {"img_ids": pipeline._prepare_latent_image_ids(1, 4, 4, "cpu", torch.float32)}
