@@ -326,7 +326,11 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
 
 
 def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:
-    """Means over the processes, in one message."""
+    """Means over the processes, in one message.
+
+    Exact for everything that is a mean over groups; a share of pairs (``implicit_accuracy``) becomes the mean of the
+    processes' shares.
+    """
     values = torch.stack([value.detach().float() for value in metrics.values()])
     means = (engine.sum(values) / engine.world if engine.world > 1 else values).tolist()
     return dict(zip(metrics, means, strict=True))
