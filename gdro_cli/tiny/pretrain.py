@@ -22,7 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gdro_cli.config.base import differences
 from gdro_cli.core.seeds import generator, seed_for
+from gdro_cli.errors import UserError
+from gdro_cli.files import write_json
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.flow_model import TinyFlux, build_pipeline, save_pipeline
 from gdro_cli.tiny.pictures import CHUNK, load_pictures, make_pictures
@@ -36,6 +39,7 @@ SIGMA_SPREAD, SIGMA_SHIFT = (
     0.3,
 )  # sigma = sigmoid(spread * N + shift): a little more weight on noisy pictures
 SAMPLE_STEPS = 8
+FIXED = ("seed", "pictures", "autoencoder_steps")  # arguments that a continued pretraining must keep
 SAMPLE_PROMPTS = (
     'a red sign that says "HELLO" on a brick background',
     'a yellow sign that says "OPEN" on a starry background',
@@ -186,6 +190,19 @@ def draw_batch(pictures: dict[str, Tensor], step: int, *, seed: int, sign_share:
     return {name: column[pick] for name, column in pictures.items()}
 
 
+def keep_arguments(path: Path, asked: dict[str, int]) -> None:
+    """Write what later calls must not change, or compare with what the first call wrote.
+
+    Raises:
+        UserError: they differ.
+    """
+    if not path.exists():
+        write_json(path, asked)
+    elif changed := differences(json.loads(path.read_text()), asked):
+        listed = "; ".join(map(str, changed))
+        raise UserError(f"{path.parent} was begun with other arguments ({listed}): use those, or another --out")
+
+
 def pretrain(arguments: argparse.Namespace) -> None:
     """Run all parts that are not there yet."""
     out: Path = arguments.out
@@ -196,8 +213,11 @@ def pretrain(arguments: argparse.Namespace) -> None:
         with (out / "log.jsonl").open("a") as file:
             file.write(json.dumps({**row, "seconds": round(time.monotonic() - start, 1)}) + "\n")
 
-    if not (out / "vae" / "config.json").exists():
-        train_autoencoder(steps=arguments.autoencoder_steps, seed=arguments.seed, log=log).save_pretrained(out / "vae")
+    keep_arguments(out / "arguments.json", {name: getattr(arguments, name) for name in FIXED})
+    if not (out / "vae").exists():
+        autoencoder = train_autoencoder(steps=arguments.autoencoder_steps, seed=arguments.seed, log=log)
+        autoencoder.save_pretrained(out / "vae.partial")
+        (out / "vae.partial").rename(out / "vae")
     autoencoder = PatchAutoencoder.from_pretrained(out / "vae").eval()
     make_pictures(
         out / "pictures",
@@ -236,7 +256,10 @@ def main() -> None:
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--export-every", type=int, default=1_000)
     parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
-    pretrain(parser.parse_args())
+    try:
+        pretrain(parser.parse_args())
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

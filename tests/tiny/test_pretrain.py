@@ -88,3 +88,15 @@ def test_the_product_is_a_flux_pipeline(pretrained: Path) -> None:
     assert pictures.shape == (1, 3, 64, 64)
     assert bool(pictures.isfinite().all())
     assert (pretrained / "step-000005" / "samples.png").stat().st_size > 10_000
+
+
+def test_other_arguments_in_the_same_folder_are_refused(
+    pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(pretrained), "--pictures", "4000", "--seed", "1"])
+    with pytest.raises(SystemExit) as left:
+        main()
+    assert left.value.code == 2
+    message = capsys.readouterr().err
+    assert "pictures: 2000 -> 4000" in message
+    assert "seed: 0 -> 1" in message
