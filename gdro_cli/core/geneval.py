@@ -1,0 +1,144 @@
+"""GenEval's words and clauses: what a prompt asks for, as its metadata says it (arXiv 2310.11513).
+
+    {"tag": "position", "include": [{"class": "ring", "count": 1},
+                                    {"class": "heart", "count": 1, "position": ["left of", 0]}],
+     "prompt": "a photo of a heart left of a ring"}
+
+``include`` clauses must all hold; an ``exclude`` clause fails the picture if that many objects are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+"""The six kinds of prompt, in the order of the official report."""
+
+OFFICIAL_SIZES: Mapping[str, int] = {
+    "single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100, "color_attr": 100
+}  # fmt: skip
+"""Prompts of each tag in the official evaluation set, 553 in all."""
+
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+"""The ten colours that a clause may ask for."""
+
+RELATIONS = ("left of", "right of", "above", "below")
+
+RENAMED: Mapping[str, str] = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+"""COCO's names that GenEval replaces, because they are ambiguous in a prompt."""
+
+COCO_CLASSES = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
+    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee",
+    "skis", "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
+    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple",
+    "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
+    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock",
+    "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+)  # fmt: skip
+"""The 80 classes of COCO in GenEval's spelling, in COCO's order."""
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
+"""The classes of the embedded world."""
+
+VOCABULARIES: Mapping[str, tuple[str, ...]] = {"coco": COCO_CLASSES, "shapes": SHAPES}
+"""What the known detectors can find, by the name of the vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """One demand on the objects of one class."""
+
+    label: str
+    """The class; ``class`` in the metadata."""
+    count: int
+    """How many, 1 or more."""
+    colour: str | None = None
+    position: tuple[str, int] | None = None
+    """(relation, index of an earlier include clause): these objects lie so relative to those."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """All demands of one prompt."""
+
+    tag: str
+    include: tuple[Clause, ...]
+    exclude: tuple[Clause, ...] = ()
+
+
+def parse_task(metadata: Mapping[str, Any], *, classes: Collection[str] | None = None) -> Task:
+    """Read the metadata of one prompt; keys that GenEval does not know are left alone.
+
+    Args:
+        metadata: ``tag``, ``include`` and perhaps ``exclude``, as JSON values.
+        classes: the classes that may be asked for; None allows any.
+
+    Raises:
+        ValueError: something is missing or cannot be; the message says what and where in the metadata.
+    """
+    for key in ("tag", "include"):
+        if key not in metadata:
+            raise ValueError(f"the key {key} is missing; GenEval needs metadata in JSON Lines with tag and include")
+    tag = metadata["tag"]
+    if tag not in TAGS:
+        raise ValueError(f"the tag {tag!r} is not one of {', '.join(TAGS)}")
+    include = _clauses(metadata, "include", classes)
+    if not include:
+        raise ValueError("include must list at least one clause")
+    exclude = _clauses(metadata, "exclude", classes)
+    return Task(tag, include, exclude)
+
+
+def _clauses(metadata: Mapping[str, Any], key: str, classes: Collection[str] | None) -> tuple[Clause, ...]:
+    listed = metadata.get(key) or []
+    if not isinstance(listed, list):
+        raise ValueError(f"{key} must be a list of clauses, not {type(listed).__name__}")
+    return tuple(_clause(value, f"{key}[{number}]", number, key, classes) for number, value in enumerate(listed))
+
+
+def _clause(value: Any, where: str, number: int, key: str, classes: Collection[str] | None) -> Clause:
+    if not isinstance(value, Mapping):
+        raise ValueError(f'{where} must be an object such as {{"class": "dog", "count": 1}}, not {value!r}')
+    for needed in ("class", "count"):
+        if needed not in value:
+            raise ValueError(f"{where} lacks the key {needed}")
+    label, count, colour = value["class"], value["count"], value.get("color")
+    if not isinstance(label, str) or (classes is not None and label not in classes):
+        raise ValueError(f"{where} asks for the class {label!r}, which the detector does not know{_near(label, classes)}")
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{where} has the count {count!r}; it must be a whole number, 1 or more")
+    if colour is not None and colour not in COLOURS:
+        raise ValueError(f"{where} asks for the color {colour!r}, which is not one of {', '.join(COLOURS)}")
+    position = value.get("position")
+    if position is not None and key == "exclude":
+        raise ValueError(f"{where} has a position, which only include clauses may have")
+    return Clause(label, count, colour, None if position is None else _position(position, where, number))
+
+
+def _position(value: Any, where: str, number: int) -> tuple[str, int]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f'{where} has the position {value!r}; write ["left of", 0]: a relation and an earlier clause')
+    relation, target = value
+    if relation not in RELATIONS:
+        raise ValueError(f"{where} has the relation {relation!r}, which is not one of {', '.join(RELATIONS)}")
+    if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < number:
+        raise ValueError(
+            f"{where} has a position relative to clause {target!r}; "
+            + (f"it must be an earlier one, 0 to {number - 1}" if number else "the first clause can have none")
+        )
+    return relation, target
+
+
+def _near(label: Any, classes: Collection[str] | None) -> str:
+    import difflib
+
+    known = list(classes or ())
+    near = difflib.get_close_matches(str(label), known, n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f": it knows {', '.join(known)}" if len(known) <= 10 else f" (one of {len(known)} names such as {known[0]!r})"
