@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import typer
 
@@ -17,11 +18,14 @@ from gdro_cli.cli.options import (
     DEFAULT_RECIPE,
     DebugOption,
     DryRunOption,
+    ExportOption,
+    ImagesOption,
     OutOption,
     ProcessesOption,
     RecipeOption,
     SetOption,
 )
+from gdro_cli.errors import UserError
 
 app = typer.Typer(
     name="gdro",
@@ -91,21 +95,38 @@ def evaluate(
     recipe: RecipeOption = DEFAULT_RECIPE,
     overrides: SetOption = None,
     out: OutOption = DEFAULT_OUT,
+    images: ImagesOption = None,
+    export: ExportOption = None,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure the base and the trained model on held-out prompts, side by side."""
     job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if images is not None:
+        _score_folder(job, images, export=export, dry_run=dry_run)
+        return
     if launch.elsewhere(job, dry_run=dry_run):
         return
     from gdro_cli.stages import evaluate as stage
 
-    result = stage.run(*launch.start(job))
+    result = stage.run(*launch.start(job), export=export)
     tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
     tables.print_result("Evaluation", result.summary)
 
 
+def _score_folder(job: launch.Job, images: Path, *, export: Path | None, dry_run: bool) -> None:
+    """``gdro eval --images``: what another tool drew, scored with the recipe's reward."""
+    if export is not None or dry_run:
+        raise UserError("--images scores pictures that are there; it goes with neither --export nor --dry-run")
+    from gdro_cli.stages import imagefolder as stage
+
+    result = stage.run(*launch.start(job), folder=images)
+    tables.print_intervals(f"Pictures in {images} (mean and 95 % interval)", result.measures)
+    tables.print_result("Evaluation", result.summary)
+
+
 app.add_typer(show.recipes, name="recipes")
+app.command(name="prompts")(show.prompts)
 app.command(name="runs")(show.runs)
 app.command(name="env")(show.env)
 

@@ -21,6 +21,14 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 ProcessesOption = Annotated[
     int, typer.Option("--num-processes", metavar="N", min=1, help="Processes on this machine, one per GPU.")
 ]
+ImagesOption = Annotated[
+    Path | None,
+    typer.Option("--images", metavar="DIR", help="Score these pictures (NNNNN/metadata.jsonl, samples/) instead."),
+]
+ExportOption = Annotated[
+    Path | None,
+    typer.Option("--export", metavar="DIR", help="Also write both models' pictures there, in GenEval's layout."),
+]
 
 DEFAULT_RECIPE = "ocr"
 DEFAULT_OUT = Path("gdro-out")

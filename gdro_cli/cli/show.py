@@ -1,10 +1,10 @@
-"""Commands that only look: ``gdro recipes``, ``gdro runs``, ``gdro env``."""
+"""Commands that only look: ``gdro recipes``, ``gdro prompts``, ``gdro runs``, ``gdro env``."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -100,6 +100,34 @@ def fields(
             head.append(f"  only for {', '.join(doc.methods)}", style="not bold dim")
         console.print(head, soft_wrap=True)
         console.print(Text(f"    {doc.text}"), soft_wrap=not console.is_terminal)
+
+
+def prompts(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A built-in prompt set, such as ocr-test.")],
+    count: Annotated[int | None, typer.Option(min=1, help="Number of prompts. Default: as in a recipe.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Which draw of the set.")] = 0,
+    plurals: Annotated[
+        Literal["naive", "correct"], typer.Option(help="Plurals of a geneval-coco set: three knifes, or knives.")
+    ] = "naive",
+    debug: DebugOption = False,
+) -> None:
+    """Print a built-in prompt set as JSON Lines, which a recipe's `prompts.*.file` reads back."""
+    from gdro_cli.config.rules import source_problems
+    from gdro_cli.config.sections import BUILTIN_PROMPTS, PromptSource
+    from gdro_cli.config.suggest import similar
+
+    tasks = {known: task for task, names in BUILTIN_PROMPTS.items() for known in names}
+    if name not in tasks:
+        hint = similar(name, tasks) or f": choose one of {', '.join(tasks)}."
+        raise UserError(f"There is no built-in prompt set {name!r}{hint}")
+    source = PromptSource(builtin=name, count=count, seed=seed, plurals=plurals)
+    for problem in source_problems(source, task=tasks[name], path=name):
+        raise UserError(f"{problem.path}: {problem.message}.")
+    from gdro_cli.data.prompts import load_prompts
+
+    for record in load_prompts(source, task=tasks[name]).records:
+        target = {} if record.target is None else {"target": record.target}
+        typer.echo(json.dumps({"prompt": record.prompt, **target, **record.metadata}, ensure_ascii=False))
 
 
 def env(debug: DebugOption = False) -> None:

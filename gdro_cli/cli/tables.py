@@ -30,12 +30,19 @@ def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
     """Each measured quantity of both models with its interval, and the paired difference."""
     from gdro_cli.cli.launch import is_main_process
 
-    def shown(interval: Interval, form: str = ".3f") -> str:
-        return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
-
     if is_main_process():
-        rows = [[c.name, shown(c.base), shown(c.trained), shown(c.difference, "+.3f")] for c in comparisons]
+        rows = [[c.name, _shown(c.base), _shown(c.trained), _shown(c.difference, "+.3f")] for c in comparisons]
         print_table(title, ["", "base", "trained", "difference"], rows)
+
+
+def print_intervals(title: str, intervals: Iterable[tuple[str, Interval]]) -> None:
+    """Each measured quantity of one set of pictures with its interval and what it was measured on."""
+    rows = [[name, _shown(interval), str(interval.prompts), str(interval.images)] for name, interval in intervals]
+    print_table(title, ["", "mean", "prompts", "pictures"], rows)
+
+
+def _shown(interval: Interval, form: str = ".3f") -> str:
+    return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def print_plan(stage: str, lines: Iterable[tuple[str, str]]) -> None:

@@ -95,5 +95,5 @@ def type_text(annotation: Any) -> str:
         inner = dict.fromkeys(type_text(argument) for argument in arguments if argument is not Ellipsis)
         return f"list of {', '.join(inner)}"
     if origin is dict:
-        return "section of lists"
+        return f"section of {'numbers' if type_text(arguments[1]) == 'number' else 'lists'}"
     return "any value"

@@ -137,7 +137,7 @@ def _path(detail: ErrorDetails) -> str:
             model = METHODS[str(part)]
         elif isinstance(part, int):
             path += f"[{part}]"
-        elif model is not None or path == "ablation":
+        elif model is not None or path == "ablation" or path.endswith(".tags"):  # sections whose keys are free
             path += f".{part}" if path else part
             field = model.model_fields.get(part) if model is not None else None
             annotation = field.annotation if field is not None else None

@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gdro_cli.config.sections import BUILTIN_PROMPTS, PromptSource
+from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource
 from gdro_cli.config.suggest import similar, similar_key
 
 if TYPE_CHECKING:
     from gdro_cli.config.recipe import Recipe
+
+#: The keys of a prompt source that only one task's built-in sets have.
+_OCR_KEYS = ("two_line_share", "min_letters", "max_letters")
+_GENEVAL_KEYS = ("tags", "plurals")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,29 +64,52 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
         )
     for split in ("train", "validation", "eval"):
         source: PromptSource = getattr(recipe.prompts, split)
-        for problem in _source(source, task=task, path=f"prompts.{split}"):
+        for problem in source_problems(source, task=task, path=f"prompts.{split}"):
             yield Problem(problem.path, problem.message, (f"prompts.{split}", "prompts.task"))
 
 
-def _source(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
+def source_problems(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
+    """Every broken rule of one prompt source; ``path`` is the dotted path of its section."""
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
     elif source.file is not None and source.builtin is not None:
         yield Problem(path, "names both a `file` and a `builtin` set: keep one")
     elif source.builtin is not None:
         known = BUILTIN_PROMPTS.get(task, ())
-        if source.builtin not in known:
+        if source.builtin in known:
+            yield from _builtin(source, source.builtin, task=task, path=path)
+        else:
             names = ", ".join(known) if known else f"none for the task {task!r}, name a `file`"
             hint = similar(source.builtin, known)
             yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
+    else:
+        for key in _given(source, ("seed", *_OCR_KEYS, *_GENEVAL_KEYS)):
+            yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
+
+
+def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterator[Problem]:
+    foreign, owner = (_GENEVAL_KEYS, "GenEval") if task == "ocr" else (_OCR_KEYS, "OCR")
+    for key in _given(source, foreign):
+        yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
+    if task == "ocr":
         if source.min_letters > source.max_letters:
             yield Problem(
                 f"{path}.min_letters", f"{source.min_letters} is more than max_letters ({source.max_letters})"
             )
-    else:
-        for key in ("seed", "two_line_share", "min_letters", "max_letters"):
-            if getattr(source, key) != PromptSource.model_fields[key].default:
-                yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
+        return
+    if source.plurals != "naive" and not name.startswith("geneval-coco-"):
+        yield Problem(f"{path}.plurals", f"only applies to a geneval-coco set, not to {name!r}: remove it")
+    for tag in source.tags or {}:
+        if tag not in GENEVAL_TAGS:
+            names = ", ".join(GENEVAL_TAGS)
+            yield Problem(f"{path}.tags.{tag}", f"is not a tag (they are: {names}){similar(tag, GENEVAL_TAGS)}")
+    if source.tags is not None and not any(source.tags.values()):
+        yield Problem(f"{path}.tags", "gives no tag a weight above 0: give one, or remove it")
+
+
+def _given(source: PromptSource, keys: tuple[str, ...]) -> Iterator[str]:
+    """Those of the keys that do not have their default value."""
+    return (key for key in keys if getattr(source, key) != PromptSource.model_fields[key].default)
 
 
 def _sizes(recipe: Recipe) -> Iterator[Problem]:

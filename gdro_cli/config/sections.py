@@ -8,8 +8,20 @@ from pydantic import Field
 
 from gdro_cli.config.base import StrictModel
 
-#: Prompt sets drawn by the tool itself, per task. Train, validation and test share no word.
-BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {"ocr": ("ocr-train", "ocr-validation", "ocr-test")}
+#: Prompt sets drawn by the tool itself, per task. Train, validation and test share no word (OCR), no content (GenEval).
+BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {
+    "ocr": ("ocr-train", "ocr-validation", "ocr-test"),
+    "geneval": (
+        "geneval-train",
+        "geneval-validation",
+        "geneval-test",
+        "geneval-coco-train",
+        "geneval-coco-validation",
+        "geneval-coco-test",
+    ),
+}
+#: The kinds of GenEval prompts.
+GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -35,10 +47,13 @@ class PromptSource(StrictModel):
     """Prompt file, one prompt per line or JSONL. A relative path is looked up beside the recipe that names
     it, then in the current folder."""
     builtin: str | None = None
-    """Name of a set that the tool draws itself: `ocr-train`, `ocr-validation` or `ocr-test`."""
+    """Name of a set that the tool draws itself: `ocr-train`, `ocr-validation` or `ocr-test`; for GenEval
+    `geneval-train` and so on (the embedded model's shapes) or `geneval-coco-train` and so on (COCO's classes). `gdro
+    prompts NAME` prints one."""
     count: int | None = Field(None, ge=1)
-    """Number of prompts, 1 or more: the first so many. Nothing: all of a file, or one per word of a built-in
-    set."""
+    """Number of prompts, 1 or more: the first so many. Nothing: all of a file, one per word of a built-in OCR set, or
+    as many of a built-in GenEval set as there can be with every tag in full proportion to its weight (the official
+    553 of `geneval-coco-test`)."""
     seed: int = Field(0, ge=0)
     """Which draw of a built-in set. 0 or more. Has no effect on a file, so it must stay 0 there."""
     two_line_share: float = Field(0.0, ge=0, le=1)
@@ -47,14 +62,20 @@ class PromptSource(StrictModel):
     """Letters of the shortest word of a built-in OCR set. 1 or more, at most `max_letters`."""
     max_letters: int = Field(6, ge=1)
     """Letters of the longest word of a built-in OCR set. At least `min_letters`."""
+    tags: dict[str, Annotated[float, Field(ge=0)]] | None = None
+    """Weight of each tag in a built-in GenEval set, such as `{position: 7, counting: 5}`: 0 or more, not all 0; a tag
+    that is not named has none. A tag with no prompts left leaves the rest to the others. Nothing: the official sizes
+    for `geneval-coco-test`, else the same for every tag."""
+    plurals: Literal["naive", "correct"] = "naive"
+    """Plurals in a built-in GenEval set of COCO's classes: `naive` as in the official prompts ("three knifes"), or
+    `correct` ("three knives")."""
 
 
 class PromptsSection(StrictModel):
     """The task, and its prompts for training, for watching the training, and for the final evaluation."""
 
     task: Literal["ocr", "geneval"]
-    """What is asked of the images: `ocr` (write this text) or `geneval` (these objects, counts, colours,
-    places; its prompts can be read, but no reward scores them in this version)."""
+    """What is asked of the images: `ocr` (write this text) or `geneval` (these objects, counts, colours, places)."""
     train: PromptSource
     """Prompts whose groups are sampled, scored and trained on."""
     validation: PromptSource
@@ -101,18 +122,38 @@ class OcrReward(StrictModel):
     """Folder with one sub-folder per model name. Nothing: the weights installed with the package."""
 
 
+class GenEvalReward(StrictModel):
+    """What finds the objects, what names their colours, and what the training wants."""
+
+    objective: Literal["soft", "strict", "accuracy"] = "soft"
+    """The reward that is trained on. `soft`: the mean of what each clause of the prompt got, 0 to 1; `strict`: 1 for
+    exactly what was asked for; `accuracy`: 1 where the official metric says correct (more objects than asked for are
+    forgiven in most prompts). All three are stored, so a change costs no scoring."""
+    detector: Literal["shapes", "mask2former"] = "shapes"
+    """`shapes`: the small network for the embedded model's six shapes; `mask2former`: the 80 classes of COCO."""
+    detector_model: str | None = Field(None, min_length=1)
+    """Hub id or folder of the Mask2Former. Nothing: the official metric's, Swin-S trained on COCO instances."""
+    colours: Literal["auto", "palette", "clip"] = "auto"
+    """`palette`: the nearest of the embedded world's colours; `clip`: zero-shot CLIP, as in the official metric.
+    `auto`: palette for shapes, clip for mask2former."""
+    colour_model: str | None = Field(None, min_length=1)
+    """Hub id or folder of the CLIP model. Nothing: the official metric's, ViT-L/14."""
+
+
 class RewardSection(StrictModel):
     """How stored images are scored."""
 
-    kind: Literal["ocr"] = "ocr"
+    kind: Literal["ocr", "geneval"] = "ocr"
     """Which reward; must be the one of `prompts.task`."""
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Scoring processes, 1 or more. `auto`: one per CPU core that may be used."""
+    """Scoring processes, 1 or more. `auto`: one per CPU core that may be used; for mask2former and clip, one."""
     max_failed_share: float = Field(0.02, ge=0, le=1)
     """Share of images that may fail to be scored before `gdro score` refuses. 0 to 1. A failed image has no
     score, never a score of 0."""
     ocr: OcrReward = OcrReward()
     """Settings of the OCR reward."""
+    geneval: GenEvalReward = GenEvalReward()
+    """Settings of the GenEval reward."""
 
 
 class LoraSection(StrictModel):

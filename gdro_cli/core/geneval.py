@@ -9,8 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from reprlib import repr as shown
 from typing import Any
 
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -72,7 +73,10 @@ class Task:
 
 
 def parse_task(metadata: Mapping[str, Any], *, classes: Collection[str] | None = None) -> Task:
-    """Read the metadata of one prompt; keys that GenEval does not know are left alone.
+    """Read the metadata of one prompt.
+
+    Keys beside the clauses that GenEval does not know are left alone; one inside a clause is refused, because a demand
+    would be lost.
 
     Args:
         metadata: ``tag``, ``include`` and perhaps ``exclude``, as JSON values.
@@ -86,7 +90,7 @@ def parse_task(metadata: Mapping[str, Any], *, classes: Collection[str] | None =
             raise ValueError(f"the key {key} is missing; GenEval needs metadata in JSON Lines with tag and include")
     tag = metadata["tag"]
     if tag not in TAGS:
-        raise ValueError(f"the tag {tag!r} is not one of {', '.join(TAGS)}")
+        raise ValueError(f"the tag {shown(tag)} is not one of {', '.join(TAGS)}")
     include = _clauses(metadata, "include", classes)
     if not include:
         raise ValueError("include must list at least one clause")
@@ -95,7 +99,9 @@ def parse_task(metadata: Mapping[str, Any], *, classes: Collection[str] | None =
 
 
 def _clauses(metadata: Mapping[str, Any], key: str, classes: Collection[str] | None) -> tuple[Clause, ...]:
-    listed = metadata.get(key) or []
+    listed = metadata.get(key)
+    if listed is None:
+        return ()
     if not isinstance(listed, list):
         raise ValueError(f"{key} must be a list of clauses, not {type(listed).__name__}")
     return tuple(_clause(value, f"{key}[{number}]", number, key, classes) for number, value in enumerate(listed))
@@ -103,42 +109,51 @@ def _clauses(metadata: Mapping[str, Any], key: str, classes: Collection[str] | N
 
 def _clause(value: Any, where: str, number: int, key: str, classes: Collection[str] | None) -> Clause:
     if not isinstance(value, Mapping):
-        raise ValueError(f'{where} must be an object such as {{"class": "dog", "count": 1}}, not {value!r}')
+        raise ValueError(f'{where} must be an object such as {{"class": "dog", "count": 1}}, not {shown(value)}')
+    unknown = sorted(set(value) - {"class", "count", "color", "position"}, key=str)
+    if unknown:
+        raise ValueError(f"{where} has the unknown key {shown(unknown[0])}; it may have class, count, color, position")
     for needed in ("class", "count"):
         if needed not in value:
             raise ValueError(f"{where} lacks the key {needed}")
     label, count, colour = value["class"], value["count"], value.get("color")
-    if not isinstance(label, str) or (classes is not None and label not in classes):
-        raise ValueError(f"{where} asks for the class {label!r}, which the detector does not know{_near(label, classes)}")
+    if not isinstance(label, str) or not label.strip():
+        raise ValueError(f"{where} has the class {shown(label)}; it must be a text that is not empty")
+    if classes is not None and label not in classes:
+        known = _known(label, list(classes))
+        raise ValueError(f"{where} asks for the class {shown(label)}, which the detector does not know{known}")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{where} has the count {count!r}; it must be a whole number, 1 or more")
+        raise ValueError(f"{where} has the count {shown(count)}; it must be a whole number, 1 or more")
     if colour is not None and colour not in COLOURS:
-        raise ValueError(f"{where} asks for the color {colour!r}, which is not one of {', '.join(COLOURS)}")
+        raise ValueError(f"{where} asks for the color {shown(colour)}, which is not one of {', '.join(COLOURS)}")
     position = value.get("position")
-    if position is not None and key == "exclude":
-        raise ValueError(f"{where} has a position, which only include clauses may have")
+    if key == "exclude" and not (colour is None and position is None):
+        what = "color" if position is None else "position"
+        raise ValueError(f"{where} has a {what}, which only include clauses may have")
     return Clause(label, count, colour, None if position is None else _position(position, where, number))
 
 
 def _position(value: Any, where: str, number: int) -> tuple[str, int]:
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise ValueError(f'{where} has the position {value!r}; write ["left of", 0]: a relation and an earlier clause')
+        raise ValueError(
+            f'{where} has the position {shown(value)}; write ["left of", 0]: a relation and an earlier clause'
+        )
     relation, target = value
     if relation not in RELATIONS:
-        raise ValueError(f"{where} has the relation {relation!r}, which is not one of {', '.join(RELATIONS)}")
+        raise ValueError(f"{where} has the relation {shown(relation)}, which is not one of {', '.join(RELATIONS)}")
     if isinstance(target, bool) or not isinstance(target, int) or not 0 <= target < number:
         raise ValueError(
-            f"{where} has a position relative to clause {target!r}; "
+            f"{where} has a position relative to clause {shown(target)}; "
             + (f"it must be an earlier one, 0 to {number - 1}" if number else "the first clause can have none")
         )
     return relation, target
 
 
-def _near(label: Any, classes: Collection[str] | None) -> str:
+def _known(label: str, classes: Sequence[str]) -> str:
     import difflib
 
-    known = list(classes or ())
-    near = difflib.get_close_matches(str(label), known, n=1)
+    near = difflib.get_close_matches(label, classes, n=1)
     if near:
         return f"; did you mean {near[0]!r}?"
-    return f": it knows {', '.join(known)}" if len(known) <= 10 else f" (one of {len(known)} names such as {known[0]!r})"
+    names = ", ".join(classes) if len(classes) <= 10 else f"{len(classes)} names such as {classes[0]!r}"
+    return f": it knows {names}"

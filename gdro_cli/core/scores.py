@@ -47,9 +47,8 @@ def _present(values: Sequence[float | None]) -> list[float]:
     return [float(value) for value in values if value is not None and not math.isnan(value)]
 
 
-def _resampled_means(sums: Tensor, counts: Tensor, *, seed: int, samples: int) -> Tensor:
+def _resampled_means(sums: Tensor, counts: Tensor, *, stream: torch.Generator, samples: int) -> Tensor:
     """Mean over images of each resampled set of prompts, [samples]; sums and counts are per prompt [B]."""
-    stream = generator(seed, "bootstrap")
     prompts = len(sums)
     rows = max(1, DRAWS_PER_CHUNK // prompts)
     means = []
@@ -59,7 +58,14 @@ def _resampled_means(sums: Tensor, counts: Tensor, *, seed: int, samples: int) -
     return torch.cat(means)
 
 
-def bootstrap_ci(values_per_prompt: Values, *, seed: int = 0, samples: int = 2000, level: float = 0.95) -> Interval:
+def bootstrap_ci(
+    values_per_prompt: Values,
+    *,
+    strata: Sequence[str] | None = None,
+    seed: int = 0,
+    samples: int = 2000,
+    level: float = 0.95,
+) -> Interval:
     """Return the mean over all images and its percentile bootstrap interval over prompts.
 
     Each of the ``samples`` resamples draws as many prompts as there are, with replacement, and takes the
@@ -67,32 +73,58 @@ def bootstrap_ci(values_per_prompt: Values, *, seed: int = 0, samples: int = 200
     of these means. Missing scores are left out, never counted as 0. With one prompt the interval is the
     point itself.
 
+    With ``strata`` the mean is the unweighted mean of the strata's means, and prompts are drawn within
+    their stratum (GenEval's overall score: the strata are the tags).
+
     Args:
         values_per_prompt: scores, one sequence of images per prompt, of any lengths.
+        strata: the name of each prompt's stratum.
         seed: names the random stream; same seed, same interval.
         samples: number of resamples, >= 1.
         level: confidence level, in (0, 1).
 
     Raises:
-        ValueError: no score at all, or ``samples`` or ``level`` out of range.
+        ValueError: no score at all or in one stratum, or ``samples`` or ``level`` out of range.
     """
     if samples < 1 or not 0 < level < 1:
         raise ValueError(f"samples must be at least 1 and level between 0 and 1, got {samples} and {level}")
-    scores = [kept for kept in map(_present, values_per_prompt) if kept]
-    if not scores:
-        raise ValueError("no scored image to average")
-    sums = torch.tensor([math.fsum(prompt) for prompt in scores], dtype=torch.float64)
-    counts = torch.tensor([len(prompt) for prompt in scores], dtype=torch.float64)
-    means = _resampled_means(sums, counts, seed=seed, samples=samples)
+    parts: dict[str, list[list[float]]] = {}
+    for name, values in zip(strata or [""] * len(values_per_prompt), values_per_prompt, strict=True):
+        kept = _present(values)
+        parts.setdefault(name, []).extend([kept] if kept else [])
+    empty = [name for name, scores in parts.items() if not scores]
+    if empty or not parts:
+        raise ValueError("no scored image to average" + (f" in {', '.join(empty)}" if any(empty) else ""))
+    stream = generator(seed, "bootstrap")
+    means = torch.zeros(samples, dtype=torch.float64)
+    for scores in parts.values():
+        sums = torch.tensor([math.fsum(prompt) for prompt in scores], dtype=torch.float64)
+        counts = torch.tensor([len(prompt) for prompt in scores], dtype=torch.float64)
+        means += _resampled_means(sums, counts, stream=stream, samples=samples) / len(parts)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.quantile(means, ends).tolist()
-    images = sum(map(len, scores))
-    mean = math.fsum(value for prompt in scores for value in prompt) / images
-    return Interval(mean=mean, low=low, high=high, prompts=len(scores), images=images, level=level)
+    return Interval(
+        mean=math.fsum(_mean(scores) for scores in parts.values()) / len(parts),
+        low=low,
+        high=high,
+        prompts=sum(len(scores) for scores in parts.values()),
+        images=sum(len(prompt) for scores in parts.values() for prompt in scores),
+        level=level,
+    )
+
+
+def _mean(scores: list[list[float]]) -> float:
+    return math.fsum(value for prompt in scores for value in prompt) / sum(map(len, scores))
 
 
 def paired_bootstrap(
-    baseline: Values, candidate: Values, *, seed: int = 0, samples: int = 2000, level: float = 0.95
+    baseline: Values,
+    candidate: Values,
+    *,
+    strata: Sequence[str] | None = None,
+    seed: int = 0,
+    samples: int = 2000,
+    level: float = 0.95,
 ) -> Interval:
     """Return the mean difference candidate - baseline and its bootstrap interval over prompts.
 
@@ -103,6 +135,7 @@ def paired_bootstrap(
     Args:
         baseline: scores per prompt and image, e.g. of the base model.
         candidate: scores of what is compared with it, e.g. of the trained model.
+        strata: as in ``bootstrap_ci``.
         seed: names the random stream.
         samples: number of resamples, >= 1.
         level: confidence level, in (0, 1).
@@ -117,4 +150,4 @@ def paired_bootstrap(
         [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
         for before, after in zip(baseline, candidate, strict=True)
     ]
-    return bootstrap_ci(differences, seed=seed, samples=samples, level=level)
+    return bootstrap_ci(differences, strata=strata, seed=seed, samples=samples, level=level)

@@ -92,8 +92,12 @@ class GroupDataset:
     counts: GroupCounts
 
     @classmethod
-    def load(cls, store: GroupStore, table: ScoreTable, *, k: int, min_spread: float = 0.0) -> Self:
+    def load(
+        cls, store: GroupStore, table: ScoreTable, *, k: int, min_spread: float = 0.0, detail: str | None = None
+    ) -> Self:
         """Read the groups that have at least ``k`` scored images and reward spread above ``min_spread``.
+
+        ``detail`` names the entry of a score's details that is the reward; None takes the score itself.
 
         Raises StoreError when scores or shards are missing or damaged, the table belongs to another store,
         the latents differ in shape, or no group is left; ValueError when ``k`` is not between 2 and the
@@ -105,7 +109,7 @@ class GroupDataset:
             raise StoreError(
                 f"the score table {table.path} belongs to another store than {store.path}: run `{table.command}`"
             )
-        values = [math.nan if row.value is None else row.value for row in table.rows()]
+        values = [math.nan if (value := row.measured(detail)) is None else value for row in table.rows()]
         rewards = torch.tensor(values, dtype=torch.float32).reshape(len(store.prompts), store.images_per_prompt)
         enough = rewards.isfinite().sum(dim=1) >= k
         spread = _spread(rewards) > min_spread

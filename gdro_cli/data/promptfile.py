@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gdro_cli.core.geneval import parse_task
 from gdro_cli.data.records import PromptRecord, quoted_text
 from gdro_cli.errors import UserError
 
@@ -31,11 +32,17 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
-def read_prompt_file(path: Path, *, task: str) -> list[PromptRecord]:
+def read_prompt_file(path: Path, *, task: str, classes: Collection[str] | None = None) -> list[PromptRecord]:
     """Read every prompt of ``path`` in file order, duplicates included.
 
-    ``task`` decides what a record needs: ``ocr`` a target (the text in double quotes, or the key ``target``),
-    ``geneval`` the keys ``tag`` and ``include``. Raises UserError naming the file and up to ten bad lines.
+    Args:
+        path: the file; its name says whether it is JSON Lines.
+        task: what a record needs: ``ocr`` a target (the text in double quotes, or the key ``target``), ``geneval`` the
+            metadata that ``core.geneval.parse_task`` reads.
+        classes: the classes that a ``geneval`` prompt may ask for; None allows any.
+
+    Raises:
+        UserError: naming the file and up to ten bad lines.
     """
     parse = _parse_json if path.suffix.lower() in _JSON_SUFFIXES else _parse_text
     records: list[PromptRecord] = []
@@ -44,7 +51,7 @@ def read_prompt_file(path: Path, *, task: str) -> list[PromptRecord]:
         try:
             line = _decode(raw).strip()
             if line:
-                records.append(_record(*parse(line), task=task))
+                records.append(_record(*parse(line), task=task, classes=classes))
         except _BadLineError as error:
             problems.append(f"line {number}: {error}")
     if problems:
@@ -147,7 +154,9 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, task: str) -> PromptRecord:
+def _record(
+    prompt: str, target: str | None, metadata: Mapping[str, Any], *, task: str, classes: Collection[str] | None
+) -> PromptRecord:
     if not prompt:
         raise _BadLineError("the prompt is empty")
     if len(prompt) > MAX_PROMPT_CHARS:
@@ -155,10 +164,12 @@ def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, tas
     _check_characters(prompt, "the prompt")
     if target is not None:
         _check_characters(target, "the target")
-    return _TASKS[task](prompt, target, metadata)
+    return _TASKS[task](prompt, target, metadata, classes)
 
 
-def _ocr_record(prompt: str, target: str | None, metadata: Mapping[str, Any]) -> PromptRecord:
+def _ocr_record(
+    prompt: str, target: str | None, metadata: Mapping[str, Any], _: Collection[str] | None
+) -> PromptRecord:
     wanted = quoted_text(prompt) if target is None else target
     if wanted is None:
         raise _BadLineError(
@@ -169,16 +180,19 @@ def _ocr_record(prompt: str, target: str | None, metadata: Mapping[str, Any]) ->
     return PromptRecord.of(prompt, target=wanted, metadata=metadata)
 
 
-def _geneval_record(prompt: str, target: str | None, metadata: Mapping[str, Any]) -> PromptRecord:
-    for key, kind, name in (("tag", str, "a text"), ("include", list, "a list")):
-        if key not in metadata:
-            raise _BadLineError(f"the key {key} is missing; GenEval needs metadata in JSON Lines with tag and include")
-        if not isinstance(metadata[key], kind) or not metadata[key]:
-            raise _BadLineError(f"{key} must be {name} that is not empty")
+def _geneval_record(
+    prompt: str, target: str | None, metadata: Mapping[str, Any], classes: Collection[str] | None
+) -> PromptRecord:
+    try:
+        parse_task(metadata, classes=classes)
+    except ValueError as error:
+        raise _BadLineError(str(error)) from error
     return PromptRecord.of(prompt, target=target, metadata=metadata)
 
 
-_TASKS: dict[str, Callable[[str, str | None, Mapping[str, Any]], PromptRecord]] = {
+_MakeRecord = Callable[[str, str | None, Mapping[str, Any], Collection[str] | None], PromptRecord]
+
+_TASKS: dict[str, _MakeRecord] = {
     "ocr": _ocr_record,
     "geneval": _geneval_record,
 }

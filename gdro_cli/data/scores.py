@@ -54,6 +54,12 @@ class ScoreRow:
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"a score is a finite number, not {self.value}: use None and a reason")
 
+    def measured(self, detail: str | None = None) -> float | None:
+        """The score, or the number (or truth value) ``details[detail]``; None when the score is missing."""
+        if self.value is None:
+            return None
+        return self.value if detail is None else float(self.details[detail])
+
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object."""
         row: dict[str, Any] = {"prompt_id": self.prompt_id, "index": self.index, "value": self.value}

@@ -98,7 +98,7 @@ class ScoringPool:
 
     Args:
         reward: a reward that is not loaded yet; it is pickled and sent to the workers.
-        workers: how many processes; ``None`` for one per usable core.
+        workers: how many processes; ``None`` for one per usable core. They share the cores as threads.
     """
 
     def __init__(self, reward: Reward, *, workers: int | None = None) -> None:
@@ -106,12 +106,13 @@ class ScoringPool:
             raise ValueError(f"a pool needs at least one worker, got {workers}")
         self._reward = reward
         self._count = usable_cores() if workers is None else workers
+        self._threads = max(1, usable_cores() // self._count)
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
         """Start the workers; they load while the caller goes on."""
         for _ in range(self._count):
-            self._workers.append(_start(self._reward))
+            self._workers.append(_start(self._reward, self._threads))
         return self
 
     def __exit__(
@@ -163,7 +164,7 @@ class ScoringPool:
         """Start another worker in the place of one that died; returns the exit code of the dead one."""
         worker.pipe.close()
         worker.process.join(_STOP_SECONDS)
-        fresh = _start(self._reward)
+        fresh = _start(self._reward, self._threads)
         code = worker.process.exitcode
         worker.process, worker.pipe, worker.ready, worker.chunk = fresh.process, fresh.pipe, False, None
         return code
@@ -272,14 +273,31 @@ def _portable(source: ImageSource) -> ImageSource:
     return source if isinstance(source, Path) else read_rgb(source)
 
 
-def _start(reward: Reward) -> _Worker:
+def _start(reward: Reward, threads: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(reward, theirs), daemon=True, name="gdro-scoring")
-    with _interrupts_held_back():
+    with _interrupts_held_back(), _threads_of_a_child(threads):
         process.start()
     theirs.close()
     return _Worker(process, ours)
+
+
+@contextlib.contextmanager
+def _threads_of_a_child(threads: int) -> Iterator[None]:
+    """Start a child with these threads: numerical libraries read the variables once, when they are imported, and that
+    may be while the child unpickles its reward.
+    """
+    before = {variable: os.environ.get(variable) for variable in _THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    try:
+        yield
+    finally:
+        for variable, value in before.items():
+            if value is None:
+                del os.environ[variable]
+            else:
+                os.environ[variable] = value
 
 
 @contextlib.contextmanager
@@ -299,8 +317,6 @@ def _interrupts_held_back() -> Iterator[None]:
 def _work(reward: Reward, pipe: Connection) -> None:
     """A worker's life: load, then answer chunks until the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for variable in _THREAD_VARIABLES:
-        os.environ[variable] = "1"
     with contextlib.suppress(*_CONNECTION_LOST):
         try:
             reward.load()

@@ -6,7 +6,6 @@ model's pictures are made once for all runs that share them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.core.scores import Interval, bootstrap_ci, paired_bootstrap
+from gdro_cli.core.scores import Interval
+from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import sha256_file, write_json
@@ -25,8 +25,10 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.grid import draw_grid
+from gdro_cli.stages.imagefolder import write_pictures
+from gdro_cli.stages.rewards import Measure, measured, measures, open_table
 from gdro_cli.stages.sample import fill_store, training_store
-from gdro_cli.stages.score import open_table, refuse_failures, score_missing
+from gdro_cli.stages.score import refuse_failures, score_missing
 from gdro_cli.stages.train import attach_adapter, find_run, run_inputs
 from gdro_cli.stages.workspace import (
     SamplingPlan,
@@ -41,13 +43,6 @@ from gdro_cli.stages.workspace import (
 )
 
 RESULTS_SCHEMA = 1
-# Name of a measured quantity -> where a score row holds it (None: the value itself).
-MEASURES: dict[str, str | None] = {
-    "reward": None,
-    "exact match": "exact",
-    "similarity": "similarity",
-    "text area": "text_area",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +78,19 @@ class EvalResult:
         return rows | ({"pictures": str(self.grid)} if self.grid else {})
 
 
-def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> EvalResult:
+def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | None = None) -> EvalResult:
     """Evaluate the finished run of ``recipe`` against its base model.
 
+    ``export`` is a folder for the pictures of both in the official GenEval layout.
+
     Raises:
+        UserError: ``export`` is not empty.
         PrerequisiteError: there is no finished run, or the model or the reward engine is missing.
         StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
+    if export is not None:
+        refuse_used(export)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe)
         folder, path, checkpoint = finished_run(recipe, workspace, model)
@@ -102,6 +102,8 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> EvalResult:
             file = path / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
             weights = f"{recipe.eval.weights} {sha256_file(file)}"
             trained = evaluation.measure(folder.path / "evaluations", weights=weights)
+    if export is not None:
+        write_pictures(export, {"base": base, "trained": trained})
     return report(recipe, folder, base, trained, evaluation.protocol | {"weights": recipe.eval.weights})
 
 
@@ -181,7 +183,7 @@ def report(
     recipe: Recipe, folder: RunFolder, base: ScoreTable, trained: ScoreTable, protocol: dict[str, Any]
 ) -> EvalResult:
     """Compare the two tables, and write results.json and the picture grid into the run."""
-    comparisons = tuple(compare(name, base, trained, recipe) for name in MEASURES)
+    comparisons = tuple(compare(measure, base, trained, recipe) for measure in measures_of(recipe, base))
     failed = sum(row.value is None for table in (base, trained) for row in table.rows())
     out = folder.path / "evaluations" / f"results-{digest([base.digest, trained.digest, recipe.eval.bootstrap])}"
     grid = draw_grid(out.with_suffix(".png"), base, trained, prompts=recipe.eval.grid_prompts)
@@ -205,24 +207,15 @@ def report(
     return EvalResult(comparisons, failed, path, grid)
 
 
-def compare(name: str, base: ScoreTable, trained: ScoreTable, recipe: Recipe) -> Comparison:
+def measures_of(recipe: Recipe, table: ScoreTable) -> list[Measure]:
+    """What can be reported of these prompts: a tag that none of them has is left out."""
+    tags = {prompt.metadata.get("tag") for prompt in table.store.prompts}
+    return [measure for measure in measures(recipe) if measure.tag is None or measure.tag in tags]
+
+
+def compare(measure: Measure, base: ScoreTable, trained: ScoreTable, recipe: Recipe) -> Comparison:
     """Intervals of one quantity over prompts."""
-    before, after = values_by_prompt(base, MEASURES[name]), values_by_prompt(trained, MEASURES[name])
+    before, after = (measured(measure, table.store.prompts, table.rows()) for table in (base, trained))
     samples = recipe.eval.bootstrap
-    return Comparison(
-        name,
-        bootstrap_ci(before, samples=samples),
-        bootstrap_ci(after, samples=samples),
-        paired_bootstrap(before, after, samples=samples),
-    )
-
-
-def values_by_prompt(table: ScoreTable, detail: str | None) -> list[Sequence[float | None]]:
-    """Values of each prompt's images, in the store's order."""
-    by_prompt: dict[str, list[float | None]] = {}
-    for row in table.rows():
-        value = row.value
-        if detail is not None:
-            value = None if row.value is None else float(row.details[detail])
-        by_prompt.setdefault(row.prompt_id, []).append(value)
-    return list(by_prompt.values())
+    intervals = (before.interval(samples=samples), after.interval(samples=samples), after.gain(before, samples=samples))
+    return Comparison(measure.name, *intervals)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -19,7 +23,7 @@ INK, PAPER, FAINT = (24, 24, 28), (255, 255, 255), (110, 110, 118)
 def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int) -> Path | None:
     """Draw the first image of the first ``prompts`` prompts of both models and write a PNG.
 
-    Under each picture stand its reward and the recognised text. Returns None when no prompts are asked for.
+    Under each picture stand its reward and what was recognised in it. Returns None when no prompts are asked for.
     """
     store = base.store
     shown = store.prompts[:prompts]
@@ -39,12 +43,11 @@ def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int
             y = 2 * LINE + MARGIN + row * row_height
             image, score = images[column]
             sheet.paste(image.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
-            for number, line in enumerate(caption(score)):
+            for number, text in enumerate(caption(score)):
+                line = (wrapped(text, font, CELL) or [""])[0]
                 pen.text((x, y + CELL + 2 + number * LINE), line, fill=FAINT, font=font)
     for row, name in enumerate(("base", "trained")):
         pen.text((MARGIN, 2 * LINE + MARGIN + row * row_height + CELL // 2), name, fill=INK, font=font)
-    import io
-
     data = io.BytesIO()
     sheet.save(data, "PNG")
     write_bytes(path, data.getvalue())
@@ -65,11 +68,21 @@ def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image, Score
 
 
 def caption(row: ScoreRow) -> list[str]:
-    """Two lines about a score."""
+    """Two lines about a score: its value, and what was seen."""
     if row.value is None:
         return ["no score", str(row.reason)[:24]]
-    read = row.details.get("text")
-    return [f"reward {row.value:.2f}", f"read: {read}" if read is not None else ""]
+    if "text" in row.details:
+        return [f"reward {row.value:.2f}", f"read: {row.details['text']}"]
+    if "detections" in row.details:
+        verdict = "correct" if row.details["accuracy"] else "wrong"
+        return [f"{verdict}, soft reward {row.value:.2f}", f"seen: {seen(row.details['detections'])}"]
+    return [f"reward {row.value:.2f}", ""]
+
+
+def seen(detections: Sequence[Mapping[str, Any]]) -> str:
+    """What a detector found, as in ``2 red circle, star``; nothing found is a dash."""
+    names = Counter(" ".join(filter(None, (each.get("colour"), each["label"]))) for each in detections)
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in names.items()) or "-"
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

@@ -10,13 +10,11 @@ from pathlib import Path
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
-from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
-from gdro_cli.rewards.ocr import OcrReward
-from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.rewards import open_pool, open_table
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.workspace import open_model
 
@@ -60,33 +58,6 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
         made = score_missing(recipe, table, reporter=reporter, stop=stop)
         refuse_failures(recipe, table)
     return ScoreResult(table, table.summary(), best_of_group(table), made)
-
-
-def open_reward(recipe: Recipe) -> OcrReward:
-    """The recipe's reward; its engine starts with the first image.
-
-    Raises:
-        PrerequisiteError: its packages or weights are missing.
-    """
-    settings = recipe.reward.ocr
-    return OcrReward(
-        recognition_width=settings.recognition_width,
-        detection_model=settings.detection_model,
-        recognition_model=settings.recognition_model,
-        model_dir=settings.model_dir,
-        engine=settings.engine,
-    )
-
-
-def open_pool(recipe: Recipe) -> ScoringPool:
-    """Processes that score; a context manager."""
-    workers = None if recipe.reward.workers == "auto" else recipe.reward.workers
-    return ScoringPool(open_reward(recipe), workers=workers)
-
-
-def open_table(recipe: Recipe, store: GroupStore) -> ScoreTable:
-    """Make or open the table of the recipe's reward beside ``store``."""
-    return ScoreTable.create_or_open(store, recipe.reward.kind, provenance=open_reward(recipe).version)
 
 
 def score_missing(

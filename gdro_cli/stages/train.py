@@ -41,8 +41,9 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.rewards import measures, open_table, trained_detail
 from gdro_cli.stages.sample import fill_store, training_store
-from gdro_cli.stages.score import open_table, refuse_failures, score_missing
+from gdro_cli.stages.score import refuse_failures, score_missing
 from gdro_cli.stages.validate import Validation
 from gdro_cli.stages.workspace import image_size, open_model, runs_folder
 
@@ -127,7 +128,8 @@ def training_set(
     engine.barrier()
     model.release_encoders()
     model.release_decoder()
-    dataset = GroupDataset.load(store, table, k=recipe.method.k, min_spread=recipe.method.min_spread)
+    method, detail = recipe.method, trained_detail(recipe)
+    dataset = GroupDataset.load(store, table, k=method.k, min_spread=method.min_spread, detail=detail)
     if recipe.train.shuffle_rewards:
         dataset = dataset.with_shuffled_rewards(recipe.seed)
     return dataset, run_inputs(store, table)
@@ -239,9 +241,10 @@ class Trainer:
         self.folder.append_metrics({"kind": "validation", "step": self.step, **row})
         numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}
         self.engine.log(numbers, self.step)
+        headline = "".join(f" {name} {row[name]:.3f}," for name in {measures(self.recipe)[0].name} - {"reward"})
         reporter.say(
             f"step {self.step}: validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],"
-            f" {row['images']} images"
+            f"{headline} {row['images']} images"
         )
 
     def save(self) -> None:

@@ -11,13 +11,13 @@ from dataclasses import astuple, dataclass
 
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.core.scores import bootstrap_ci
 from gdro_cli.data.prompts import PromptSet
+from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.stages.rewards import Measure, measured, measures, open_pool, trained_detail
 from gdro_cli.stages.sample import decode_images, sample_images
-from gdro_cli.stages.score import open_pool
 from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
 
 
@@ -61,19 +61,26 @@ class Validation:
         latents = sample_images(self.model, self.conditioning, seeds, self.plan, batch_size=size)
         pictures = decode_images(self.model, latents, self.plan, batch_size=size)
         asked = [prompt for prompt, group in zip(self.prompts.records, seeds, strict=True) for _ in group]
-        values = [score.value for score in self.pool.score(pictures, asked)]
+        scores = self.pool.score(pictures, asked)
+        if all(score.value is None for score in scores):
+            raise StoreError(f"none of the {len(scores)} validation images could be scored: mend the reward engine")
         count = self.plan.images_per_prompt
-        by_prompt = [values[first : first + count] for first in range(0, len(values), count)]
-        if all(value is None for value in values):
-            raise StoreError(f"none of the {len(values)} validation images could be scored: mend the reward engine")
-        interval = bootstrap_ci(by_prompt, samples=self.recipe.eval.bootstrap)
+        rows = [
+            ScoreRow(prompt.id, place % count, score.value, score.reason, score.details)
+            for place, (prompt, score) in enumerate(zip(asked, scores, strict=True))
+        ]
+        samples = self.recipe.eval.bootstrap
+        reward = Measure("reward", trained_detail(self.recipe))
+        interval = measured(reward, self.prompts.records, rows).interval(samples=samples)
+        headline = measures(self.recipe)[0]
         return {
             "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
+            headline.name: measured(headline, self.prompts.records, rows).interval(samples=samples).mean,
             "prompts": interval.prompts,
             "images": interval.images,
-            "failed": sum(value is None for value in values),
+            "failed": sum(row.value is None for row in rows),
             "seconds": time.perf_counter() - began,
         }

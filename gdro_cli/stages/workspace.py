@@ -22,6 +22,7 @@ from gdro_cli.data.prompts import PromptSet, load_prompts
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.stages.rewards import known_classes
 from gdro_cli.tiny.assets import tiny_model_path
 
 EMBEDDED = "tiny"
@@ -63,8 +64,8 @@ def open_model(recipe: Recipe, *, device: str | None = None) -> FlowModel:
 
 
 def open_prompts(recipe: Recipe, source: PromptSource) -> PromptSet:
-    """Load a prompt source of the recipe."""
-    return load_prompts(source, task=recipe.prompts.task)
+    """Load a prompt source of the recipe. Raises UserError for prompts that its reward cannot judge."""
+    return load_prompts(source, task=recipe.prompts.task, classes=known_classes(recipe))
 
 
 def training_plan(recipe: Recipe, model: FlowModel) -> SamplingPlan:

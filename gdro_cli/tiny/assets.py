@@ -22,3 +22,8 @@ def tiny_model_path() -> Path:
             " `python -m gdro_cli.tiny.pretrain`"
         )
     return folder
+
+
+def tiny_detector_path() -> Path:
+    """Return the folder of the embedded world's detector and palette; its readers say what is missing of it."""
+    return WEIGHTS / "detector"

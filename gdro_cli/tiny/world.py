@@ -154,9 +154,33 @@ def draw_things(things: Sequence[Thing], *, background: str, rng: np.random.Gene
     layer = Image.new("RGBA", (SIZE * ZOOM, SIZE * ZOOM))
     pen = ImageDraw.Draw(layer)
     for thing in things:
-        centre = ((thing.column + 0.5) * TOKEN * ZOOM, (thing.row + 0.5) * TOKEN * ZOOM)
-        _draw_shape(pen, thing.shape, centre, COLOURS[thing.colour], outline)
+        _draw_thing(pen, thing, outline)
     return _compose(pixels, layer)
+
+
+def thing_mask(thing: Thing) -> NDArray[np.bool_]:
+    """Pixels [64, 64] that a shape covers at least by half, its outline included."""
+    layer = Image.new("RGBA", (SIZE * ZOOM, SIZE * ZOOM))
+    _draw_thing(ImageDraw.Draw(layer), thing, INK)
+    alpha = np.asarray(layer.getchannel("A").resize((SIZE, SIZE), Image.Resampling.BOX))
+    return np.asarray(alpha >= 128)
+
+
+def foreground_mask(picture: Picture) -> NDArray[np.bool_]:
+    """Pixels [64, 64] of the sign's box and of the shapes."""
+    mask = np.zeros((SIZE, SIZE), bool)
+    for thing in picture.things:
+        mask |= thing_mask(thing)
+    if picture.letters:
+        rows, columns = zip(*picture.letters, strict=True)
+        top, bottom = min(rows) * TOKEN - 5, max(rows) * TOKEN + 17
+        mask[max(top, 0) : bottom, max(min(columns) * LETTER - 4, 0) : max(columns) * LETTER + LETTER + 4] = True
+    return mask
+
+
+def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, outline: tuple[int, int, int]) -> None:
+    centre = ((thing.column + 0.5) * TOKEN * ZOOM, (thing.row + 0.5) * TOKEN * ZOOM)
+    _draw_shape(pen, thing.shape, centre, COLOURS[thing.colour], outline)
 
 
 def _compose(pixels: NDArray[np.uint8], layer: Image.Image) -> Image.Image:
@@ -228,6 +252,23 @@ def random_sign(rng: np.random.Generator) -> Picture:
 
 def random_scene(rng: np.random.Generator, tag: str | None = None) -> Picture:
     """Shapes with a GenEval prompt of ``tag`` (None draws one), true to its metadata."""
+    scene = plan_scene(rng, tag)
+    image = draw_things(scene.things, background=scene.background, rng=rng)
+    return Picture(image, scene.prompt, scene.background, things=scene.things, metadata=scene.metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What ``random_scene`` draws."""
+
+    prompt: str
+    background: str
+    things: tuple[Thing, ...]
+    metadata: dict[str, Any]
+
+
+def plan_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
+    """A scene that is not drawn yet."""
     tag = tag or TAGS[rng.integers(len(TAGS))]
     (background,) = _pick(rng, list(BACKGROUNDS))
     tail = f" on a {background} background"
@@ -270,8 +311,7 @@ def random_scene(rng: np.random.Generator, tag: str | None = None) -> Picture:
     metadata: dict[str, Any] = {"tag": tag, "include": include, "prompt": prompt}
     if exclude:
         metadata["exclude"] = exclude
-    image = draw_things(things, background=background, rng=rng)
-    return Picture(image, prompt, background, things=things, metadata=metadata)
+    return Scene(prompt, background, things, metadata)
 
 
 def _related_cells(relation: str, rng: np.random.Generator) -> tuple[tuple[int, int], tuple[int, int]]:

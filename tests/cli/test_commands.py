@@ -13,6 +13,8 @@ import pytest
 from gdro_cli.cli.app import main
 from gdro_cli.cli.failures import exit_code_of
 from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.config.sections import PromptSource
+from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
 
 
@@ -70,6 +72,48 @@ def test_recipes_fields_explains_one_section_or_all(capsys: pytest.CaptureFixtur
     assert "method.tau  number, default 0.05  only for gdro, top1" in everything
     assert run("recipes", "fields", "metod") == 2
     assert "did you mean `method`?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "options"),
+    [
+        ("ocr", ["ocr-validation", "--count", "5", "--seed", "2"]),
+        ("geneval", ["geneval-test"]),
+        ("geneval", ["geneval-coco-train", "--count", "50", "--seed", "1", "--plurals", "correct"]),
+    ],
+)
+def test_prompts_prints_a_file_that_is_the_set(
+    task: str, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run("prompts", *options) == 0
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(capsys.readouterr().out, encoding="utf-8")
+    given = dict(zip(options[1::2], options[2::2], strict=True))
+    source = PromptSource(
+        builtin=options[0],
+        count=int(given["--count"]) if given else None,
+        seed=int(given.get("--seed", 0)),
+        plurals="correct" if "--plurals" in given else "naive",
+    )
+    assert load_prompts(PromptSource(file=str(path)), task=task) == load_prompts(source, task=task)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["genval-test"], "did you mean `geneval-test`?"),
+        (["mine.txt"], "choose one of ocr-train, "),
+        (["ocr-test", "--plurals", "correct"], "ocr-test.plurals: only applies to a built-in GenEval set"),
+        (["geneval-test", "--plurals", "correct"], "only applies to a geneval-coco set"),
+        (["geneval-test", "--count", "1975"], "has 1974 different prompts"),
+    ],
+)
+def test_prompts_that_there_are_not(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("prompts", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert words in captured.err
+    assert captured.err.count("\n") == 1
 
 
 def test_runs_lists_runs_even_damaged_ones(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

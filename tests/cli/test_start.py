@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 
-COMMANDS = ("sample", "score", "train", "eval", "recipes", "recipes show", "runs", "env")
+COMMANDS = ("sample", "score", "train", "eval", "recipes", "recipes show", "prompts", "runs", "env")
 #: Seconds of processor time; about 0.2 on a desktop computer. Loading torch alone takes more than this.
 LIMIT = 0.8
 
@@ -54,6 +54,10 @@ def test_help_answers_at_once() -> None:
         subprocess.run([sys.executable, "-m", "gdro_cli", "--help"], capture_output=True, check=True)
         times.append(used() - before)
     assert min(times) < LIMIT
+
+
+def test_printing_prompts_loads_nothing_heavy() -> None:
+    assert loaded_by(["prompts", "geneval-test"], ["prompts", "ocr-test"]) == [(0, ["pydantic"])] * 2
 
 
 def test_checking_recipes_loads_no_torch() -> None:

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdro_cli.config.sections import PromptSource
-from gdro_cli.data.promptfile import MAX_LINE_BYTES
+from gdro_cli.core.geneval import COCO_CLASSES, SHAPES, TAGS
+from gdro_cli.data.promptfile import MAX_LINE_BYTES, read_prompt_file
 from gdro_cli.data.prompts import PromptSet, load_prompts
 from gdro_cli.errors import UserError
 
@@ -169,20 +170,115 @@ def test_bad_json_files(tmp_path: Path, case: str) -> None:
     assert expected in refusal(tmp_path / "p.jsonl", data)
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"prompt": "a photo of a dog"}, "line 1: the key tag is missing"),
-        ({"prompt": "a", "tag": "counting"}, "line 1: the key include is missing"),
-        ({"prompt": "a", "tag": 3, "include": [{}]}, "line 1: tag must be a text"),
-        (
-            {"prompt": "a", "tag": "counting", "include": []},
-            "line 1: include must be a list that is not empty",
-        ),
-    ],
-)
-def test_bad_geneval_metadata(tmp_path: Path, row: dict[str, object], expected: str) -> None:
-    assert expected in refusal(tmp_path / "p.jsonl", json.dumps(row), task="geneval")
+DOG: dict[str, Any] = {"class": "dog", "count": 1}
+CAT: dict[str, Any] = {"class": "cat", "count": 1}
+
+
+def geneval(*include: Any, tag: Any = "two_object", **more: Any) -> dict[str, Any]:
+    return {"tag": tag, "include": list(include), "prompt": "a photo of a thing", **more}
+
+
+GENEVAL_CASES: dict[str, tuple[dict[str, Any], str]] = {
+    "no metadata": ({"prompt": "a photo of a dog"}, "the key tag is missing"),
+    "no include": ({"prompt": "a", "tag": "counting"}, "the key include is missing"),
+    "tag is a number": (geneval(DOG, tag=3), "the tag 3 is not one of single_object, two_object"),
+    "tag is a list": (geneval(DOG, tag=["counting"]), "the tag ['counting'] is not one of"),
+    "unknown tag": (geneval(DOG, tag="colours"), "the tag 'colours' is not one of"),
+    "include is empty": (geneval(), "include must list at least one clause"),
+    "include is null": (geneval() | {"include": None}, "include must list at least one clause"),
+    "include is an object": (geneval() | {"include": DOG}, "include must be a list of clauses, not dict"),
+    "exclude is a text": (geneval(DOG, exclude=""), "exclude must be a list of clauses, not str"),
+    "clause is a text": (geneval("dog"), "include[0] must be an object such as"),
+    "no class": (geneval(DOG, {"count": 1}), "include[1] lacks the key class"),
+    "no count": (geneval(DOG, {"class": "cat"}), "include[1] lacks the key count"),
+    "class is a number": (geneval(DOG | {"class": 7}), "include[0] has the class 7; it must be a text"),
+    "class is empty": (geneval(DOG | {"class": " "}), "include[0] has the class ' '; it must be a text"),
+    "unknown class": (
+        geneval(DOG, CAT | {"class": "umbrela"}),
+        "include[1] asks for the class 'umbrela', which the detector does not know; did you mean 'umbrella'?",
+    ),
+    "unlike any class": (geneval(DOG | {"class": "qqq"}), "it knows 80 names such as 'person'"),
+    "unknown excluded class": (geneval(DOG, exclude=[DOG | {"class": "clok"}]), "exclude[0] asks for the class 'clok'"),
+    "COCO's own name": (geneval(DOG | {"class": "mouse"}), "'mouse', which the detector does not know"),
+    "long class": (geneval(DOG | {"class": "x" * 5000}), "xxx...xxx"),
+    "count 0": (geneval(DOG | {"count": 0}), "include[0] has the count 0; it must be a whole number, 1 or more"),
+    "count below 0": (geneval(DOG | {"count": -1}), "include[0] has the count -1"),
+    "count is a part": (geneval(DOG | {"count": 1.5}), "include[0] has the count 1.5"),
+    "count is true": (geneval(DOG | {"count": True}), "include[0] has the count True"),
+    "count is a text": (geneval(DOG | {"count": "1"}), "include[0] has the count '1'"),
+    "bad colour": (geneval(DOG | {"color": "gray"}), "include[0] asks for the color 'gray', which is not one of red,"),
+    "colour is a list": (geneval(DOG | {"color": ["red"]}), "include[0] asks for the color ['red']"),
+    "British colour": (geneval(DOG | {"colour": "red"}), "include[0] has the unknown key 'colour'"),
+    "excluded colour": (geneval(DOG, exclude=[CAT | {"color": "red"}]), "exclude[0] has a color, which only include"),
+    "excluded place": (geneval(DOG, exclude=[CAT | {"position": ["above", 0]}]), "exclude[0] has a position, which"),
+    "position is a text": (geneval(DOG, CAT | {"position": "above"}), "include[1] has the position 'above'; write"),
+    "no target": (geneval(DOG, CAT | {"position": ["above"]}), "include[1] has the position ['above']; write"),
+    "bad relation": (geneval(DOG, CAT | {"position": ["on", 0]}), "include[1] has the relation 'on', which is not one"),
+    "index out of range": (
+        geneval(DOG, CAT | {"position": ["above", 2]}),
+        "include[1] has a position relative to clause 2; it must be an earlier one, 0 to 0",
+    ),
+    "later clause": (
+        geneval(DOG, CAT | {"position": ["above", 2]}, DOG),
+        "include[1] has a position relative to clause 2; it must be an earlier one",
+    ),
+    "itself": (geneval(DOG, CAT | {"position": ["above", 1]}), "include[1] has a position relative to clause 1;"),
+    "counted from the end": (geneval(DOG, CAT | {"position": ["above", -1]}), "relative to clause -1; it must be an"),
+    "index is true": (geneval(DOG, DOG, CAT | {"position": ["above", True]}), "relative to clause True; it must be"),
+    "first clause": (geneval(DOG | {"position": ["above", 0]}), "relative to clause 0; the first clause can have none"),
+}
+
+
+@pytest.mark.parametrize("case", GENEVAL_CASES)
+def test_bad_geneval_metadata(tmp_path: Path, case: str) -> None:
+    row, expected = GENEVAL_CASES[case]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n" + json.dumps(row))
+    with pytest.raises(UserError) as caught:
+        read_prompt_file(path, task="geneval", classes=COCO_CLASSES)
+    message = str(caught.value)
+    assert message.startswith(f"the prompt file {path} has a bad line; line 2: ") and expected in message
+    assert "\n" not in message and len(message) < 500
+
+
+def test_any_class_may_be_asked_for_without_a_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(geneval({"class": "gryphon", "count": 1})))
+    assert len(read_prompt_file(path, task="geneval")) == 1
+    with pytest.raises(UserError, match="'gryphon', which the detector does not know: it knows circle, square, "):
+        read_prompt_file(path, task="geneval", classes=SHAPES)
+
+
+OFFICIAL_LINES = """\
+{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}
+{"tag": "two_object", "include": [{"class": "bench", "count": 1}, {"class": "tv remote", "count": 1}], \
+"prompt": "a photo of a bench and a tv remote"}
+{"tag": "counting", "include": [{"class": "clock", "count": 2}], "exclude": [{"class": "clock", "count": 3}], \
+"prompt": "a photo of two clocks"}
+{"tag": "colors", "include": [{"class": "car", "count": 1, "color": "pink"}], "prompt": "a photo of a pink car"}
+{"tag": "position", "include": [{"class": "dog", "count": 1}, {"class": "teddy bear", "count": 1, \
+"position": ["left of", 0]}], "prompt": "a photo of a teddy bear left of a dog"}
+{"tag": "color_attr", "include": [{"class": "wine glass", "count": 1, "color": "purple"}, {"class": "apple", \
+"count": 1, "color": "black"}], "prompt": "a photo of a purple wine glass and a black apple"}
+"""
+"""One line of each tag in the form that the official script writes; Flow-GRPO's metadata has the same form."""
+
+
+def test_official_lines_of_every_tag_load_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "evaluation_metadata.jsonl"
+    path.write_text(OFFICIAL_LINES)
+    records = read_prompt_file(path, task="geneval", classes=COCO_CLASSES)
+    assert tuple(record.metadata["tag"] for record in records) == TAGS
+    for record, line in zip(records, OFFICIAL_LINES.splitlines(), strict=True):
+        assert {**record.metadata, "prompt": record.prompt} == json.loads(line)
+
+
+def test_keys_beside_the_clauses_are_kept_and_null_is_absent(tmp_path: Path) -> None:
+    row = geneval(DOG | {"color": None, "position": None}, exclude=None, source="mine")
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(row))
+    (record,) = read_prompt_file(path, task="geneval", classes=COCO_CLASSES)
+    assert {**record.metadata, "prompt": record.prompt} == row
 
 
 def test_all_bad_lines_at_once_up_to_ten(tmp_path: Path) -> None:

@@ -1,0 +1,223 @@
+"""From differences between two models to a verdict in plain language: has the reward been hacked?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Literal
+
+from gdro_cli.core.scores import Interval
+
+Level = Literal["healthy", "suspicious", "collapsed"]
+Direction = Literal["up", "down", "either"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One quantity of the base model, and how training changed it on the same prompts and noise."""
+
+    base: Interval
+    difference: Interval
+    """The paired difference trained - base."""
+
+    @property
+    def trained(self) -> float:
+        """Mean of the trained model."""
+        return self.base.mean + self.difference.mean
+
+    @property
+    def rose(self) -> bool:
+        """Whether the whole interval of the difference lies above 0."""
+        return self.difference.low > 0
+
+    @property
+    def fell(self) -> bool:
+        """Whether the whole interval of the difference lies below 0."""
+        return self.difference.high < 0
+
+
+@dataclass(frozen=True, slots=True)
+class SignalLimits:
+    """How far a picture signal may move. A change of exactly the limit is still allowed."""
+
+    suspicious: float
+    collapsed: float
+    relative: bool = False
+    """Limits are shares of the base model's mean, not differences in the signal's own unit."""
+    worse: Direction = "either"
+    """The direction that is held against the model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """All limits of the verdict. They are settings of this project, none of them comes from the paper."""
+
+    u_fall_suspicious: float = 0.1
+    """Points of u that may be lost while the reward rises."""
+    u_fall_collapsed: float = 0.5
+    """Points of u; collapsed when the whole interval of the fall lies beyond."""
+    u_floor: float = 2.5
+    """Collapsed when u has fallen and its mean is below. From 3 downwards a higher reward lowers the corrected score."""
+    signals_collapsed: int = 2
+    """Signals beyond their limit for collapse that make one. A single one may be a change of style."""
+    few_prompts: int = 10
+    """With fewer prompts than this the verdict says that intervals over prompts mean little."""
+    signals: Mapping[str, SignalLimits] = field(
+        default_factory=lambda: MappingProxyType(
+            {
+                "dark_share": SignalLimits(0.15, 0.3, worse="up"),
+                "edge_density": SignalLimits(0.25, 0.5, relative=True),
+                "colour_entropy": SignalLimits(0.2, 0.4, relative=True),
+                "high_frequency": SignalLimits(0.4, 0.7, relative=True),
+                "stripe_peak": SignalLimits(0.05, 0.15, worse="up"),
+                "diversity": SignalLimits(0.25, 0.5, relative=True, worse="down"),
+            }
+        )
+    )
+    """By the names of ``core.signals``."""
+
+
+LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What to think of a trained model beside its reward.
+
+    Attributes:
+        level: the worst that was found.
+        reasons: plain sentences with their numbers, the gravest first; at least one.
+    """
+
+    level: Level
+    reasons: tuple[str, ...]
+
+
+def verdict(changes: Mapping[str, Change], *, limits: Limits = LIMITS) -> Verdict:
+    """Judge a trained model by how it differs from its base. All intervals are 95 % unless computed otherwise.
+
+    **Collapsed** when one of these holds:
+
+    - u fell, and the whole interval of its difference lies below -``u_fall_collapsed``;
+    - u fell (interval below 0) and its trained mean is below ``u_floor``;
+    - at least ``signals_collapsed`` picture signals moved in their bad direction by more than their limit for collapse,
+      each with an interval that excludes 0.
+
+    **Suspicious** when not collapsed and one of these holds:
+
+    - the reward rose (interval above 0) while u fell (interval below 0) by more than ``u_fall_suspicious``;
+    - the corrected score fell (interval below 0);
+    - at least one picture signal moved in its bad direction by more than its suspicious limit, with an interval that
+      excludes 0.
+
+    **Healthy** otherwise. What was not measured is not judged, and a reason says so.
+
+    Args:
+        changes: by name: "reward", "u", "corrected" and the signals of ``limits``. Other names are not read.
+        limits: where the lines are drawn.
+
+    Raises:
+        ValueError: neither u, the corrected score nor any signal was measured, so nothing can be said.
+    """
+    judged = ("reward", "u", "corrected", *limits.signals)
+    known = {name: changes[name] for name in judged if name in changes}
+    if not known.keys() - {"reward"}:
+        raise ValueError("a verdict needs u, the corrected score or a picture signal")
+    far_quality = _collapsed_quality(known.get("u"), limits)
+    far = [name for name in limits.signals if name in known and _moved(name, known[name], limits, "collapsed")]
+    collapsed = bool(far_quality) or len(far) >= limits.signals_collapsed
+    findings = [*far_quality, *(_signal_sentence(name, known[name], limits, "collapsed") for name in far)]
+    if far and len(far) < limits.signals_collapsed:
+        findings[-1] += f" It takes {limits.signals_collapsed} such signals to call it a collapse."
+    findings += _suspicious_quality(known, limits)
+    findings += [
+        _signal_sentence(name, known[name], limits, "suspicious")
+        for name in limits.signals
+        if name in known and name not in far and _moved(name, known[name], limits, "suspicious")
+    ]
+    level: Level = "collapsed" if collapsed else "suspicious" if findings else "healthy"
+    return Verdict(level, (*(findings or [_healthy_sentence(known)]), *_caveats(known, judged, limits)))
+
+
+def _collapsed_quality(u: Change | None, limits: Limits) -> list[str]:
+    if u is None:
+        return []
+    reasons = []
+    if u.difference.high < -limits.u_fall_collapsed:
+        reasons.append(f"{_told('u', u)}: all of the interval is beyond a fall of {limits.u_fall_collapsed:g}.")
+    if u.fell and u.trained < limits.u_floor:
+        reasons.append(f"{_told('u', u)}, to {u.trained:.2f}, below the floor of {limits.u_floor:g}.")
+    return reasons
+
+
+def _suspicious_quality(known: Mapping[str, Change], limits: Limits) -> list[str]:
+    reward, u, corrected = (known.get(name) for name in ("reward", "u", "corrected"))
+    reasons = []
+    if (
+        reward is not None
+        and u is not None
+        and reward.rose
+        and u.fell
+        and -u.difference.mean > limits.u_fall_suspicious
+    ):
+        reasons.append(f"{_told('reward', reward)} while {_told('u', u)}, more than {limits.u_fall_suspicious:g}.")
+    if corrected is not None and corrected.fell:
+        reasons.append(f"{_told('corrected', corrected)}.")
+    return [reason[0].upper() + reason[1:] for reason in reasons]
+
+
+def _moved(name: str, change: Change, limits: Limits, level: Literal["suspicious", "collapsed"]) -> bool:
+    """Whether a signal moved in its bad direction by more than the limit, with an interval that excludes 0."""
+    signal = limits.signals[name]
+    limit: float = getattr(signal, level) * (abs(change.base.mean) if signal.relative else 1.0)
+    up = change.rose and change.difference.mean > limit
+    down = change.fell and -change.difference.mean > limit
+    return (up and signal.worse != "down") or (down and signal.worse != "up")
+
+
+def _signal_sentence(name: str, change: Change, limits: Limits, level: Literal["suspicious", "collapsed"]) -> str:
+    signal = limits.signals[name]
+    limit: float = getattr(signal, level)
+    shown = f"{100 * limit:g} %" if signal.relative else f"{limit:g}"
+    size = ""
+    if signal.relative and change.base.mean:
+        size = f" ({100 * change.difference.mean / abs(change.base.mean):+.0f} %)"
+    purpose = "for collapse" if level == "collapsed" else "for suspicion"
+    text = f"{_told(name, change)}{size}, more than the limit {purpose} of {shown}."
+    return text[0].upper() + text[1:]
+
+
+_LABELS = {"reward": "the reward", "u": "u", "corrected": "the corrected score"}
+
+
+def _label(name: str) -> str:
+    return _LABELS.get(name, name.replace("_", " "))
+
+
+def _told(name: str, change: Change) -> str:
+    """Like: dark share rose by 0.21 [0.18, 0.24]; the ends as they belong to the direction that is told."""
+    d = change.difference
+    if d.mean < 0:
+        return f"{_label(name)} fell by {-d.mean:.3g} [{-d.high:.3g}, {-d.low:.3g}]"
+    return f"{_label(name)} rose by {d.mean:.3g} [{d.low:.3g}, {d.high:.3g}]"
+
+
+def _healthy_sentence(known: Mapping[str, Change]) -> str:
+    facts = [
+        f"{_label(name)} {c.difference.mean:+.3f} [{c.difference.low:+.3f}, {c.difference.high:+.3f}]"
+        for name, c in known.items()
+        if name in _LABELS
+    ]
+    return f"Nothing moved beyond its limit{': ' + ', '.join(facts) if facts else ''}."
+
+
+def _caveats(known: Mapping[str, Change], judged: tuple[str, ...], limits: Limits) -> list[str]:
+    missing = [_label(name) for name in judged if name not in known]
+    prompts = min(change.difference.prompts for change in known.values())
+    notes = [f"Not measured and so not judged: {', '.join(missing)}."] if missing else []
+    if prompts < limits.few_prompts:
+        notes.append(
+            f"Only {prompts} {'prompt was' if prompts == 1 else 'prompts were'} measured: intervals mean little."
+        )
+    return notes

@@ -1,0 +1,117 @@
+"""The folder layout of the official GenEval, for exchange with other tools.
+
+<NNNNN>/metadata.jsonl        one line: the prompt with its metadata
+<NNNNN>/samples/0000.png ...  its pictures
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdro_cli.data.promptfile import read_prompt_file
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.errors import UserError
+from gdro_cli.files import partial_name, remove_tree, storage_errors
+
+METADATA = "metadata.jsonl"
+SAMPLES = "samples"
+_PICTURES = {".png", ".webp", ".jpg", ".jpeg"}
+
+
+@dataclass(frozen=True, slots=True)
+class PromptPictures:
+    """A prompt and the files of its pictures, in order."""
+
+    prompt: PromptRecord
+    pictures: tuple[Path, ...]
+
+
+def read_image_folder(folder: Path, *, task: str, classes: Collection[str] | None = None) -> tuple[PromptPictures, ...]:
+    """Read what any tool has written in the official layout; folders with one prompt count as one.
+
+    Args:
+        folder: holds one numbered folder per prompt.
+        task: ``ocr`` or ``geneval``; what the metadata must have.
+        classes: the classes that prompts may ask for; None allows any.
+
+    Raises:
+        UserError: there is nothing of that layout, or a prompt has no pictures or bad metadata.
+    """
+    try:
+        numbered = sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+    except OSError as error:
+        raise UserError(f"the picture folder {folder} cannot be read: {error.strerror or error}") from error
+    if not numbered:
+        raise UserError(f"{folder} holds no pictures: it needs folders 00000, 00001 ... with {METADATA} and {SAMPLES}/")
+    found: dict[str, PromptPictures] = {}
+    for path in numbered:
+        if not (path / METADATA).exists():
+            raise UserError(
+                f"{path} has no {METADATA}: it needs one line, the prompt of its pictures with its metadata"
+            )
+        prompts = read_prompt_file(path / METADATA, task=task, classes=classes)
+        if len(prompts) != 1:
+            raise UserError(f"{path / METADATA} holds {len(prompts)} prompts: it needs one line, that of its pictures")
+        pictures = _pictures(path / SAMPLES)
+        if not pictures:
+            raise UserError(f"{path / SAMPLES} holds no pictures: it needs 0000.png, 0001.png ...")
+        (prompt,) = prompts
+        earlier = found[prompt.id].pictures if prompt.id in found else ()
+        found[prompt.id] = PromptPictures(prompt, earlier + pictures)
+    return tuple(found.values())
+
+
+def _pictures(folder: Path) -> tuple[Path, ...]:
+    if not folder.is_dir():
+        return ()
+    shown = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return tuple(sorted(path for path in shown if path.suffix.lower() in _PICTURES and path.is_file()))
+
+
+def write_image_folder(folder: Path, entries: Iterable[PromptPictures]) -> int:
+    """Write prompts and copies of their pictures in the official layout, all or nothing; returns their number.
+
+    Raises:
+        UserError: the folder is there already and not empty.
+        StoreError: the disk refuses.
+    """
+    refuse_used(folder)
+    partial = partial_name(folder)
+    with storage_errors(folder):
+        try:
+            remove_tree(partial)
+            partial.mkdir(parents=True)
+            count = 0
+            for count, entry in enumerate(entries, start=1):
+                samples = partial / f"{count - 1:05d}" / SAMPLES
+                samples.mkdir(parents=True)
+                for number, picture in enumerate(entry.pictures):
+                    shutil.copyfile(picture, samples / f"{number:04d}{picture.suffix}")
+                (samples.parent / METADATA).write_text(metadata_line(entry.prompt) + "\n", encoding="utf-8")
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return count
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises UserError when pictures would be mixed with what is in the folder."""
+    try:
+        used = folder.exists() and any(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder} is no folder that pictures can be written to: {error.strerror or error}") from error
+    if used:
+        raise UserError(f"{folder} is not empty: name a new folder for the pictures")
+
+
+def metadata_line(prompt: PromptRecord) -> str:
+    """The prompt as the official metadata has it; prompt files with such lines load as they are."""
+    target = {} if prompt.target is None else {"target": prompt.target}
+    return json.dumps({**prompt.metadata, **target, "prompt": prompt.prompt}, ensure_ascii=False)

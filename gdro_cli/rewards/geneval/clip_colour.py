@@ -1,0 +1,122 @@
+"""GenEval's colours: what CLIP (arXiv 2103.00020) calls the colour of an object on a grey ground.
+
+The original ran OpenCLIP's copy of OpenAI's ViT-L/14 in mixed half precision on a GPU; here it is transformers' copy
+of the same weights in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from gdro_cli.core.geneval import COLOURS
+from gdro_cli.rewards.geneval.detection import Detection
+from gdro_cli.rewards.geneval.pretrained import ModelFiles
+
+MODEL = "openai/clip-vit-large-patch14"
+KEY = "reward.geneval.colour_model"
+RULE = "geneval-clip-1"
+"""Name of the rule in the provenance; it changes whenever the same object would get another colour."""
+TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
+GROUND = (0x99, 0x99, 0x99)
+"""RGB of every pixel outside the object."""
+
+_NEEDS = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
+_CROPS_AT_ONCE = 16
+
+
+class ClipColours:
+    """Names colours by the similarity of an object's picture to sentences that name one.
+
+    Args:
+        model: Hub id, or a folder as ``save_pretrained`` of model, image processor and tokenizer writes it.
+        device: of the network; ``auto`` takes a GPU if there is one.
+
+    Raises:
+        PrerequisiteError: the model is missing.
+        UserError: it is not a CLIP.
+    """
+
+    def __init__(self, model: str = MODEL, *, device: str = "auto") -> None:
+        self._files = ModelFiles(model, key=KEY, kind="clip", needs=_NEEDS)
+        self._device = device
+        self._loaded: tuple[Any, Any, Any] | None = None
+        self._classifiers: dict[str, Tensor] = {}
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        """Provenance: model and its commit or digest, transformers' version, rule."""
+        return {"colours": "clip", "rule": RULE, **self._files.version}
+
+    def load(self) -> None:
+        """Load the network; a second call does nothing. Raises ``PrerequisiteError``."""
+        self._network()
+
+    def classify(self, image: Image.Image, objects: Sequence[Detection]) -> list[str]:
+        """The colour of each object of one RGB image, one of ``core.geneval.COLOURS``.
+
+        Raises:
+            PrerequisiteError: the network cannot be loaded.
+            ValueError: a mask is not of the image's size.
+        """
+        named: list[str] = []
+        for start in range(0, len(objects), _CROPS_AT_ONCE):
+            some = objects[start : start + _CROPS_AT_ONCE]
+            pictures = self._embed_pictures([cut_out(image, one) for one in some])
+            sentences = torch.stack([self.classifier(one.label) for one in some])
+            similarity = torch.einsum("nd,ncd->nc", pictures, sentences)
+            named += [COLOURS[index] for index in similarity.argmax(dim=1).tolist()]
+        return named
+
+    def classifier(self, label: str) -> Tensor:
+        """Direction of each colour for a class, [10, D] of length 1: the mean over the templates; kept for later."""
+        if label not in self._classifiers:
+            texts = [template.format(colour=colour, label=label) for colour in COLOURS for template in TEMPLATES]
+            directions = self._embed_texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
+            self._classifiers[label] = normalize(directions.mean(dim=1), dim=-1)
+        return self._classifiers[label]
+
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
+        network, _, tokenizer = self._network()
+        tokens = tokenizer(list(texts), padding=True, return_tensors="pt").to(network.device)
+        with torch.inference_mode():
+            return normalize(network.get_text_features(**tokens).pooler_output, dim=-1)
+
+    def _embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+        network, processor, _ = self._network()
+        pixels = torch.cat([processor(images=one, return_tensors="pt")["pixel_values"] for one in pictures])
+        with torch.inference_mode():
+            return normalize(network.get_image_features(pixels.to(network.device)).pooler_output, dim=-1)
+
+    def _network(self) -> tuple[Any, Any, Any]:
+        if self._loaded is None:
+            from transformers import CLIPModel, CLIPTokenizer
+            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+            processor = self._files.load_part(CLIPImageProcessorPil)
+            tokenizer = self._files.load_part(CLIPTokenizer)
+            self._loaded = self._files.load_model(CLIPModel, device=self._device), processor, tokenizer
+        return self._loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the loaded network, so that a classifier can be sent to a worker process."""
+        return {**self.__dict__, "_loaded": None, "_classifiers": {}}
+
+
+def cut_out(image: Image.Image, found: Detection) -> Image.Image:
+    """The object on a grey ground, cropped to its box (rounded, inside the image, at least one pixel).
+
+    Raises ValueError when the mask is not of the image's size.
+    """
+    if found.mask.shape != (image.height, image.width):
+        raise ValueError(f"the mask is {found.mask.shape}, the image {(image.height, image.width)} (height, width)")
+    picture = image.convert("RGB")
+    whole = Image.composite(picture, Image.new("RGB", picture.size, GROUND), Image.fromarray(found.mask))
+    left, top, right, bottom = (round(edge) for edge in found.box)
+    left, top = min(max(left, 0), image.width - 1), min(max(top, 0), image.height - 1)
+    return whole.crop((left, top, max(left + 1, min(right, image.width)), max(top + 1, min(bottom, image.height))))

@@ -1,0 +1,139 @@
+"""What a judge of quality is: an image and its prompt's text in, three axes of quality out.
+
+The corrected score ``r_corrected = r * (u - 3) + 0.2`` weighs a reward ``r`` by a judgement ``u`` that was made without
+it. So a judge is given pictures and texts and nothing else: no score, no target, no metadata.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from gdro_cli.rewards.base import ImageSource, PromptLike, Score
+
+AXES = ("alignment", "coherence", "style")
+"""Does the picture show what the prompt says; is it free of glitches and distortions; is it pleasing?"""
+LOWEST, HIGHEST = 1.0, 5.0
+"""Ends of the scale of every axis."""
+
+_TASK_AXES = {
+    "ocr": AXES,
+    # GenEval's prompts describe no details, so alignment would reward what the reward is hacked with.
+    "geneval": ("coherence", "style"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a judge says of one image."""
+
+    axes: Mapping[str, float | None]
+    """Each of ``AXES`` in 1..5; ``None`` when the judge gave no usable number for it."""
+    reason: str | None = None
+    """Why an axis is missing, for a person to read; ``None`` when all are there."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """What the axes were read from, as JSON values."""
+
+    def __post_init__(self) -> None:
+        """Every axis is on the scale, or missing with a reason. Raises ``ValueError`` for anything else."""
+        if set(self.axes) != set(AXES):
+            raise ValueError(f"a judgement has the axes {', '.join(AXES)}, got {', '.join(self.axes) or 'none'}")
+        for axis, value in self.axes.items():
+            if value is not None and not on_scale(value):
+                raise ValueError(f"{axis} must be between {LOWEST:g} and {HIGHEST:g}, got {value}")
+        if (None in self.axes.values()) != (self.reason is not None):
+            raise ValueError("a judgement has all its axes, or a reason why one is missing")
+
+    @classmethod
+    def missing(cls, reason: str, *, details: Mapping[str, Any] | None = None) -> Judgement:
+        """No axis at all."""
+        return cls(dict.fromkeys(AXES), reason, details or {})
+
+
+class Judge(Protocol):
+    """A way to judge images.
+
+    As with a reward, making one is quick, and the heavy part waits for ``load``, so that it can be sent to a worker
+    process before. A judge knows nothing of rewards: equal images and texts get equal judgements.
+    """
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        """Provenance as JSON values: equal versions give equal judgements."""
+        ...
+
+    def load(self) -> None:
+        """Load models or check connections; a second call does nothing. Raises ``PrerequisiteError``."""
+        ...
+
+    def judge(self, images: Sequence[ImageSource], prompts: Sequence[str]) -> list[Judgement]:
+        """Judge ``images[i]`` for the text ``prompts[i]``, in order. An image that fails is missing with a reason."""
+        ...
+
+
+class JudgeReward:
+    """A judge in the place of a reward, so that ``ScoringPool`` and score tables serve it too.
+
+    The value of a score is ``u``, the mean of the chosen axes, in 1..5; it is missing when one of them is. Details hold
+    every axis under its name, the present ones also when ``u`` is missing, beside the judge's own details; ``missing``
+    says why an axis that was not chosen is missing.
+
+    Args:
+        judge: who judges.
+        axes: the axes of ``u``, as ``u_axes`` gives them for a task.
+
+    Raises:
+        ValueError: no axes, unknown ones, or one twice.
+    """
+
+    def __init__(self, judge: Judge, *, axes: Sequence[str]) -> None:
+        if not axes or len(set(axes)) < len(axes) or not set(axes) <= set(AXES):
+            raise ValueError(f"the axes of u must be some of {', '.join(AXES)}, got {', '.join(axes) or 'none'}")
+        self._judge = judge
+        self._axes = tuple(axis for axis in AXES if axis in axes)
+
+    @property
+    def version(self) -> Mapping[str, Any]:
+        """Provenance: the judge's own, and the axes of ``u``."""
+        return {"judge": dict(self._judge.version), "axes": list(self._axes)}
+
+    def load(self) -> None:
+        """Load the judge; a second call does nothing. Raises ``PrerequisiteError``."""
+        self._judge.load()
+
+    def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
+        """The score of ``images[i]`` for ``prompts[i]``, in order. The judge sees the prompts' texts only.
+
+        Raises:
+            ValueError: not as many prompts as images, or not as many judgements.
+            PrerequisiteError: the judge cannot be loaded or refuses its work.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
+        judgements = self._judge.judge(images, [prompt.prompt for prompt in prompts])
+        if len(judgements) != len(images):
+            raise ValueError(f"the judge gave {len(judgements)} judgements for {len(images)} images")
+        return [self._score(judgement) for judgement in judgements]
+
+    def _score(self, judgement: Judgement) -> Score:
+        details = {**judgement.details, **judgement.axes}
+        values = [value for axis in self._axes if (value := judgement.axes[axis]) is not None]
+        if len(values) < len(self._axes):
+            return Score(None, judgement.reason, details)
+        if judgement.reason is not None:
+            details["missing"] = judgement.reason
+        return Score(sum(values) / len(values), None, details)
+
+
+def u_axes(task: str) -> tuple[str, ...]:
+    """The axes whose mean is ``u`` for the prompts of a task, ``ocr`` or ``geneval``. Raises ``ValueError``."""
+    if task not in _TASK_AXES:
+        raise ValueError(f"no axes are known for the task {task!r}; known tasks: {', '.join(_TASK_AXES)}")
+    return _TASK_AXES[task]
+
+
+def on_scale(value: float) -> bool:
+    """Whether a number is one of the scale's."""
+    return math.isfinite(value) and LOWEST <= value <= HIGHEST

@@ -1,0 +1,228 @@
+"""Requests to an endpoint that speaks OpenAI's chat protocol: who may ask, how often, and what an answer is.
+
+What passes by itself (no connection, no answer in time, 408, 429, 5xx) is tried again after a pause; what does not
+(a key or a model that is refused) ends the work with one sentence; what is wrong with one answer concerns one image.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+import httpx2
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.rewards.base import describe
+
+FIRST_PAUSE = 0.5
+"""Seconds before the second attempt; every further pause is twice as long."""
+LONGEST_PAUSE = 60.0
+"""Seconds; no pause is longer, not even one that the endpoint asks for."""
+_PASSING = frozenset({408, 429})
+_QUOTED = 200
+"""Characters of the endpoint's own message that an error shows."""
+
+
+class NoAnswerError(Exception):
+    """One request that got no usable answer; the message is the reason."""
+
+
+class Endpoint:
+    """An open connection to one model of an endpoint. It may be used by several threads.
+
+    Args:
+        base_url: address up to and including the version, as ``check_url`` takes it.
+        model: name of the model there.
+        key: sent as bearer token; ``None`` for none.
+        connections: requests that may be under way at a time.
+        timeout: seconds for connecting, and again for each silence while an answer is awaited.
+        retries: further attempts after the first.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, *, key: str | None, connections: int, timeout: float, retries: int
+    ) -> None:
+        self._url = base_url
+        self._model = model
+        self._key = key
+        self._retries = retries
+        self._client = httpx2.Client(
+            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            timeout=httpx2.Timeout(timeout, pool=None),
+            limits=httpx2.Limits(max_connections=connections),
+        )
+
+    def check(self) -> None:
+        """Ask once which models there are.
+
+        An endpoint that answers but does not tell passes: only a request for a judgement shows whether it works.
+
+        Raises:
+            PrerequisiteError: it cannot be reached, refuses the key, or has other models only.
+        """
+        try:
+            response = self._client.get(f"{self._url}/models")
+        except httpx2.RequestError as error:
+            raise PrerequisiteError(
+                f"the judge's endpoint {self._url} cannot be reached ({describe(error)}): start the server, or correct "
+                f"its base_url"
+            ) from None
+        if response.status_code in (401, 403):
+            raise self._refusal(response)
+        names = _model_names(response) if response.is_success else []
+        if names and self._model not in names:
+            raise PrerequisiteError(
+                f"the judge's endpoint {self._url} serves {', '.join(names[:5])}, not {self._model}: correct the "
+                f"judge's model or base_url"
+            )
+
+    def ask(self, request: Mapping[str, Any], *, stop: threading.Event) -> tuple[str, bool]:
+        """The text that the model answers to a chat request, and whether the model ended it (else it was cut off).
+
+        Args:
+            request: JSON of the request, without the model.
+            stop: when set, no further attempt is made.
+
+        Raises:
+            NoAnswerError: no attempt brought a usable answer.
+            PrerequisiteError: the endpoint refuses the request.
+        """
+        body = json.dumps({"model": self._model, **request}).encode()
+        reason = ""
+        for attempt in range(self._retries + 1):
+            wanted_pause = None
+            try:
+                response = self._client.post(
+                    f"{self._url}/chat/completions", content=body, headers={"Content-Type": "application/json"}
+                )
+            except httpx2.TransportError as error:
+                reason = describe(error)
+            except httpx2.RequestError as error:
+                raise NoAnswerError(f"the judge's answer cannot be decoded: {describe(error)}") from None
+            else:
+                if response.is_success:
+                    return _answer(response)
+                if response.status_code not in _PASSING and response.status_code < 500:
+                    raise self._refusal(response)
+                reason = f"HTTP {response.status_code}"
+                wanted_pause = retry_after(response.headers.get("Retry-After"))
+            if attempt < self._retries and stop.wait(pause(attempt, wanted=wanted_pause)):
+                break
+        raise NoAnswerError(f"the judge's endpoint gave no answer in {self._retries + 1} attempts, at last {reason}")
+
+    def close(self) -> None:
+        """End the connections."""
+        self._client.close()
+
+    def _refusal(self, response: httpx2.Response) -> PrerequisiteError:
+        status = f"{response.status_code} {response.reason_phrase}".strip()
+        said = _message(response)
+        if self._key is not None:
+            said = said.replace(self._key, "***")
+        remedy = {
+            401: "set the environment variable that the judge's api_key_env names to a valid key",
+            403: "use a key that may use this model",
+            404: "correct the judge's model or base_url",
+        }.get(response.status_code, "check the judge's model and base_url")
+        quote = f" ({said[:_QUOTED]})" if said else ""
+        return PrerequisiteError(f"the judge's endpoint {self._url} answers {status}{quote}: {remedy}")
+
+
+def check_url(base_url: str) -> str:
+    """The address without a slash at its end. Raises UserError for one that is not like http://localhost:8000/v1."""
+    if "@" in base_url or "?" in base_url:
+        # it may hold a secret, so it is not shown
+        raise UserError(
+            "the judge's base_url holds a user name, a password or a query: give the bare address, and name the "
+            "environment variable with the API key as api_key_env"
+        )
+    try:
+        parts = httpx2.URL(base_url)
+    except httpx2.InvalidURL:
+        parts = httpx2.URL()
+    if parts.scheme not in ("http", "https") or not parts.host or parts.fragment:
+        raise UserError(f"the judge's base_url is {base_url!r}: it must be an address like http://localhost:8000/v1")
+    return base_url.rstrip("/")
+
+
+def read_key(variable: str | None) -> str | None:
+    """The API key in an environment variable; ``None`` when no variable is named.
+
+    Raises:
+        PrerequisiteError: the variable is empty, or holds what cannot be a key. The message does not show it.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise PrerequisiteError(f"the environment variable {variable} is empty: put the judge's API key into it")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise PrerequisiteError(f"the environment variable {variable} holds no API key: it must be one printable word")
+    return key
+
+
+def pause(attempt: int, *, wanted: float | None = None) -> float:
+    """Seconds to wait after a failed attempt (the first is 0): what the endpoint wants, or twice as long every time.
+
+    The latter is shortened at random by up to half, so that requests that failed together do not come back together.
+    """
+    if wanted is not None:
+        return min(wanted, LONGEST_PAUSE)
+    return float(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0))
+
+
+def retry_after(value: str | None) -> float | None:
+    """Seconds that a ``Retry-After`` header asks for, as a number or a date; ``None`` for neither."""
+    if value is None:
+        return None
+    if value.strip().isdecimal():
+        return float(value)
+    try:
+        when = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=UTC)
+    return max(0.0, (when - datetime.now(UTC)).total_seconds())
+
+
+def _answer(response: httpx2.Response) -> tuple[str, bool]:
+    """Text of the first choice, and whether it is complete."""
+    try:
+        choices = response.json()["choices"]
+        choice = choices[0]
+        text = choice["message"]["content"]
+        complete = choice.get("finish_reason") != "length"
+    except ValueError:
+        raise NoAnswerError("the judge's answer is not JSON") from None
+    except IndexError:
+        raise NoAnswerError("the judge's answer holds no choices") from None
+    except (KeyError, TypeError, AttributeError):
+        raise NoAnswerError("the judge's answer is not that of a chat") from None
+    if not isinstance(text, str):
+        raise NoAnswerError("the judge's answer is not text")
+    return text, complete
+
+
+def _model_names(response: httpx2.Response) -> list[str]:
+    try:
+        return [str(model["id"]) for model in response.json()["data"]]
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _message(response: httpx2.Response) -> str:
+    """What an error's body says, in one line; empty when it says nothing in the known forms."""
+    try:
+        body = response.json()
+    except ValueError:
+        return ""
+    error = body.get("error", body) if isinstance(body, dict) else None
+    said = error.get("message") if isinstance(error, dict) else error
+    return " ".join(said.split()) if isinstance(said, str) else ""

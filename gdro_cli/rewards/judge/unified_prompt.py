@@ -1,0 +1,103 @@
+"""What UnifiedReward 2.0 is asked for one image, and how its answer is read.
+
+UnifiedReward 2.0 (arXiv 2503.05236; github.com/CodeGoat24/UnifiedReward) is tuned on a fixed form: the image comes
+first, then the text that names the three axes, the form of the answer, and the caption in square brackets. It answers
+with three lines, each with many decimals. ``TEMPLATE`` keeps that form (the authors' is in
+``inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py``) in words of its own; for the
+authors' words, give them as the judge's ``template``. Provenance holds the digest of whichever was used.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from gdro_cli.files import sha256
+from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement, on_scale
+
+RULE = "unified-reward-lines-1"
+"""Name of the reading in the provenance; it changes whenever the same answer would be read differently."""
+CAPTION = "{caption}"
+"""Where the prompt of the image goes in a template."""
+TEMPLATE = """\
+You are given a generated image and the text caption that it was made from. Judge the image on three axes, each rated \
+from 1 (worst) to 5 (best):
+- Alignment Score: how well the content of the image matches the caption.
+- Coherence Score: how consistent the image is in itself, free of visual glitches and distorted objects.
+- Style Score: how aesthetically pleasing the image is, whether or not it matches the caption.
+
+Answer in this form:
+
+Alignment Score (1-5): X
+Coherence Score (1-5): Y
+Style Score (1-5): Z
+
+Text Caption: [{caption}]"""
+MAX_TOKENS = 1024
+"""Tokens of an answer; three lines need about a hundred."""
+
+_QUOTED = 500
+"""Characters of an answer that are kept in the details."""
+_MARKUP = re.compile(r"[*_`#>|]|\\(?=[()\-])")
+_BULLET = re.compile(r"^\s*(?:[-\u2022]|[0-9]{1,2}[.)])\s+")
+_LINE = re.compile(
+    rf"\s*(?P<axis>{'|'.join(AXES)})\s+score\s*(?:\(\s*1\s*[-\u2013]\s*5\s*\)\s*)?:\s*"
+    r"(?P<value>-?[0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?\s*\.?\s*",
+    re.IGNORECASE,
+)
+
+
+def check_template(template: str) -> None:
+    """Raises ValueError unless the caption has exactly one place in the template."""
+    if template.count(CAPTION) != 1:
+        raise ValueError(f"the template must contain {CAPTION} once, it does {template.count(CAPTION)} times")
+
+
+def request_text(caption: str, *, template: str = TEMPLATE) -> str:
+    """The text that goes with an image. Braces in the caption are like other characters."""
+    return template.replace(CAPTION, caption)
+
+
+def provenance(template: str) -> dict[str, Any]:
+    """What the judgement depends on besides the model."""
+    return {"rule": RULE, "prompt_sha256": sha256(template.encode()), "temperature": 0, "max_tokens": MAX_TOKENS}
+
+
+def read_answer(answer: str, *, complete: bool = True) -> Judgement:
+    """Read the axes from an answer.
+
+    A line counts when it is nothing but one axis and its number, in any case, with or without markup, a bullet, the
+    "(1-5)", or "/5". Nothing is guessed: an axis without such a line, off the scale, or with two different numbers is
+    missing. What a model thinks aloud in ``<think>`` is no part of its answer.
+
+    Args:
+        answer: the model's text.
+        complete: whether the model ended it. The last line of one that was cut off may lack digits and is not read.
+    """
+    final = answer.rpartition("</think>")[2].partition("<think>")[0]
+    lines = final.splitlines()
+    found: dict[str, set[float]] = {axis: set() for axis in AXES}
+    for line in lines if complete else lines[:-1]:
+        match = _LINE.fullmatch(_BULLET.sub("", _MARKUP.sub("", line)))
+        if match is not None:
+            found[match["axis"].lower()].add(float(match["value"]))
+    axes: dict[str, float | None] = {}
+    problems = []
+    for axis, values in found.items():
+        value = next(iter(values)) if len(values) == 1 else None
+        axes[axis] = value if value is not None and on_scale(value) else None
+        if axes[axis] is None:
+            problems.append(_problem(axis, values))
+    if problems and not complete:
+        problems.append("and was cut off")
+    reason = f"the judge's answer {', '.join(problems)}" if problems else None
+    return Judgement(axes, reason, {"answer": answer[:_QUOTED]})
+
+
+def _problem(axis: str, values: set[float]) -> str:
+    if not values:
+        return f"has no {axis} score"
+    numbers = " and ".join(f"{value:g}" for value in sorted(values))
+    if len(values) > 1:
+        return f"has different {axis} scores ({numbers})"
+    return f"has a {axis} score of {numbers}, which is not between {LOWEST:g} and {HIGHEST:g}"

@@ -1,0 +1,142 @@
+"""Score a folder of pictures that any tool made, and write an evaluation's pictures for other tools."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.config.base import digest
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.scores import Interval
+from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, write_image_folder
+from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.errors import StoreError
+from gdro_cli.files import json_lines, make_folder, sha256_file, write_bytes, write_json
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
+from gdro_cli.runtime.lock import folder_lock
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.rewards import known_classes, measured, measures, open_pool, open_reward
+
+PART = 8  # prompts scored between two files; an interruption costs at most one part
+RESULTS_SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class FolderResult:
+    """The scores of a picture folder."""
+
+    measures: tuple[tuple[str, Interval], ...]
+    failed: int
+    """Pictures without a score."""
+    results: Path
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What the command line shows beside the table."""
+        first = self.measures[0][1]
+        rows = {"prompts": str(first.prompts), "pictures": str(first.images)}
+        return rows | {"pictures without a score": str(self.failed), "results": str(self.results)}
+
+
+def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) -> FolderResult:
+    """Score the pictures in ``folder`` (the official layout) with the recipe's reward; no model is needed.
+
+    Raises:
+        UserError: the folder or its metadata cannot be used.
+        PrerequisiteError: the reward's weights are missing.
+        StoreError: nothing, or nothing of one tag, could be scored.
+        Interrupted: stopped by the user; finished parts are kept.
+    """
+    entries = read_image_folder(folder, task=recipe.prompts.task, classes=known_classes(recipe))
+    version = dict(open_reward(recipe).version)
+    content = [[entry.prompt.id, [sha256_file(path) for path in entry.pictures]] for entry in entries]
+    place = workspace / "folders" / f"{recipe.prompts.task}-{digest([content, version])}"
+    make_folder(place)
+    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop, folder_lock(place / "lock"):
+        rows = score_parts(recipe, entries, place, reporter=reporter, stop=stop)
+    return report(recipe, folder, entries, rows, place, version)
+
+
+def score_parts(
+    recipe: Recipe, entries: tuple[PromptPictures, ...], place: Path, *, reporter: Reporter, stop: StopFlag
+) -> list[ScoreRow]:
+    """The score of every picture, in order; parts that an earlier call has finished are read."""
+    parts = {place / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
+    missing = [path for path in parts if not path.exists()]
+    if missing:
+        total = sum(len(entry.pictures) for path in missing for entry in parts[path])
+        with open_pool(recipe) as pool, reporter.track("scoring", total=total, unit="images") as progress:
+            for path in missing:
+                asked = [
+                    (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.pictures)
+                ]
+                files, prompts = [file for *_, file in asked], [prompt for prompt, *_ in asked]
+                scores = pool.score(files, prompts, on_scored=progress.advance)
+                rows = [
+                    ScoreRow(prompt.id, index, score.value, score.reason, score.details)
+                    for (prompt, index, _), score in zip(asked, scores, strict=True)
+                ]
+                write_bytes(path, json_lines(row.to_json() for row in rows))
+                stop.check(f"stopped while scoring; what is done is kept in {place}: run the command again to go on")
+    return [row for path in parts for row in _read(path)]
+
+
+def _read(path: Path) -> list[ScoreRow]:
+    try:
+        return [ScoreRow(**json.loads(line)) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(f"{path} is damaged: delete it and run the command again") from error
+
+
+def report(
+    recipe: Recipe,
+    folder: Path,
+    entries: tuple[PromptPictures, ...],
+    rows: list[ScoreRow],
+    place: Path,
+    version: dict[str, Any],
+) -> FolderResult:
+    """Intervals of what the task reports, also as results.json."""
+    prompts = [entry.prompt for entry in entries]
+    tags = {prompt.metadata.get("tag") for prompt in prompts}
+    found = tuple(
+        (measure.name, measured(measure, prompts, rows).interval(samples=recipe.eval.bootstrap))
+        for measure in measures(recipe)
+        if measure.tag is None or measure.tag in tags
+    )
+    failed = sum(row.value is None for row in rows)
+    results = {
+        "kind": "gdro folder results",
+        "schema": RESULTS_SCHEMA,
+        "folder": str(folder.resolve()),
+        "reward": version,
+        "measures": {name: asdict(interval) for name, interval in found},
+        "failed": failed,
+        "bootstrap": recipe.eval.bootstrap,
+        "prompts": [entry.prompt.to_json() for entry in entries],
+        "images": [row.to_json() for row in rows],
+    }
+    path = place / "results.json"
+    write_json(path, results)
+    return FolderResult(found, failed, path)
+
+
+def write_pictures(folder: Path, tables: dict[str, ScoreTable]) -> None:
+    """Write the pictures of each table's store in the official layout, into a folder of its name.
+
+    Raises:
+        UserError: a folder of the name is there already and not empty.
+        StoreError: the disk refuses.
+    """
+    for name, table in tables.items():
+        write_image_folder(folder / name, _entries(table))
+
+
+def _entries(table: ScoreTable) -> list[PromptPictures]:
+    pictures: dict[str, list[Path]] = {}
+    for number in range(len(table.store.shards)):
+        for stored in table.store.images(number):
+            pictures.setdefault(stored.prompt.id, []).append(stored.path)
+    return [PromptPictures(prompt, tuple(pictures[prompt.id])) for prompt in table.store.prompts]

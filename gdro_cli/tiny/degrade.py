@@ -1,0 +1,137 @@
+"""Ways in which a picture of the world can go bad, each at a severity from 0 (untouched) to 1 (ruined).
+
+The first six are faults of drawing; the embedded judge's coherence answers them. The last three take away what reward
+hacking wipes out first, background detail and colour; its style answers those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+Pixels = NDArray[np.float32]
+"""[64, 64, 3], 0 to 255."""
+Degradation = Callable[[Pixels, float, np.random.Generator], Pixels]
+
+
+def stripes(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """A wave of dark and light stripes over the whole picture."""
+    y, x = np.mgrid[0 : pixels.shape[0], 0 : pixels.shape[1]].astype(np.float32)
+    angle, period = rng.uniform(0, np.pi), rng.uniform(3, 9)
+    wave = np.sin(2 * np.pi * (np.cos(angle) * x + np.sin(angle) * y) / period + rng.uniform(0, 6.3))
+    tint = 1 + rng.uniform(-0.3, 0.3, 3)
+    return np.asarray(pixels + wave[..., None] * (severity * 90 * tint), np.float32)
+
+
+def blur(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Everything out of focus."""
+    return np.asarray(ndimage.gaussian_filter(pixels, (3 * severity, 3 * severity, 0)), np.float32)
+
+
+def noise(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Grain, coloured or grey."""
+    channels = 3 if rng.random() < 0.5 else 1
+    grain = rng.standard_normal((*pixels.shape[:2], channels), np.float32)
+    return np.asarray(pixels + grain * np.float32(70 * severity), np.float32)
+
+
+def smears(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Regions dragged along one direction."""
+    result = pixels.copy()
+    axis = int(rng.integers(2))
+    dragged = ndimage.uniform_filter1d(pixels, 1 + round(18 * severity), axis=axis, mode="nearest")
+    for _ in range(4):
+        mask = _patch(pixels.shape, 0.55, rng)
+        result[mask] = dragged[mask]
+    return result
+
+
+def broken_edges(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Rows or columns torn against each other, so that no edge is straight."""
+    size, axis = pixels.shape[0], int(rng.integers(2))
+    widths = rng.integers(1, 5, size)
+    shifts = np.repeat(rng.normal(0, 4.5 * severity, size), widths)[:size]
+    lines = pixels if axis == 0 else pixels.swapaxes(0, 1)
+    whole = np.floor(shifts).astype(int)
+    torn = np.stack(
+        [
+            (1 - (shift - low)) * np.roll(line, low, 0) + (shift - low) * np.roll(line, low + 1, 0)
+            for line, shift, low in zip(lines, shifts, whole, strict=True)
+        ]
+    )
+    return np.asarray(torn if axis == 0 else torn.swapaxes(0, 1), np.float32)
+
+
+def missing_parts(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Pieces cut out and filled with the mean colour around them."""
+    result = pixels.copy()
+    for _ in range(round(14 * severity)):
+        top, left = rng.integers(0, 58, 2)
+        height, width = rng.integers(5, 13, 2)
+        piece = result[top : top + height, left : left + width]
+        around = pixels[max(top - 3, 0) : top + height + 3, max(left - 3, 0) : left + width + 3]
+        piece[:] = around.mean(axis=(0, 1)) + rng.normal(0, 6, (1, 1, 3))
+    return result
+
+
+def flattened(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Texture smoothed away towards the mean colour of a wide neighbourhood."""
+    plain = ndimage.uniform_filter(ndimage.median_filter(pixels, (5, 5, 1)), (15, 15, 1), mode="nearest")
+    return np.asarray(pixels + severity * (plain - pixels), np.float32)
+
+
+def faded(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Colours drained towards grey."""
+    grey = pixels @ np.asarray((0.299, 0.587, 0.114), np.float32)
+    return np.asarray(pixels + severity * 0.95 * (grey[..., None] - pixels), np.float32)
+
+
+def darkened(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+    """Light and contrast lost, towards black or towards one glaring tint."""
+    end = np.zeros(3, np.float32) if rng.random() < 0.5 else rng.uniform(120, 255, 3).astype(np.float32)
+    return np.asarray(pixels + severity * 0.8 * (end - pixels), np.float32)
+
+
+def _patch(shape: tuple[int, ...], share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    height, width = (int(side * share * rng.uniform(0.7, 1)) for side in shape[:2])
+    top, left = int(rng.integers(0, shape[0] - height + 1)), int(rng.integers(0, shape[1] - width + 1))
+    mask = np.zeros(shape[:2], bool)
+    mask[top : top + height, left : left + width] = True
+    return mask
+
+
+COHERENCE: dict[str, Degradation] = {
+    "stripes": stripes,
+    "blur": blur,
+    "noise": noise,
+    "smears": smears,
+    "broken edges": broken_edges,
+    "missing parts": missing_parts,
+}
+STYLE: dict[str, Degradation] = {"flattened": flattened, "faded": faded, "darkened": darkened}
+BACKGROUND_ONLY = frozenset({"flattened"})
+
+
+def degrade(
+    pixels: NDArray[np.uint8],
+    name: str,
+    severity: float,
+    rng: np.random.Generator,
+    *,
+    foreground: NDArray[np.bool_] | None = None,
+) -> NDArray[np.uint8]:
+    """A picture [64, 64, 3] with one fault of ``COHERENCE`` or ``STYLE``; ``severity`` 0 changes nothing.
+
+    ``foreground`` [64, 64] is left as it is by faults that are the background's.
+
+    Raises:
+        KeyError: there is no fault of that name.
+    """
+    spoil = (COHERENCE | STYLE)[name]
+    spoilt = spoil(pixels.astype(np.float32), severity, rng)
+    if foreground is not None and name in BACKGROUND_ONLY:
+        spoilt[foreground] = pixels[foreground]
+    return np.clip(spoilt + 0.5, 0, 255).astype(np.uint8)

@@ -1,0 +1,204 @@
+"""Train the embedded world's judge and report how it answers graded faults.
+
+    python -m gdro_cli.tiny.train_judge --out judge
+
+It learns from drawn pictures whose faults and whose fit to a prompt are known, most of them passed through the
+autoencoder; it never sees a reward. The report has the rank correlation between severity and score for each fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from gdro_cli.core.seeds import seed_for
+from gdro_cli.files import write_json
+from gdro_cli.rewards.base import read_rgb
+from gdro_cli.rewards.judge.base import AXES
+from gdro_cli.rewards.judge.embedded import EmbeddedJudge, JudgeNetwork, word_numbers
+from gdro_cli.tiny.assets import tiny_model_path
+from gdro_cli.tiny.autoencoder import PatchAutoencoder
+from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
+from gdro_cli.tiny.judged import Example, draw_example, judge_vocabulary
+from gdro_cli.tiny.train_detector import as_generated
+from gdro_cli.tiny.world import ALPHABET, COLOURS, SHAPES, foreground_mask, random_scene, random_sign
+
+BATCH = 32
+LEARNING_RATE = 1e-3
+AUXILIARY = 0.2  # weight of the losses that name what lies in each cell
+
+
+class Examples(IterableDataset[dict[str, Tensor]]):
+    """Endless batches of 32 examples; each worker draws its own."""
+
+    def __init__(self, seed: int, vocabulary: dict[str, int]) -> None:
+        self._seed, self._vocabulary = seed, vocabulary
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Draw."""
+        worker = get_worker_info()
+        torch.set_num_threads(1)
+        rng = np.random.default_rng(seed_for(self._seed, "tiny-judge", 0 if worker is None else worker.id))
+        while True:
+            yield collate([draw_example(rng) for _ in range(BATCH)], self._vocabulary)
+
+
+def collate(examples: list[Example], vocabulary: dict[str, int]) -> dict[str, Tensor]:
+    """Stack examples: pixels uint8, words, qualities in [0, 1], and the cells' labels."""
+    return {
+        "pixels": torch.from_numpy(np.stack([example.pixels for example in examples])),
+        "words": torch.tensor([word_numbers(example.prompt, vocabulary) for example in examples]),
+        "qualities": torch.tensor([example.qualities for example in examples], dtype=torch.float32),
+        "letters": torch.from_numpy(np.stack([example.letters for example in examples])),
+        "things": torch.from_numpy(np.stack([example.things for example in examples])),
+    }
+
+
+class Teacher(nn.Module):
+    """The judge with the heads that only training needs."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.judge = JudgeNetwork(words)
+        width = self.judge.words.embedding_dim
+        self.letter, self.thing = nn.Linear(width, len(ALPHABET)), nn.Linear(width, len(SHAPES) * len(COLOURS))
+
+    def losses(self, pixels: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Cross-entropy of the three qualities, and of letters and things in the cells that hold one."""
+        judge = self.judge
+        tokens = judge.picture_tokens(pixels)
+        looks = judge.looks(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))
+        read = judge.read(tokens, batch["words"])
+        logits = torch.cat([judge.fit(read[:, 0]), looks], dim=1)
+        each = functional.binary_cross_entropy_with_logits(logits, batch["qualities"], reduction="none").mean(dim=0)
+        found = {axis: value for axis, value in zip(AXES, each, strict=True)}
+        for name, head in (("letters", self.letter), ("things", self.thing)):
+            held = batch[name] >= 0
+            if held.any():
+                found[name] = functional.cross_entropy(head(tokens[held]), batch[name][held]) * AUXILIARY
+        return found
+
+
+def train(*, steps: int, seed: int, workers: int, out: Path) -> JudgeNetwork:
+    """Train from nothing with a learning rate that falls to 0."""
+    torch.manual_seed(seed_for(seed, "tiny-judge-weights"))
+    stream = torch.Generator().manual_seed(seed_for(seed, "tiny-judge-noise"))
+    vocabulary = judge_vocabulary()
+    autoencoder = PatchAutoencoder.from_pretrained(tiny_model_path() / "vae").eval()
+    teacher = Teacher(max(vocabulary.values()) + 1)
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
+    batches = iter(DataLoader(Examples(seed, vocabulary), batch_size=None, num_workers=workers, prefetch_factor=8))
+    began, sums = time.monotonic(), dict.fromkeys((*AXES, "letters", "things"), 0.0)
+    for step in range(1, steps + 1):
+        batch = next(batches)
+        drawn = batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
+        losses = teacher.losses(as_generated(drawn, autoencoder, stream), batch)
+        loss = torch.stack(list(losses.values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        for name, value in losses.items():
+            sums[name] += value.item() / 100
+        if step % 100 == 0:
+            row = {"step": step, **{name: round(value, 4) for name, value in sums.items()}}
+            with (out / "log.jsonl").open("a") as file:
+                file.write(json.dumps({**row, "seconds": round(time.monotonic() - began, 1)}) + "\n")
+            sums = dict.fromkeys(sums, 0.0)
+        if step % 500 == 0:
+            save(teacher.judge, out, dict.fromkeys(AXES, 0.5))
+    return teacher.judge.eval()
+
+
+def save(network: JudgeNetwork, folder: Path, anchors: dict[str, float]) -> None:
+    """Write what ``EmbeddedJudge`` reads."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": anchors})
+    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
+
+
+def calibrate(folder: Path, pictures: list[Path], prompts: list[str]) -> dict[str, float]:
+    """The mean quality of the base model's pictures on each axis; written into the judge's configuration."""
+    judge = EmbeddedJudge(folder)
+    means = judge.qualities([read_rgb(path) for path in pictures], prompts).double().mean(dim=0).tolist()
+    anchors = {axis: round(value, 4) for axis, value in zip(AXES, means, strict=True)}
+    network = JudgeNetwork(max(judge_vocabulary().values()) + 1)
+    network.load_state_dict(load_file(folder / "model.safetensors"))
+    save(network, folder, anchors)
+    return anchors
+
+
+def measure(folder: Path, *, pictures: int, seed: int) -> dict[str, dict[str, float]]:
+    """For each fault the rank correlation of severity and score on fresh pictures, each with its own severity.
+
+    Also for alignment, against the known fit of prompt and picture; signs and shapes apart.
+    """
+    judge = EmbeddedJudge(folder)
+    report: dict[str, dict[str, float]] = {}
+    for axis, faults in (("coherence", COHERENCE), ("style", STYLE)):
+        for fault in faults:
+            rng = np.random.default_rng(seed_for(seed, "tiny-judge-test", fault))
+            severities, drawn, prompts = rng.uniform(0, 1, pictures), [], []
+            for severity in severities:
+                picture = random_sign(rng) if rng.random() < 0.5 else random_scene(rng)
+                spoilt = degrade(np.asarray(picture.image), fault, severity, rng, foreground=foreground_mask(picture))
+                drawn.append(spoilt)
+                prompts.append(picture.prompt)
+            scores = _scores(judge, drawn, prompts)[:, AXES.index(axis)]
+            report[f"{axis}: {fault}"] = {"rank correlation": -float(stats.spearmanr(severities, scores).statistic)}
+    for kind in ("signs", "shapes"):
+        rng = np.random.default_rng(seed_for(seed, "tiny-judge-test", kind))
+        known, drawn, prompts = [], [], []
+        for _ in range(pictures):
+            example = draw_example(rng, kind=kind, clean=True)
+            known.append(example.qualities[0])
+            drawn.append(example.pixels)
+            prompts.append(example.prompt)
+        scores = _scores(judge, drawn, prompts)[:, 0]
+        report[f"alignment: {kind}"] = {"rank correlation": float(stats.spearmanr(known, scores).statistic)}
+    return report
+
+
+def _scores(judge: EmbeddedJudge, drawn: list[np.ndarray], prompts: list[str]) -> np.ndarray:
+    from PIL import Image
+
+    images = [Image.fromarray(each) for each in drawn]
+    return np.concatenate(
+        [judge.qualities(images[i : i + 64], prompts[i : i + 64]).numpy() for i in range(0, len(images), 64)]
+    )
+
+
+def main() -> None:
+    """Read the command line, train, and write weights and report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights and report")
+    parser.add_argument("--steps", type=int, default=6_000, help="steps of 32 pictures")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
+    parser.add_argument("--pictures", type=int, default=600, help="fresh pictures per fault in the report")
+    parser.add_argument("--only-report", action="store_true", help="measure the weights that are in --out")
+    arguments = parser.parse_args()
+    if not arguments.only_report:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        network = train(steps=arguments.steps, seed=arguments.seed, workers=arguments.workers, out=arguments.out)
+        save(network, arguments.out, dict.fromkeys(AXES, 0.5))
+    report = measure(arguments.out, pictures=arguments.pictures, seed=arguments.seed + 1)
+    write_json(arguments.out / "report.json", report)
+    print(json.dumps(report, indent=2))  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""The rules of a prompt source: which of its keys go with which set."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from gdro_cli.config.base import digest
+from gdro_cli.config.fields import describe_fields
+from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.rules import source_problems
+from gdro_cli.config.sections import PromptSource
+from gdro_cli.errors import UserError
+
+
+def found(task: str, **keys: Any) -> list[str]:
+    problems = source_problems(PromptSource(**keys), task=task, path="here")
+    return [f"{problem.path}: {problem.message}" for problem in problems]
+
+
+def message(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe("ocr", overrides=overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ("geneval", {"builtin": "geneval-train", "count": 9, "seed": 2, "tags": {"position": 7, "counting": 0.5}}),
+        ("geneval", {"builtin": "geneval-test", "tags": {"position": 1, "colors": 0}, "plurals": "naive"}),
+        ("geneval", {"builtin": "geneval-coco-test", "plurals": "correct"}),
+        ("geneval", {"file": "evaluation_metadata.jsonl", "count": 3}),
+        ("ocr", {"builtin": "ocr-train", "two_line_share": 0.5, "min_letters": 3, "max_letters": 3}),
+    ],
+)
+def test_sources_that_are_right(task: str, keys: dict[str, Any]) -> None:
+    assert found(task, **keys) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "expected"),
+    [
+        (
+            "geneval",
+            {"builtin": "geneval-train", "two_line_share": 0.5, "min_letters": 9},
+            [
+                "here.two_line_share: only applies to a built-in OCR set, not to 'geneval-train': remove it",
+                "here.min_letters: only applies to a built-in OCR set, not to 'geneval-train': remove it",
+            ],
+        ),
+        (
+            "ocr",
+            {"builtin": "ocr-train", "tags": {"colors": 1}, "plurals": "correct"},
+            [
+                "here.tags: only applies to a built-in GenEval set, not to 'ocr-train': remove it",
+                "here.plurals: only applies to a built-in GenEval set, not to 'ocr-train': remove it",
+            ],
+        ),
+        (
+            "geneval",
+            {"file": "a.jsonl", "tags": {"colors": 1}, "plurals": "correct"},
+            [
+                "here.tags: only applies to a `builtin` set, not to a `file`: remove it",
+                "here.plurals: only applies to a `builtin` set, not to a `file`: remove it",
+            ],
+        ),
+        (
+            "geneval",
+            {"builtin": "geneval-validation", "plurals": "correct"},
+            ["here.plurals: only applies to a geneval-coco set, not to 'geneval-validation': remove it"],
+        ),
+        (
+            "geneval",
+            {"builtin": "geneval-train", "tags": {"colours": 1, "position": 2}},
+            [
+                "here.tags.colours: is not a tag (they are: single_object, two_object, counting, colors, position, "
+                "color_attr); did you mean `colors`?"
+            ],
+        ),
+        (
+            "geneval",
+            {"builtin": "geneval-train", "tags": {"colors": 0}},
+            ["here.tags: gives no tag a weight above 0: give one, or remove it"],
+        ),
+        (
+            "geneval",
+            {"builtin": "geneval-train", "tags": {}},
+            ["here.tags: gives no tag a weight above 0: give one, or remove it"],
+        ),
+        (
+            "geneval",
+            {"builtin": "geneval-cocotest"},
+            [
+                "here.builtin: 'geneval-cocotest' is not a built-in set (they are: geneval-train, geneval-validation, "
+                "geneval-test, geneval-coco-train, geneval-coco-validation, geneval-coco-test); "
+                "did you mean `geneval-coco-test`?"
+            ],
+        ),
+    ],
+)
+def test_sources_that_are_wrong(task: str, keys: dict[str, Any], expected: list[str]) -> None:
+    assert found(task, **keys) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("prompts.train.tags={colors: 1}", "prompts.train.tags: only applies to a built-in GenEval set"),
+        ("prompts.train.tags.colors=1", "prompts.train.tags: only applies to a built-in GenEval set"),
+        ("prompts.eval.tags={colors: -1}", "prompts.eval.tags.colors: must be at least 0, not -1."),
+        ("prompts.eval.tags={colors: .inf}", "prompts.eval.tags.colors: must be a finite number, not inf."),
+        ("prompts.eval.tags={colors: many}", "prompts.eval.tags.colors: must be a number, not 'many'."),
+        ("prompts.eval.tags=[colors]", "prompts.eval.tags: must be a section of keys and values"),
+        (
+            "prompts.eval.plurals=corect",
+            "prompts.eval.plurals: must be 'naive' or 'correct', not 'corect'; did you mean `correct`?",
+        ),
+    ],
+)
+def test_in_a_recipe_a_problem_is_one_sentence(override: str, expected: str) -> None:
+    text = message(override)
+    assert expected in text
+    assert "\n" not in text
+
+
+def test_equal_weights_are_equal_recipes_however_they_are_written() -> None:
+    whole, decimal = (PromptSource(builtin="geneval-train", tags={"position": one}) for one in (7, 7.0))
+    assert digest(whole) == digest(decimal)
+    assert PromptSource.model_validate(whole.model_dump(mode="json")) == whole
+
+
+def test_the_fields_say_that_tags_are_numbers() -> None:
+    types = {doc.path: doc.type for doc in describe_fields()}
+    assert types["prompts.train.tags"] == "section of numbers | nothing"
+    assert types["ablation"] == "section of lists"
