@@ -111,6 +111,8 @@ def evaluate(
 
     result = stage.run(*launch.start(job), export=export)
     tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
+    tables.print_comparisons("Signals of reward hacking", result.signals)
+    tables.print_verdict(result.verdict)
     tables.print_result("Evaluation", result.summary)
 
 

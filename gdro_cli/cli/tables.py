@@ -12,6 +12,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from gdro_cli.core.scores import Interval
+    from gdro_cli.core.verdict import Verdict
     from gdro_cli.stages.evaluate import Comparison
 
 WIDEST = 400
@@ -33,6 +34,15 @@ def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
     if is_main_process():
         rows = [[c.name, _shown(c.base), _shown(c.trained), _shown(c.difference, "+.3f")] for c in comparisons]
         print_table(title, ["", "base", "trained", "difference"], rows)
+
+
+def print_verdict(verdict: Verdict) -> None:
+    """The verdict and its reasons, a sentence each."""
+    from gdro_cli.cli.launch import is_main_process
+
+    if is_main_process():
+        rows = [[verdict.level if number == 0 else "", reason] for number, reason in enumerate(verdict.reasons)]
+        print_table("Verdict", ["", ""], rows, header=False)
 
 
 def print_intervals(title: str, intervals: Iterable[tuple[str, Interval]]) -> None:

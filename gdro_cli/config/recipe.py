@@ -15,6 +15,7 @@ from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, overr
 from gdro_cli.config.methods import GdroMethod, Method
 from gdro_cli.config.sections import (
     EvalSection,
+    JudgeSection,
     ModelSection,
     PromptsSection,
     RewardSection,
@@ -42,6 +43,8 @@ class Recipe(StrictModel):
     """How the groups are made."""
     reward: RewardSection = RewardSection()
     """How stored images are scored."""
+    judge: JudgeSection = JudgeSection()
+    """Who judges quality, beside the reward."""
     method: Method = GdroMethod(name="gdro")
     """The training method and its numbers; its keys depend on `method.name`."""
     train: TrainSection = TrainSection()

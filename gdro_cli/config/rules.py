@@ -35,6 +35,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _prompts(recipe)
     yield from _sizes(recipe)
     yield from _train(recipe)
+    yield from _judge(recipe)
     yield from _ablation(recipe)
 
 
@@ -127,6 +128,10 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
             f"{train.warmup_steps} is more than train.steps ({train.steps})",
             ("train.steps",),
         )
+    if train.stop_on_collapse and not train.eval_every:
+        yield Problem(
+            "train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0", ("train.eval_every",)
+        )
     if train.group_gradient == "one_pass" and train.micro_batch is not None and train.micro_batch < recipe.method.k:
         yield Problem(
             "train.group_gradient",
@@ -134,6 +139,16 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
             f"({train.micro_batch}) is less than method.k ({recipe.method.k}): use 'two_pass' or 'auto'",
             ("train.micro_batch", "method.k"),
         )
+
+
+def _judge(recipe: Recipe) -> Iterator[Problem]:
+    judge = recipe.judge
+    for key in ("base_url", "model"):
+        given = getattr(judge, key) is not None
+        if judge.kind == "unified-reward" and not given:
+            yield Problem(f"judge.{key}", "is needed for the judge 'unified-reward'", ("judge.kind",))
+        elif judge.kind != "unified-reward" and given:
+            yield Problem(f"judge.{key}", f"has no meaning for the judge {judge.kind!r}: remove it", ("judge.kind",))
 
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:

@@ -156,6 +156,27 @@ class RewardSection(StrictModel):
     """Settings of the GenEval reward."""
 
 
+class JudgeSection(StrictModel):
+    """Who judges the quality of pictures for the corrected score. A judge never sees a reward."""
+
+    kind: Literal["auto", "embedded", "unified-reward", "none"] = "auto"
+    """`embedded`: the small network that knows the embedded model's world; `unified-reward`: UnifiedReward behind an
+    OpenAI-compatible endpoint (vLLM, SGLang); `none`: no judge, no corrected score. `auto`: embedded for the embedded
+    model, none for others."""
+    base_url: str | None = Field(None, min_length=1)
+    """Address of the endpoint, up to `/v1`. For `unified-reward`."""
+    model: str | None = Field(None, min_length=1)
+    """Name under which the endpoint serves the model. For `unified-reward`."""
+    api_key_env: str | None = Field(None, min_length=1)
+    """Name of the environment variable with the endpoint's key, if it wants one. The key itself is never stored."""
+    concurrency: int = Field(8, ge=1)
+    """Requests at a time. 1 or more."""
+    timeout: float = Field(120.0, gt=0)
+    """Seconds that one request may take. Above 0."""
+    retries: int = Field(4, ge=0)
+    """How often a request that failed is repeated. 0 or more."""
+
+
 class LoraSection(StrictModel):
     """The trained low-rank adapter."""
 
@@ -223,6 +244,8 @@ class TrainSection(StrictModel):
     """The trained adapter."""
     ema: EmaSection = EmaSection()
     """Moving average of the adapter."""
+    stop_on_collapse: bool = False
+    """End the training at an evaluation point whose verdict is `collapsed`; needs `eval_every` above 0."""
     shuffle_rewards: bool = False
     """Control experiment: permute the rewards among the images of each group, so that there is nothing to learn. What a
     run still gains is not the reward's doing."""
@@ -242,7 +265,10 @@ class EvalSection(StrictModel):
     seed: int = Field(1000, ge=0)
     """Seed of the evaluation's noise. 0 or more. Base and trained model get the same noise."""
     weights: Literal["ema", "raw"] = "ema"
-    """Which weights of the adapter are evaluated: their moving average or the last ones."""
+    """Which weights of the adapter are evaluated: their moving average or the raw ones."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Of which step: the evaluation point with the best corrected score on the validation prompts (the best reward
+    where there is no judge), or the end of the training. Without evaluation points both are the end."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples over prompts behind each 95 % confidence interval. 100 or more."""
     grid_prompts: int = Field(8, ge=0)

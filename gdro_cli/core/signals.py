@@ -208,7 +208,6 @@ def _spectral_shares(luma: Plane) -> tuple[float, float]:
     height, width = luma.shape
     window = np.outer(_window(height), _window(width))
     power = np.abs(np.fft.fft2(window * (luma - (window * luma).sum() / window.sum()))) ** 2
-    power[0, 0] = 0.0
     total = float(power.sum())
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None, :])  # cycles per pixel
     fine = np.where(frequency * min(height, width) >= STRIPE_CYCLES - 1e-9, power, 0.0)  # exactly 8 is to count

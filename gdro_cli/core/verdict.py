@@ -58,7 +58,7 @@ class Limits:
     u_fall_collapsed: float = 0.5
     """Points of u; collapsed when the whole interval of the fall lies beyond."""
     u_floor: float = 2.5
-    """Collapsed when u has fallen and its mean is below. From 3 downwards a higher reward lowers the corrected score."""
+    """Collapsed when u has fallen and its mean is below."""
     signals_collapsed: int = 2
     """Signals beyond their limit for collapse that make one. A single one may be a change of style."""
     few_prompts: int = 10
@@ -137,7 +137,8 @@ def verdict(changes: Mapping[str, Change], *, limits: Limits = LIMITS) -> Verdic
         if name in known and name not in far and _moved(name, known[name], limits, "suspicious")
     ]
     level: Level = "collapsed" if collapsed else "suspicious" if findings else "healthy"
-    return Verdict(level, (*(findings or [_healthy_sentence(known)]), *_caveats(known, judged, limits)))
+    reasons = [*(findings or [_healthy_sentence(known)]), *_caveats(known, judged, limits)]
+    return Verdict(level, tuple(reason[0].upper() + reason[1:] for reason in reasons))
 
 
 def _collapsed_quality(u: Change | None, limits: Limits) -> list[str]:
@@ -164,7 +165,7 @@ def _suspicious_quality(known: Mapping[str, Change], limits: Limits) -> list[str
         reasons.append(f"{_told('reward', reward)} while {_told('u', u)}, more than {limits.u_fall_suspicious:g}.")
     if corrected is not None and corrected.fell:
         reasons.append(f"{_told('corrected', corrected)}.")
-    return [reason[0].upper() + reason[1:] for reason in reasons]
+    return reasons
 
 
 def _moved(name: str, change: Change, limits: Limits, level: Literal["suspicious", "collapsed"]) -> bool:
@@ -184,11 +185,10 @@ def _signal_sentence(name: str, change: Change, limits: Limits, level: Literal["
     if signal.relative and change.base.mean:
         size = f" ({100 * change.difference.mean / abs(change.base.mean):+.0f} %)"
     purpose = "for collapse" if level == "collapsed" else "for suspicion"
-    text = f"{_told(name, change)}{size}, more than the limit {purpose} of {shown}."
-    return text[0].upper() + text[1:]
+    return f"{_told(name, change)}{size}, more than the limit {purpose} of {shown}."
 
 
-_LABELS = {"reward": "the reward", "u": "u", "corrected": "the corrected score"}
+_LABELS = {"reward": "the reward", "u": "quality u", "corrected": "the corrected score"}
 
 
 def _label(name: str) -> str:

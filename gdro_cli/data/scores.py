@@ -55,10 +55,9 @@ class ScoreRow:
             raise ValueError(f"a score is a finite number, not {self.value}: use None and a reason")
 
     def measured(self, detail: str | None = None) -> float | None:
-        """The score, or the number (or truth value) ``details[detail]``; None when the score is missing."""
-        if self.value is None:
-            return None
-        return self.value if detail is None else float(self.details[detail])
+        """The score, or the number (or truth value) ``details[detail]``; None when it is missing."""
+        value = self.value if detail is None else self.details.get(detail)
+        return None if value is None else float(value)
 
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object."""

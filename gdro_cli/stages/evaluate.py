@@ -6,7 +6,9 @@ model's pictures are made once for all runs that share them.
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,32 @@ from typing import Any
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
+from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import sha256_file, write_json
+from gdro_cli.files import write_json
 from gdro_cli.models.adapters import Ema, load_lora_state
 from gdro_cli.models.base import FlowModel
-from gdro_cli.runtime.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.grid import draw_grid
 from gdro_cli.stages.imagefolder import write_pictures
-from gdro_cli.stages.rewards import Measure, measured, measures, open_table
+from gdro_cli.stages.judging import open_judge, open_judge_pool, open_judge_table
+from gdro_cli.stages.outcome import RunWeights, evaluated_weights
+from gdro_cli.stages.quality import (
+    Rated,
+    change,
+    comparable,
+    pair_verdict,
+    quality_measures,
+    rate_tables,
+    signal_measures,
+)
+from gdro_cli.stages.report import write_csv, write_report
+from gdro_cli.stages.rewards import Measure, measures, open_pool, open_table
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.score import refuse_failures, score_missing
 from gdro_cli.stages.train import attach_adapter, find_run, run_inputs
@@ -42,7 +57,7 @@ from gdro_cli.stages.workspace import (
     training_plan,
 )
 
-RESULTS_SCHEMA = 1
+RESULTS_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +69,42 @@ class Comparison:
     trained: Interval
     difference: Interval
 
+    def to_json(self) -> dict[str, Any]:
+        """The three intervals as JSON."""
+        return {name: asdict(getattr(self, name)) for name in ("base", "trained", "difference")}
+
 
 @dataclass(frozen=True, slots=True)
 class EvalResult:
     """What ``gdro eval`` found and where it lies."""
 
     comparisons: tuple[Comparison, ...]
+    """The task's headline first, then its other measures, then what the judge says."""
+    signals: tuple[Comparison, ...]
+    verdict: Verdict
     failed: int
-    """Images without a score, base and trained together."""
+    """Images without a reward, base and trained together."""
+    unjudged: int
+    """Images without u, base and trained together, where there is a judge."""
+    step: int
+    """The step of the evaluated weights."""
     results: Path
+    page: Path
     grid: Path | None
 
     @property
     def summary(self) -> dict[str, str]:
-        """What the command line shows beside the table."""
+        """What the command line shows beside the tables."""
         rows = {
             "prompts": str(self.comparisons[0].base.prompts),
             "images per model": str(self.comparisons[0].base.images),
+            "weights of step": str(self.step),
         }
         if self.failed:
             rows["images without a score"] = str(self.failed)
-        rows["results"] = str(self.results)
+        if self.unjudged:
+            rows["images without a judgement"] = str(self.unjudged)
+        rows |= {"results": str(self.results), "report": str(self.page)}
         return rows | ({"pictures": str(self.grid)} if self.grid else {})
 
 
@@ -93,40 +123,31 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | N
         refuse_used(export)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe)
-        folder, path, checkpoint = finished_run(recipe, workspace, model)
+        folder, weights = trained_run(recipe, workspace, model)
         plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.images_per_prompt)
         evaluation = _Evaluation(recipe, model, plan, reporter, stop)
         base = evaluation.measure(stores_folder(workspace), weights="base")
-        with ExitStack() as stack:
-            stack.enter_context(trained_weights(recipe, model, checkpoint))
-            file = path / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
-            weights = f"{recipe.eval.weights} {sha256_file(file)}"
-            trained = evaluation.measure(folder.path / "evaluations", weights=weights)
+        with applied(recipe, model, weights):
+            trained = evaluation.measure(folder.path / "evaluations", weights=weights.identity)
     if export is not None:
-        write_pictures(export, {"base": base, "trained": trained})
-    return report(recipe, folder, base, trained, evaluation.protocol | {"weights": recipe.eval.weights})
+        write_pictures(export, {"base": base.rewards, "trained": trained.rewards})
+    return report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
 
 
-def finished_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[RunFolder, Path, Checkpoint]:
-    """The run that ``gdro train`` made of this recipe, and folder and content of its last checkpoint.
+def trained_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[RunFolder, RunWeights]:
+    """The run that ``gdro train`` made of this recipe, and the weights of it that the recipe evaluates.
 
     Raises:
         PrerequisiteError: it is not there or not finished.
     """
     folder = find_trained(recipe, workspace, model)
-    path = None if folder is None else latest_checkpoint(folder.path)
-    if folder is None or path is None:
+    weights = None if folder is None else evaluated_weights(folder, recipe)
+    if folder is None or weights is None:
         raise PrerequisiteError(
             f"there is no trained model of the recipe {recipe.name} in {workspace}: run `gdro train` with the same"
             " recipe, --set and --out first"
         )
-    checkpoint = load_checkpoint(path)
-    if checkpoint.step != recipe.train.steps:
-        raise PrerequisiteError(
-            f"the run {folder.path} stands at step {checkpoint.step} of {recipe.train.steps}: run `gdro train` with the"
-            " same recipe, --set and --out to finish it"
-        )
-    return folder, path, checkpoint
+    return folder, weights
 
 
 def find_trained(recipe: Recipe, workspace: Path, model: FlowModel) -> RunFolder | None:
@@ -139,15 +160,26 @@ def find_trained(recipe: Recipe, workspace: Path, model: FlowModel) -> RunFolder
     return find_run(recipe, workspace, run_inputs(store, open_table(recipe, store)))
 
 
-def trained_weights(recipe: Recipe, model: FlowModel, checkpoint: Checkpoint) -> Any:
-    """Attach the trained adapter; a context manager, inside which the model is the one to evaluate."""
+@contextmanager
+def applied(recipe: Recipe, model: FlowModel, weights: RunWeights) -> Iterator[None]:
+    """Attach the trained adapter; inside, the model is the one to evaluate."""
     parameters = attach_adapter(recipe, model)
-    load_lora_state(model, checkpoint.tensors["adapter"])
+    load_lora_state(model, weights.adapter)
     if recipe.eval.weights == "raw":
-        return nullcontext()
+        yield
+        return
     ema = Ema(parameters, recipe.train.ema.rate, recipe.train.ema.max_decay)
-    ema.load(checkpoint.tensors["ema"])
-    return ema.applied()
+    ema.load(weights.ema)
+    with ema.applied():
+        yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    """The complete tables of one model's pictures."""
+
+    rewards: ScoreTable
+    judgements: ScoreTable | None
 
 
 class _Evaluation:
@@ -158,6 +190,7 @@ class _Evaluation:
     ) -> None:
         self.recipe, self.model, self.plan, self.reporter, self.stop = recipe, model, plan, reporter, stop
         self.prompts = open_prompts(recipe, recipe.prompts.eval)
+        self.judge = open_judge(recipe)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -165,57 +198,98 @@ class _Evaluation:
         identity = store_identity(self.recipe, self.model, self.plan, self.prompts)
         return {key: value for key, value in identity.items() if key not in ("model", "weights", "image_format")}
 
-    def measure(self, folder: Path, *, weights: str) -> ScoreTable:
-        """The complete score table of the model as it is now."""
+    def measure(self, folder: Path, *, weights: str) -> _Tables:
+        """The complete tables of the model as it is now."""
         identity = store_identity(self.recipe, self.model, self.plan, self.prompts, weights=weights)
         store = open_store(self.recipe, folder, identity, self.prompts, self.plan)
         who = "base model" if weights == "base" else "trained model"
-        reporter, stop = self.reporter, self.stop
+        recipe, reporter, stop = self.recipe, self.reporter, self.stop
         label = f"sampling, {who}"
-        fill_store(self.model, store, self.plan, recipe=self.recipe, reporter=reporter, stop=stop, label=label)
-        table = open_table(self.recipe, store)
-        score_missing(self.recipe, table, reporter=reporter, stop=stop, label=f"scoring, {who}")
-        refuse_failures(self.recipe, table)
-        return table
+        fill_store(self.model, store, self.plan, recipe=recipe, reporter=reporter, stop=stop, label=label)
+        rewards = open_table(recipe, store)
+        score_missing(rewards, open_pool(recipe), reporter=reporter, stop=stop, label=f"scoring, {who}")
+        refuse_failures(recipe, rewards)
+        if self.judge is None:
+            return _Tables(rewards, None)
+        judgements, pool = open_judge_table(self.judge, store), open_judge_pool(self.judge)
+        score_missing(judgements, pool, reporter=reporter, stop=stop, label=f"judging, {who}")
+        return _Tables(rewards, judgements)
 
 
 def report(
-    recipe: Recipe, folder: RunFolder, base: ScoreTable, trained: ScoreTable, protocol: dict[str, Any]
+    recipe: Recipe,
+    workspace: Path,
+    folder: RunFolder,
+    weights: RunWeights,
+    base: _Tables,
+    trained: _Tables,
+    protocol: dict[str, Any],
 ) -> EvalResult:
-    """Compare the two tables, and write results.json and the picture grid into the run."""
-    comparisons = tuple(compare(measure, base, trained, recipe) for measure in measures_of(recipe, base))
-    failed = sum(row.value is None for table in (base, trained) for row in table.rows())
-    out = folder.path / "evaluations" / f"results-{digest([base.digest, trained.digest, recipe.eval.bootstrap])}"
-    grid = draw_grid(out.with_suffix(".png"), base, trained, prompts=recipe.eval.grid_prompts)
-    rows = {name: [row.to_json() for row in table.rows()] for name, table in (("base", base), ("trained", trained))}
+    """Compare the two models, and write results.json, the CSV, the picture grid and report.html into the run."""
+    rated = {name: rate_tables(recipe, t.rewards, t.judgements) for name, t in (("base", base), ("trained", trained))}
+    before, after = rated["base"], rated["trained"]
+    comparisons = tuple(compared([*measures(recipe), *quality_measures(recipe)], before, after, recipe))
+    signals = tuple(compared(signal_measures(recipe), before, after, recipe))
+    found = pair_verdict(recipe, before, after)
+    digests = [base.rewards.digest, trained.rewards.digest, recipe.eval.bootstrap]
+    digests += [table.digest for table in (base.judgements, trained.judgements) if table is not None]
+    out = folder.path / "evaluations" / f"results-{digest(digests)}"
+    grid = draw_grid(out.with_suffix(".png"), base.rewards, trained.rewards, prompts=recipe.eval.grid_prompts)
     results = {
         "kind": "gdro results",
         "schema": RESULTS_SCHEMA,
         "recipe": recipe.name,
+        "task": recipe.prompts.task,
+        "method": recipe.method.model_dump(mode="json"),
         "run": folder.path.name,
-        "protocol": {**protocol, "reward": dict(base.provenance)},
-        "measures": {
-            c.name: {k: asdict(getattr(c, k)) for k in ("base", "trained", "difference")} for c in comparisons
+        "protocol": protocol
+        | {
+            "reward": dict(base.rewards.provenance),
+            "judge": None if base.judgements is None else dict(base.judgements.provenance),
         },
-        "failed": failed,
+        "weights": {"kind": recipe.eval.weights, "checkpoint": weights.checkpoint, "step": weights.step},
+        "measures": {c.name: c.to_json() for c in comparisons},
+        "signals": {c.name: c.to_json() for c in signals},
+        "verdict": {"level": found.level, "reasons": list(found.reasons)},
+        "failed": before.failed + after.failed,
+        "unjudged": before.unjudged + after.unjudged,
         "bootstrap": recipe.eval.bootstrap,
         "grid": None if grid is None else str(grid.relative_to(folder.path)),
-        "images": rows,
+        "prompts": [prompt.to_json() for prompt in before.prompts],
+        "images": {
+            name: _image_rows(each, tables.rewards, workspace)
+            for (name, each), tables in zip(rated.items(), (base, trained), strict=True)
+        },
     }
     write_json(out.with_suffix(".json"), results)  # one per evaluation
     path = folder.write_json("results.json", results)  # the latest
-    return EvalResult(comparisons, failed, path, grid)
+    write_csv(folder.path / "results.csv", results)
+    page = write_report(
+        folder.path / "report.html",
+        results,
+        folder.metrics(),
+        workspace=workspace,
+        recipe=recipe.resolved(),
+        environment=environment(),
+    )
+    failed, unjudged = before.failed + after.failed, before.unjudged + after.unjudged
+    return EvalResult(comparisons, signals, found, failed, unjudged, weights.step, path, page, grid)
 
 
-def measures_of(recipe: Recipe, table: ScoreTable) -> list[Measure]:
-    """What can be reported of these prompts: a tag that none of them has is left out."""
-    tags = {prompt.metadata.get("tag") for prompt in table.store.prompts}
-    return [measure for measure in measures(recipe) if measure.tag is None or measure.tag in tags]
+def _image_rows(rated: Rated, table: ScoreTable, workspace: Path) -> list[dict[str, Any]]:
+    """The rows as JSON, each with the place of its picture below the workspace."""
+    stored = [image for number in range(len(table.store.shards)) for image in table.store.images(number)]
+    return [
+        {**row.to_json(), "file": os.path.relpath(image.path, workspace)}
+        for row, image in zip(rated.rows, stored, strict=True)
+    ]
 
 
-def compare(measure: Measure, base: ScoreTable, trained: ScoreTable, recipe: Recipe) -> Comparison:
-    """Intervals of one quantity over prompts."""
-    before, after = (measured(measure, table.store.prompts, table.rows()) for table in (base, trained))
+def compared(wanted: Iterable[Measure], base: Rated, trained: Rated, recipe: Recipe) -> Iterator[Comparison]:
+    """Intervals of each measure that both models' pictures have, over prompts."""
     samples = recipe.eval.bootstrap
-    intervals = (before.interval(samples=samples), after.interval(samples=samples), after.gain(before, samples=samples))
-    return Comparison(measure.name, *intervals)
+    for measure in wanted:
+        if comparable(measure, base, trained):
+            found = change(measure, base, trained, samples=samples)
+            trained_interval = trained.values(measure).interval(samples=samples)
+            yield Comparison(measure.name, found.base, trained_interval, found.difference)

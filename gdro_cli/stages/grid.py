@@ -20,38 +20,44 @@ TEXT_SIZE = 11
 INK, PAPER, FAINT = (24, 24, 28), (255, 255, 255), (110, 110, 118)
 
 
+Row = Sequence[tuple[Image.Image, ScoreRow]]
+
+
 def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int) -> Path | None:
     """Draw the first image of the first ``prompts`` prompts of both models and write a PNG.
 
     Under each picture stand its reward and what was recognised in it. Returns None when no prompts are asked for.
     """
-    store = base.store
-    shown = store.prompts[:prompts]
+    shown = base.store.prompts[:prompts]
     if not shown:
         return None
-    pictures = [first_images(table, len(shown)) for table in (base, trained)]
+    rows = {name: first_images(table, len(shown)) for name, table in (("base", base), ("trained", trained))}
+    draw_sheet(path, [prompt.prompt for prompt in shown], rows)
+    return path
+
+
+def draw_sheet(path: Path, prompts: Sequence[str], rows: Mapping[str, Row]) -> None:
+    """Write a PNG with one column per prompt and one named row per model."""
     row_height = CELL + 2 * LINE + MARGIN
-    left = 60
-    sheet = Image.new("RGB", (left + len(shown) * (CELL + MARGIN), 2 * LINE + MARGIN + 2 * row_height), PAPER)
+    left, top = 60, 2 * LINE + MARGIN
+    sheet = Image.new("RGB", (left + len(prompts) * (CELL + MARGIN), top + len(rows) * row_height), PAPER)
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(TEXT_SIZE)
-    for column, prompt in enumerate(shown):
-        x = left + column * (CELL + MARGIN)
-        for number, line in enumerate(wrapped(prompt.prompt, font, CELL)[:2]):
-            pen.text((x, 2 + number * LINE), line, fill=INK, font=font)
-        for row, images in enumerate(pictures):
-            y = 2 * LINE + MARGIN + row * row_height
-            image, score = images[column]
+    for column, prompt in enumerate(prompts):
+        for number, line in enumerate(wrapped(prompt, font, CELL)[:2]):
+            pen.text((left + column * (CELL + MARGIN), 2 + number * LINE), line, fill=INK, font=font)
+    for place, (name, images) in enumerate(rows.items()):
+        y = top + place * row_height
+        pen.text((MARGIN, y + CELL // 2), name, fill=INK, font=font)
+        for column, (image, score) in enumerate(images):
+            x = left + column * (CELL + MARGIN)
             sheet.paste(image.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
             for number, text in enumerate(caption(score)):
                 line = (wrapped(text, font, CELL) or [""])[0]
                 pen.text((x, y + CELL + 2 + number * LINE), line, fill=FAINT, font=font)
-    for row, name in enumerate(("base", "trained")):
-        pen.text((MARGIN, 2 * LINE + MARGIN + row * row_height + CELL // 2), name, fill=INK, font=font)
     data = io.BytesIO()
     sheet.save(data, "PNG")
     write_bytes(path, data.getvalue())
-    return path
 
 
 def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image, ScoreRow]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +102,17 @@ def report(
     """Intervals of what the task reports, also as results.json."""
     prompts = [entry.prompt for entry in entries]
     tags = {prompt.metadata.get("tag") for prompt in prompts}
-    found = tuple(
-        (measure.name, measured(measure, prompts, rows).interval(samples=recipe.eval.bootstrap))
-        for measure in measures(recipe)
-        if measure.tag is None or measure.tag in tags
-    )
-    failed = sum(row.value is None for row in rows)
+    reasons = Counter(row.reason for row in rows if row.reason is not None)
+    try:
+        found = tuple(
+            (measure.name, measured(measure, prompts, rows).interval(samples=recipe.eval.bootstrap))
+            for measure in measures(recipe)
+            if measure.tag is None or measure.tag in tags
+        )
+    except StoreError as error:
+        shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise StoreError(f"{error} (delete {place} first if the pictures stay the same): {shown}") from error
+    failed = reasons.total()
     results = {
         "kind": "gdro folder results",
         "schema": RESULTS_SCHEMA,

@@ -11,6 +11,7 @@ from pathlib import Path
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
 from gdro_cli.errors import StoreError
+from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
@@ -55,20 +56,20 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
         store, plan = training_store(recipe, workspace, model)
         table = open_table(recipe, store)
         fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
-        made = score_missing(recipe, table, reporter=reporter, stop=stop)
+        made = score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
         refuse_failures(recipe, table)
     return ScoreResult(table, table.summary(), best_of_group(table), made)
 
 
 def score_missing(
-    recipe: Recipe,
     table: ScoreTable,
+    pool: ScoringPool,
     *,
     reporter: Reporter,
     stop: StopFlag,
     label: str = "scoring",
 ) -> int:
-    """Score the shards that ``table`` lacks and return their number.
+    """Score the shards that ``table`` lacks and return their number; ``pool`` starts only if there are any.
 
     Raises:
         Interrupted: between two shards; finished ones are kept.
@@ -81,7 +82,7 @@ def score_missing(
     todo = sum(len(store.shards[number]) for number in missing) * store.images_per_prompt
     with (
         folder_lock(table.path / "lock"),
-        open_pool(recipe) as pool,
+        pool,
         reporter.track(label, total=todo, unit="images") as progress,
     ):
         for number in missing:

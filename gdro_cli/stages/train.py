@@ -41,7 +41,8 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
-from gdro_cli.stages.rewards import measures, open_table, trained_detail
+from gdro_cli.stages.outcome import STOPPED, best_folder, evaluated_weights, keep_if_best
+from gdro_cli.stages.rewards import measures, open_pool, open_table, trained_detail
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.score import refuse_failures, score_missing
 from gdro_cli.stages.validate import Validation
@@ -51,6 +52,7 @@ from gdro_cli.stages.workspace import image_size, open_model, runs_folder
 _NOT_LEARNT_FROM: dict[str, Any] = {
     "description": True,
     "ablation": True,
+    "judge": True,
     "eval": True,
     "prompts": {"eval", "validation"},
     "sample": {"batch_size", "prompts_per_shard", "image_format"},
@@ -81,8 +83,14 @@ class TrainResult:
             rows["training"] = f"continued from step {self.resumed_from}"
         points = [row for row in self.run.metrics() if row.get("kind") == "validation"]
         points = [row for row in points if row["protocol"] == points[-1]["protocol"]]
-        if len(points) > 1:
-            rows["validation reward"] = f"{points[0]['reward']:.3f} -> {points[-1]['reward']:.3f}"
+        for name in ("reward", "corrected"):
+            if len(points) > 1 and name in points[-1]:
+                rows[f"validation {name}"] = f"{points[0][name]:.3f} -> {points[-1][name]:.3f}"
+        best = latest_checkpoint(best_folder(self.run))
+        if best is not None:
+            rows["weights kept"] = f"those of step {load_checkpoint(best).step}, the best evaluation point"
+        if (self.run.path / STOPPED).is_file():
+            rows["training"] = "ended early, the pictures had collapsed (stopped.json)"
         rows["adapter"] = str(self.run.path / "pytorch_lora_weights.safetensors")
         return rows
 
@@ -106,8 +114,10 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
             trainer = Trainer(recipe, model, dataset, folder, engine)
             start = trainer.resume()
             with ExitStack() as stack:
-                watch = engine.is_main and recipe.train.eval_every > 0 and start < recipe.train.steps
-                train_loop(trainer, Validation.open(recipe, model, stack) if watch else None, reporter, stop)
+                watch = engine.is_main and recipe.train.eval_every > 0 and not has_ended(folder, recipe, start)
+                train_loop(
+                    trainer, Validation.open(recipe, model, folder.path, stack) if watch else None, reporter, stop
+                )
             if engine.is_main:
                 folder.write_json("resolved.json", recipe.resolved())
                 trainer.export()
@@ -123,7 +133,7 @@ def training_set(
     table = open_table(recipe, store)
     if engine.is_main:
         fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
-        score_missing(recipe, table, reporter=reporter, stop=stop)
+        score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
         refuse_failures(recipe, table)
     engine.barrier()
     model.release_encoders()
@@ -234,18 +244,35 @@ class Trainer:
         self.step += 1
         return output, norm
 
-    def validate(self, validation: Validation, reporter: Reporter) -> None:
-        """Measure the reward on the validation prompts and log it."""
+    def validate(self, validation: Validation, reporter: Reporter) -> bool:
+        """Measure an evaluation point, log it, and keep its weights if it is the best.
+
+        Returns whether the training is to end here: the recipe asks for it, and the pictures have collapsed.
+        """
+        if validation.base is None:
+            validation.know_base(lambda: reference(self.model))
         with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
-            row = validation.measure()
+            row, found = validation.measure(self.step)
         self.folder.append_metrics({"kind": "validation", "step": self.step, **row})
         numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}
         self.engine.log(numbers, self.step)
-        headline = "".join(f" {name} {row[name]:.3f}," for name in {measures(self.recipe)[0].name} - {"reward"})
+        headline = measures(self.recipe)[0].name
+        more = "".join(
+            f" {name} {row[name]:.3f}," for name in dict.fromkeys((headline, "u", "corrected")) if name in row
+        )
         reporter.say(
             f"step {self.step}: validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],"
-            f"{headline} {row['images']} images"
+            f"{more.replace(f' reward {row[headline]:.3f},', '')} {row['images']} images"
+            + ("" if found is None else f", {found.level}")
         )
+        if self.step:
+            tensors = {"adapter": lora_state(self.model), "ema": self.ema.state()}
+            keep_if_best(self.folder, {"step": self.step, **row}, headline=headline, tensors=tensors)
+        if not self.recipe.train.stop_on_collapse or found is None or found.level != "collapsed":
+            return False
+        self.folder.write_json(STOPPED, {"step": self.step, "reasons": list(found.reasons)})
+        reporter.say(f"step {self.step}: the training ends here, the pictures have collapsed: {found.reasons[0]}")
+        return True
 
     def save(self) -> None:
         """Write a checkpoint of the present step, with the adapter in diffusers' format beside it."""
@@ -281,8 +308,13 @@ class Trainer:
         return self.step
 
     def export(self) -> None:
-        """Put the averaged adapter where ``pipe.load_lora_weights(run)`` finds it."""
-        with self.ema.applied():
+        """Put the adapter that is evaluated where ``pipe.load_lora_weights(run)`` finds it."""
+        weights = evaluated_weights(self.folder, self.recipe)
+        if weights is None:
+            return
+        load_lora_state(self.model, weights.adapter)
+        self.ema.load(weights.ema)
+        with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
             save_lora(self.model, self.folder.path)
 
 
@@ -298,9 +330,16 @@ def learning_rate(section: TrainSection, step: int) -> float:
     return section.lr
 
 
+def has_ended(folder: RunFolder, recipe: Recipe, step: int) -> bool:
+    """Whether a run that stands at ``step`` has nothing left to do."""
+    return step >= recipe.train.steps or (folder.path / STOPPED).is_file()
+
+
 def train_loop(trainer: Trainer, validation: Validation | None, reporter: Reporter, stop: StopFlag) -> None:
     """All remaining steps: draw groups, one update, log; now and then validate and save."""
     section, engine, folder = trainer.recipe.train, trainer.engine, trainer.folder
+    if has_ended(folder, trainer.recipe, trainer.step):
+        return
     if validation is not None and trainer.step == 0:
         trainer.validate(validation, reporter)
     with reporter.track("training", total=section.steps, unit="steps", done=trainer.step) as progress:
@@ -320,11 +359,13 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
                 folder.append_metrics({"kind": "train", "step": step, **known, "seconds": time.perf_counter() - began})
                 engine.log(known, step)
             progress.advance(1, **{label: numbers[name] for name, label in SHOWN.items()})
-            if validation is not None and (step % section.eval_every == 0 or last):
-                trainer.validate(validation, reporter)
+            point = validation is not None and (step % section.eval_every == 0 or last)
+            ended = engine.any(point and validation is not None and trainer.validate(validation, reporter))
             stop.requested = engine.any(stop.requested)
-            if step % section.checkpoint_every == 0 or last or stop.requested:
+            if step % section.checkpoint_every == 0 or last or ended or stop.requested:
                 trainer.save()
+            if ended:
+                return
             stop.check(f"stopped after step {step} of {section.steps}; run the same command again to go on")
 
 

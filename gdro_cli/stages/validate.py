@@ -1,58 +1,115 @@
-"""Evaluation points during training: the reward on the validation prompts, with the weights that would be exported.
+"""Evaluation points during training: reward, quality and corrected score on the validation prompts.
 
-Settings may be chosen by these numbers; the held-out prompts of ``gdro eval`` stay unseen until then.
+Measured with the weights that would be exported. Settings may be chosen by these numbers; the held-out prompts of
+``gdro eval`` stay unseen until then.
 """
 
 from __future__ import annotations
 
+import json
 import time
-from contextlib import ExitStack
-from dataclasses import astuple, dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
+from gdro_cli.files import write_json
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool
-from gdro_cli.stages.rewards import Measure, measured, measures, open_pool, trained_detail
+from gdro_cli.stages.grid import draw_sheet
+from gdro_cli.stages.judging import open_judge, open_judge_pool
+from gdro_cli.stages.quality import Rated, joined, pair_verdict, quality_measures, rate
+from gdro_cli.stages.rewards import Measure, measures, open_pool, open_reward, trained_detail
 from gdro_cli.stages.sample import decode_images, sample_images
 from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
 
+FOLDER = "validation"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Validation:
-    """Samples and scores the validation prompts; they are encoded once and the scoring processes stay up."""
+    """Samples, scores and judges the validation prompts; they are encoded once and the processes stay up."""
 
     recipe: Recipe
     model: FlowModel
     prompts: PromptSet
     plan: SamplingPlan
     conditioning: list[Conditioning]
-    pool: ScoringPool
+    folder: Path
+    """For the base model's rows and the sheets of pictures."""
+    rewards: ScoringPool
+    judges: ScoringPool | None
+    protocol: str
+    """Digest of what two points must share to be compared."""
+    base: Rated | None = field(default=None)
+    """The untrained model's pictures, what verdicts compare with."""
 
     @classmethod
-    def open(cls, recipe: Recipe, model: FlowModel, stack: ExitStack) -> Validation:
-        """Encode the prompts and start the scoring processes, which end with ``stack``."""
+    def open(cls, recipe: Recipe, model: FlowModel, run: Path, stack: ExitStack) -> Validation:
+        """Encode the prompts and start the processes, which end with ``stack``."""
         prompts = open_prompts(recipe, recipe.prompts.validation)
         plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
         conditioning = model.encode([prompt.prompt for prompt in prompts.records])
         model.release_encoders()
-        return cls(recipe, model, prompts, plan, conditioning, stack.enter_context(open_pool(recipe)))
+        judge = open_judge(recipe)
+        versions = [dict(open_reward(recipe).version), None if judge is None else dict(judge.version)]
+        return cls(
+            recipe,
+            model,
+            prompts,
+            plan,
+            conditioning,
+            run / FOLDER,
+            stack.enter_context(open_pool(recipe)),
+            None if judge is None else stack.enter_context(open_judge_pool(judge)),
+            digest([*astuple(plan), prompts.digest, recipe.eval.weights, *versions]),
+        )
 
-    @property
-    def protocol(self) -> str:
-        """Digest of what two points must share to be compared."""
-        return digest([*astuple(self.plan), self.prompts.digest, self.recipe.eval.weights])
+    def know_base(self, without_adapter: Callable[[], AbstractContextManager[object]]) -> None:
+        """Read the base model's rows of an earlier start, or measure them inside ``without_adapter()``."""
+        self.base = _read_base(self.folder / "base.json", self.protocol, self.prompts)
+        if self.base is None:
+            with without_adapter():
+                self.base = self.look(step=None)
+            rows = [row.to_json() for row in self.base.rows]
+            content = {"protocol": self.protocol, "judged": self.base.judged, "groups": self.base.groups, "rows": rows}
+            write_json(self.folder / "base.json", content)
 
-    def measure(self) -> dict[str, float | int | str]:
-        """Return mean reward, its 95 % interval, and counts, for the adapter as it is now.
+    def measure(self, step: int) -> tuple[dict[str, float | int | str], Verdict | None]:
+        """The row of an evaluation point for the adapter as it is now, and the verdict on it.
 
         Raises:
             StoreError: no image could be scored.
         """
         began = time.perf_counter()
+        rated = self.look(step=step)
+        samples, headline = self.recipe.eval.bootstrap, measures(self.recipe)[0]
+        interval = rated.values(Measure("reward", trained_detail(self.recipe))).interval(samples=samples)
+        row: dict[str, float | int | str] = {
+            "protocol": self.protocol,
+            "reward": interval.mean,
+            "low": interval.low,
+            "high": interval.high,
+            headline.name: rated.values(headline).interval(samples=samples).mean,
+        }
+        for measure in quality_measures(self.recipe):
+            if rated.has(measure):
+                row[measure.name] = rated.values(measure).interval(samples=samples).mean
+        found = None if self.base is None else pair_verdict(self.recipe, self.base, rated)
+        row |= {} if found is None else {"verdict": found.level}
+        row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
+        row |= {"unjudged": rated.unjudged} if rated.judged else {}
+        return row | {"seconds": time.perf_counter() - began}, found
+
+    def look(self, *, step: int | None) -> Rated:
+        """Sample, score and judge; with a step, also draw the sheet of that step."""
         seeds = [
             [self.plan.image_seed(prompt.id, index) for index in range(self.plan.images_per_prompt)]
             for prompt in self.prompts.records
@@ -60,27 +117,33 @@ class Validation:
         size = self.recipe.sample.batch_size
         latents = sample_images(self.model, self.conditioning, seeds, self.plan, batch_size=size)
         pictures = decode_images(self.model, latents, self.plan, batch_size=size)
-        asked = [prompt for prompt, group in zip(self.prompts.records, seeds, strict=True) for _ in group]
-        scores = self.pool.score(pictures, asked)
-        if all(score.value is None for score in scores):
-            raise StoreError(f"none of the {len(scores)} validation images could be scored: mend the reward engine")
         count = self.plan.images_per_prompt
-        rows = [
-            ScoreRow(prompt.id, place % count, score.value, score.reason, score.details)
-            for place, (prompt, score) in enumerate(zip(asked, scores, strict=True))
-        ]
-        samples = self.recipe.eval.bootstrap
-        reward = Measure("reward", trained_detail(self.recipe))
-        interval = measured(reward, self.prompts.records, rows).interval(samples=samples)
-        headline = measures(self.recipe)[0]
-        return {
-            "protocol": self.protocol,
-            "reward": interval.mean,
-            "low": interval.low,
-            "high": interval.high,
-            headline.name: measured(headline, self.prompts.records, rows).interval(samples=samples).mean,
-            "prompts": interval.prompts,
-            "images": interval.images,
-            "failed": sum(row.value is None for row in rows),
-            "seconds": time.perf_counter() - began,
-        }
+        asked = [(prompt, index) for prompt in self.prompts.records for index in range(count)]
+        texts = [prompt for prompt, _ in asked]
+
+        def rows(pool: ScoringPool) -> list[ScoreRow]:
+            return [
+                ScoreRow(prompt.id, index, score.value, score.reason, score.details)
+                for (prompt, index), score in zip(asked, pool.score(pictures, texts), strict=True)
+            ]
+
+        scored = rows(self.rewards)
+        if all(row.value is None for row in scored):
+            raise StoreError(f"none of the {len(scored)} validation images could be scored: mend the reward engine")
+        judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
+        full = [joined(self.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
+        if step is not None and (shown := self.prompts.records[: self.recipe.eval.grid_prompts]):
+            sheet = {f"step {step}": [(pictures[i * count], full[i * count]) for i in range(len(shown))]}
+            draw_sheet(self.folder / f"step-{step:06d}.png", [prompt.prompt for prompt in shown], sheet)
+        return rate(self.recipe, self.prompts.records, full, pictures, judged=self.judges is not None)
+
+
+def _read_base(path: Path, protocol: str, prompts: PromptSet) -> Rated | None:
+    try:
+        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if held["protocol"] != protocol:
+            return None
+        rows = tuple(ScoreRow(**row) for row in held["rows"])
+        return Rated(prompts.records, rows, held["groups"], bool(held["judged"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # measured again

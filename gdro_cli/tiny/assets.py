@@ -27,3 +27,8 @@ def tiny_model_path() -> Path:
 def tiny_detector_path() -> Path:
     """Return the folder of the embedded world's detector and palette; its readers say what is missing of it."""
     return WEIGHTS / "detector"
+
+
+def tiny_judge_path() -> Path:
+    """Return the folder of the embedded world's judge; its reader says what is missing of it."""
+    return WEIGHTS / "judge"

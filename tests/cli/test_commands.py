@@ -237,3 +237,43 @@ def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> 
     assert done.returncode == 2
     assert "There is no recipe file 'nowhere'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- pictures of other tools -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--images", "nowhere"], "the picture folder nowhere cannot be read: No such file"),
+        (["--images", "."], ". holds no pictures: it needs folders 00000"),
+        (["--images", ".", "--export", "there"], "--images scores pictures that are there; it goes with neither"),
+        (["--images", ".", "--dry-run"], "it goes with neither --export nor --dry-run"),
+        (["--export", "."], ". is not empty: name a new folder"),
+        (["--export", "file"], "file is no folder that pictures can be written to"),
+    ],
+)
+def test_picture_folders_that_cannot_be_used_are_one_sentence(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run("eval", "--recipe", "smoke", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1
+    assert words in captured.err
+    assert not list(tmp_path.glob("gdro-out/*"))
+
+
+def test_a_picture_folder_with_bad_metadata_names_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "00000" / "samples").mkdir(parents=True)
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a circle"}')
+    assert run("eval", "--recipe", "geneval", "--images", str(tmp_path), "--out", str(tmp_path / "out")) == 2
+    err = capsys.readouterr().err
+    assert f"{tmp_path / '00000' / 'metadata.jsonl'} has a bad line; line 1: the key tag is missing" in err

@@ -36,7 +36,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
 
 
 def test_there_are_shipped_recipes() -> None:
-    assert {"ocr", "smoke"} <= set(shipped_recipes())
+    assert {"geneval", "ocr", "smoke"} <= set(shipped_recipes())
 
 
 def test_name_name_with_ending_and_path_are_the_same_recipe() -> None:
@@ -53,7 +53,7 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: 
 
 
 def test_unknown_recipe_names_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: ocr, smoke"):
+    with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: geneval, ocr, smoke"):
         load_recipe("orc")
 
 

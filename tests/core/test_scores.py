@@ -107,3 +107,63 @@ def test_wrong_arguments() -> None:
         bootstrap_ci([[1.0]], level=95.0)
     with pytest.raises(ValueError, match="same prompts"):
         paired_bootstrap([[1.0]], [[1.0, 2.0]])
+
+
+# --- strata --------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_strata_weighs_them_alike() -> None:
+    """Means over images: a 1/4 (prompts of 3 and 1 images), b 1: their mean is 5/8, over all images it is 2/5."""
+    values = [[0.0, 0.0, 0.0], [1.0], [1.0]]
+    found = bootstrap_ci(values, strata=["a", "a", "b"])
+    assert found.mean == pytest.approx(5 / 8)
+    assert (found.prompts, found.images) == (3, 5)
+    assert bootstrap_ci(values).mean == pytest.approx(2 / 5)
+
+
+def test_prompts_are_drawn_within_their_stratum() -> None:
+    """Each stratum holds prompts of one value: every resample has the means 0 and 1, so the interval is a point.
+
+    Drawn from all four prompts, a resample would hold no 1 at all in 1 of 16.
+    """
+    values = [[0.0], [1.0], [0.0], [1.0]]
+    found = bootstrap_ci(values, strata=["a", "b", "a", "b"], level=0.99)
+    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+    assert bootstrap_ci(values, level=0.99).low == 0.0
+
+
+def test_strata_are_resampled_independently() -> None:
+    """Two strata of the prompts 0 and 1: each mean is 0, 1/2, 1 with 1/4, 1/2, 1/4, so their mean is 0 in 1 of 16.
+
+    0 or 1/4 has 1/16 + 2 * 1/8 = 5/16. The 5 % quantile is 0, that at 20 % 1/4. If both strata shared the same draws,
+    0 would have 1/4 and the 20 % quantile would be 0.
+    """
+    values, strata = [[0.0], [1.0], [0.0], [1.0]], ["a", "a", "b", "b"]
+    found = bootstrap_ci(values, strata=strata, samples=8000, level=0.6)
+    assert (found.mean, found.low, found.high) == (0.5, 0.25, 0.75)
+    assert bootstrap_ci(values, strata=strata, samples=8000, level=0.9).low == 0.0
+
+
+def test_one_stratum_is_none() -> None:
+    values = columns(torch.rand(30, generator=generator(1, "test"), dtype=torch.float64))
+    assert bootstrap_ci(values, strata=["a"] * 30) == bootstrap_ci(values)
+
+
+def test_an_empty_stratum_is_an_error_that_names_it() -> None:
+    values: list[list[float | None]] = [[1.0], [None, math.nan], []]
+    with pytest.raises(ValueError, match="^no scored image to average in counting, position$"):
+        bootstrap_ci(values, strata=["colors", "counting", "position"])
+    with pytest.raises(ValueError, match="^no scored image to average$"):
+        bootstrap_ci([[None]])
+    assert bootstrap_ci(values, strata=["a", "a", "a"]).images == 1
+    with pytest.raises(ValueError, match="longer"):
+        bootstrap_ci(values, strata=["a"])
+
+
+def test_paired_strata() -> None:
+    """Gains: a 0.3 and 0.1, mean 0.2; b 1: mean of the two 0.6. An image missing on one side empties its stratum."""
+    before: list[list[float | None]] = [[0.1], [0.2], [0.0]]
+    after: list[list[float | None]] = [[0.4], [0.3], [1.0]]
+    assert paired_bootstrap(before, after, strata=["a", "a", "b"]).mean == pytest.approx(0.6)
+    with pytest.raises(ValueError, match="in b"):
+        paired_bootstrap(before, [[0.4], [0.3], [None]], strata=["a", "a", "b"])

@@ -55,6 +55,19 @@ class WidthReward:
         return new
 
 
+class ThreadsReward(WidthReward):
+    """The score is the number of threads that torch uses, which it reads when it is imported; unpickling imports it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import torch
+
+        self.__dict__ |= state
+        self._threads = torch.get_num_threads()
+
+    def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
+        return [Score(float(self._threads)) for _ in images]
+
+
 class Unloadable(WidthReward):
     """Its weights are missing."""
 

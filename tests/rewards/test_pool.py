@@ -18,6 +18,7 @@ from breaking_rewards import (
     RAISES,
     WITHOUT_TARGET,
     DiesWhileLoading,
+    ThreadsReward,
     Unloadable,
     WidthReward,
 )
@@ -63,6 +64,20 @@ def test_order_is_kept_and_work_is_shared() -> None:
     assert [score.value for score in scores] == [float(width) for width in range(100, 160)]
     assert sum(done) == 60
     assert os.getpid() not in {score.details["pid"] for score in scores}
+
+
+@pytest.mark.parametrize("workers", [1, usable_cores()])
+def test_workers_share_the_cores_whatever_the_parent_s_variables_say(
+    workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch reads the variables when it is imported, which is while the reward is unpickled."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(usable_cores() + 1))
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    images = widths(8)
+    with ScoringPool(ThreadsReward(), workers=workers) as pool:
+        (score,) = pool.score(images, prompts(images))
+    assert score.value == max(1, usable_cores() // workers)
+    assert os.environ["OMP_NUM_THREADS"] == str(usable_cores() + 1) and "MKL_NUM_THREADS" not in os.environ
 
 
 def test_no_images() -> None:

@@ -33,7 +33,7 @@ class ModelFiles:
     """One model. Making one reads ``config.json`` and loads nothing.
 
     Args:
-        model: a folder with ``config.json`` and ``*.safetensors``, or a Hub id such as ``openai/clip-vit-large-patch14``.
+        model: a folder with ``config.json`` and ``*.safetensors``, or a Hub id like ``owner/name``.
         key: the recipe's key that names the model, for error messages.
         kind: the ``model_type`` that ``config.json`` must name.
         needs: further small files; of each group of names one must be there.
@@ -76,7 +76,7 @@ class ModelFiles:
         return {"sha256": self._digest(), **library}
 
     def load_model(self, cls: Any, *, device: str) -> Any:
-        """The model of the class ``cls`` in float32, for inference, on ``device`` (``auto`` takes a GPU if there is one).
+        """The model of the class ``cls`` in float32, for inference, on ``device`` (see ``pick_device``).
 
         Raises:
             PrerequisiteError: the weights are missing, broken or not those of this model.

@@ -11,11 +11,12 @@ import base64
 import io
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any
 
 from PIL import Image
 
+from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.endpoint import Endpoint, NoAnswerError, check_url, read_key
@@ -104,18 +105,25 @@ class UnifiedRewardJudge:
                 for image, prompt in zip(images, prompts, strict=True)
             ]
             try:
-                return [answer.result() for answer in answers]
-            except BaseException:
+                done, _ = wait(answers, return_when=FIRST_EXCEPTION)
+                for answer in done:
+                    answer.result()
+            finally:  # after an error nobody waits for the others' pauses
                 stop.set()
                 threads.shutdown(wait=False, cancel_futures=True)
-                raise
+            return [answer.result() for answer in answers]
 
     def _judge_one(self, endpoint: Endpoint, source: ImageSource, prompt: str, stop: threading.Event) -> Judgement:
+        if stop.is_set():
+            return Judgement.missing("the judging was stopped")
         try:
             picture = data_url(read_rgb(source))
             answer, complete = endpoint.ask(self._request(picture, prompt), stop=stop)
         except (UnreadableImageError, NoAnswerError) as error:
             return Judgement.missing(str(error))
+        except PrerequisiteError:  # it would meet all the others, too
+            stop.set()
+            raise
         return read_answer(answer, complete=complete)
 
     def _request(self, picture: str, prompt: str) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""Which weights a run stands for: those of its best evaluation point, or its last ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.errors import PrerequisiteError
+from gdro_cli.files import remove_tree, sha256_file
+from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from gdro_cli.runtime.run import RunFolder
+
+STOPPED = "stopped.json"
+"""Says at which step and why a run ended before its last one."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunWeights:
+    """The adapter of one step of a run."""
+
+    step: int
+    checkpoint: str
+    """``best`` or ``last``."""
+    adapter: Mapping[str, Tensor]
+    ema: Mapping[str, Tensor]
+    identity: str
+    """Names the weights that the recipe evaluates: ``ema`` or ``raw``, and their digest."""
+
+
+def score_of(row: Mapping[str, Any], headline: str) -> tuple[str, float]:
+    """What evaluation points are compared by: the corrected score, without a judge the task's headline measure."""
+    name = "corrected" if "corrected" in row else headline
+    return name, float(row[name])
+
+
+def keep_if_best(
+    folder: RunFolder, row: Mapping[str, Any], *, headline: str, tensors: Mapping[str, Mapping[str, Tensor]]
+) -> bool:
+    """Keep the weights of an evaluation point if no earlier point of the same protocol was better.
+
+    Args:
+        folder: the run.
+        row: the point's metrics, with ``step`` and ``protocol``.
+        headline: the task's headline measure.
+        tensors: ``adapter`` and ``ema``.
+    """
+    name, score = score_of(row, headline)
+    state = {"measure": name, "score": score, "protocol": row["protocol"]}
+    place = best_folder(folder)
+    path = latest_checkpoint(place)
+    if path is not None:
+        held = load_checkpoint(path)
+        comparable = all(held.state.get(key) == state[key] for key in ("measure", "protocol"))
+        if comparable and (held.state["score"] > score or (held.state["score"] == score and held.step <= row["step"])):
+            return False
+    kept = save_checkpoint(place, int(row["step"]), tensors=tensors, state=state, keep=1)
+    for other in kept.parent.iterdir():  # a better point of an earlier start, or of another protocol, may be later
+        if other != kept:
+            remove_tree(other)
+    folder.write_json("best/best.json", {"step": int(row["step"]), name: score})
+    return True
+
+
+def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
+    """The weights of a finished run that the recipe evaluates; None when it has no checkpoint.
+
+    Raises:
+        PrerequisiteError: the run is not finished.
+        StoreError: a checkpoint is damaged.
+    """
+    path = latest_checkpoint(folder.path)
+    if path is None:
+        return None
+    kept = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
+    last = load_checkpoint(path)
+    if last.step != recipe.train.steps and not (folder.path / STOPPED).is_file():
+        raise PrerequisiteError(
+            f"the run {folder.path} stands at step {last.step} of {recipe.train.steps}: run `gdro train` with the"
+            " same recipe, --set and --out to finish it"
+        )
+    chosen = last if kept is None else load_checkpoint(kept)
+    file = (kept or path) / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
+    return RunWeights(
+        step=chosen.step,
+        checkpoint="last" if kept is None else "best",
+        adapter=chosen.tensors["adapter"],
+        ema=chosen.tensors["ema"],
+        identity=f"{recipe.eval.weights} {sha256_file(file)}",
+    )
+
+
+def best_folder(folder: RunFolder) -> Path:
+    """Where the best evaluation point's weights lie."""
+    return folder.path / "best"

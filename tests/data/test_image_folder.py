@@ -1,0 +1,191 @@
+"""Picture folders in the official GenEval layout: written, read back, and as other tools write them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gdro_cli.core.geneval import COCO_CLASSES, SHAPES
+from gdro_cli.data.imagefolder import PromptPictures, metadata_line, read_image_folder, refuse_used, write_image_folder
+from gdro_cli.data.promptfile import read_prompt_file
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.errors import StoreError, UserError
+
+DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+CATS = {
+    "tag": "counting",
+    "include": [{"class": "cat", "count": 2}],
+    "exclude": [{"class": "cat", "count": 3}],
+    "source": "ünïcode \u2028",
+}
+
+
+def picture(path: Path, grey: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 8), (grey, grey, grey)).save(path)
+    return path
+
+
+def numbered(folder: Path, name: str, metadata: str | None, *pictures: str) -> Path:
+    """A prompt's folder as some tool leaves it."""
+    for number, each in enumerate(pictures):
+        picture(folder / name / "samples" / each, number)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    if metadata is not None:
+        (folder / name / "metadata.jsonl").write_text(metadata)
+    return folder
+
+
+def official(**changes: object) -> str:
+    """A line as the official scripts write it: no line end."""
+    return json.dumps({**DOG, "prompt": "a photo of a dog"} | changes)
+
+
+def refusal(folder: Path, task: str = "geneval") -> str:
+    with pytest.raises(UserError) as caught:
+        read_image_folder(folder, task=task, classes=COCO_CLASSES if task == "geneval" else None)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    files = [picture(tmp_path / f"source/{number}.png", number) for number in range(3)]
+    entries = [
+        PromptPictures(PromptRecord.of("a photo of a dog", metadata=DOG), tuple(files[:2])),
+        PromptPictures(PromptRecord.of("a photo of two cats", metadata=CATS), (files[2],)),
+    ]
+    folder = tmp_path / "deep" / "export"
+    assert write_image_folder(folder, entries) == 2
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
+        "00000/metadata.jsonl",
+        "00000/samples/0000.png",
+        "00000/samples/0001.png",
+        "00001/metadata.jsonl",
+        "00001/samples/0000.png",
+    ]
+    read = read_image_folder(folder, task="geneval", classes=COCO_CLASSES)
+    assert [entry.prompt for entry in read] == [entry.prompt for entry in entries]
+    for before, after in zip(entries, read, strict=True):
+        assert [path.read_bytes() for path in after.pictures] == [path.read_bytes() for path in before.pictures]
+
+
+def test_an_ocr_prompt_keeps_a_target_that_is_not_in_its_quotes(tmp_path: Path) -> None:
+    prompt = PromptRecord.of("a sign of a shop", target="OPEN", metadata={"set": 1})
+    write_image_folder(tmp_path / "out", [PromptPictures(prompt, (picture(tmp_path / "p.webp"),))])
+    (entry,) = read_image_folder(tmp_path / "out", task="ocr")
+    assert entry.prompt == prompt
+    assert [path.name for path in entry.pictures] == ["0000.webp"]
+
+
+def test_a_metadata_line_is_the_official_one_and_a_prompt_file(tmp_path: Path) -> None:
+    line = metadata_line(PromptRecord.of("a photo of two cats", metadata=CATS))
+    assert json.loads(line) == {**CATS, "prompt": "a photo of two cats"}
+    (tmp_path / "all.jsonl").write_text(f"{line}\n{official()}\n")
+    assert [r.prompt for r in read_prompt_file(tmp_path / "all.jsonl", task="geneval")] == [
+        "a photo of two cats",
+        "a photo of a dog",
+    ]
+
+
+def test_folders_of_other_tools(tmp_path: Path) -> None:
+    """Any number of digits, other formats and names, a grid beside the samples, notes and hidden files in between."""
+    numbered(tmp_path, "7", official(), "00001.jpg", "00000.jpeg", "b.PNG", "._00000.jpg", "notes.txt.png")
+    (tmp_path / "7" / "samples" / "seeds.json").write_text("[]")
+    (tmp_path / "7" / "samples" / "folder.png").mkdir()
+    picture(tmp_path / "7" / "grid.png")
+    numbered(tmp_path, "00012", official(prompt="a dog") + "\r\n\n", "0.webp")
+    numbered(tmp_path, "results", "no JSON", "0.png")
+    (tmp_path / "00013").write_text("a file")
+    first, second = read_image_folder(tmp_path, task="geneval", classes=COCO_CLASSES)
+    assert (first.prompt.prompt, [path.name for path in first.pictures]) == ("a dog", ["0.webp"])
+    assert [path.name for path in second.pictures] == ["00000.jpeg", "00001.jpg", "b.PNG", "notes.txt.png"]
+
+
+def test_folders_with_one_prompt_count_as_one(tmp_path: Path) -> None:
+    numbered(tmp_path, "00000", official(), "0000.png", "0001.png")
+    numbered(tmp_path, "00001", official(prompt="another dog"), "0000.png")
+    numbered(tmp_path, "00002", official(), "0000.png")
+    read = read_image_folder(tmp_path, task="geneval")
+    assert [(entry.prompt.prompt, len(entry.pictures)) for entry in read] == [
+        ("a photo of a dog", 3),
+        ("another dog", 1),
+    ]
+    assert read[0].pictures[2] == tmp_path / "00002" / "samples" / "0000.png"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ("{", "it is not JSON"),
+        (official(tag="colours"), "the tag 'colours' is not one of"),
+        (official(include=[{"class": "dgo", "count": 1}]), "did you mean 'dog'?"),
+        ('{"prompt": "a dog"}', "the key tag is missing"),
+    ],
+)
+def test_bad_metadata_names_file_and_line(tmp_path: Path, metadata: str, words: str) -> None:
+    numbered(tmp_path, "00000", official(), "0000.png")
+    numbered(tmp_path, "00001", f"\n{metadata}", "0000.png")
+    message = refusal(tmp_path)
+    assert str(tmp_path / "00001" / "metadata.jsonl") in message and "line 2: " in message and words in message
+
+
+def test_the_detector_s_classes_are_what_may_be_asked_for(tmp_path: Path) -> None:
+    numbered(tmp_path, "00000", official(), "0000.png")
+    assert len(read_image_folder(tmp_path, task="geneval")) == 1
+    with pytest.raises(UserError, match="'dog', which the detector does not know: it knows circle"):
+        read_image_folder(tmp_path, task="geneval", classes=SHAPES)
+
+
+def test_an_ocr_folder_needs_a_text(tmp_path: Path) -> None:
+    numbered(tmp_path, "00000", official(), "0000.png")
+    assert "line 1: it has no text in double quotes" in refusal(tmp_path, "ocr")
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in refusal(tmp_path / "nowhere")
+    picture(tmp_path / "flat" / "0000.png")
+    assert f"{tmp_path / 'flat'} holds no pictures" in refusal(tmp_path / "flat")
+    assert "cannot be read: Not a directory" in refusal(tmp_path / "flat" / "0000.png")
+    message = refusal(numbered(tmp_path / "no metadata", "00000", None, "0000.png"))
+    assert message.startswith(f"{tmp_path / 'no metadata' / '00000'} has no metadata.jsonl") and "recipe" not in message
+    for samples in ("absent", "empty"):
+        folder = numbered(tmp_path / samples, "00000", official())
+        if samples == "empty":
+            (folder / "00000" / "samples").mkdir()
+        assert f"{folder / '00000' / 'samples'} holds no pictures" in refusal(folder)
+    folder = numbered(tmp_path / "two", "00000", official() + "\n" + official(prompt="a"), "0000.png")
+    assert "metadata.jsonl holds 2 prompts: it needs one line" in refusal(folder)
+    assert "holds no prompts" in refusal(numbered(tmp_path / "none", "00000", "\n", "0000.png"))
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    entry = PromptPictures(PromptRecord.of("a dog", metadata=DOG), (picture(tmp_path / "p.png"),))
+    used = tmp_path / "used"
+    used.mkdir()
+    write_image_folder(used, [entry])  # an empty one may be there
+    before = sorted(used.rglob("*"))
+    assert used / "00000" / "metadata.jsonl" in before
+    with pytest.raises(UserError, match="is not empty: name a new folder"):
+        write_image_folder(used, [entry])
+    assert sorted(used.rglob("*")) == before
+    with pytest.raises(UserError, match="is no folder that pictures can be written to"):
+        refuse_used(tmp_path / "p.png")
+    refuse_used(tmp_path / "not there")
+
+
+def test_nothing_is_left_half_written(tmp_path: Path) -> None:
+    """The second picture is gone: neither the folder nor a temporary one stays, and the same call works later."""
+    good, gone = picture(tmp_path / "source" / "a.png"), tmp_path / "source" / "b.png"
+    entry = PromptPictures(PromptRecord.of("a dog", metadata=DOG), (good, gone))
+    folder = tmp_path / "export" / "base"
+    with pytest.raises(StoreError, match=f"cannot write {folder}: no such file"):
+        write_image_folder(folder, [entry])
+    assert list((tmp_path / "export").iterdir()) == []
+    refuse_used(tmp_path / "export")
+    picture(gone)
+    assert write_image_folder(folder, [entry]) == 1
+    assert [path.name for path in (tmp_path / "export").iterdir()] == ["base"]

@@ -1,0 +1,26 @@
+"""An endpoint on this machine, and quick second attempts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gdro_cli.rewards.judge import endpoint
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from judge_server import JudgeServer
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    """A running endpoint; no proxy of the environment comes between."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr(endpoint, "FIRST_PAUSE", 0.02)
+    running = JudgeServer()
+    yield running
+    running.close()

@@ -1,0 +1,112 @@
+"""UnifiedReward's answers, read by hand."""
+
+from __future__ import annotations
+
+import pytest
+from judge_server import lines
+
+from gdro_cli.rewards.judge.base import AXES
+from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, check_template, provenance, read_answer, request_text
+
+
+def read(answer: str, *, complete: bool = True) -> tuple[float | None, ...]:
+    judgement = read_answer(answer, complete=complete)
+    return tuple(judgement.axes[axis] for axis in AXES)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        # as the authors show it
+        (
+            lines("2.694700002670288", "2.371500015258789", "2.802500009536743"),
+            (2.694700002670288, 2.371500015258789, 2.802500009536743),
+        ),
+        (lines(1, 5, 3), (1.0, 5.0, 3.0)),
+        ("\n\n  alignment score (1-5):4\r\n\tCOHERENCE SCORE ( 1 - 5 ) : 3.0 \n\nStyle Score: 2.\n", (4.0, 3.0, 2.0)),
+        (
+            "**Alignment Score (1-5):** 4.5\n- **Coherence Score** (1\u20135): `3`\n### Style Score (1-5): *2*",
+            (4.5, 3.0, 2.0),
+        ),
+        (
+            "1. Alignment Score (1-5): 4/5\n2) Coherence Score (1-5): 3 / 5\n\u2022 Style Score \\(1\\-5\\): 2",
+            (4.0, 3.0, 2.0),
+        ),
+        (
+            "Style Score (1-5): 2\nI looked closely.\nAlignment Score (1-5): 4\nCoherence Score (1-5): 3",
+            (4.0, 3.0, 2.0),
+        ),
+        # the same number twice says nothing new
+        (lines(4, 3, 2) + "\n\n" + lines("4.0", 3, 2), (4.0, 3.0, 2.0)),
+        # the form repeated, then the answer
+        (lines("X", "Y", "Z") + "\n" + lines(4, 3, 2), (4.0, 3.0, 2.0)),
+        # thoughts are no answer
+        ("<think>\n" + lines(1, 1, 1) + "\n</think>\n" + lines(4, 3, 2), (4.0, 3.0, 2.0)),
+        (lines(1, 1, 1) + "\n</think>\n" + lines(4, 3, 2), (4.0, 3.0, 2.0)),
+    ],
+)
+def test_good_answers(answer: str, expected: tuple[float, ...]) -> None:
+    assert read(answer) == expected
+    assert read_answer(answer).reason is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "reason"),
+    [
+        (lines(4, 3, 5.01), (4.0, 3.0, None), "style score of 5.01, which is not between 1 and 5"),
+        (lines(0, 3, 2), (None, 3.0, 2.0), "alignment score of 0, which"),
+        (lines(-4, 3, 2), (None, 3.0, 2.0), "alignment score of -4, which"),
+        (lines(4, "3 to 4", 2), (4.0, None, 2.0), "has no coherence score"),
+        (lines(4, "3 (a glitch at the left)", 2), (4.0, None, 2.0), "has no coherence score"),
+        (lines("nan", "3,5", "four"), (None, None, None), "has no alignment score"),
+        (lines(4, 3, 2) + "\nStyle Score (1-5): 3", (4.0, 3.0, None), "different style scores (2 and 3)"),
+        ("Alignment Score (1-5): 4 Coherence Score (1-5): 3", (None, None, None), "has no alignment score"),
+        ("Overall Alignment Score (1-5): 4", (None, None, None), "has no alignment score"),
+        ("Alignment Score (1-10): 4\nCoherence Score (1-5): 3\nStyle Score (1-5): 2", (None, 3.0, 2.0), "no alignment"),
+        ("<think>\n" + lines(1, 1, 1), (None, None, None), "has no alignment score"),
+        ("I'm sorry, but I can't help with that.", (None, None, None), "has no alignment score, has no coherence"),
+        ("", (None, None, None), "has no style score"),
+    ],
+)
+def test_what_is_not_said_plainly_is_missing(answer: str, expected: tuple[float | None, ...], reason: str) -> None:
+    assert read(answer) == expected
+    said = read_answer(answer).reason
+    assert said is not None and reason in said
+
+
+def test_the_last_line_of_an_answer_that_was_cut_off_is_not_read() -> None:
+    """3.75 cut after the 3 would look like a 3."""
+    judgement = read_answer("Alignment Score (1-5): 4\nCoherence Score (1-5): 3", complete=False)
+    assert tuple(judgement.axes.values()) == (4.0, None, None)
+    assert judgement.reason is not None and "cut off" in judgement.reason
+    assert read(lines(4, 3, 2) + "\n", complete=False) == (4.0, 3.0, None)
+
+
+def test_the_answer_is_kept_but_not_all_of_a_long_one() -> None:
+    assert read_answer(lines(4, 3, 2)).details == {"answer": lines(4, 3, 2)}
+    assert len(read_answer("word " * 1000).details["answer"]) == 500
+
+
+def test_the_caption_is_taken_as_it_is() -> None:
+    caption = 'a sign that says "{caption}" \\1 {0} %s'
+    text = request_text(caption)
+    assert text.endswith(f"Text Caption: [{caption}]")
+    assert text.replace(f"[{caption}]", "[{caption}]") == TEMPLATE
+
+
+def test_the_form_asked_for_is_the_form_that_is_read() -> None:
+    answer = request_text("a cat").replace(": X", ": 4").replace(": Y", ": 3").replace(": Z", ": 2")
+    assert read(answer) == (4.0, 3.0, 2.0)
+    assert read(request_text("a cat")) == (None, None, None)
+
+
+def test_provenance_changes_with_the_prompt() -> None:
+    assert provenance(TEMPLATE) == provenance(TEMPLATE)
+    assert provenance(TEMPLATE) != provenance(TEMPLATE + " ")
+
+
+@pytest.mark.parametrize("template", ["no place", "{caption} and {caption}"])
+def test_a_template_has_one_place_for_the_caption(template: str) -> None:
+    check_template(TEMPLATE)
+    with pytest.raises(ValueError, match="once"):
+        check_template(template)

@@ -1,0 +1,332 @@
+"""The judge behind an endpoint: a real HTTP server that answers well, badly, late or never."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import pickle
+import socket
+import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from judge_server import MODEL, JudgeServer, Reply, fails, lines, says
+from ocr_signs import Prompt
+from PIL import Image
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.rewards.base import ImageSource
+from gdro_cli.rewards.judge.base import AXES, JudgeReward, u_axes
+from gdro_cli.rewards.judge.endpoint import LONGEST_PAUSE, pause, retry_after
+from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, request_text
+from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
+from gdro_cli.rewards.pool import ScoringPool
+
+KEY = "sk-not-to-be-seen-0123456789"
+VARIABLE = "GDRO_TEST_JUDGE_KEY"
+
+
+def make(server: JudgeServer, **options: Any) -> UnifiedRewardJudge:
+    return UnifiedRewardJudge(server.url, MODEL, **{"timeout": 5.0, "retries": 1, **options})
+
+
+def picture(colour: str = "#c82828") -> Image.Image:
+    return Image.new("RGB", (8, 6), colour)
+
+
+def one(judge: UnifiedRewardJudge) -> tuple[tuple[float | None, ...], str | None]:
+    (judgement,) = judge.judge([picture()], ["a red card"])
+    return tuple(judgement.axes[axis] for axis in AXES), judgement.reason
+
+
+def test_a_request_holds_the_picture_the_prompt_and_greedy_decoding(server: JudgeServer) -> None:
+    assert one(make(server)) == ((3.5, 4.0, 2.25), None)
+    (seen,) = server.seen
+    assert seen.authorization is None
+    assert (seen.payload["model"], seen.payload["temperature"]) == (MODEL, 0)
+    (message,) = seen.payload["messages"]
+    image, text = message["content"]
+    assert (message["role"], text["text"]) == ("user", request_text("a red card"))
+    kind, _, data = image["image_url"]["url"].partition(",")
+    assert kind == "data:image/png;base64"
+    sent = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (sent.format, sent.mode, sent.tobytes()) == ("PNG", "RGB", picture().tobytes())
+
+
+def test_a_template_of_ones_own_is_sent_and_is_in_the_provenance(server: JudgeServer) -> None:
+    judge = make(server, template="Rate <{caption}>")
+    assert one(judge)[1] is None
+    assert server.seen[0].payload["messages"][0]["content"][1]["text"] == "Rate <a red card>"
+    assert judge.version["prompt_sha256"] != make(server).version["prompt_sha256"]
+
+
+def test_the_order_is_kept_and_a_broken_image_is_missing_alone(server: JudgeServer, tmp_path: Path) -> None:
+    """The first answers are the slowest; the caption is the style."""
+
+    def reply(text: str) -> Reply:
+        caption = int(text.rpartition("[")[2].rstrip("]"))
+        return says(lines(3, 3, caption), delay=0.1 - 0.02 * caption)
+
+    server.otherwise = reply
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"not an image")
+    stored = tmp_path / "stored.png"
+    picture().save(stored)
+    images: list[ImageSource] = [picture(), broken, stored, picture(), picture()]
+    judgements = make(server).judge(images, ["1", "2", "3", "4", "5"])
+    assert [judgement.axes["style"] for judgement in judgements] == [1.0, None, 3.0, 4.0, 5.0]
+    assert judgements[1].reason is not None and "broken.png cannot be decoded" in judgements[1].reason
+    assert len(server.seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason"),
+    [
+        (Reply(b"<html>hello</html>"), "is not JSON"),
+        (Reply(b"[1, 2]"), "not that of a chat"),
+        (Reply(b"{}"), "not that of a chat"),
+        (Reply(b'{"choices": null}'), "not that of a chat"),
+        (Reply(b'{"choices": []}'), "holds no choices"),
+        (Reply(b'{"choices": [{"message": {}}]}'), "not that of a chat"),
+        (Reply(b'{"choices": ["text"]}'), "not that of a chat"),
+        (Reply(b"\xff\xfe\xfa"), "is not JSON"),
+        (Reply(b"abc", headers={"Content-Encoding": "gzip"}), "cannot be decoded"),
+        (says(None), "is not text"),
+        (says([{"type": "image"}]), "is not text"),
+        (says("I cannot judge this."), "has no alignment score"),
+    ],
+)
+def test_an_answer_that_is_none_makes_its_image_missing(server: JudgeServer, reply: Reply, reason: str) -> None:
+    server.otherwise = lambda text: reply
+    values, said = one(make(server))
+    assert values == (None, None, None)
+    assert said is not None and reason in said
+    assert len(server.seen) == 1  # a greedy model would say the same again
+
+
+def test_an_axis_that_is_missing_or_off_the_scale_is_missing_alone(server: JudgeServer) -> None:
+    server.replies.append(says("Alignment Score (1-5): 4\nStyle Score (1-5): 7"))
+    values, reason = one(make(server))
+    assert values == (4.0, None, None)
+    assert reason is not None and "no coherence score" in reason and "style score of 7" in reason
+
+
+def test_an_answer_that_was_cut_off_loses_its_last_number(server: JudgeServer) -> None:
+    server.replies.append(says(lines(4, 3, 2), finish="length"))
+    assert one(make(server))[0] == (4.0, 3.0, None)
+
+
+@pytest.mark.parametrize(
+    "trouble", [fails(500), fails(503), fails(408), fails(429), Reply(b"", hang_up=True)], ids=lambda r: str(r.status)
+)
+def test_trouble_that_passes_is_waited_out(server: JudgeServer, trouble: Reply) -> None:
+    server.replies.extend([trouble, trouble])
+    assert one(make(server, retries=2)) == ((3.5, 4.0, 2.25), None)
+    assert len(server.seen) == 3
+
+
+def test_a_server_in_trouble_for_good_makes_images_missing(server: JudgeServer) -> None:
+    server.otherwise = lambda text: fails(500, message="out of memory")
+    values, reason = one(make(server, retries=2))
+    assert values == (None, None, None)
+    assert reason == "the judge's endpoint gave no answer in 3 attempts, at last HTTP 500"
+    assert len(server.seen) == 3
+
+
+def test_an_answer_that_comes_too_late_is_asked_for_again(server: JudgeServer) -> None:
+    server.replies.append(says(lines(1, 1, 1), delay=2.0))
+    start = time.monotonic()
+    assert one(make(server, timeout=0.2)) == ((3.5, 4.0, 2.25), None)
+    assert time.monotonic() - start < 1.5
+    server.replies.extend([says(lines(1, 1, 1), delay=2.0)] * 2)
+    values, reason = one(make(server, timeout=0.2))
+    assert values == (None, None, None)
+    assert reason is not None and "ReadTimeout" in reason
+
+
+def test_retry_after_is_obeyed(server: JudgeServer) -> None:
+    """Without it the pause would be 0.02 s at most."""
+    server.replies.append(fails(429, headers={"Retry-After": "1"}))
+    start = time.monotonic()
+    assert one(make(server))[1] is None
+    assert 1.0 <= time.monotonic() - start < 2.5
+
+
+def test_retry_after_is_seconds_or_a_date() -> None:
+    assert retry_after("7") == 7.0
+    assert retry_after(None) is retry_after("soon") is retry_after("-3") is None
+    later = retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True))
+    assert later is not None and 28 < later <= 30
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
+
+
+def test_pauses_double_are_shortened_by_half_at_most_and_end_somewhere() -> None:
+    """0.5 s x 2^attempt: 0.5, 1, 2, 4; at most 60 s, also when the endpoint wants more."""
+    for attempt, longest in enumerate([0.5, 1.0, 2.0, 4.0]):
+        drawn = [pause(attempt) for _ in range(200)]
+        assert longest / 2 <= min(drawn) < 0.6 * longest
+        assert 0.9 * longest < max(drawn) <= longest
+    assert LONGEST_PAUSE / 2 <= pause(30) <= LONGEST_PAUSE
+    assert (pause(0, wanted=3.0), pause(0, wanted=3600.0)) == (3.0, LONGEST_PAUSE)
+
+
+def test_no_more_requests_at_a_time_than_allowed(server: JudgeServer) -> None:
+    server.otherwise = lambda text: says(lines(3, 3, 3), delay=0.05)
+    judgements = make(server, concurrency=3).judge([picture()] * 12, ["a"] * 12)
+    assert all(judgement.reason is None for judgement in judgements)
+    assert len(server.seen) == 12
+    assert server.most_at_once == 3
+
+
+@pytest.mark.parametrize(
+    ("status", "message", "remedy"),
+    [
+        (401, "Unauthorized", "api_key_env"),
+        (403, "Forbidden", "use a key that may"),
+        (404, "The model `x` does not exist.", "correct the judge's model or base_url"),
+        (400, "maximum context length is 512 tokens", "check the judge's model"),
+        (307, "", "check the judge's model"),
+    ],
+)
+def test_a_refusal_ends_the_judging_with_one_sentence(
+    server: JudgeServer, status: int, message: str, remedy: str
+) -> None:
+    server.otherwise = lambda text: fails(status, message=message)
+    with pytest.raises(PrerequisiteError) as caught:
+        make(server, concurrency=1, retries=3).judge([picture()] * 20, ["a"] * 20)
+    said = str(caught.value)
+    assert server.url in said and str(status) in said and message in said and remedy in said
+    assert "\n" not in said
+    assert len(server.seen) == 1  # it was not asked again, nor for the others
+
+
+def test_a_refusal_does_not_wait_for_others_in_their_pauses(server: JudgeServer) -> None:
+    server.replies.append(fails(429, headers={"Retry-After": "30"}))
+    server.otherwise = lambda text: fails(401)
+    start = time.monotonic()
+    with pytest.raises(PrerequisiteError):
+        make(server, concurrency=2).judge([picture()] * 2, ["a"] * 2)
+    assert time.monotonic() - start < 10
+
+
+def test_loading_asks_once_which_models_there_are(server: JudgeServer) -> None:
+    judge = make(server)
+    judge.load()
+    judge.load()
+    assert one(judge)[1] is None
+    assert server.model_requests == 1
+
+
+def test_loading_names_the_models_that_are_there_instead(server: JudgeServer) -> None:
+    judge = UnifiedRewardJudge(server.url, "another")
+    with pytest.raises(PrerequisiteError, match=f"{server.url} serves {MODEL}, not another"):
+        judge.load()
+
+
+@pytest.mark.parametrize("reply", [fails(404), fails(503), Reply(b"hello"), Reply(b'{"data": []}')])
+def test_an_endpoint_that_does_not_tell_its_models_is_tried(server: JudgeServer, reply: Reply) -> None:
+    server.models = reply
+    assert one(make(server)) == ((3.5, 4.0, 2.25), None)
+
+
+def test_an_endpoint_that_is_not_there_is_named_when_loading(server: JudgeServer) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(PrerequisiteError, match=f"{url} cannot be reached .*ConnectError.*start the server"):
+        UnifiedRewardJudge(url, MODEL).load()
+
+
+def test_the_key_is_sent_and_shown_nowhere(
+    server: JudgeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(VARIABLE, KEY)
+    caplog.set_level(logging.DEBUG)
+    judge = make(server, api_key_env=VARIABLE)
+    judge.load()
+    assert one(judge)[1] is None
+    assert server.seen[0].authorization == f"Bearer {KEY}"
+    assert KEY not in str(judge.version) and KEY.encode() not in pickle.dumps(judge) and KEY not in repr(vars(judge))
+    server.otherwise = lambda text: fails(401, message=f"Incorrect API key provided:\n{KEY}.")
+    with pytest.raises(PrerequisiteError, match=r"401 Unauthorized \(Incorrect API key provided: \*\*\*.\)") as caught:
+        one(judge)
+    assert KEY not in str(caught.value)
+    assert KEY not in caplog.text
+
+
+def test_a_refused_key_is_noticed_when_loading(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, KEY)
+    server.models = fails(401, message="Unauthorized")
+    with pytest.raises(PrerequisiteError, match=f"{server.url} answers 401"):
+        make(server, api_key_env=VARIABLE).load()
+
+
+@pytest.mark.parametrize("value", [None, "", "  ", f"{KEY} {KEY}", f"{KEY}\n{KEY}", f"{KEY}é"])
+def test_a_key_that_cannot_be_one_is_noticed_and_not_shown(
+    server: JudgeServer, monkeypatch: pytest.MonkeyPatch, value: str | None
+) -> None:
+    if value is None:
+        monkeypatch.delenv(VARIABLE, raising=False)
+    else:
+        monkeypatch.setenv(VARIABLE, value)
+    judge = make(server, api_key_env=VARIABLE)  # making it does not need the key
+    with pytest.raises(PrerequisiteError, match=VARIABLE) as caught:
+        judge.load()
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://host:x/v1", "", "/v1"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(UserError, match="http://localhost:8000/v1"):
+        UnifiedRewardJudge(url, MODEL)
+
+
+@pytest.mark.parametrize("url", [f"http://user:{KEY}@host/v1", f"https://host/v1?key={KEY}"])
+def test_an_address_with_a_secret_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(UserError, match="api_key_env") as caught:
+        UnifiedRewardJudge(url, MODEL)
+    assert KEY not in str(caught.value)
+
+
+@pytest.mark.parametrize("options", [{"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"template": "none"}])
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must"):
+        UnifiedRewardJudge("http://localhost:8000/v1", MODEL, **options)
+
+
+def test_provenance_knows_model_and_prompt_but_not_the_address() -> None:
+    here = UnifiedRewardJudge("http://localhost:8000/v1", MODEL)
+    there = UnifiedRewardJudge("https://far.example/v1/", MODEL, api_key_env=VARIABLE, concurrency=2, timeout=1.0)
+    assert here.version == there.version
+    assert here.version["model"] == MODEL
+    assert here.version != UnifiedRewardJudge("http://localhost:8000/v1", "another").version
+    assert "localhost" not in str(here.version)
+    assert TEMPLATE not in str(here.version)
+
+
+def test_prompts_and_images_go_in_pairs(server: JudgeServer) -> None:
+    with pytest.raises(ValueError, match="1 images but 2 prompts"):
+        make(server).judge([picture()], ["a", "b"])
+    assert make(server).judge([], []) == []
+
+
+def test_through_a_scoring_pool(server: JudgeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """u = (4 + 2.25) / 2 = 3.125 without alignment. A loaded judge may be sent, too, and reads the key again."""
+    monkeypatch.setenv(VARIABLE, KEY)
+    reward = JudgeReward(make(server, api_key_env=VARIABLE), axes=u_axes("geneval"))
+    reward.load()
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    images: list[ImageSource] = [picture(), broken, picture("#2850be")]
+    with ScoringPool(reward, workers=1) as pool:
+        scores = pool.score(images, [Prompt("a card", None)] * 3)
+        assert [score.value for score in scores] == [3.125, None, 3.125]
+        assert scores[0].details["alignment"] == 3.5
+        assert server.seen[-1].authorization == f"Bearer {KEY}"
+        server.otherwise = lambda text: fails(404, message="gone")
+        with pytest.raises(PrerequisiteError, match="404 Not Found"):
+            pool.score(images, [Prompt("a card", None)] * 3)

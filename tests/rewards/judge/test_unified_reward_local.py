@@ -1,0 +1,188 @@
+"""The judge in this process, on tiny Qwen vision models that have learnt two answers by heart."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from judge_server import lines
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+)
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.rewards.base import ImageSource
+from gdro_cli.rewards.judge import unified_reward_local
+from gdro_cli.rewards.judge.base import AXES
+from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
+
+TEMPLATE = "Rate {caption}."  # short, since a letter is a token here
+MARKS = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+PICTURES = {"red": Image.new("RGB", (16, 8), "#ff0000"), "blue": Image.new("RGB", (16, 8), "#0000ff")}
+ANSWERS = {"red": lines(4.5, 3, 2), "blue": lines(1, 5, 3.25)}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    letters.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=letters, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=MARKS
+    )
+    made.chat_template = CHAT
+    return made
+
+
+def network(kind: str, made: PreTrainedTokenizerFast) -> Any:
+    numbers = {name: made.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
+    places = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
+    text = {
+        "vocab_size": len(made),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 4096,
+        "head_dim": 16,
+        "rope_parameters": places | ({"mrope_interleaved": True} if kind == "qwen3_vl" else {}),
+        "eos_token_id": made.eos_token_id,
+        "pad_token_id": made.pad_token_id,
+        "bos_token_id": None,
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 32,
+        "patch_size": 4,
+    }
+    tokens = {
+        "image_token_id": numbers["image_pad"],
+        "video_token_id": numbers["video_pad"],
+        "vision_start_token_id": made.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": made.convert_tokens_to_ids("<|vision_end|>"),
+    }
+    if kind == "qwen3_vl":
+        vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+        config: Any = Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
+    else:
+        vision |= {"fullatt_block_indexes": [1], "window_size": 16}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tokens)
+    torch.manual_seed(0)
+    return AutoModelForImageTextToText.from_config(config)
+
+
+def learn(model: Any, made: PreTrainedTokenizerFast, processor: Any) -> None:
+    """Teach the two answers. 16 x 8 pixels are 4 x 2 patches of 4 pixels, merged by 2 x 2: 2 tokens."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    batches = []
+    for name, picture in PICTURES.items():
+        question = (
+            "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
+            "Rate a card.<|im_end|>\n<|im_start|>assistant\n"
+        )
+        asked = made(question, return_tensors="pt")["input_ids"]
+        ids = made(question + ANSWERS[name] + "<|im_end|>", return_tensors="pt")["input_ids"]
+        labels = ids.clone()
+        labels[:, : asked.shape[1]] = -100
+        pixels = processor(images=[picture], return_tensors="pt")
+        kinds = (ids == model.config.image_token_id).int()
+        batches.append({"input_ids": ids, "labels": labels, "mm_token_type_ids": kinds, **pixels})
+    for _ in range(400):
+        optimiser.zero_grad()
+        known = True
+        for batch in batches:
+            output = model(**batch)
+            output.loss.backward()
+            answer = batch["labels"][:, 1:] >= 0
+            known &= torch.equal(output.logits.argmax(-1)[:, :-1][answer], batch["labels"][:, 1:][answer])
+        if known:  # then greedy decoding says it, letter by letter
+            return
+        optimiser.step()
+    raise AssertionError("the answers were not learnt")
+
+
+@pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tokenizer()
+    model = network(request.param, made)
+    processor = Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 4096})
+    learn(model, made, processor)
+    path: Path = tmp_path_factory.mktemp(request.param)
+    for part in (model, made, processor):
+        part.save_pretrained(path)
+    return path
+
+
+def judged(judge: UnifiedRewardLocal, *images: ImageSource) -> list[tuple[float | None, ...]]:
+    judgements = judge.judge(images, ["a card"] * len(images))
+    return [tuple(judgement.axes[axis] for axis in AXES) for judgement in judgements]
+
+
+def test_what_was_learnt_is_answered_for_each_picture(folder: Path, tmp_path: Path) -> None:
+    judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
+    stored, broken = tmp_path / "blue.png", tmp_path / "broken.png"
+    PICTURES["blue"].save(stored)
+    broken.write_bytes(b"no")
+    expected = [(4.5, 3.0, 2.0), (None, None, None), (1.0, 5.0, 3.25)]
+    assert judged(judge, PICTURES["red"], broken, stored) == expected
+    assert judged(pickle.loads(pickle.dumps(judge)), PICTURES["red"]) == expected[:1]
+
+
+def test_an_answer_that_was_cut_off_loses_its_last_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token is a letter, and all but the last one are allowed."""
+    monkeypatch.setattr(unified_reward_local, "MAX_TOKENS", len(lines(4.5, 3, 2)) - 1)
+    judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
+    assert judged(judge, PICTURES["red"]) == [(4.5, 3.0, None)]
+
+
+def test_a_prompt_with_the_model_s_own_mark_is_missing(folder: Path) -> None:
+    judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
+    (judgement,) = judge.judge([PICTURES["red"]], ["a <|image_pad|>"])
+    assert judgement.reason is not None and "2 times" in judgement.reason
+
+
+def test_provenance_is_of_the_files_and_the_prompt(folder: Path, tmp_path: Path) -> None:
+    version = UnifiedRewardLocal(folder, device="cpu").version
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert UnifiedRewardLocal(copy, device="cpu").version == version
+    assert UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE).version != version
+    assert version["precision"] == "float32"
+    with (copy / "config.json").open("a") as file:
+        file.write("\n")
+    assert UnifiedRewardLocal(copy, device="cpu").version != version
+
+
+def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(PrerequisiteError, match="neither a folder here nor in the Hugging Face cache"):
+        UnifiedRewardLocal(tmp_path / "nowhere")
+    with pytest.raises(PrerequisiteError, match=r"has no config\.json"):
+        UnifiedRewardLocal(tmp_path)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "chat_template.jinja").unlink()
+    with pytest.raises(PrerequisiteError, match="no chat template"):
+        UnifiedRewardLocal(copy, device="cpu").load()
+    (copy / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(PrerequisiteError, match="cannot be loaded"):
+        UnifiedRewardLocal(copy, device="cpu").load()
+    (copy / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(UserError, match="is a clip"):
+        UnifiedRewardLocal(copy, device="cpu").load()
