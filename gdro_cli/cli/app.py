@@ -16,6 +16,8 @@ from gdro_cli.cli.failures import exit_code_of
 from gdro_cli.cli.options import (
     DEFAULT_OUT,
     DEFAULT_RECIPE,
+    AtRewardOption,
+    CompareOption,
     DebugOption,
     DryRunOption,
     ExportOption,
@@ -23,6 +25,7 @@ from gdro_cli.cli.options import (
     OutOption,
     ProcessesOption,
     RecipeOption,
+    RunsArgument,
     SetOption,
 )
 from gdro_cli.errors import UserError
@@ -92,15 +95,21 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
+    runs: RunsArgument = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     overrides: SetOption = None,
     out: OutOption = DEFAULT_OUT,
     images: ImagesOption = None,
     export: ExportOption = None,
+    compare: CompareOption = False,
+    at_reward: AtRewardOption = None,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure the base and the trained model on held-out prompts, side by side."""
+    """Measure the base and the trained model on held-out prompts, side by side; or compare evaluated runs."""
+    if compare or runs or at_reward is not None:
+        _compare_runs(runs or [], out=out, at_reward=at_reward, asked=compare and images is None and export is None)
+        return
     job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if images is not None:
         _score_folder(job, images, export=export, dry_run=dry_run)
@@ -114,6 +123,18 @@ def evaluate(
     tables.print_comparisons("Signals of reward hacking", result.signals)
     tables.print_verdict(result.verdict)
     tables.print_result("Evaluation", result.summary)
+
+
+def _compare_runs(runs: list[str], *, out: Path, at_reward: float | None, asked: bool) -> None:
+    """``gdro eval --compare RUN RUN ...``: runs that have been evaluated, side by side and at the same reward."""
+    if not asked or len(runs) < 2:
+        raise UserError("to compare runs write `gdro eval --compare RUN RUN ...`: two or more, and no other pictures")
+    from gdro_cli.stages import compare as stage
+
+    result = stage.run(runs, at_reward=at_reward, workspace=out)
+    tables.print_table("Held-out prompts (mean, and paired difference to the first run)", *result.measure_table)
+    tables.print_table("At matched reward (validation prompts)", *result.matched_table)
+    tables.print_result("Comparison", result.summary)
 
 
 def _score_folder(job: launch.Job, images: Path, *, export: Path | None, dry_run: bool) -> None:

@@ -25,6 +25,13 @@ ImagesOption = Annotated[
     Path | None,
     typer.Option("--images", metavar="DIR", help="Score these pictures (NNNNN/metadata.jsonl, samples/) instead."),
 ]
+RunsArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs to compare (with --compare): folders or names.")
+]
+CompareOption = Annotated[bool, typer.Option("--compare", help="Compare evaluated runs instead of evaluating one.")]
+AtRewardOption = Annotated[
+    float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward, with --compare.")
+]
 ExportOption = Annotated[
     Path | None,
     typer.Option("--export", metavar="DIR", help="Also write both models' pictures there, in GenEval's layout."),

@@ -35,6 +35,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _prompts(recipe)
     yield from _sizes(recipe)
     yield from _train(recipe)
+    yield from _geneval(recipe)
     yield from _judge(recipe)
     yield from _ablation(recipe)
 
@@ -138,6 +139,25 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
             "'one_pass' needs a whole group in one forward pass, but train.micro_batch "
             f"({train.micro_batch}) is less than method.k ({recipe.method.k}): use 'two_pass' or 'auto'",
             ("train.micro_batch", "method.k"),
+        )
+
+
+def _geneval(recipe: Recipe) -> Iterator[Problem]:
+    settings = recipe.reward.geneval
+    if not isinstance(settings.objective, str) and not sum(settings.objective.values()):
+        yield Problem("reward.geneval.objective", "needs at least one weight above 0")
+    if settings.detector_model is not None and settings.detector != "mask2former":
+        yield Problem(
+            "reward.geneval.detector_model",
+            f"has no meaning for the detector {settings.detector!r}: remove it, or set the detector to 'mask2former'",
+            ("reward.geneval.detector",),
+        )
+    clip = settings.colours == "clip" or (settings.colours == "auto" and settings.detector == "mask2former")
+    if settings.colour_model is not None and not clip:
+        yield Problem(
+            "reward.geneval.colour_model",
+            "has no meaning where the palette names colours: remove it, or set reward.geneval.colours to 'clip'",
+            ("reward.geneval.colours", "reward.geneval.detector"),
         )
 
 

@@ -23,6 +23,7 @@ BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {
 #: The kinds of GenEval prompts.
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
+Objective = Literal["soft", "strict", "accuracy"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
@@ -125,10 +126,11 @@ class OcrReward(StrictModel):
 class GenEvalReward(StrictModel):
     """What finds the objects, what names their colours, and what the training wants."""
 
-    objective: Literal["soft", "strict", "accuracy"] = "soft"
+    objective: Objective | dict[Objective, Annotated[float, Field(ge=0)]] = "soft"
     """The reward that is trained on. `soft`: the mean of what each clause of the prompt got, 0 to 1; `strict`: 1 for
     exactly what was asked for; `accuracy`: 1 where the official metric says correct (more objects than asked for are
-    forgiven in most prompts). All three are stored, so a change costs no scoring."""
+    forgiven in most prompts); or their mean with given weights, such as `{soft: 1, accuracy: 2}`. All three are
+    stored, so a change costs no scoring."""
     detector: Literal["shapes", "mask2former"] = "shapes"
     """`shapes`: the small network for the embedded model's six shapes; `mask2former`: the 80 classes of COCO."""
     detector_model: str | None = Field(None, min_length=1)

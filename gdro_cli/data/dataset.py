@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.data.scores import ScoreTable
+from gdro_cli.data.scores import Detail, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 
@@ -93,11 +93,11 @@ class GroupDataset:
 
     @classmethod
     def load(
-        cls, store: GroupStore, table: ScoreTable, *, k: int, min_spread: float = 0.0, detail: str | None = None
+        cls, store: GroupStore, table: ScoreTable, *, k: int, min_spread: float = 0.0, detail: Detail = None
     ) -> Self:
         """Read the groups that have at least ``k`` scored images and reward spread above ``min_spread``.
 
-        ``detail`` names the entry of a score's details that is the reward; None takes the score itself.
+        ``detail`` says which number of a score's row is the reward.
 
         Raises StoreError when scores or shards are missing or damaged, the table belongs to another store,
         the latents differ in shape, or no group is left; ValueError when ``k`` is not between 2 and the

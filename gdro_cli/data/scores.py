@@ -35,6 +35,9 @@ TABLE_SCHEMA = 1
 _KIND = "gdro score table"
 _MANIFEST = "manifest.json"
 
+Detail = str | Mapping[str, float] | None
+"""Which number of a row: a key of its details, several with their weights, or (None) the score itself."""
+
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
@@ -54,8 +57,17 @@ class ScoreRow:
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"a score is a finite number, not {self.value}: use None and a reason")
 
-    def measured(self, detail: str | None = None) -> float | None:
-        """The score, or the number (or truth value) ``details[detail]``; None when it is missing."""
+    def measured(self, detail: Detail = None) -> float | None:
+        """The score, the number (or truth value) ``details[detail]``, or the mean of several with their weights.
+
+        None when it, or one of them, is missing.
+        """
+        if isinstance(detail, Mapping):
+            values = {name: self.measured(name) for name, weight in detail.items() if weight}
+            present = {name: value for name, value in values.items() if value is not None}
+            if len(present) < len(values):
+                return None
+            return math.fsum(detail[name] * value for name, value in present.items()) / math.fsum(detail.values())
         value = self.value if detail is None else self.details.get(detail)
         return None if value is None else float(value)
 

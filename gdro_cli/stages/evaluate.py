@@ -40,7 +40,7 @@ from gdro_cli.stages.quality import (
     rate_tables,
     signal_measures,
 )
-from gdro_cli.stages.report import write_csv, write_report
+from gdro_cli.stages.report import RESULTS_KIND, RESULTS_SCHEMA, write_csv, write_report
 from gdro_cli.stages.rewards import Measure, measures, open_pool, open_table
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.score import refuse_failures, score_missing
@@ -56,8 +56,6 @@ from gdro_cli.stages.workspace import (
     stores_folder,
     training_plan,
 )
-
-RESULTS_SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +234,7 @@ def report(
     out = folder.path / "evaluations" / f"results-{digest(digests)}"
     grid = draw_grid(out.with_suffix(".png"), base.rewards, trained.rewards, prompts=recipe.eval.grid_prompts)
     results = {
-        "kind": "gdro results",
+        "kind": RESULTS_KIND,
         "schema": RESULTS_SCHEMA,
         "recipe": recipe.name,
         "task": recipe.prompts.task,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +12,19 @@ from typing import Any
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
-from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, write_image_folder
+from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.errors import StoreError
-from gdro_cli.files import json_lines, make_folder, sha256_file, write_bytes, write_json
+from gdro_cli.files import (
+    json_lines,
+    make_folder,
+    partial_name,
+    remove_tree,
+    sha256_file,
+    storage_errors,
+    write_bytes,
+    write_json,
+)
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
@@ -130,14 +140,25 @@ def report(
 
 
 def write_pictures(folder: Path, tables: dict[str, ScoreTable]) -> None:
-    """Write the pictures of each table's store in the official layout, into a folder of its name.
+    """Write the pictures of each table's store in the official layout into a folder of its name; all or nothing.
 
     Raises:
-        UserError: a folder of the name is there already and not empty.
+        UserError: ``folder`` is there already and not empty.
         StoreError: the disk refuses.
     """
-    for name, table in tables.items():
-        write_image_folder(folder / name, _entries(table))
+    refuse_used(folder)
+    partial = partial_name(folder)
+    with storage_errors(folder):
+        try:
+            remove_tree(partial)
+            for name, table in tables.items():
+                write_image_folder(partial / name, _entries(table))
+            if folder.exists():
+                folder.rmdir()
+            partial.rename(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
 
 
 def _entries(table: ScoreTable) -> list[PromptPictures]:

@@ -17,11 +17,11 @@ MISSING: Final = "-"
 """What stands for a number that is not there; a 0 is always a measured 0."""
 PICTURE_SIDE = 256
 """Pixels; larger pictures are shrunk, or a page of fifty would weigh 100 MB."""
-SMALL = 0.01
-"""Below this a number is told with two significant digits."""
+SMALL, TINY = 0.01, 0.0001
+"""Below these a number has four decimals, or a power of ten."""
 
 VERDICTS: Mapping[str | None, str] = {
-    "healthy": "Healthy: nothing was found that speaks against the gain.",
+    "healthy": "Healthy: no sign that the reward was hacked.",
     "suspicious": "Suspicious: look at the pictures before you trust the reward.",
     "collapsed": "Collapsed: the pictures have broken down. Do not trust the reward.",
     None: "No verdict: neither quality nor picture signals were measured.",
@@ -44,11 +44,13 @@ def render(template: str, **content: Any) -> bytes:
 
 
 def number(value: float | None, *, sign: str = "") -> str:
-    """Three decimals, or two digits of what is smaller; a dash for what is missing."""
+    """Three decimals, four of what is small; a dash for what is missing."""
     if value is None or math.isnan(value):
         return MISSING
     value += 0.0  # no -0
-    return f"{value:{sign}.3f}" if value == 0 or abs(value) >= SMALL else f"{value:{sign}.2g}"
+    size = abs(value)
+    form = ".3f" if size >= SMALL or size == 0 else ".4f" if size >= TINY else ".0e"
+    return f"{value:{sign}{form}}"
 
 
 def signed(value: float | None) -> str:

@@ -13,7 +13,6 @@ from PIL import Image
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.corrected import corrected_score
-from gdro_cli.core.scores import paired_bootstrap
 from gdro_cli.core.signals import ImageSignals, group_diversity, image_signals, rank_disagreement
 from gdro_cli.core.verdict import Change, Verdict, verdict
 from gdro_cli.data.records import PromptRecord
@@ -38,7 +37,7 @@ class Rated:
 
     def values(self, measure: Measure) -> Measured:
         """The values of one measure."""
-        if measure.detail in GROUP_SIGNALS:
+        if isinstance(measure.detail, str) and measure.detail in GROUP_SIGNALS:
             return Measured([[self.groups[prompt.id][measure.detail]] for prompt in self.prompts], None)
         return measured(measure, self.prompts, self.rows)
 
@@ -131,8 +130,7 @@ def signal_measures(recipe: Recipe) -> tuple[Measure, ...]:
 def change(measure: Measure, base: Rated, trained: Rated, *, samples: int) -> Change:
     """The base's interval of one measure and the paired difference."""
     before, after = base.values(measure), trained.values(measure)
-    difference = paired_bootstrap(before.values, after.values, strata=before.strata, samples=samples)
-    return Change(before.interval(samples=samples), difference)
+    return Change(before.interval(samples=samples), after.gain(before, samples=samples))
 
 
 def pair_verdict(recipe: Recipe, base: Rated, trained: Rated) -> Verdict:

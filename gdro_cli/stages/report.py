@@ -122,15 +122,15 @@ def write_report(
     Raises:
         StoreError: it cannot be written.
     """
-    judged = "corrected" in results["measures"]
     names = ordered(results["measures"], ORDER)
-    headline = names[0]
-    losses, gains = _extremes(results, "corrected" if judged else None)
+    headline = next(iter(names), "reward")
+    judged = any(name in QUALITY for name in names)
+    by = "corrected" if "corrected" in names else None
+    losses, gains = _extremes(results, by)
     count = _shown_prompts(recipe)
     page = render(
         "report.html.j2",
         results=results,
-        headline=headline,
         judged=judged,
         weights=weights_text(results["weights"]),
         pictures=len(results["images"]["base"]) + len(results["images"]["trained"]),
@@ -142,7 +142,7 @@ def write_report(
         cases=_prompt_cases(results, workspace, count=count),
         losses=[_case(results, *each, workspace) for each in losses],
         gains=[_case(results, *each, workspace) for each in gains],
-        ranked_by="corrected score" if judged else "reward",
+        ranked_by="corrected score" if by else "reward",
         protocol=list(flat(results["protocol"])),
         recipe=list(flat(recipe)),
         environment=list(flat(environment)),
@@ -213,7 +213,7 @@ def _signal_line(name: str, found: Row) -> Line:
     base, difference = found.get("base"), found.get("difference")
     relative = ""
     if base and difference and base["mean"] and difference["mean"] is not None:
-        relative = f"{100 * difference['mean'] / abs(base['mean']):+.0f} %"
+        relative = f"{round(100 * difference['mean'] / abs(base['mean'])):+d} %"
     return _line(name, found, note=SIGNALS.get(name, ""), relative=relative or MISSING, limits=_limits(name))
 
 

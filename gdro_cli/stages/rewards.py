@@ -9,7 +9,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.geneval import TAGS, VOCABULARIES
 from gdro_cli.core.scores import Interval, bootstrap_ci, paired_bootstrap
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.scores import Detail, ScoreRow, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.rewards.base import Reward
@@ -27,8 +27,8 @@ class Measure:
     """A quantity that an evaluation reports."""
 
     name: str
-    detail: str | None = None
-    """The key of a score's details that holds it; None for the score itself."""
+    detail: Detail = None
+    """Which number of a score's row it is."""
     tag: str | None = None
     """Only prompts of this GenEval tag."""
     by_tag: bool = False
@@ -95,9 +95,12 @@ def measured(measure: Measure, prompts: Iterable[PromptRecord], rows: Iterable[S
     return Measured(list(values.values()), strata)
 
 
-def trained_detail(recipe: Recipe) -> str | None:
-    """The key of a score's details that is trained on; None for the score itself."""
-    return recipe.reward.geneval.objective if recipe.reward.kind == "geneval" else None
+def trained_detail(recipe: Recipe) -> Detail:
+    """Which number of a score's row is trained on."""
+    if recipe.reward.kind != "geneval":
+        return None
+    objective = recipe.reward.geneval.objective
+    return objective if isinstance(objective, str) else {str(name): weight for name, weight in objective.items()}
 
 
 def known_classes(recipe: Recipe) -> Collection[str] | None:

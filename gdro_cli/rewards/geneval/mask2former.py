@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 
 from gdro_cli.core.geneval import RENAMED
 from gdro_cli.errors import UserError
@@ -211,14 +211,13 @@ def _to_image(logits: Tensor, frame: Frame) -> Tensor:
 
 def _pixels(images: Sequence[Image.Image], frame: Frame, *, processor: Any) -> Tensor:
     """Images of one size as the network takes them, [N, 3, H, W], normalised with the model's mean and deviation."""
+    height, width = frame.scaled
     made = processor(
         images=[image.convert("RGB") for image in images],
         do_resize=True,
-        size=dict(zip(("height", "width"), frame.scaled, strict=True)),
-        size_divisor=0,  # transformers would stretch the image to it; mmdet pads
-        pad_size=dict(zip(("height", "width"), frame.padded, strict=True)),
+        size={"height": height, "width": width},
+        size_divisor=0,  # transformers would stretch the image to a multiple; mmdet pads
         resample=Image.Resampling.BILINEAR,
         return_tensors="pt",
     )
-    pixels: Tensor = made["pixel_values"]
-    return pixels
+    return pad(made["pixel_values"], (0, frame.padded[1] - width, 0, frame.padded[0] - height))

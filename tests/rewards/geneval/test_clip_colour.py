@@ -1,0 +1,225 @@
+"""The colour classifier: cut-outs by hand, and a tiny random CLIP of the real classes against sentences one by one."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import string
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import normalize
+
+from gdro_cli.core.geneval import COLOURS
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.rewards.geneval.clip_colour import MODEL, ClipColours, cut_out
+from gdro_cli.rewards.geneval.detection import Box, Detection, mask_box
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP with few random weights, a tokenizer of single letters, and an image processor for 32 x 32 pixels."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    path = tmp_path_factory.mktemp("colours") / "clip"
+    letters = [*string.ascii_lowercase, "-"]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
+    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
+    config = CLIPConfig(
+        text_config={**small, **ends, "vocab_size": len(words), "max_position_embeddings": 77},
+        vision_config={**small, "image_size": SIZE, "patch_size": 8},
+        projection_dim=16,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = CLIPModel(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.data = torch.randn_like(parameter) * 0.4  # CLIP's own start makes all pictures look alike
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    square = {"height": SIZE, "width": SIZE}
+    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square).save_pretrained(path)
+    return path
+
+
+def thing(label: str, box: tuple[int, int, int, int], *, width: int, height: int) -> Detection:
+    """A rectangle with one corner missing."""
+    mask = np.zeros((height, width), dtype=np.bool_)
+    mask[box[1] : box[3], box[0] : box[2]] = True
+    mask[box[1], box[0]] = False
+    found = mask_box(mask)
+    assert found is not None
+    return Detection(label, 0.9, found, mask)
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    """Coloured noise, coarse enough to look different everywhere."""
+    noise = np.random.default_rng(5).integers(0, 256, (6, 10, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((100, 60), Image.Resampling.NEAREST)
+
+
+@pytest.fixture(scope="module")
+def things() -> list[Detection]:
+    """More than one batch of them, of three classes, all over the picture."""
+    labels = ("dog", "tv remote", "cup")
+    boxes = [(x, y, x + 20 + y // 3, y + 15) for x in range(0, 70, 12) for y in range(0, 45, 14)]
+    return [thing(labels[i % 3], box, width=100, height=60) for i, box in enumerate(boxes)]
+
+
+def test_cut_out_by_hand() -> None:
+    """A 4 x 3 image, red 10 x column, green 10 x row; of the box's 2 x 2 pixels one is not the object's."""
+    pixels = np.zeros((3, 4, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(4) * 10, np.arange(3)[:, None] * 10
+    mask = np.zeros((3, 4), dtype=np.bool_)
+    mask[1, 2] = mask[2, 1] = mask[2, 2] = True
+    cut = cut_out(Image.fromarray(pixels), Detection("dog", 0.9, (1.0, 1.0, 3.0, 3.0), mask))
+    assert np.asarray(cut).tolist() == [[[0x99] * 3, [20, 10, 0]], [[10, 20, 0], [20, 20, 0]]]
+
+
+@pytest.mark.parametrize(
+    ("box", "size"),
+    [
+        ((-3.0, -1.0, 9.0, 9.0), (4, 3)),  # no wider than the image
+        ((0.6, 0.4, 2.6, 2.4), (2, 2)),  # columns 1 and 2, rows 0 and 1
+        ((2.0, 1.0, 2.2, 1.3), (1, 1)),  # never empty
+        ((4.0, 3.0, 5.0, 4.0), (1, 1)),
+    ],
+)
+def test_box_is_whole_pixels_inside_the_image(box: Box, size: tuple[int, int]) -> None:
+    found = Detection("dog", 0.9, box, np.ones((3, 4), dtype=np.bool_))
+    assert cut_out(Image.new("RGB", (4, 3)), found).size == size
+
+
+def test_mask_of_another_size_is_refused() -> None:
+    found = Detection("dog", 0.9, (0.0, 0.0, 1.0, 1.0), np.ones((4, 3), dtype=np.bool_))
+    with pytest.raises(ValueError, match=r"the mask is \(4, 3\), the image \(3, 4\)"):
+        cut_out(Image.new("RGB", (4, 3)), found)
+
+
+def test_classifier_is_the_mean_direction_of_the_three_sentences(folder: Path) -> None:
+    """Each sentence alone, padded to 77 tokens as the original padded: length 1, mean of three, length 1 again."""
+    colours = ClipColours(str(folder), device="cpu")
+    made = colours.classifier("tv remote")
+    network, _, tokenizer = colours._network()
+    assert made.shape == (10, 16)
+    for row, colour in enumerate(COLOURS):
+        mean = torch.zeros(16)
+        for sentence in (
+            f"a photo of a {colour} tv remote",
+            f"a photo of a {colour}-colored tv remote",
+            f"a photo of a {colour} object",
+        ):
+            tokens = tokenizer([sentence], padding="max_length", max_length=77, return_tensors="pt")
+            with torch.no_grad():
+                mean += normalize(network.get_text_features(tokens["input_ids"]).pooler_output[0], dim=0) / 3
+        torch.testing.assert_close(made[row], mean / mean.norm(), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(made, colours.classifier("cup"), atol=1e-3)
+    assert colours.classifier("tv remote") is made
+
+
+def test_names_are_those_of_the_nearest_direction(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
+    """Each object alone through CLIP's image processor; 24 objects are two batches."""
+    colours = ClipColours(str(folder), device="cpu")
+    named = colours.classify(picture, things)
+    network, processor, _ = colours._network()
+    expected = []
+    for found in things:
+        left, top, right, bottom = (int(edge) for edge in found.box)
+        grey = np.where(found.mask[..., None], np.asarray(picture), 0x99).astype(np.uint8)
+        cut = Image.fromarray(grey[top:bottom, left:right])
+        with torch.no_grad():
+            seen = network.get_image_features(processor(cut, return_tensors="pt")["pixel_values"]).pooler_output[0]
+        expected.append(COLOURS[int((colours.classifier(found.label) @ (seen / seen.norm())).argmax())])
+    assert len(things) == 24 and named == expected
+    assert len(set(named)) >= 3  # the random network tells some pictures apart
+    assert colours.classify(picture, []) == []
+
+
+def test_only_the_object_counts(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
+    colours = ClipColours(str(folder), device="cpu")
+    found = things[10]
+    pixels = np.asarray(picture).copy()
+    pixels[~found.mask] = 255 - pixels[~found.mask]
+    inside = np.where(found.mask[..., None], 255 - np.asarray(picture), np.asarray(picture)).astype(np.uint8)
+    embedded = colours._embed_pictures([cut_out(image, found) for image in map(Image.fromarray, (pixels, inside))])
+    own = colours._embed_pictures([cut_out(picture, found)])[0]
+    assert torch.allclose(embedded[0], own, atol=1e-6)
+    assert not torch.allclose(embedded[1], own, atol=1e-2)
+
+
+def test_thin_objects_look_like_thick_ones(folder: Path) -> None:
+    """Cut-outs of one colour, 1 and 3 pixels high: the latter could be taken for one with its channels first."""
+    cuts = [Image.new("RGB", size, (200, 30, 90)) for size in ((SIZE, SIZE), (40, 1), (40, 3), (3, 40))]
+    embedded = ClipColours(str(folder), device="cpu")._embed_pictures(cuts)
+    torch.testing.assert_close(embedded, embedded[:1].expand(4, -1), atol=1e-5, rtol=1e-4)
+
+
+def test_classifier_travels_without_its_weights(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
+    colours = ClipColours(str(folder), device="cpu")
+    before = pickle.dumps(colours)
+    here = colours.classify(picture, things)
+    assert abs(len(pickle.dumps(colours)) - len(before)) < 100
+    assert pickle.loads(before).classify(picture, things) == here
+
+
+def test_version_is_that_of_the_files(folder: Path, tmp_path: Path) -> None:
+    here = ClipColours(str(folder)).version
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    assert ClipColours(str(moved), device="cpu").version == here
+    assert json.loads(json.dumps(here)) == here
+    weights = load_file(moved / "model.safetensors")
+    weights["logit_scale"] += 1.0
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
+    changed = ClipColours(str(moved)).version
+    assert changed != here
+    settings = json.loads((moved / "preprocessor_config.json").read_text()) | {"resample": 0}
+    (moved / "preprocessor_config.json").write_text(json.dumps(settings))
+    assert ClipColours(str(moved)).version != changed
+
+
+def test_missing_parts_are_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(PrerequisiteError, match=r"copy has no tokenizer\.json or vocab\.json: fetch the whole folder"):
+        ClipColours(str(copy))
+    (copy / "config.json").write_text('{"model_type": "mask2former"}')
+    (copy / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"`reward\.geneval\.colour_model` names .*of the type mask2former; it must be"):
+        ClipColours(str(copy))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(PrerequisiteError) as caught:
+        ClipColours()
+    assert f"run `hf download {MODEL}`" in str(caught.value)
+    assert "a local folder as `reward.geneval.colour_model`" in str(caught.value)
+
+
+def test_published_size_can_be_built() -> None:
+    """ViT-L/14 at 224 pixels with its text half: 428 M parameters, from the published numbers."""
+    from transformers import CLIPConfig, CLIPModel
+
+    text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 24}
+    config = CLIPConfig(
+        text_config={**text, "vocab_size": 49408, "max_position_embeddings": 77},
+        vision_config={**vision, "image_size": 224, "patch_size": 14},
+        projection_dim=768,
+    )
+    with torch.device("meta"):
+        model = CLIPModel(config)
+    assert 427e6 < sum(parameter.numel() for parameter in model.parameters()) < 429e6
