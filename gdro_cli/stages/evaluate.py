@@ -80,6 +80,8 @@ class EvalResult:
     """The task's headline first, then its other measures, then what the judge says."""
     signals: tuple[Comparison, ...]
     verdict: Verdict
+    protocol: str
+    """The protocol's name."""
     failed: int
     """Images without a reward, base and trained together."""
     unjudged: int
@@ -97,6 +99,7 @@ class EvalResult:
             "prompts": str(self.comparisons[0].base.prompts),
             "images per model": str(self.comparisons[0].base.images),
             "weights of step": str(self.step),
+            "protocol": self.protocol,
         }
         if self.failed:
             rows["images without a score"] = str(self.failed)
@@ -233,6 +236,11 @@ def report(
     digests += [table.digest for table in (base.judgements, trained.judgements) if table is not None]
     out = folder.path / "evaluations" / f"results-{digest(digests)}"
     grid = draw_grid(out.with_suffix(".png"), base.rewards, trained.rewards, prompts=recipe.eval.grid_prompts)
+    protocol = protocol | {
+        "reward": dict(base.rewards.provenance),
+        "judge": None if base.judgements is None else dict(base.judgements.provenance),
+    }
+    name = protocol_name(recipe, protocol, prompts=len(before.prompts))
     results = {
         "kind": RESULTS_KIND,
         "schema": RESULTS_SCHEMA,
@@ -240,11 +248,8 @@ def report(
         "task": recipe.prompts.task,
         "method": recipe.method.model_dump(mode="json"),
         "run": folder.path.name,
-        "protocol": protocol
-        | {
-            "reward": dict(base.rewards.provenance),
-            "judge": None if base.judgements is None else dict(base.judgements.provenance),
-        },
+        "protocol": protocol,
+        "protocol_name": name,
         "weights": {"kind": recipe.eval.weights, "checkpoint": weights.checkpoint, "step": weights.step},
         "measures": {c.name: c.to_json() for c in comparisons},
         "signals": {c.name: c.to_json() for c in signals},
@@ -271,7 +276,14 @@ def report(
         environment=environment(),
     )
     failed, unjudged = before.failed + after.failed, before.unjudged + after.unjudged
-    return EvalResult(comparisons, signals, found, failed, unjudged, weights.step, path, page, grid)
+    return EvalResult(comparisons, signals, found, name, failed, unjudged, weights.step, path, page, grid)
+
+
+def protocol_name(recipe: Recipe, protocol: dict[str, Any], *, prompts: int) -> str:
+    """A short name of a protocol, such as ``ocr-128x2-5steps-1a2b3c4d5e6f``: equal names, comparable results."""
+    return (
+        f"{recipe.prompts.task}-{prompts}x{recipe.eval.images_per_prompt}-{recipe.eval_steps}steps-{digest(protocol)}"
+    )
 
 
 def _image_rows(rated: Rated, table: ScoreTable, workspace: Path) -> list[dict[str, Any]]:

@@ -14,10 +14,12 @@ from scipy import ndimage
 
 Pixels = NDArray[np.float32]
 """[64, 64, 3], 0 to 255."""
-Degradation = Callable[[Pixels, float, np.random.Generator], Pixels]
+Mask = NDArray[np.bool_]
+"""[64, 64], True where the sign or the shapes are."""
+Degradation = Callable[[Pixels, float, np.random.Generator, Mask], Pixels]
 
 
-def stripes(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+def stripes(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
     """A wave of dark and light stripes over the whole picture."""
     y, x = np.mgrid[0 : pixels.shape[0], 0 : pixels.shape[1]].astype(np.float32)
     angle, period = rng.uniform(0, np.pi), rng.uniform(3, 9)
@@ -26,30 +28,30 @@ def stripes(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels
     return np.asarray(pixels + wave[..., None] * (severity * 90 * tint), np.float32)
 
 
-def blur(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+def blur(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
     """Everything out of focus."""
     return np.asarray(ndimage.gaussian_filter(pixels, (3 * severity, 3 * severity, 0)), np.float32)
 
 
-def noise(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+def noise(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
     """Grain, coloured or grey."""
     channels = 3 if rng.random() < 0.5 else 1
     grain = rng.standard_normal((*pixels.shape[:2], channels), np.float32)
     return np.asarray(pixels + grain * np.float32(70 * severity), np.float32)
 
 
-def smears(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
-    """Regions dragged along one direction."""
+def smears(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
+    """Regions dragged along one direction, further with the severity."""
     result = pixels.copy()
     axis = int(rng.integers(2))
     dragged = ndimage.uniform_filter1d(pixels, 1 + round(18 * severity), axis=axis, mode="nearest")
-    for _ in range(4):
-        mask = _patch(pixels.shape, 0.55, rng)
+    for _ in range(3):
+        mask = _patch(pixels.shape, 0.85, rng)
         result[mask] = dragged[mask]
     return result
 
 
-def broken_edges(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+def broken_edges(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
     """Rows or columns torn against each other, so that no edge is straight."""
     size, axis = pixels.shape[0], int(rng.integers(2))
     widths = rng.integers(1, 5, size)
@@ -65,31 +67,35 @@ def broken_edges(pixels: Pixels, severity: float, rng: np.random.Generator) -> P
     return np.asarray(torn if axis == 0 else torn.swapaxes(0, 1), np.float32)
 
 
-def missing_parts(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
-    """Pieces cut out and filled with the mean colour around them."""
-    result = pixels.copy()
-    for _ in range(round(14 * severity)):
-        top, left = rng.integers(0, 58, 2)
-        height, width = rng.integers(5, 13, 2)
-        piece = result[top : top + height, left : left + width]
-        around = pixels[max(top - 3, 0) : top + height + 3, max(left - 3, 0) : left + width + 3]
-        piece[:] = around.mean(axis=(0, 1)) + rng.normal(0, 6, (1, 1, 3))
+def missing_parts(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
+    """Pieces of the sign or the shapes cut out: ``severity`` is about the share that is gone."""
+    result, gone = pixels.copy(), np.zeros(foreground.shape, bool)
+    behind = pixels[~foreground] if (~foreground).any() else pixels.reshape(-1, 3)
+    fill = behind.mean(axis=0)
+    rows, columns = np.nonzero(foreground) if foreground.any() else np.nonzero(~gone)
+    area = len(rows)
+    while gone[rows, columns].sum() < round(0.9 * severity * area):
+        pick = int(rng.integers(area))
+        height, width = rng.integers(2, 6, 2)
+        top, left = max(rows[pick] - height // 2, 0), max(columns[pick] - width // 2, 0)
+        gone[top : top + height, left : left + width] = True
+    result[gone] = fill + rng.normal(0, 8, (int(gone.sum()), 1))
     return result
 
 
-def flattened(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
-    """Texture smoothed away towards the mean colour of a wide neighbourhood."""
+def flattened(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
+    """The background's texture smoothed away towards the mean colour of a wide neighbourhood."""
     plain = ndimage.uniform_filter(ndimage.median_filter(pixels, (5, 5, 1)), (15, 15, 1), mode="nearest")
-    return np.asarray(pixels + severity * (plain - pixels), np.float32)
+    return np.where(foreground[..., None], pixels, pixels + severity * (plain - pixels)).astype(np.float32)
 
 
-def faded(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+def faded(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
     """Colours drained towards grey."""
     grey = pixels @ np.asarray((0.299, 0.587, 0.114), np.float32)
     return np.asarray(pixels + severity * 0.95 * (grey[..., None] - pixels), np.float32)
 
 
-def darkened(pixels: Pixels, severity: float, rng: np.random.Generator) -> Pixels:
+def darkened(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
     """Light and contrast lost, towards black or towards one glaring tint."""
     end = np.zeros(3, np.float32) if rng.random() < 0.5 else rng.uniform(120, 255, 3).astype(np.float32)
     return np.asarray(pixels + severity * 0.8 * (end - pixels), np.float32)
@@ -112,26 +118,17 @@ COHERENCE: dict[str, Degradation] = {
     "missing parts": missing_parts,
 }
 STYLE: dict[str, Degradation] = {"flattened": flattened, "faded": faded, "darkened": darkened}
-BACKGROUND_ONLY = frozenset({"flattened"})
+UNTEXTURED = frozenset({"plain"})
+"""Backgrounds in which there is nothing to flatten."""
 
 
 def degrade(
-    pixels: NDArray[np.uint8],
-    name: str,
-    severity: float,
-    rng: np.random.Generator,
-    *,
-    foreground: NDArray[np.bool_] | None = None,
+    pixels: NDArray[np.uint8], name: str, severity: float, rng: np.random.Generator, *, foreground: Mask
 ) -> NDArray[np.uint8]:
     """A picture [64, 64, 3] with one fault of ``COHERENCE`` or ``STYLE``; ``severity`` 0 changes nothing.
-
-    ``foreground`` [64, 64] is left as it is by faults that are the background's.
 
     Raises:
         KeyError: there is no fault of that name.
     """
     spoil = (COHERENCE | STYLE)[name]
-    spoilt = spoil(pixels.astype(np.float32), severity, rng)
-    if foreground is not None and name in BACKGROUND_ONLY:
-        spoilt[foreground] = pixels[foreground]
-    return np.clip(spoilt + 0.5, 0, 255).astype(np.uint8)
+    return np.clip(spoil(pixels.astype(np.float32), severity, rng, foreground) + 0.5, 0, 255).astype(np.uint8)

@@ -16,7 +16,7 @@ from gdro_cli.rewards.geneval.detection import Detection, mask_box
 from gdro_cli.rewards.geneval.rules import judge, wants_colours
 from gdro_cli.rewards.judge.embedded import CELLS, SPACE
 from gdro_cli.tiny.backgrounds import BACKGROUNDS
-from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
+from gdro_cli.tiny.degrade import COHERENCE, STYLE, UNTEXTURED, degrade
 from gdro_cli.tiny.pictures import NO_LABEL
 from gdro_cli.tiny.world import (
     ALPHABET,
@@ -91,6 +91,8 @@ def draw_example(rng: np.random.Generator, *, kind: str | None = None, clean: bo
             continue
         severity = float(rng.uniform(0, 1))
         name = list(faults)[rng.integers(len(faults))]
+        if name == "flattened" and content.picture.background in UNTEXTURED:
+            continue
         pixels = degrade(pixels, name, severity, rng, foreground=mask)
         if faults is COHERENCE:
             coherence = 1 - severity

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from scipy import stats
 from torch import Tensor, nn
@@ -23,19 +25,25 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gdro_cli.core.seeds import seed_for
+from gdro_cli.data.builtin import ocr_prompts
+from gdro_cli.data.geneval_prompts import geneval_prompts
 from gdro_cli.files import write_json
-from gdro_cli.rewards.base import read_rgb
+from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.sampling import sample_latents
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import EmbeddedJudge, JudgeNetwork, word_numbers
 from gdro_cli.tiny.assets import tiny_model_path
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
-from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
+from gdro_cli.tiny.degrade import COHERENCE, STYLE, UNTEXTURED, degrade
 from gdro_cli.tiny.judged import Example, draw_example, judge_vocabulary
+from gdro_cli.tiny.pictures import draw_picture
 from gdro_cli.tiny.train_detector import as_generated
-from gdro_cli.tiny.world import ALPHABET, COLOURS, SHAPES, foreground_mask, random_scene, random_sign
+from gdro_cli.tiny.world import ALPHABET, COLOURS, SHAPES, foreground_mask
 
 BATCH = 32
 LEARNING_RATE = 1e-3
+CALIBRATION = 120  # validation prompts of each task
+OCR_STEPS, GENEVAL_STEPS = 5, 3  # those of the shipped recipes
 AUXILIARY = 0.2  # weight of the losses that name what lies in each cell
 
 
@@ -48,7 +56,8 @@ class Examples(IterableDataset[dict[str, Tensor]]):
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Draw."""
         worker = get_worker_info()
-        torch.set_num_threads(1)
+        if worker is not None:
+            torch.set_num_threads(1)
         rng = np.random.default_rng(seed_for(self._seed, "tiny-judge", 0 if worker is None else worker.id))
         while True:
             yield collate([draw_example(rng) for _ in range(BATCH)], self._vocabulary)
@@ -90,16 +99,21 @@ class Teacher(nn.Module):
         return found
 
 
-def train(*, steps: int, seed: int, workers: int, out: Path) -> JudgeNetwork:
-    """Train from nothing with a learning rate that falls to 0."""
+def train(
+    *, steps: int, seed: int, workers: int, out: Path, rate: float = LEARNING_RATE, start: Path | None = None
+) -> JudgeNetwork:
+    """Train with a learning rate that rises to ``rate`` and falls to 0; ``start`` holds weights to go on from."""
     torch.manual_seed(seed_for(seed, "tiny-judge-weights"))
     stream = torch.Generator().manual_seed(seed_for(seed, "tiny-judge-noise"))
     vocabulary = judge_vocabulary()
     autoencoder = PatchAutoencoder.from_pretrained(tiny_model_path() / "vae").eval()
     teacher = Teacher(max(vocabulary.values()) + 1)
-    optimizer = torch.optim.AdamW(teacher.parameters(), lr=LEARNING_RATE, weight_decay=0.01, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.05)
-    batches = iter(DataLoader(Examples(seed, vocabulary), batch_size=None, num_workers=workers, prefetch_factor=8))
+    if start is not None:
+        teacher.judge.load_state_dict(load_file(start / "model.safetensors"))
+    optimizer = torch.optim.AdamW(teacher.parameters(), lr=rate, weight_decay=0.01, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
+    drawing, ahead = Examples(seed, vocabulary), 8 if workers else None
+    batches = iter(DataLoader(drawing, batch_size=None, num_workers=workers, prefetch_factor=ahead))
     began, sums = time.monotonic(), dict.fromkeys((*AXES, "letters", "things"), 0.0)
     for step in range(1, steps + 1):
         batch = next(batches)
@@ -127,17 +141,42 @@ def save(network: JudgeNetwork, folder: Path, anchors: dict[str, float]) -> None
     """Write what ``EmbeddedJudge`` reads."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": anchors})
-    save_file({name: value.contiguous() for name, value in network.state_dict().items()}, folder / "model.safetensors")
+    tensors = {name: value.contiguous().half() for name, value in network.state_dict().items()}  # half the package
+    save_file(tensors, folder / "model.safetensors")
 
 
-def calibrate(folder: Path, pictures: list[Path], prompts: list[str]) -> dict[str, float]:
-    """The mean quality of the base model's pictures on each axis; written into the judge's configuration."""
-    judge = EmbeddedJudge(folder)
-    means = judge.qualities([read_rgb(path) for path in pictures], prompts).double().mean(dim=0).tolist()
+def base_pictures() -> tuple[list[Image.Image], list[str]]:
+    """The base model's own pictures of validation prompts, sampled as the shipped recipes do, with their prompts."""
+    model = load_flow_model(str(tiny_model_path()))
+    height, width = model.default_size
+    pictures: list[Image.Image] = []
+    prompts: list[str] = []
+    for texts, steps in (
+        (ocr_prompts("ocr-validation", count=CALIBRATION), OCR_STEPS),
+        ([record.prompt for record in geneval_prompts("geneval-validation", count=CALIBRATION)], GENEVAL_STEPS),
+    ):
+        noise = model.noise([seed_for(0, "tiny-judge-calibration", text) for text in texts], height=height, width=width)
+        latents = sample_latents(
+            model,
+            noise,
+            model.encode(texts),
+            steps=steps,
+            guidance=1.0,
+            height=height,
+            width=width,
+            batch_size=BATCH,
+        )
+        pictures += model.decode(latents, height=height, width=width)
+        prompts += texts
+    return pictures, prompts
+
+
+def calibrate(folder: Path) -> dict[str, float]:
+    """Write the mean quality of the base model's own pictures on each axis into the judge's configuration."""
+    pictures, prompts = base_pictures()
+    means = EmbeddedJudge(folder).qualities(pictures, prompts).double().mean(dim=0).tolist()
     anchors = {axis: round(value, 4) for axis, value in zip(AXES, means, strict=True)}
-    network = JudgeNetwork(max(judge_vocabulary().values()) + 1)
-    network.load_state_dict(load_file(folder / "model.safetensors"))
-    save(network, folder, anchors)
+    write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": anchors})
     return anchors
 
 
@@ -153,7 +192,9 @@ def measure(folder: Path, *, pictures: int, seed: int) -> dict[str, dict[str, fl
             rng = np.random.default_rng(seed_for(seed, "tiny-judge-test", fault))
             severities, drawn, prompts = rng.uniform(0, 1, pictures), [], []
             for severity in severities:
-                picture = random_sign(rng) if rng.random() < 0.5 else random_scene(rng)
+                picture = draw_picture(rng, sign_share=0.5)
+                while fault == "flattened" and picture.background in UNTEXTURED:
+                    picture = draw_picture(rng, sign_share=0.5)
                 spoilt = degrade(np.asarray(picture.image), fault, severity, rng, foreground=foreground_mask(picture))
                 drawn.append(spoilt)
                 prompts.append(picture.prompt)
@@ -172,9 +213,7 @@ def measure(folder: Path, *, pictures: int, seed: int) -> dict[str, dict[str, fl
     return report
 
 
-def _scores(judge: EmbeddedJudge, drawn: list[np.ndarray], prompts: list[str]) -> np.ndarray:
-    from PIL import Image
-
+def _scores(judge: EmbeddedJudge, drawn: list[NDArray[np.uint8]], prompts: list[str]) -> NDArray[np.float32]:
     images = [Image.fromarray(each) for each in drawn]
     return np.concatenate(
         [judge.qualities(images[i : i + 64], prompts[i : i + 64]).numpy() for i in range(0, len(images), 64)]
@@ -186,6 +225,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and report")
     parser.add_argument("--steps", type=int, default=6_000, help="steps of 32 pictures")
+    parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="highest learning rate")
+    parser.add_argument("--start", type=Path, help="folder of weights to go on from")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that draw")
     parser.add_argument("--pictures", type=int, default=600, help="fresh pictures per fault in the report")
@@ -193,8 +234,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.only_report:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        network = train(steps=arguments.steps, seed=arguments.seed, workers=arguments.workers, out=arguments.out)
+        network = train(
+            steps=arguments.steps,
+            seed=arguments.seed,
+            workers=arguments.workers,
+            out=arguments.out,
+            rate=arguments.rate,
+            start=arguments.start,
+        )
         save(network, arguments.out, dict.fromkeys(AXES, 0.5))
+        calibrate(arguments.out)
     report = measure(arguments.out, pictures=arguments.pictures, seed=arguments.seed + 1)
     write_json(arguments.out / "report.json", report)
     print(json.dumps(report, indent=2))  # noqa: T201

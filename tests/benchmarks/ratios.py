@@ -25,8 +25,8 @@ from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.rewards import open_reward
 from gdro_cli.stages.sample import sample_groups
-from gdro_cli.stages.score import open_reward
 from gdro_cli.stages.train import attach_adapter
 from gdro_cli.stages.workspace import open_model, open_prompts, training_plan
 

@@ -20,9 +20,9 @@ from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, plan, sample, score, train
-from gdro_cli.stages.evaluate import trained_weights
+from gdro_cli.stages.evaluate import applied, trained_run
+from gdro_cli.stages.rewards import open_table
 from gdro_cli.stages.sample import fill_store, sample_groups, training_store
-from gdro_cli.stages.score import open_table
 from gdro_cli.stages.workspace import evaluation_plan, open_model, open_prompts
 from gdro_cli.tiny.assets import tiny_model_path
 
@@ -52,7 +52,7 @@ def test_results_hold_intervals_protocol_and_every_image(finished: Finished) -> 
     assert results["measures"]["reward"]["base"]["images"] == 8
     assert results["measures"]["reward"]["base"]["prompts"] == 4
     assert results["protocol"]["seed"] == 1000
-    assert results["protocol"]["weights"] == "ema"
+    assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4}
     assert (evaluated.results.parent / results["grid"]).is_file()
     assert results["protocol"]["reward"]["reward"] == "ocr"
     assert len(results["images"]["trained"]) == 8
@@ -136,13 +136,14 @@ def test_the_pipeline_with_the_adapter_draws_the_evaluated_pictures(
     finished: Finished, make_recipe: MakeRecipe
 ) -> None:
     """``pipe.load_lora_weights(run)`` on the untouched pipeline folder gives the pictures that were evaluated."""
-    _, trained, _ = finished
+    workspace, trained, _ = finished
     recipe = make_recipe()
     model = open_model(recipe)
     settings = evaluation_plan(recipe, model, images_per_prompt=1)
     prompt = open_prompts(recipe, recipe.prompts.eval).records[0]
-    checkpoint = load_checkpoint(latest_checkpoint(trained.run.path))  # type: ignore[arg-type]
-    with trained_weights(recipe, model, checkpoint):
+    folder, weights = trained_run(recipe, workspace, model)
+    assert (folder.path, weights.step) == (trained.run.path, 4)
+    with applied(recipe, model, weights):
         (group,) = sample_groups(model, (prompt,), settings, batch_size=1)
     pipe = FluxPipeline.from_pretrained(tiny_model_path(), dtype=torch.float32)
     pipe.load_lora_weights(trained.run.path)

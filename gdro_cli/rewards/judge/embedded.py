@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -30,7 +31,8 @@ CELLS = 8  # picture tokens per side, of 8 pixels each: one letter of the world'
 TEXT_LENGTH = 28
 ANCHOR = 3.4
 """Where the mean quality of the base model's own pictures lies on each axis, as FLUX.1 does in the paper."""
-_WORD = re.compile(r'"[^"]*"?|[a-z]+')
+_WORD = re.compile(r'"[^"]*"?|[A-Za-z]+')
+_QUOTES = dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
 PADDING, UNKNOWN, SPACE = 0, 1, 2
 
 
@@ -98,12 +100,12 @@ class _Residual(nn.Module):
 def word_numbers(prompt: str, vocabulary: Mapping[str, int]) -> list[int]:
     """The prompt as ``TEXT_LENGTH`` numbers: a word each, inside double quotes a letter each."""
     numbers: list[int] = []
-    for piece in _WORD.findall(prompt.replace("\u201c", '"').replace("\u201d", '"')):
+    for piece in _WORD.findall(prompt.translate(_QUOTES)):
         if piece.startswith('"'):
             letters = piece.strip('"').upper()
             numbers += [SPACE if letter == " " else vocabulary.get(letter, UNKNOWN) for letter in letters]
         else:
-            numbers.append(vocabulary.get(piece, UNKNOWN))
+            numbers.append(vocabulary.get(piece.lower(), UNKNOWN))
     return (numbers + [PADDING] * TEXT_LENGTH)[:TEXT_LENGTH]
 
 
@@ -123,6 +125,7 @@ class EmbeddedJudge:
         try:
             held = json.loads(config.read_text(encoding="utf-8"))
             self._vocabulary = {str(word): int(number) for word, number in held["vocabulary"].items()}
+            self._words = max(self._vocabulary.values()) + 1
             self._anchors = tuple(float(held["calibration"][axis]) for axis in AXES)
             digests = {path.name: sha256_file(path) for path in (config, weights)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -137,10 +140,15 @@ class EmbeddedJudge:
         return self._version
 
     def load(self) -> None:
-        """Load the network; a second call does nothing."""
+        """Load the network; a second call does nothing. Raises ``PrerequisiteError`` for weights that do not fit."""
         if self._network is None:
-            network = JudgeNetwork(max(self._vocabulary.values()) + 1)
-            network.load_state_dict(load_file(self._weights))
+            try:
+                network = JudgeNetwork(self._words)
+                network.load_state_dict(load_file(self._weights))
+            except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+                raise PrerequisiteError(
+                    f"the judge's weights {self._weights} are damaged: reinstall gdro_cli"
+                ) from error
             self._network = network.eval()
 
     def judge(self, images: Sequence[ImageSource], prompts: Sequence[str]) -> list[Judgement]:

@@ -1,0 +1,235 @@
+"""Evaluation points during training: quality beside reward, the best point's weights, and an end at a collapse."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.corrected import corrected_score
+from gdro_cli.rewards.judge.base import AXES
+from gdro_cli.runtime.checkpoint import latest_checkpoint
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages import evaluate, train
+from gdro_cli.stages.outcome import STOPPED, best_folder
+
+Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
+MakeRecipe = Callable[..., Recipe]
+QUALITY = {*AXES, "u", "corrected", "unjudged"}
+LEVELS = ("healthy", "suspicious", "collapsed")
+
+
+def points_of(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == "validation"]
+
+
+def json_of(path: Path) -> dict[str, Any]:
+    held: dict[str, Any] = json.loads(path.read_text())
+    return held
+
+
+def mean(rows: list[dict[str, Any]], name: str) -> float:
+    values = [row["details"][name] for row in rows]
+    return sum(values) / len(values)
+
+
+# --- with a judge --------------------------------------------------------------------------------------------
+
+
+def test_points_hold_quality_and_a_verdict(finished: Finished) -> None:
+    points = points_of(finished[1].run.path)
+    assert [row["step"] for row in points] == [0, 4]
+    for row in points:
+        assert QUALITY | {"reward", "low", "high", "protocol", "verdict", "seconds"} <= row.keys()
+        assert all(1 <= row[name] <= 5 for name in (*AXES, "u"))
+        assert row["u"] == pytest.approx(sum(row[axis] for axis in AXES) / 3)
+        assert (row["prompts"], row["images"], row["failed"], row["unjudged"]) == (2, 2, 0, 0)
+        assert row["verdict"] in LEVELS
+    assert points[0]["verdict"] == "healthy"  # the base model against itself
+    assert points[0]["protocol"] == points[1]["protocol"]
+
+
+def test_the_point_at_step_0_is_the_base_model(finished: Finished) -> None:
+    """An adapter that has not learnt yet changes nothing; the rows of the base model are on the disk."""
+    run = finished[1].run.path
+    base, first = json_of(run / "validation" / "base.json"), points_of(run)[0]
+    assert (base["protocol"], base["judged"]) == (first["protocol"], True)
+    assert len(base["rows"]) == 2 and set(base["groups"]) == {row["prompt_id"] for row in base["rows"]}
+    for name in (*AXES, "u", "corrected"):
+        assert mean(base["rows"], name) == pytest.approx(first[name], abs=1e-6)
+    for row in base["rows"]:
+        assert row["details"]["corrected"] == corrected_score(row["value"], row["details"]["u"])
+
+
+def test_each_point_has_its_sheet_of_pictures(finished: Finished) -> None:
+    folder = finished[1].run.path / "validation"
+    assert sorted(path.name for path in folder.glob("*.png")) == ["step-000000.png", "step-000004.png"]
+    for path in folder.glob("*.png"):
+        with Image.open(path) as sheet:
+            assert sheet.size == (60 + 2 * 168, 2 * 15 + 8 + 160 + 30 + 8)  # two prompts, one row
+
+
+def test_the_best_point_is_kept_and_exported(finished: Finished, make_recipe: MakeRecipe) -> None:
+    """Only step 4 can be: the untrained model is no candidate."""
+    _, trained, evaluated = finished
+    run = trained.run.path
+    assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": points_of(run)[-1]["corrected"]}
+    assert trained.summary["weights kept"] == "those of step 4, the best evaluation point"
+    assert evaluated.step == 4
+    best, last = latest_checkpoint(best_folder(trained.run)), latest_checkpoint(run)
+    assert best is not None and last is not None
+    for name in ("adapter.safetensors", "ema.safetensors"):
+        assert (best / name).read_bytes() == (last / name).read_bytes()
+    exported, average = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (run, last / "ema"))
+    assert exported.keys() == average.keys() and all(torch.equal(exported[name], average[name]) for name in exported)
+
+
+def test_the_base_model_is_measured_once(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A run that goes on from step 3 reads the stored rows; by another protocol it measures the base again.
+
+    The best point of the first protocol is kept until a point of the other one comes.
+    """
+    workspace, trained, _ = finished
+    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / trained.run.path.name
+    base = run / "validation" / "base.json"
+    before = base.stat().st_mtime_ns
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    again = train.run(make_recipe(), tmp_path, Reporter(quiet=True))
+    assert again.resumed_from == 3
+    assert base.stat().st_mtime_ns == before
+    first, second = points_of(trained.run.path)[-1], points_of(run)[-1]
+    assert {**second, "seconds": 0} == {**first, "seconds": 0}
+
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    other = make_recipe(eval={"validation_images_per_prompt": 2})
+    train.run(other, tmp_path, Reporter(quiet=True))
+    third = points_of(run)[-1]
+    assert (third["step"], third["images"]) == (4, 4) and third["protocol"] != first["protocol"]
+    assert len(json_of(base)["rows"]) == 4 and json_of(base)["protocol"] == third["protocol"]
+    assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": third["corrected"]}
+
+
+def test_an_evaluation_writes_its_report(finished: Finished) -> None:
+    workspace, trained, evaluated = finished
+    run = trained.run.path
+    results = json_of(run / "results.json")
+    assert evaluated.results == run / "results.json" and evaluated.page == run / "report.html"
+    assert (results["kind"], results["schema"], results["task"]) == ("gdro results", 2, "ocr")
+    assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4}
+    assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area", *AXES, "u", "corrected"}
+    signals = {"dark_share", "edge_density", "colour_entropy", "high_frequency", "stripe_peak", "diversity"}
+    assert signals | {"text_area"} <= set(results["signals"]) <= signals | {"text_area", "rank_disagreement"}
+    assert results["verdict"]["level"] in LEVELS and results["verdict"]["reasons"]
+    assert results["verdict"] == {"level": evaluated.verdict.level, "reasons": list(evaluated.verdict.reasons)}
+    assert (results["failed"], results["unjudged"]) == (0, 0)
+    assert results["protocol"]["judge"]["axes"] == list(AXES)
+    for side in ("base", "trained"):
+        rows = results["images"][side]
+        assert len(rows) == 8 and all((workspace / row["file"]).is_file() for row in rows)
+        for name in ("u", "corrected", "dark_share"):
+            interval = (results["measures"] | results["signals"])[name][side]
+            assert interval["mean"] == pytest.approx(mean(rows, name)) and interval["images"] == 8
+    gain = results["measures"]["u"]
+    assert gain["difference"]["mean"] == pytest.approx(gain["trained"]["mean"] - gain["base"]["mean"])
+    with (run / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert len(table) == 16 and all(row["u"] and row["corrected"] for row in table)
+    assert "corrected" in (run / "report.html").read_text()
+    one = run / "evaluations" / f"{Path(results['grid']).stem}.json"
+    assert json_of(one) == results
+
+
+# --- a model that is destroyed on purpose ----------------------------------------------------------------------
+
+DESTROYED: dict[str, Any] = {
+    "prompts": {"validation": {"count": 12}},
+    "method": {"gamma": 0.0, "beta": 0.01},
+    "train": {"lr": 0.3, "steps": 6, "eval_every": 1, "checkpoint_every": 6, "stop_on_collapse": True},
+}
+
+
+@pytest.fixture(scope="module")
+def destroyed(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path_factory: pytest.TempPathFactory, quiet: Reporter
+) -> tuple[Path, train.TrainResult]:
+    workspace = tmp_path_factory.mktemp("destroyed")
+    shutil.copytree(finished[0] / "stores", workspace / "stores")
+    return workspace, train.run(make_recipe(**DESTROYED), workspace, quiet)
+
+
+def test_training_ends_where_the_pictures_collapse(destroyed: tuple[Path, train.TrainResult]) -> None:
+    run = destroyed[1].run.path
+    points = points_of(run)
+    stopped = json_of(run / STOPPED)
+    assert [row["verdict"] for row in points][-1] == "collapsed"
+    assert all(row["verdict"] != "collapsed" for row in points[:-1])
+    assert stopped["step"] == points[-1]["step"] < 6 and stopped["reasons"]
+    assert points[-1]["u"] < points[0]["u"] - 0.5
+    last = latest_checkpoint(run)
+    assert last is not None and last.name == f"step-{stopped['step']:06d}"
+    assert "collapsed" in destroyed[1].summary["training"]
+
+
+def test_a_run_that_ended_early_is_not_continued(
+    destroyed: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, quiet: Reporter
+) -> None:
+    workspace, first = destroyed
+    before = first.run.metrics_path.read_text()
+    again = train.run(make_recipe(**DESTROYED), workspace, quiet)
+    assert again.run.path == first.run.path
+    assert first.run.metrics_path.read_text() == before
+    assert "collapsed" in again.summary["training"]
+
+
+def test_a_destroyed_model_can_be_evaluated(
+    destroyed: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, quiet: Reporter
+) -> None:
+    workspace, trained = destroyed
+    recipe = make_recipe(**DESTROYED, eval={"checkpoint": "last"})
+    found = evaluate.run(recipe, workspace, quiet)
+    assert found.step == json_of(trained.run.path / STOPPED)["step"]
+    results = json_of(found.results)
+    assert results["measures"]["u"]["difference"]["mean"] < -0.5
+    assert found.verdict.level == "collapsed"
+
+
+# --- without a judge -------------------------------------------------------------------------------------------
+
+
+def test_without_a_judge_there_is_no_quality_and_the_best_point_goes_by_the_reward(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    shutil.copytree(finished[0] / "stores", tmp_path / "stores")
+    for table in tmp_path.glob("stores/*/scores/*"):
+        if json_of(table / "manifest.json")["name"] == "judge":
+            shutil.rmtree(table)
+    recipe = make_recipe(judge={"kind": "none"})
+    trained = train.run(recipe, tmp_path, quiet)
+    assert trained.run.path.name == finished[1].run.path.name  # nothing is learnt from a judge
+    points = points_of(trained.run.path)
+    for row in points:
+        assert not QUALITY & row.keys()
+        assert row["verdict"] in LEVELS
+    assert points[0]["protocol"] != points_of(finished[1].run.path)[0]["protocol"]
+    assert json_of(trained.run.path / "best" / "best.json") == {"step": 4, "reward": points[-1]["reward"]}
+    found = evaluate.run(recipe, tmp_path, quiet)
+    results = json_of(found.results)
+    assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area"}
+    assert "rank_disagreement" not in results["signals"] and "dark_share" in results["signals"]
+    assert results["protocol"]["judge"] is None and results["unjudged"] == found.unjudged == 0
+    assert results["verdict"] is not None
+    for side in ("base", "trained"):
+        assert all(not QUALITY & row["details"].keys() for row in results["images"][side])
+    assert {json_of(path)["name"] for path in tmp_path.glob("**/scores/*/manifest.json")} == {"ocr"}
+    assert found.page.is_file()
