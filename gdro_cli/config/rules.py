@@ -163,6 +163,10 @@ def _geneval(recipe: Recipe) -> Iterator[Problem]:
 
 def _judge(recipe: Recipe) -> Iterator[Problem]:
     judge = recipe.judge
+    if judge.base_url is not None and ("@" in judge.base_url or "?" in judge.base_url):
+        yield Problem(
+            "judge.base_url", "must not hold a name, a key or a query: name the key's variable in api_key_env"
+        )
     for key in ("base_url", "model"):
         given = getattr(judge, key) is not None
         if judge.kind == "unified-reward" and not given:

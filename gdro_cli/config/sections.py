@@ -177,6 +177,8 @@ class JudgeSection(StrictModel):
     """Seconds that one request may take. Above 0."""
     retries: int = Field(4, ge=0)
     """How often a request that failed is repeated. 0 or more."""
+    max_failed_share: float = Field(0.05, ge=0, le=1)
+    """Share of images without a judgement from which `gdro eval` refuses. 0 to 1."""
 
 
 class LoraSection(StrictModel):

@@ -99,12 +99,14 @@ class ScoringPool:
     Args:
         reward: a reward that is not loaded yet; it is pickled and sent to the workers.
         workers: how many processes; ``None`` for one per usable core. They share the cores as threads.
+        largest_chunk: images that a worker gets at a time at most.
     """
 
-    def __init__(self, reward: Reward, *, workers: int | None = None) -> None:
+    def __init__(self, reward: Reward, *, workers: int | None = None, largest_chunk: int = LARGEST_CHUNK) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"a pool needs at least one worker, got {workers}")
         self._reward = reward
+        self._largest_chunk = largest_chunk
         self._count = usable_cores() if workers is None else workers
         self._threads = max(1, usable_cores() // self._count)
         self._workers: list[_Worker] = []
@@ -143,7 +145,8 @@ class ScoringPool:
         if not self._workers:
             raise ValueError("the pool is not open: use it in a `with` statement")
         try:
-            return _Batch(images, prompts, on_scored=on_scored).run(self._workers, self._replace)
+            batch = _Batch(images, prompts, largest_chunk=self._largest_chunk, on_scored=on_scored)
+            return batch.run(self._workers, self._replace)
         except BaseException:
             self.close()
             raise
@@ -178,8 +181,10 @@ class _Batch:
         images: Sequence[ImageSource],
         prompts: Sequence[PromptLike],
         *,
+        largest_chunk: int,
         on_scored: Callable[[int], None] | None,
     ) -> None:
+        self._largest_chunk = largest_chunk
         self._images = images
         self._prompts = prompts
         self._on_scored = on_scored
@@ -190,7 +195,7 @@ class _Batch:
     def run(self, workers: Sequence[_Worker], replace: Callable[[_Worker], int | None]) -> list[Score]:
         """Hand chunks to workers and collect the scores until none is left."""
         # Four chunks for each worker at least, so that the workers finish at about the same time.
-        size = max(1, min(LARGEST_CHUNK, len(self._images) // (4 * len(workers))))
+        size = max(1, min(self._largest_chunk, len(self._images) // (4 * len(workers))))
         everything = range(len(self._images))
         self._waiting.extend(_Chunk(tuple(everything[i : i + size])) for i in everything[::size])
         while True:

@@ -130,9 +130,11 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | N
         base = evaluation.measure(stores_folder(workspace), weights="base")
         with applied(recipe, model, weights):
             trained = evaluation.measure(folder.path / "evaluations", weights=weights.identity)
+    with folder.lock():
+        result = report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
     if export is not None:
         write_pictures(export, {"base": base.rewards, "trained": trained.rewards})
-    return report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
+    return result
 
 
 def trained_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[RunFolder, RunWeights]:
@@ -209,11 +211,12 @@ class _Evaluation:
         fill_store(self.model, store, self.plan, recipe=recipe, reporter=reporter, stop=stop, label=label)
         rewards = open_table(recipe, store)
         score_missing(rewards, open_pool(recipe), reporter=reporter, stop=stop, label=f"scoring, {who}")
-        refuse_failures(recipe, rewards)
+        refuse_failures(rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
         if self.judge is None:
             return _Tables(rewards, None)
-        judgements, pool = open_judge_table(self.judge, store), open_judge_pool(self.judge)
-        score_missing(judgements, pool, reporter=reporter, stop=stop, label=f"judging, {who}")
+        judgements, pool = open_judge_table(self.judge, store), open_judge_pool(recipe, self.judge)
+        score_missing(judgements, pool, reporter=reporter, stop=stop, label=f"judging, {who}", refuse_empty=True)
+        refuse_failures(judgements, allowed=recipe.judge.max_failed_share, key="judge.max_failed_share")
         return _Tables(rewards, judgements)
 
 
@@ -250,7 +253,12 @@ def report(
         "run": folder.path.name,
         "protocol": protocol,
         "protocol_name": name,
-        "weights": {"kind": recipe.eval.weights, "checkpoint": weights.checkpoint, "step": weights.step},
+        "weights": {
+            "kind": recipe.eval.weights,
+            "checkpoint": weights.checkpoint,
+            "step": weights.step,
+            "chosen_by": weights.chosen_by,
+        },
         "measures": {c.name: c.to_json() for c in comparisons},
         "signals": {c.name: c.to_json() for c in signals},
         "verdict": {"level": found.level, "reasons": list(found.reasons)},

@@ -146,6 +146,7 @@ def write_pictures(folder: Path, tables: dict[str, ScoreTable]) -> None:
         UserError: ``folder`` is there already and not empty.
         StoreError: the disk refuses.
     """
+    folder = folder.resolve()  # also for a name like `.`
     refuse_used(folder)
     partial = partial_name(folder)
     with storage_errors(folder):

@@ -43,10 +43,11 @@ def _open(recipe: Recipe, kind: str) -> Judge:
     )
 
 
-def open_judge_pool(judge: JudgeReward) -> ScoringPool:
+def open_judge_pool(recipe: Recipe, judge: JudgeReward) -> ScoringPool:
     """Processes that judge; an endpoint is asked by one, which sends several requests at a time."""
-    small = dict(judge.version["judge"]).get("judge") == "embedded"
-    return ScoringPool(judge, workers=None if small else 1)
+    if dict(judge.version["judge"]).get("judge") == "embedded":
+        return ScoringPool(judge)
+    return ScoringPool(judge, workers=1, largest_chunk=4 * recipe.judge.concurrency)
 
 
 def open_judge_table(judge: JudgeReward, store: GroupStore) -> ScoreTable:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import remove_tree, sha256_file
+from gdro_cli.files import sha256_file
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
 
@@ -28,29 +28,29 @@ class RunWeights:
     """``best`` or ``last``."""
     adapter: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
+    chosen_by: Mapping[str, Any] | None
+    """Measure, score and validation protocol by which the best point was chosen; None for the last step."""
     identity: str
     """Names the weights that the recipe evaluates: ``ema`` or ``raw``, and their digest."""
 
 
-def score_of(row: Mapping[str, Any], headline: str) -> tuple[str, float]:
-    """What evaluation points are compared by: the corrected score, without a judge the task's headline measure."""
-    name = "corrected" if "corrected" in row else headline
-    return name, float(row[name])
-
-
 def keep_if_best(
-    folder: RunFolder, row: Mapping[str, Any], *, headline: str, tensors: Mapping[str, Mapping[str, Tensor]]
+    folder: RunFolder, row: Mapping[str, Any], *, measure: str, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> bool:
     """Keep the weights of an evaluation point if no earlier point of the same protocol was better.
+
+    A point that lacks the measure is no candidate.
 
     Args:
         folder: the run.
         row: the point's metrics, with ``step`` and ``protocol``.
-        headline: the task's headline measure.
+        measure: what points are compared by: ``corrected``, without a judge the task's headline measure.
         tensors: ``adapter`` and ``ema``.
     """
-    name, score = score_of(row, headline)
-    state = {"measure": name, "score": score, "protocol": row["protocol"]}
+    if measure not in row:
+        return False
+    score = float(row[measure])
+    state = {"measure": measure, "score": score, "protocol": row["protocol"]}
     place = best_folder(folder)
     path = latest_checkpoint(place)
     if path is not None:
@@ -58,11 +58,8 @@ def keep_if_best(
         comparable = all(held.state.get(key) == state[key] for key in ("measure", "protocol"))
         if comparable and (held.state["score"] > score or (held.state["score"] == score and held.step <= row["step"])):
             return False
-    kept = save_checkpoint(place, int(row["step"]), tensors=tensors, state=state, keep=1)
-    for other in kept.parent.iterdir():  # a better point of an earlier start, or of another protocol, may be later
-        if other != kept:
-            remove_tree(other)
-    folder.write_json("best/best.json", {"step": int(row["step"]), name: score})
+    save_checkpoint(place, int(row["step"]), tensors=tensors, state=state, keep=1)
+    folder.write_json("best/best.json", {"step": int(row["step"]), measure: score})
     return True
 
 
@@ -90,6 +87,7 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
         checkpoint="last" if kept is None else "best",
         adapter=chosen.tensors["adapter"],
         ema=chosen.tensors["ema"],
+        chosen_by=None if kept is None else chosen.state,
         identity=f"{recipe.eval.weights} {sha256_file(file)}",
     )
 

@@ -21,7 +21,7 @@ SMALL, TINY = 0.01, 0.0001
 """Below these a number has four decimals, or a power of ten."""
 
 VERDICTS: Mapping[str | None, str] = {
-    "healthy": "Healthy: no sign that the reward was hacked.",
+    "healthy": "Healthy: nothing that was measured moved beyond its limit.",
     "suspicious": "Suspicious: look at the pictures before you trust the reward.",
     "collapsed": "Collapsed: the pictures have broken down. Do not trust the reward.",
     None: "No verdict: neither quality nor picture signals were measured.",

@@ -57,7 +57,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
         table = open_table(recipe, store)
         fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
         made = score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
-        refuse_failures(recipe, table)
+        refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
     return ScoreResult(table, table.summary(), best_of_group(table), made)
 
 
@@ -68,8 +68,11 @@ def score_missing(
     reporter: Reporter,
     stop: StopFlag,
     label: str = "scoring",
+    refuse_empty: bool = False,
 ) -> int:
     """Score the shards that ``table`` lacks and return their number; ``pool`` starts only if there are any.
+
+    ``refuse_empty`` takes a shard without a single score for an outage: it is not kept, but asked again next time.
 
     Raises:
         Interrupted: between two shards; finished ones are kept.
@@ -96,6 +99,11 @@ def score_missing(
                 ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
                 for image, score in zip(images, scores, strict=True)
             ]
+            if refuse_empty and all(row.value is None for row in rows):
+                raise StoreError(
+                    f"stopped while {label}: not one of {len(rows)} images got an answer ({rows[0].reason}); what was"
+                    f" finished is kept in {table.path}: mend the cause and run the command again"
+                )
             table.write_shard(number, rows)
             stop.check(
                 f"stopped while {label}; finished shards are kept in {table.path}: run the command again to go on"
@@ -103,19 +111,18 @@ def score_missing(
     return len(missing)
 
 
-def refuse_failures(recipe: Recipe, table: ScoreTable) -> None:
+def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
     """Check the share of images without a score.
 
     Raises:
-        StoreError: it is above ``reward.max_failed_share``.
+        StoreError: it is above ``allowed``, the value of the recipe key ``key``.
     """
     totals = table.summary()
-    if totals.missing_share > recipe.reward.max_failed_share:
+    if totals.missing_share > allowed:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])
         raise StoreError(
             f"{totals.images - totals.scored} of {totals.images} images in {table.path} could not be scored, more than"
-            f" reward.max_failed_share ({recipe.reward.max_failed_share:g}) allows ({reasons}): mend the cause, delete"
-            " that folder and run `gdro score` again"
+            f" {key} ({allowed:g}) allows ({reasons}): mend the cause, delete that folder and run the command again"
         )
 
 

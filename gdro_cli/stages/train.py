@@ -76,7 +76,9 @@ class TrainResult:
     @property
     def summary(self) -> dict[str, str]:
         """What the command line shows."""
-        rows = {"run": str(self.run.path), "steps": str(self.steps)}
+        last = latest_checkpoint(self.run.path)
+        step = self.steps if last is None else load_checkpoint(last).step
+        rows = {"run": str(self.run.path), "steps": str(step)}
         if self.resumed_from == self.steps:
             rows["training"] = "was finished already"
         elif self.resumed_from:
@@ -134,7 +136,7 @@ def training_set(
     if engine.is_main:
         fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
         score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
-        refuse_failures(recipe, table)
+        refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
     engine.barrier()
     model.release_encoders()
     model.release_decoder()
@@ -157,7 +159,16 @@ def precision(recipe: Recipe) -> Precision:
 
 def learnt_from(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that its training depends on, as JSON."""
-    return recipe.model_dump(mode="json", exclude=_NOT_LEARNT_FROM)
+    whole = recipe.model_dump(mode="json")
+    kept = recipe.model_dump(mode="json", exclude=_NOT_LEARNT_FROM)
+    for kind in ("ocr", "geneval"):
+        if kind != recipe.reward.kind:
+            kept["reward"].pop(kind)
+    if recipe.train.stop_on_collapse:  # then the evaluation points decide where the training ends
+        kept |= {"judge": whole["judge"], "eval": whole["eval"]}
+        kept["prompts"]["validation"] = whole["prompts"]["validation"]
+        kept["train"]["eval_every"] = whole["train"]["eval_every"]
+    return kept
 
 
 def run_path(recipe: Recipe, workspace: Path, inputs: dict[str, str]) -> Path:
@@ -210,6 +221,8 @@ class Trainer:
         )
         self.ema = Ema(self.parameters, section.ema.rate, section.ema.max_decay)
         self.step = 0
+        self.collapse: dict[str, Any] | None = None
+        """Where and why the training is to end early."""
         images = section.groups_per_step // engine.world * recipe.method.k
         fits = section.micro_batch is None or images <= section.micro_batch
         self.gradient = GroupGradient(
@@ -258,19 +271,19 @@ class Trainer:
         self.engine.log(numbers, self.step)
         headline = measures(self.recipe)[0].name
         more = "".join(
-            f" {name} {row[name]:.3f}," for name in dict.fromkeys((headline, "u", "corrected")) if name in row
+            f" {name} {row[name]:.3f}," for name in (headline, "u", "corrected") if name in row and name != "reward"
         )
         reporter.say(
             f"step {self.step}: validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],"
-            f"{more.replace(f' reward {row[headline]:.3f},', '')} {row['images']} images"
-            + ("" if found is None else f", {found.level}")
+            f"{more} {row['images']} images" + ("" if found is None else f", {found.level}")
         )
-        if self.step:
+        if self.step and validation.is_fair(row):
             tensors = {"adapter": lora_state(self.model), "ema": self.ema.state()}
-            keep_if_best(self.folder, {"step": self.step, **row}, headline=headline, tensors=tensors)
+            measure = headline if validation.judges is None else "corrected"
+            keep_if_best(self.folder, {"step": self.step, **row}, measure=measure, tensors=tensors)
         if not self.recipe.train.stop_on_collapse or found is None or found.level != "collapsed":
             return False
-        self.folder.write_json(STOPPED, {"step": self.step, "reasons": list(found.reasons)})
+        self.collapse = {"step": self.step, "reasons": list(found.reasons)}
         reporter.say(f"step {self.step}: the training ends here, the pictures have collapsed: {found.reasons[0]}")
         return True
 
@@ -365,6 +378,8 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             if step % section.checkpoint_every == 0 or last or ended or stop.requested:
                 trainer.save()
             if ended:
+                if trainer.collapse is not None:
+                    folder.write_json(STOPPED, trainer.collapse)  # only now that the step's checkpoint is there
                 return
             stop.check(f"stopped after step {step} of {section.steps}; run the same command again to go on")
 

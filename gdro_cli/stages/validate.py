@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -60,6 +60,7 @@ class Validation:
         model.release_encoders()
         judge = open_judge(recipe)
         versions = [dict(open_reward(recipe).version), None if judge is None else dict(judge.version)]
+        versions.append({"trained on": trained_detail(recipe)})
         return cls(
             recipe,
             model,
@@ -68,7 +69,7 @@ class Validation:
             conditioning,
             run / FOLDER,
             stack.enter_context(open_pool(recipe)),
-            None if judge is None else stack.enter_context(open_judge_pool(judge)),
+            None if judge is None else stack.enter_context(open_judge_pool(recipe, judge)),
             digest([*astuple(plan), prompts.digest, recipe.eval.weights, *versions]),
         )
 
@@ -78,6 +79,8 @@ class Validation:
         if self.base is None:
             with without_adapter():
                 self.base = self.look(step=None)
+            if self.base.failed or self.base.unjudged:
+                return  # good enough for this start; measured again at the next
             rows = [row.to_json() for row in self.base.rows]
             content = {"protocol": self.protocol, "judged": self.base.judged, "groups": self.base.groups, "rows": rows}
             write_json(self.folder / "base.json", content)
@@ -97,9 +100,8 @@ class Validation:
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
-            headline.name: rated.values(headline).interval(samples=samples).mean,
         }
-        for measure in quality_measures(self.recipe):
+        for measure in (headline, *quality_measures(self.recipe)):
             if rated.has(measure):
                 row[measure.name] = rated.values(measure).interval(samples=samples).mean
         found = None if self.base is None else pair_verdict(self.recipe, self.base, rated)
@@ -107,6 +109,12 @@ class Validation:
         row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
         row |= {"unjudged": rated.unjudged} if rated.judged else {}
         return row | {"seconds": time.perf_counter() - began}, found
+
+    def is_fair(self, row: Mapping[str, float | int | str]) -> bool:
+        """Whether so few pictures failed that the point may be compared with others."""
+        images = len(self.prompts) * self.plan.images_per_prompt
+        missing = max(int(row["failed"]), int(row.get("unjudged", 0)))
+        return missing <= self.recipe.reward.max_failed_share * images
 
     def look(self, *, step: int | None) -> Rated:
         """Sample, score and judge; with a step, also draw the sheet of that step."""
@@ -144,6 +152,8 @@ def _read_base(path: Path, protocol: str, prompts: PromptSet) -> Rated | None:
         if held["protocol"] != protocol:
             return None
         rows = tuple(ScoreRow(**row) for row in held["rows"])
+        if not {row.prompt_id for row in rows} == {prompt.id for prompt in prompts.records} == set(held["groups"]):
+            return None
         return Rated(prompts.records, rows, held["groups"], bool(held["judged"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # measured again

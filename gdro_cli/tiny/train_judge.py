@@ -133,7 +133,7 @@ def train(
                 file.write(json.dumps({**row, "seconds": round(time.monotonic() - began, 1)}) + "\n")
             sums = dict.fromkeys(sums, 0.0)
         if step % 500 == 0:
-            save(teacher.judge, out, dict.fromkeys(AXES, 0.5))
+            save(teacher.judge, out / "unfinished", dict.fromkeys(AXES, 0.5))
     return teacher.judge.eval()
 
 

@@ -1,0 +1,94 @@
+"""Training of the embedded world's judge, a few steps of the real thing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from gdro_cli.core.seeds import seed_for
+from gdro_cli.rewards.judge.base import AXES
+from gdro_cli.rewards.judge.embedded import EmbeddedJudge, JudgeNetwork
+from gdro_cli.tiny.degrade import COHERENCE, STYLE
+from gdro_cli.tiny.judged import draw_example, judge_vocabulary
+from gdro_cli.tiny.train_judge import Examples, Teacher, collate, main, measure, save, train
+
+STEPS = 3
+WORDS = max(judge_vocabulary().values()) + 1
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> JudgeNetwork:
+    return train(steps=STEPS, seed=3, workers=0, out=tmp_path_factory.mktemp("training"))
+
+
+def held_out_losses(judge: JudgeNetwork) -> dict[str, float]:
+    rng = np.random.default_rng(99)
+    batch = collate([draw_example(rng) for _ in range(32)], judge_vocabulary())
+    teacher = Teacher(WORDS)
+    teacher.judge = judge
+    pixels = batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.inference_mode():
+        return {name: float(value) for name, value in teacher.losses(pixels, batch).items()}
+
+
+def test_a_few_steps_lower_the_loss_on_pictures_not_trained_on(trained: JudgeNetwork) -> None:
+    """Saying 1/2 to everything costs log 2 on each axis; the same first weights are near that."""
+    torch.manual_seed(seed_for(3, "tiny-judge-weights"))
+    before, after = held_out_losses(Teacher(WORDS).judge), held_out_losses(trained)
+    first, last = (sum(losses[axis] for axis in AXES) for losses in (before, after))
+    assert first == pytest.approx(3 * math.log(2), abs=0.6)
+    assert last < first
+    assert set(before) == {*AXES, "letters", "things"}
+
+
+def test_batches_are_a_function_of_the_seed() -> None:
+    one, again, other = (next(iter(Examples(seed, judge_vocabulary()))) for seed in (1, 1, 2))
+    assert {name: tuple(value.shape) for name, value in one.items()} == {
+        "pixels": (32, 64, 64, 3), "words": (32, 28), "qualities": (32, 3), "letters": (32, 64), "things": (32, 64)
+    }  # fmt: skip
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not torch.equal(one["pixels"], other["pixels"])
+
+
+def test_saved_weights_judge_as_the_network_does(trained: JudgeNetwork, tmp_path: Path) -> None:
+    """They are stored in half precision: 11 bits of each weight."""
+    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    rng = np.random.default_rng(4)
+    examples = [draw_example(rng) for _ in range(8)]
+    batch = collate(examples, judge_vocabulary())
+    with torch.inference_mode():
+        expected = trained(batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1, batch["words"]).sigmoid()
+    images = [Image.fromarray(each.pixels) for each in examples]
+    found = EmbeddedJudge(tmp_path).qualities(images, [each.prompt for each in examples])
+    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+
+
+def test_the_report_names_every_fault_and_kind(trained: JudgeNetwork, tmp_path: Path) -> None:
+    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    found = measure(tmp_path, pictures=6, seed=0)
+    assert set(found) == {
+        *(f"coherence: {fault}" for fault in COHERENCE),
+        *(f"style: {fault}" for fault in STYLE),
+        "alignment: signs",
+        "alignment: shapes",
+    }
+    assert all(-1 <= each["rank correlation"] <= 1 for each in found.values())
+    assert measure(tmp_path, pictures=6, seed=0) == found
+
+
+def test_the_command_reports_on_weights_that_are_there(
+    trained: JudgeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    monkeypatch.setattr("sys.argv", ["train_judge", "--out", str(tmp_path), "--pictures", "4", "--only-report"])
+    main()
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == json.loads(capsys.readouterr().out)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
