@@ -165,7 +165,8 @@ def learnt_from(recipe: Recipe) -> dict[str, Any]:
         if kind != recipe.reward.kind:
             kept["reward"].pop(kind)
     if recipe.train.stop_on_collapse:  # then the evaluation points decide where the training ends
-        kept |= {"judge": whole["judge"], "eval": whole["eval"]}
+        unseen = ("checkpoint", "images_per_prompt", "grid_prompts")  # `gdro eval` alone reads them
+        kept |= {"judge": whole["judge"], "eval": {k: v for k, v in whole["eval"].items() if k not in unseen}}
         kept["prompts"]["validation"] = whole["prompts"]["validation"]
         kept["train"]["eval_every"] = whole["train"]["eval_every"]
     return kept

@@ -126,7 +126,9 @@ def test_an_evaluation_writes_its_report(finished: Finished) -> None:
     results = json_of(run / "results.json")
     assert evaluated.results == run / "results.json" and evaluated.page == run / "report.html"
     assert (results["kind"], results["schema"], results["task"]) == ("gdro results", 2, "ocr")
-    assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4}
+    point = points_of(run)[-1]
+    chosen = {"measure": "corrected", "score": point["corrected"], "protocol": point["protocol"]}
+    assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4, "chosen_by": chosen}
     assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area", *AXES, "u", "corrected"}
     signals = {"dark_share", "edge_density", "colour_entropy", "high_frequency", "stripe_peak", "diversity"}
     assert signals | {"text_area"} <= set(results["signals"]) <= signals | {"text_area", "rank_disagreement"}
@@ -178,7 +180,9 @@ def test_training_ends_where_the_pictures_collapse(destroyed: tuple[Path, train.
     assert points[-1]["u"] < points[0]["u"] - 0.5
     last = latest_checkpoint(run)
     assert last is not None and last.name == f"step-{stopped['step']:06d}"
+    assert (run / STOPPED).stat().st_mtime_ns > (last / "manifest.json").stat().st_mtime_ns  # a kill between repeats
     assert "collapsed" in destroyed[1].summary["training"]
+    assert destroyed[1].summary["steps"] == str(stopped["step"])
 
 
 def test_a_run_that_ended_early_is_not_continued(
@@ -202,6 +206,24 @@ def test_a_destroyed_model_can_be_evaluated(
     results = json_of(found.results)
     assert results["measures"]["u"]["difference"]["mean"] < -0.5
     assert found.verdict.level == "collapsed"
+
+
+def test_where_it_ends_is_learnt_from_only_if_points_decide_it(make_recipe: MakeRecipe) -> None:
+    """What the verdict depends on names a run that may end early; what `gdro eval` alone reads never names one."""
+    watched = [
+        {"prompts": {"validation": {"count": 3}}},
+        {"judge": {"kind": "none"}},
+        {"eval": {"seed": 7}},
+        {"eval": {"weights": "raw"}},
+        {"train": {"eval_every": 2}},
+    ]
+    unwatched = [{"eval": {"checkpoint": "last"}}, {"eval": {"images_per_prompt": 3}}, {"eval": {"grid_prompts": 1}}]
+    for stop in (False, True):
+        plain = train.learnt_from(make_recipe(train={"stop_on_collapse": stop}))
+        for change in [*watched, *unwatched]:
+            section = {**change.get("train", {}), "stop_on_collapse": stop}
+            other = train.learnt_from(make_recipe(**{**change, "train": section}))
+            assert (other != plain) == (stop and change in watched), change
 
 
 # --- without a judge -------------------------------------------------------------------------------------------

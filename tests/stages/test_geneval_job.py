@@ -113,6 +113,9 @@ def test_validation_reports_the_objective_and_the_overall_score(job: Job) -> Non
         assert 0 <= row["low"] <= row["reward"] <= row["high"] <= 1
         assert row["overall"] in (0.0, 0.5, 1.0)  # the verdicts on two pictures of two tags
         assert (row["prompts"], row["images"], row["failed"]) == (2, 2, 0)
+        assert not {"u", "corrected", "unjudged"} & row.keys()  # the recipe has no judge
+    best = json.loads((job[1].run.path / "best" / "best.json").read_text())
+    assert best == {"step": 2, "overall": points[-1]["overall"]}
 
 
 def test_every_tag_is_compared(job: Job) -> None:

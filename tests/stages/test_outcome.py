@@ -14,7 +14,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.outcome import STOPPED, best_folder, evaluated_weights, keep_if_best, score_of
+from gdro_cli.stages.outcome import STOPPED, best_folder, evaluated_weights, keep_if_best
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -32,7 +32,7 @@ def weights(step: int, *, place: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 def offer(run: RunFolder, step: int, score: float, **changes: Any) -> bool:
     row = {"step": step, "protocol": "p", "reward": 0.5, "corrected": score, **changes}
-    return keep_if_best(run, row, headline="reward", tensors=weights(step))
+    return keep_if_best(run, row, measure="corrected", tensors=weights(step))
 
 
 def kept(run: RunFolder) -> tuple[int, float]:
@@ -51,13 +51,6 @@ def checkpoint(run: RunFolder, step: int) -> None:
 
 
 # --- the best point ------------------------------------------------------------------------------------------
-
-
-def test_points_are_compared_by_the_corrected_score_if_there_is_one() -> None:
-    row = {"reward": 0.9, "overall": 0.7, "corrected": 0.3}
-    assert score_of(row, "overall") == ("corrected", 0.3)
-    del row["corrected"]
-    assert score_of(row, "overall") == ("overall", 0.7)
 
 
 def test_the_first_point_is_the_best(run: RunFolder) -> None:
@@ -84,14 +77,23 @@ def test_the_same_point_again_replaces_nothing(run: RunFolder) -> None:
     assert kept(run) == (10, 0.5)
 
 
-@pytest.mark.parametrize("changes", [{"protocol": "other"}, {"corrected": None}])
-def test_another_protocol_or_measure_begins_anew(run: RunFolder, changes: dict[str, Any]) -> None:
-    """What was best by other prompts, or by u, says nothing here, however high it was; nor does a later step."""
+@pytest.mark.parametrize(("protocol", "measure"), [("other", "corrected"), ("p", "reward")])
+def test_another_protocol_or_measure_begins_anew(run: RunFolder, protocol: str, measure: str) -> None:
+    """What was best by other prompts, or by another number, says nothing here, however high it was."""
     offer(run, 30, 0.9)
-    row = {"step": 20, "protocol": "p", "reward": 0.1, "corrected": 0.1, **changes}
-    row = {key: value for key, value in row.items() if value is not None}
-    assert keep_if_best(run, row, headline="reward", tensors=weights(20))
+    row = {"step": 20, "protocol": protocol, "reward": 0.1, "corrected": 0.1}
+    assert keep_if_best(run, row, measure=measure, tensors=weights(20))
     assert kept(run) == (20, 0.1)
+
+
+def test_a_point_without_the_measure_is_no_candidate(run: RunFolder) -> None:
+    """Neither first nor instead of another: the judge gave no answer there."""
+    row = {"step": 10, "protocol": "p", "reward": 0.9, "unjudged": 2}
+    assert not keep_if_best(run, row, measure="corrected", tensors=weights(10))
+    assert latest_checkpoint(best_folder(run)) is None
+    assert offer(run, 20, 0.5)
+    assert not keep_if_best(run, {**row, "step": 30}, measure="corrected", tensors=weights(30))
+    assert kept(run) == (20, 0.5)
 
 
 def test_a_later_point_of_an_earlier_start_stays_if_it_is_better(run: RunFolder) -> None:
@@ -120,6 +122,7 @@ def test_the_best_point_or_the_end_is_evaluated(run: RunFolder, make_recipe: Mak
     assert best is not None and last is not None
     assert (best.step, best.checkpoint) == (2, "best")
     assert (last.step, last.checkpoint) == (4, "last")
+    assert best.chosen_by == {"measure": "corrected", "score": 0.5, "protocol": "p"} and last.chosen_by is None
     assert best.adapter["lora"].tolist() == [2.0] * 3 and best.ema["lora"].tolist() == [1.0] * 3
     assert last.adapter["lora"].tolist() == [104.0] * 3 and last.ema["lora"].tolist() == [52.0] * 3
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gdro_cli.tiny.degrade import BACKGROUND_ONLY, COHERENCE, STYLE, degrade
+from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
 from gdro_cli.tiny.world import Picture, foreground_mask, random_scene, random_sign
 
 FAULTS = (*COHERENCE, *STYLE)
 SEVERITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+NOWHERE = np.zeros((64, 64), bool)
 PROPORTIONAL = ("stripes", "noise", "flattened", "faded", "darkened")
 """Faults that add severity times something: no pixel may come back towards what it was."""
 
@@ -28,19 +29,23 @@ def pixels_of(picture: Picture) -> NDArray[np.uint8]:
 
 
 def change(picture: Picture, fault: str, severity: float, *, seed: int) -> NDArray[np.int64]:
-    before = pixels_of(picture)
-    return np.abs(degrade(before, fault, severity, np.random.default_rng(seed)).astype(int) - before)
+    before, rng = pixels_of(picture), np.random.default_rng(seed)
+    return np.abs(degrade(before, fault, severity, rng, foreground=foreground_mask(picture)).astype(int) - before)
 
 
 def grey(level: int = 128) -> NDArray[np.uint8]:
     return np.full((64, 64, 3), level, np.uint8)
 
 
+def spoilt(pixels: NDArray[np.uint8], fault: str, severity: float, *, seed: int = 0) -> NDArray[np.uint8]:
+    """A picture that is nothing but background."""
+    return degrade(pixels, fault, severity, np.random.default_rng(seed), foreground=NOWHERE)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_severity_0_changes_nothing(fault: str, pictures: list[Picture]) -> None:
     for seed, picture in enumerate(pictures):
-        mask = foreground_mask(picture)
-        for foreground in (None, mask):
+        for foreground in (NOWHERE, foreground_mask(picture)):
             after = degrade(pixels_of(picture), fault, 0.0, np.random.default_rng(seed), foreground=foreground)
             assert np.array_equal(after, pixels_of(picture))
 
@@ -77,28 +82,44 @@ def test_a_picture_stays_a_picture_and_the_given_one_as_it_was(fault: str, pictu
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_only_faults_of_the_background_leave_the_foreground_alone(fault: str, pictures: list[Picture]) -> None:
+def test_only_flattening_leaves_the_foreground_alone(fault: str, pictures: list[Picture]) -> None:
     inside = outside = 0
     for seed, picture in enumerate(pictures):
         mask = foreground_mask(picture)
-        after = degrade(pixels_of(picture), fault, 1.0, np.random.default_rng(seed), foreground=mask)
-        changed = (after != pixels_of(picture)).any(axis=2)
+        changed = change(picture, fault, 1.0, seed=seed).any(axis=2)
         inside += int(changed[mask].sum())
         outside += int(changed[~mask].sum())
     assert outside > 0
-    assert (inside == 0) == (fault in BACKGROUND_ONLY)
+    assert (inside == 0) == (fault == "flattened")
 
 
-def test_without_a_foreground_the_whole_picture_is_background(pictures: list[Picture]) -> None:
-    assert {"flattened"} == BACKGROUND_ONLY
-    picture = pictures[1]
-    mask = foreground_mask(picture)
-    assert change(picture, "flattened", 1.0, seed=0)[mask].mean() > 1
+def test_flattening_takes_texture_and_not_the_mean(pictures: list[Picture]) -> None:
+    for picture in pictures:
+        before, background = pixels_of(picture).astype(float), ~foreground_mask(picture)
+        after = spoilt(pixels_of(picture), "flattened", 1.0).astype(float)
+        assert np.abs(after[foreground_mask(picture)] - before[foreground_mask(picture)]).mean() > 1  # all background
+        if picture.background == "grassy":
+            assert after[background].std(axis=0).max() < before[background].std(axis=0).max()
+
+
+def test_the_missing_share_of_the_foreground_is_the_severity_s() -> None:
+    """Pieces of at most 5 x 5 are cut out until 0.9 x severity of 400 pixels are gone, and none but near them."""
+    mask = NOWHERE.copy()
+    mask[20:40, 20:40] = True
+    before = grey(60)
+    before[mask] = 220
+    near = np.zeros_like(mask)
+    near[16:44, 16:44] = True
+    for severity in (0.1, 0.5, 1.0):
+        after = degrade(before, "missing parts", severity, np.random.default_rng(1), foreground=mask)
+        gone = (after[mask].astype(int) < 160).all(axis=1).sum()  # the background's 60 and a noise of 8
+        assert 360 * severity <= gone < 360 * severity + 25
+        assert np.array_equal(after[~near], before[~near])
 
 
 def test_noise_has_its_standard_deviation() -> None:
     """70 x 0.5 = 35 around 128, cut off at 3.6 standard deviations; 64 x 64 draws: a standard error of 0.4."""
-    after = degrade(grey(), "noise", 0.5, np.random.default_rng(0)).astype(float)
+    after = spoilt(grey(), "noise", 0.5).astype(float)
     assert after.mean() == pytest.approx(128, abs=2)
     assert after.std() == pytest.approx(35, abs=1.5)
 
@@ -106,7 +127,7 @@ def test_noise_has_its_standard_deviation() -> None:
 def test_stripes_are_a_wave_of_their_height() -> None:
     """A sine of amplitude 90 x 0.5 x (1 +- 0.3) has a root mean square of 45 / sqrt(2) = 31.8 (1 +- 0.3)."""
     for seed in range(6):
-        wave = degrade(grey(), "stripes", 0.5, np.random.default_rng(seed)).astype(float) - 128
+        wave = spoilt(grey(), "stripes", 0.5, seed=seed).astype(float) - 128
         for channel in np.sqrt(np.square(wave).mean(axis=(0, 1))):
             assert 0.67 * 31.8 < channel < 1.33 * 31.8
 
@@ -118,24 +139,24 @@ def test_fading_keeps_a_twentieth_of_the_colour() -> None:
     """
     red = np.empty((64, 64, 3), np.uint8)
     red[:] = (200, 100, 40)
-    after = degrade(red, "faded", 1.0, np.random.default_rng(0))
+    after = spoilt(red, "faded", 1.0)
     assert np.unique(after.reshape(-1, 3), axis=0).tolist() == [[127, 122, 119]]
-    assert np.array_equal(degrade(grey(77), "faded", 1.0, np.random.default_rng(0)), grey(77))
+    assert np.array_equal(spoilt(grey(77), "faded", 1.0), grey(77))
 
 
 def test_darkening_keeps_a_fifth_of_the_contrast(pictures: list[Picture]) -> None:
     """0.2 x pixel + 0.8 x end: the standard deviation of each channel falls to a fifth, rounding aside."""
     for seed, picture in enumerate(pictures[:8]):
         before = pixels_of(picture).astype(float).std(axis=(0, 1))
-        after = degrade(pixels_of(picture), "darkened", 1.0, np.random.default_rng(seed)).astype(float)
+        after = spoilt(pixels_of(picture), "darkened", 1.0, seed=seed).astype(float)
         assert after.std(axis=(0, 1)) == pytest.approx(0.2 * before, abs=0.5)
 
 
 def test_what_needs_an_edge_leaves_a_flat_picture_flat() -> None:
     for fault in ("blur", "smears", "broken edges", "flattened"):
-        assert np.array_equal(degrade(grey(), fault, 1.0, np.random.default_rng(3)), grey())
+        assert np.array_equal(spoilt(grey(), fault, 1.0), grey())
 
 
 def test_an_unknown_fault_is_refused() -> None:
     with pytest.raises(KeyError, match="melted"):
-        degrade(grey(), "melted", 0.5, np.random.default_rng(0))
+        spoilt(grey(), "melted", 0.5)

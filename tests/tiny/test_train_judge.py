@@ -14,6 +14,7 @@ from PIL import Image
 from gdro_cli.core.seeds import seed_for
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import EmbeddedJudge, JudgeNetwork
+from gdro_cli.tiny import train_judge
 from gdro_cli.tiny.degrade import COHERENCE, STYLE
 from gdro_cli.tiny.judged import draw_example, judge_vocabulary
 from gdro_cli.tiny.train_judge import Examples, Teacher, collate, main, measure, save, train
@@ -80,6 +81,23 @@ def test_the_report_names_every_fault_and_kind(trained: JudgeNetwork, tmp_path: 
     }
     assert all(-1 <= each["rank correlation"] <= 1 for each in found.values())
     assert measure(tmp_path, pictures=6, seed=0) == found
+
+
+def test_calibration_writes_the_mean_of_the_base_models_pictures(
+    trained: JudgeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two prompts of each task here; the weights stay as they are."""
+    monkeypatch.setattr(train_judge, "CALIBRATION", 2)
+    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    before = (tmp_path / "model.safetensors").read_bytes()
+    pictures, prompts = train_judge.base_pictures()
+    assert [picture.size for picture in pictures] == [(64, 64)] * 4
+    assert ['"' in prompt for prompt in prompts] == [True, True, False, False]
+    anchors = train_judge.calibrate(tmp_path)
+    means = EmbeddedJudge(tmp_path).qualities(pictures, prompts).double().mean(dim=0).tolist()
+    assert [anchors[axis] for axis in AXES] == pytest.approx(means, abs=1e-3)
+    assert json.loads((tmp_path / "config.json").read_text())["calibration"] == anchors
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_the_command_reports_on_weights_that_are_there(

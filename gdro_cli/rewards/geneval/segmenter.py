@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import sha256_file
+from gdro_cli.rewards.blocks import ResidualBlock
 from gdro_cli.rewards.geneval.detection import Detection, mask_box
 
 POSTPROCESSING = "components-1"
@@ -32,21 +33,6 @@ FOREGROUND = 0.5  # probability from which a pixel belongs to an object
 MARGIN = 1  # pixels by which the learnt masks are smaller than the object
 SMALLEST = 16  # pixels of foreground; smaller pieces are specks
 STRIDE = 8  # height and width of an image must be multiples
-
-
-class _Block(nn.Module):
-    """Two 3 x 3 convolutions with a way around them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, h, w] -> the same shape."""
-        hidden: Tensor = self.second(functional.silu(self.first(functional.silu(self.norm(x)))))
-        return x + hidden
 
 
 class SegmentationNetwork(nn.Module):
@@ -61,10 +47,14 @@ class SegmentationNetwork(nn.Module):
         self.to_high = nn.Conv2d(3 * 4, high, 3, padding=1)
         self.to_middle = nn.Conv2d(high * 4, middle, 1)
         self.to_low = nn.Conv2d(middle * 4, low, 1)
-        self.high, self.middle, self.low = _Block(high), _Block(middle), nn.Sequential(_Block(low), _Block(low))
+        self.high, self.middle, self.low = (
+            ResidualBlock(high),
+            ResidualBlock(middle),
+            nn.Sequential(ResidualBlock(low), ResidualBlock(low)),
+        )
         self.from_low = nn.Conv2d(low, middle * 4, 1)
         self.from_middle = nn.Conv2d(middle, high * 4, 1)
-        self.middle_again, self.high_again = _Block(middle), _Block(high)
+        self.middle_again, self.high_again = ResidualBlock(middle), ResidualBlock(high)
         self.head = nn.Conv2d(high, (1 + classes) * 4, 3, padding=1)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from torch.nn import functional
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import sha256_file
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
+from gdro_cli.rewards.blocks import ResidualBlock
 from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement
 
 SIZE = 64  # pixels per side that the judge was trained on
@@ -46,9 +47,9 @@ class JudgeNetwork(nn.Module):
         super().__init__()
         half = width // 2
         self.stem = nn.Conv2d(3 * 16, half, 3, padding=1)
-        self.fine = nn.Sequential(_Residual(half), _Residual(half))
+        self.fine = nn.Sequential(ResidualBlock(half), ResidualBlock(half))
         self.merge = nn.Conv2d(half * 4, width, 1)
-        self.coarse = nn.Sequential(_Residual(width), _Residual(width))
+        self.coarse = nn.Sequential(ResidualBlock(width), ResidualBlock(width))
         self.looks = nn.Sequential(nn.LayerNorm(2 * width), nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 2))
         self.words = nn.Embedding(words, width)
         self.places = nn.Parameter(torch.randn(1 + TEXT_LENGTH + CELLS * CELLS, width) * 0.02)
@@ -80,21 +81,6 @@ class JudgeNetwork(nn.Module):
         looks = self.looks(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))
         fit = self.fit(self.read(tokens, words)[:, 0])
         return torch.cat([fit, looks], dim=1)
-
-
-class _Residual(nn.Module):
-    """Two 3 x 3 convolutions with a way around them."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(8, channels)
-        self.first = nn.Conv2d(channels, channels, 3, padding=1)
-        self.second = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, h, w] -> the same shape."""
-        hidden: Tensor = self.second(functional.silu(self.first(functional.silu(self.norm(x)))))
-        return x + hidden
 
 
 def word_numbers(prompt: str, vocabulary: Mapping[str, int]) -> list[int]:
