@@ -34,7 +34,8 @@ class Recipe(StrictModel):
     description: str = ""
     """One line for `gdro recipes`."""
     seed: int = Field(0, ge=0)
-    """Seed of everything random except the evaluation (`eval.seed`) and built-in prompts. 0 or more."""
+    """Seed of everything random except the evaluation (`eval.seed`), built-in prompts, and a training that has its own
+    (`train.seed`). 0 or more."""
     model: ModelSection = ModelSection()
     """Which text-to-image model is trained."""
     prompts: PromptsSection
@@ -52,8 +53,8 @@ class Recipe(StrictModel):
     eval: EvalSection = EvalSection()
     """How a model is measured."""
     ablation: dict[str, Annotated[tuple[JsonValue, ...], Field(strict=False)]] = Field(default_factory=dict)
-    """Values worth sweeping per recipe key (`tau` may stand for `method.tau`). Checked, but no command of this
-    version reads them."""
+    """Values that `gdro ablate` sweeps where it is given none, by recipe key or its short name (`tau` for
+    `method.tau`)."""
 
     _base_dir: Path | None = PrivateAttr(default=None)
 
@@ -86,6 +87,11 @@ class Recipe(StrictModel):
     def eval_guidance(self) -> float:
         """Guidance scale of the evaluation: ``eval.guidance``, else ``sample.guidance``."""
         return self.sample.guidance if self.eval.guidance is None else self.eval.guidance
+
+    @property
+    def train_seed(self) -> int:
+        """Seed of the training: ``train.seed``, else ``seed``."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain JSON; ``build_recipe`` takes it back."""

@@ -248,6 +248,9 @@ class TrainSection(StrictModel):
     """The trained adapter."""
     ema: EmaSection = EmaSection()
     """Moving average of the adapter."""
+    seed: int | None = Field(None, ge=0)
+    """Seed of the training alone: the adapter's start, which groups and images are drawn, sigma and noise. 0 or more.
+    Nothing: `seed`. The images of the store and their scores stay those of `seed`."""
     stop_on_collapse: bool = False
     """End the training at an evaluation point whose verdict is `collapsed`; needs `eval_every` above 0."""
     shuffle_rewards: bool = False

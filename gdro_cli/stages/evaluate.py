@@ -29,6 +29,7 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.grid import draw_grid
 from gdro_cli.stages.imagefolder import write_pictures
+from gdro_cli.stages.inputs import run_inputs
 from gdro_cli.stages.judging import open_judge, open_judge_pool, open_judge_table
 from gdro_cli.stages.outcome import RunWeights, evaluated_weights
 from gdro_cli.stages.quality import (
@@ -44,7 +45,7 @@ from gdro_cli.stages.report import RESULTS_KIND, RESULTS_SCHEMA, write_csv, writ
 from gdro_cli.stages.rewards import Measure, measures, open_pool, open_table
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.score import refuse_failures, score_missing
-from gdro_cli.stages.train import attach_adapter, find_run, run_inputs
+from gdro_cli.stages.train import attach_adapter, find_run
 from gdro_cli.stages.workspace import (
     SamplingPlan,
     evaluation_plan,

@@ -23,8 +23,6 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import TrainSection
 from gdro_cli.core.losses import LossOutput
 from gdro_cli.data.dataset import GroupBatch, GroupDataset
-from gdro_cli.data.scores import ScoreTable
-from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
 from gdro_cli.models.base import FlowModel
@@ -41,10 +39,9 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.inputs import make_inputs, open_inputs, run_inputs
 from gdro_cli.stages.outcome import STOPPED, best_folder, evaluated_weights, keep_if_best
-from gdro_cli.stages.rewards import measures, open_pool, open_table, trained_detail
-from gdro_cli.stages.sample import fill_store, training_store
-from gdro_cli.stages.score import refuse_failures, score_missing
+from gdro_cli.stages.rewards import measures, trained_detail
 from gdro_cli.stages.validate import Validation
 from gdro_cli.stages.workspace import image_size, open_model, runs_folder
 
@@ -111,7 +108,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
         model = open_model(recipe, device=str(engine.device))
         dataset, inputs = training_set(recipe, workspace, model, engine, reporter, stop)
         folder = open_run(recipe, workspace, inputs)
-        engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.seed})
+        engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.train_seed})
         with folder.lock() if engine.is_main else nullcontext():
             trainer = Trainer(recipe, model, dataset, folder, engine)
             start = trainer.resume()
@@ -131,25 +128,17 @@ def training_set(
     recipe: Recipe, workspace: Path, model: FlowModel, engine: Engine, reporter: Reporter, stop: StopFlag
 ) -> tuple[GroupDataset, dict[str, str]]:
     """Make what is missing of store and scores, then load the training groups into memory."""
-    store, plan = training_store(recipe, workspace, model)
-    table = open_table(recipe, store)
+    store, table = open_inputs(recipe, workspace, model)
     if engine.is_main:
-        fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
-        score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
-        refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+        make_inputs(recipe, workspace, model, reporter, stop)
     engine.barrier()
     model.release_encoders()
     model.release_decoder()
     method, detail = recipe.method, trained_detail(recipe)
     dataset = GroupDataset.load(store, table, k=method.k, min_spread=method.min_spread, detail=detail)
     if recipe.train.shuffle_rewards:
-        dataset = dataset.with_shuffled_rewards(recipe.seed)
+        dataset = dataset.with_shuffled_rewards(recipe.train_seed)
     return dataset, run_inputs(store, table)
-
-
-def run_inputs(store: GroupStore, table: ScoreTable) -> dict[str, str]:
-    """Digests of what a run learns from: how its images and their scores were made, however they are stored."""
-    return {"store": digest(dict(store.identity)), "scores": digest(dict(table.provenance))}
 
 
 def precision(recipe: Recipe) -> Precision:
@@ -164,6 +153,8 @@ def learnt_from(recipe: Recipe) -> dict[str, Any]:
     for kind in ("ocr", "geneval"):
         if kind != recipe.reward.kind:
             kept["reward"].pop(kind)
+    if recipe.train_seed == recipe.seed:  # named or not, it is the same training
+        kept["train"].pop("seed")
     if recipe.train.stop_on_collapse:  # then the evaluation points decide where the training ends
         unseen = ("checkpoint", "images_per_prompt", "grid_prompts")  # `gdro eval` alone reads them
         kept |= {"judge": whole["judge"], "eval": {k: v for k, v in whole["eval"].items() if k not in unseen}}
@@ -196,7 +187,7 @@ def attach_adapter(recipe: Recipe, model: FlowModel) -> list[torch.nn.Parameter]
     """Give the model the recipe's adapter, freshly initialised, and return its parameters."""
     lora = recipe.train.lora
     return attach_lora(
-        model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, rslora=lora.rslora, seed=recipe.seed
+        model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, rslora=lora.rslora, seed=recipe.train_seed
     )
 
 
@@ -242,12 +233,12 @@ class Trainer:
     def draw(self) -> GroupBatch:
         """This process's share of the groups of the present step."""
         section = self.recipe.train
-        batch = self.dataset.draw(self.step, groups=section.groups_per_step, seed=self.recipe.seed)
+        batch = self.dataset.draw(self.step, groups=section.groups_per_step, seed=self.recipe.train_seed)
         return batch.share(self.engine.rank, self.engine.world)
 
     def update(self, batch: GroupBatch) -> tuple[LossOutput, float]:
         """One optimizer step; returns the loss and the gradient's norm before clipping."""
-        output = self.gradient(noisy_groups(self.model, batch, self.recipe.method, seed=self.recipe.seed))
+        output = self.gradient(noisy_groups(self.model, batch, self.recipe.method, seed=self.recipe.train_seed))
         self.engine.sum_gradients(self.parameters)
         norm = self.engine.clip(self.parameters, self.recipe.train.max_grad_norm)
         for group in self.optimizer.param_groups:

@@ -1,0 +1,49 @@
+"""What a training reads: its store of groups and their scores, found, opened, or made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gdro_cli.config.base import digest
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.scores import ScoreTable
+from gdro_cli.data.store import GroupStore
+from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.rewards import open_pool, open_reward, open_table
+from gdro_cli.stages.sample import fill_store, training_store
+from gdro_cli.stages.score import refuse_failures, score_missing
+from gdro_cli.stages.workspace import open_prompts, store_identity, training_plan
+
+
+def open_inputs(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[GroupStore, ScoreTable]:
+    """Make or open the (perhaps still empty) store and score table of a recipe."""
+    store, _ = training_store(recipe, workspace, model)
+    return store, open_table(recipe, store)
+
+
+def make_inputs(recipe: Recipe, workspace: Path, model: FlowModel, reporter: Reporter, stop: StopFlag) -> None:
+    """Sample and score what is missing.
+
+    Raises:
+        StoreError: too many images could not be scored, or another process is at work on them.
+        Interrupted: stopped by the user; finished shards are kept.
+    """
+    store, plan = training_store(recipe, workspace, model)
+    table = open_table(recipe, store)
+    fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
+    score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
+    refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+
+
+def run_inputs(store: GroupStore, table: ScoreTable) -> dict[str, str]:
+    """Digests of what a run learns from: how its images and their scores were made, however they are stored."""
+    return {"store": digest(dict(store.identity)), "scores": digest(dict(table.provenance))}
+
+
+def expected_inputs(recipe: Recipe, model: FlowModel) -> dict[str, str]:
+    """The same digests, before there is a store: they name the run that a recipe will have."""
+    prompts = open_prompts(recipe, recipe.prompts.train)
+    identity = store_identity(recipe, model, training_plan(recipe, model), prompts)
+    return {"store": digest(identity), "scores": digest(dict(open_reward(recipe).version))}
