@@ -20,7 +20,7 @@ from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
-from gdro_cli.files import write_json
+from gdro_cli.files import write_bytes, write_json
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.stages.grid import draw_sheet
@@ -31,6 +31,34 @@ from gdro_cli.stages.sample import decode_images, sample_images
 from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
 
 FOLDER = "validation"
+_BASE = "base.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """Digests of what evaluation points must share."""
+
+    points: str
+    """To be points of one curve."""
+    measures: str
+    """To be compared by everything but the reward that is trained on, which may be another."""
+    base: str
+    """For the untrained model to have the same rows and pictures."""
+
+
+def validation_protocol(recipe: Recipe, model: FlowModel, prompts: PromptSet) -> Protocol:
+    """What the evaluation points of a recipe depend on, beside the adapter."""
+    plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
+    judge = open_judge(recipe)
+    versions = [dict(open_reward(recipe).version), None if judge is None else dict(judge.version)]
+    drawn = [*astuple(plan), prompts.digest]
+    who = {key: value for key, value in model.identity.items() if key != "path"}
+    text = [who, str(model.dtype), recipe.model.max_sequence_length]
+    return Protocol(
+        points=digest([*drawn, recipe.eval.weights, *versions, {"trained on": trained_detail(recipe)}]),
+        measures=digest([*drawn, recipe.eval.weights, *versions, *text]),
+        base=digest([*drawn, *versions, *text, recipe.eval.grid_prompts]),
+    )
 
 
 @dataclass(slots=True)
@@ -48,8 +76,12 @@ class Validation:
     judges: ScoringPool | None
     protocol: str
     """Digest of what two points must share to be compared."""
+    shared: Path
+    """Folder of the base model's rows that all runs of the workspace share."""
     base: Rated | None = field(default=None)
     """The untrained model's pictures, what verdicts compare with."""
+    base_seconds: float = 0.0
+    """Wall time of getting them."""
 
     @classmethod
     def open(cls, recipe: Recipe, model: FlowModel, run: Path, stack: ExitStack) -> Validation:
@@ -58,9 +90,7 @@ class Validation:
         plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
         conditioning = model.encode([prompt.prompt for prompt in prompts.records])
         model.release_encoders()
-        judge = open_judge(recipe)
-        versions = [dict(open_reward(recipe).version), None if judge is None else dict(judge.version)]
-        versions.append({"trained on": trained_detail(recipe)})
+        judge, protocol = open_judge(recipe), validation_protocol(recipe, model, prompts)
         return cls(
             recipe,
             model,
@@ -70,20 +100,27 @@ class Validation:
             run / FOLDER,
             stack.enter_context(open_pool(recipe)),
             None if judge is None else stack.enter_context(open_judge_pool(recipe, judge)),
-            digest([*astuple(plan), prompts.digest, recipe.eval.weights, *versions]),
+            protocol.points,
+            run.parent.parent / FOLDER / protocol.base,
         )
 
     def know_base(self, without_adapter: Callable[[], AbstractContextManager[object]]) -> None:
-        """Read the base model's rows of an earlier start, or measure them inside ``without_adapter()``."""
-        self.base = _read_base(self.folder / "base.json", self.protocol, self.prompts)
+        """Read the base model's rows of an earlier start or another run, or measure them in ``without_adapter()``."""
+        began = time.perf_counter()
+        self.base = _read_base(self.folder / _BASE, self.protocol, self.prompts)
         if self.base is None:
-            with without_adapter():
-                self.base = self.look(step=None)
-            if self.base.failed or self.base.unjudged:
-                return  # good enough for this start; measured again at the next
-            rows = [row.to_json() for row in self.base.rows]
-            content = {"protocol": self.protocol, "judged": self.base.judged, "groups": self.base.groups, "rows": rows}
-            write_json(self.folder / "base.json", content)
+            self.base = _read_base(self.shared / _BASE, self.shared.name, self.prompts)
+            if self.base is not None:
+                _copy(self._sheet(0, self.shared), self._sheet(0))
+            else:
+                with without_adapter():
+                    self.base = self.look(step=0)
+                if self.base.failed or self.base.unjudged:
+                    return  # good enough for this start; measured again at the next
+                _copy(self._sheet(0), self._sheet(0, self.shared))
+                _write_base(self.shared / _BASE, self.shared.name, self.base)
+            _write_base(self.folder / _BASE, self.protocol, self.base)
+        self.base_seconds = time.perf_counter() - began
 
     def measure(self, step: int) -> tuple[dict[str, float | int | str], Verdict | None]:
         """The row of an evaluation point for the adapter as it is now, and the verdict on it.
@@ -92,7 +129,9 @@ class Validation:
             StoreError: no image could be scored.
         """
         began = time.perf_counter()
-        rated = self.look(step=step)
+        # An adapter that has not learnt yet changes nothing: at step 0 the base model's pictures are the adapter's.
+        known = self.base if step == 0 and (self._sheet(0).is_file() or not self.recipe.eval.grid_prompts) else None
+        rated = self.look(step=step) if known is None else known
         samples, headline = self.recipe.eval.bootstrap, measures(self.recipe)[0]
         interval = rated.values(Measure("reward", trained_detail(self.recipe))).interval(samples=samples)
         row: dict[str, float | int | str] = {
@@ -108,7 +147,8 @@ class Validation:
         row |= {} if found is None else {"verdict": found.level}
         row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
         row |= {"unjudged": rated.unjudged} if rated.judged else {}
-        return row | {"seconds": time.perf_counter() - began}, found
+        seconds = time.perf_counter() - began + (0.0 if known is None else self.base_seconds)
+        return row | {"seconds": seconds}, found
 
     def is_fair(self, row: Mapping[str, float | int | str]) -> bool:
         """Whether so few pictures failed that the point may be compared with others."""
@@ -116,8 +156,8 @@ class Validation:
         missing = max(int(row["failed"]), int(row.get("unjudged", 0)))
         return missing <= self.recipe.reward.max_failed_share * images
 
-    def look(self, *, step: int | None) -> Rated:
-        """Sample, score and judge; with a step, also draw the sheet of that step."""
+    def look(self, *, step: int) -> Rated:
+        """Sample, score and judge, and draw the sheet of pictures of a step."""
         seeds = [
             [self.plan.image_seed(prompt.id, index) for index in range(self.plan.images_per_prompt)]
             for prompt in self.prompts.records
@@ -140,10 +180,24 @@ class Validation:
             raise StoreError(f"none of the {len(scored)} validation images could be scored: mend the reward engine")
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
         full = [joined(self.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
-        if step is not None and (shown := self.prompts.records[: self.recipe.eval.grid_prompts]):
+        if shown := self.prompts.records[: self.recipe.eval.grid_prompts]:
             sheet = {f"step {step}": [(pictures[i * count], full[i * count]) for i in range(len(shown))]}
-            draw_sheet(self.folder / f"step-{step:06d}.png", [prompt.prompt for prompt in shown], sheet)
+            draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet)
         return rate(self.recipe, self.prompts.records, full, pictures, judged=self.judges is not None)
+
+    def _sheet(self, step: int, folder: Path | None = None) -> Path:
+        return (folder or self.folder) / f"step-{step:06d}.png"
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a sheet of pictures, if there is one."""
+    if source.is_file():
+        write_bytes(target, source.read_bytes())
+
+
+def _write_base(path: Path, protocol: str, base: Rated) -> None:
+    rows = [row.to_json() for row in base.rows]
+    write_json(path, {"protocol": protocol, "judged": base.judged, "groups": base.groups, "rows": rows})
 
 
 def _read_base(path: Path, protocol: str, prompts: PromptSet) -> Rated | None:
