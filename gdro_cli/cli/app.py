@@ -5,6 +5,7 @@ From a command to the mathematics it is three hops: here, the stage's ``run``, `
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,13 +23,18 @@ from gdro_cli.cli.options import (
     DryRunOption,
     ExportOption,
     ImagesOption,
+    JobsOption,
     OutOption,
+    ParamOption,
     ProcessesOption,
     RecipeOption,
     RunsArgument,
+    SeedsOption,
     SetOption,
+    ValuesOption,
+    WorkerOption,
 )
-from gdro_cli.errors import UserError
+from gdro_cli.errors import StoreError, UserError
 
 app = typer.Typer(
     name="gdro",
@@ -146,6 +152,48 @@ def _score_folder(job: launch.Job, images: Path, *, export: Path | None, dry_run
     result = stage.run(*launch.start(job), folder=images)
     tables.print_intervals(f"Pictures in {images} (mean and 95 % interval)", result.measures)
     tables.print_result("Evaluation", result.summary)
+
+
+@app.command()
+def ablate(
+    param: ParamOption = None,
+    values: ValuesOption = None,
+    seeds: SeedsOption = 1,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    jobs: JobsOption = 1,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    worker: WorkerOption = False,
+) -> None:
+    """Train with several values of one key (or two), on one store, and compare the evaluation points."""
+    job = launch.prepare("ablate", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    from gdro_cli.config.sweep import plan_sweep
+
+    sweep = plan_sweep(job.recipe, param or [], values, seeds=seeds)
+    if dry_run:
+        from gdro_cli.stages import ablate as stage
+
+        tables.print_cells(*stage.describe(sweep, out))
+        return
+    if worker:
+        launch.alone_on_its_device()
+        from gdro_cli.stages import ablate as stage
+
+        stage.work(sweep, out, launch.plain_reporter())
+        return
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("gdro ablate starts its own processes: run it without a launcher, with --jobs N.")
+    launch.check_devices(jobs, option="--jobs")
+    from gdro_cli.stages import ablate as stage
+
+    _, workspace, reporter = launch.start(job)
+    spread = launch.spread_cells(job, jobs, param=param or [], values=values or [], seeds=seeds)
+    result = stage.run(sweep, workspace, reporter, spread=spread)
+    tables.print_ablation(result)
+    if result.found.failed:
+        raise typer.Exit(StoreError.exit_code)
 
 
 app.add_typer(show.recipes, name="recipes")

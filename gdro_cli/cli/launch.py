@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from gdro_cli.config.recipe import Recipe
     from gdro_cli.runtime.progress import Reporter
 
-Stage = Literal["sample", "score", "train", "eval"]
+Stage = Literal["sample", "score", "train", "eval", "ablate"]
+
+
+_GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells a process of its group, beside what begins with TORCHELASTIC_, ROLE_ and GROUP_."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,15 @@ def start(job: Job) -> tuple[Recipe, Path, Reporter]:
     return job.recipe, job.workspace, Reporter(quiet=not is_main_process())
 
 
+def plain_reporter() -> Reporter:
+    """One that draws no bars, for processes that share a terminal."""
+    from rich.console import Console
+
+    from gdro_cli.runtime.progress import Reporter
+
+    return Reporter(Console(stderr=True, highlight=False, force_terminal=False))
+
+
 def is_main_process() -> bool:
     """Whether this process speaks for all (the only one, or the first of several)."""
     return os.environ.get("RANK", "0") == "0"
@@ -78,7 +91,29 @@ def _writable(folder: Path) -> None:
         raise UserError(f"--out {folder} cannot be written: change its permissions or name another folder.")
 
 
-def run_in_processes(job: Job, num_processes: int) -> None:
+def check_devices(num_processes: int, *, option: str) -> None:
+    """Raise ``PrerequisiteError`` if there are GPUs, but fewer than processes."""
+    import torch
+
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else num_processes
+    if gpus < num_processes:
+        raise PrerequisiteError(f"{option} {num_processes} needs as many GPUs, but there are {gpus}: ask for no more.")
+
+
+def alone_on_its_device() -> None:
+    """Leave the group of processes that ``run_in_processes`` made; from then on this process sees its own GPU only.
+
+    The processes of the group then do not wait for each other, and a training in one is a training of its own.
+    """
+    place = os.environ.get("LOCAL_RANK", "0")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = place if visible is None else visible.split(",")[int(place)]
+    for name in list(os.environ):
+        if name in _GROUP or name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_")):
+            del os.environ[name]
+
+
+def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-processes") -> None:
     """Run the job in several processes of this machine; leave with the exit code of the first to fail."""
     import logging
 
@@ -87,13 +122,8 @@ def run_in_processes(job: Job, num_processes: int) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    if torch.accelerator.is_available():
-        gpus = torch.accelerator.device_count()
-        if gpus < num_processes:
-            raise PrerequisiteError(
-                f"--num-processes {num_processes} needs as many GPUs, but there are {gpus}: ask for no more."
-            )
-    else:
+    check_devices(num_processes, option=option)
+    if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would take itself for the only one
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
@@ -109,3 +139,15 @@ def run_in_processes(job: Job, num_processes: int) -> None:
         raise typer.Exit(failure.exitcode if failure.exitcode > 0 else 1) from error
     except SignalException as error:
         raise typer.Exit(130) from error
+
+
+def spread_cells(
+    job: Job, jobs: int, *, param: Sequence[str], values: Sequence[str], seeds: int
+) -> Callable[[], None] | None:
+    """What carries out the cells of an ablation in several processes; None where one is asked for."""
+    if jobs == 1:
+        return None
+    swept = [part for name in param for part in ("--param", name)]
+    swept += [part for each in values for part in ("--values", each)]
+    command = (*job.command, *swept, "--seeds", str(seeds), "--worker")
+    return lambda: run_in_processes(Job(job.stage, job.recipe, job.workspace, command), jobs, option="--jobs")

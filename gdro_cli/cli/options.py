@@ -36,6 +36,19 @@ ExportOption = Annotated[
     Path | None,
     typer.Option("--export", metavar="DIR", help="Also write both models' pictures there, in GenEval's layout."),
 ]
+ParamOption = Annotated[
+    list[str] | None,
+    typer.Option("--param", metavar="KEY", help="Key of the recipe to sweep, or its short name; two make a grid."),
+]
+ValuesOption = Annotated[
+    list[str] | None,
+    typer.Option("--values", metavar="A,B,...", help="Its values, once per --param; default: the recipe's own."),
+]
+SeedsOption = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Trainings of each setting.")]
+JobsOption = Annotated[
+    int, typer.Option("--jobs", metavar="N", min=1, help="Trainings at a time, one per GPU (or sharing the CPU).")
+]
+WorkerOption = Annotated[bool, typer.Option("--worker", hidden=True)]
 
 DEFAULT_RECIPE = "ocr"
 DEFAULT_OUT = Path("gdro-out")

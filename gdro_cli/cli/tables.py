@@ -13,6 +13,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from gdro_cli.core.scores import Interval
     from gdro_cli.core.verdict import Verdict
+    from gdro_cli.stages.ablate import AblationResult
     from gdro_cli.stages.evaluate import Comparison
 
 WIDEST = 400
@@ -58,6 +59,22 @@ def _shown(interval: Interval, form: str = ".3f") -> str:
 def print_plan(stage: str, lines: Iterable[tuple[str, str]]) -> None:
     """What ``--dry-run`` says."""
     print_pairs(f"gdro {stage} would do this (nothing was run)", lines)
+
+
+def print_cells(lines: Iterable[tuple[str, str]], cells: Iterable[list[str]]) -> None:
+    """What ``gdro ablate --dry-run`` says."""
+    print_plan("ablate", lines)
+    print_table("Cells", ["setting", "seed", "state", "run"], cells)
+
+
+def print_ablation(result: AblationResult) -> None:
+    """The cells, the means over seeds if there are several, the summary in words, and the files."""
+    found = result.found
+    print_table(f"Ablation of {found.sweep.title}, validation prompts", *found.cell_table)
+    if len(found.sweep.seeds) > 1:
+        print_table("Over seeds (mean and lowest to highest)", *found.seed_table)
+    Console(highlight=False).print(Text(found.summary()), soft_wrap=not Console().is_terminal)
+    print_result("Ablation", result.summary)
 
 
 def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:

@@ -177,11 +177,11 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
     from gdro_cli.config.fields import field_names
+    from gdro_cli.config.sweep import full_key
 
-    known = field_names()
     for name, values in recipe.ablation.items():
         path = f"ablation.{name}"
-        if name not in known and f"method.{name}" not in known:
-            yield Problem(path, f"there is no recipe key {name!r}{similar_key(name, known)}")
+        if full_key(name) is None:
+            yield Problem(path, f"there is no recipe key {name!r}{similar_key(name, field_names())}")
         if not values:
             yield Problem(path, "needs at least one value")

@@ -41,6 +41,9 @@ class StopFlag:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+            outer = getattr(handler, "__self__", None)
+            if self.requested and isinstance(outer, StopFlag):
+                outer.requested = True  # the work around this block is to stop as well
         self._before.clear()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -57,6 +57,7 @@ class Reporter:
     Args:
         console: default is stderr; a console that is no terminal gets plain lines.
         quiet: say nothing at all (other processes of the same job, tests).
+        prefix: what each plain line and sentence begins with, e.g. which of several jobs speaks.
         clock: seconds, for tests.
     """
 
@@ -65,10 +66,12 @@ class Reporter:
         console: Console | None = None,
         *,
         quiet: bool = False,
+        prefix: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._console = console or Console(stderr=True, highlight=False)
         self._quiet = quiet
+        self.prefix = prefix
         self._clock = clock
         self._bars: Progress | None = None
 
@@ -76,7 +79,7 @@ class Reporter:
         """Tell one sentence, above the bars if there are any."""
         if not self._quiet:
             console = self._bars.console if self._bars is not None else self._console
-            console.print(escape(text), soft_wrap=True)
+            console.print(escape(self.prefix + text), soft_wrap=True)
 
     @contextmanager
     def track(self, label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Tracker]:

@@ -18,6 +18,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from gdro_cli.core.sweeps import CurvePoint
+
 Row = Mapping[str, Any]
 
 WIDTH = 4.6
@@ -187,6 +189,37 @@ def tradeoff_chart(runs: Sequence[Series], *, level: float | None = None) -> str
         axes.legend()
 
     return _stacked("tradeoff", [draw], label="Corrected score against reward", height=1.6 * PANEL, steps=False)
+
+
+def sweep_chart(curves: Mapping[str, Mapping[str, Sequence[CurvePoint]]], panels: Mapping[str, str]) -> str | None:
+    """A panel per measure, in it a line per setting, with a band from the lowest to the highest of several seeds.
+
+    Args:
+        curves: by measure and setting.
+        panels: the measures in their order, each with the text at its axis.
+    """
+    if not any(points for settings in curves.values() for points in settings.values()):
+        return None
+
+    def panel(measure: str, label: str, *, legend: bool) -> Callable[[Axes], None]:
+        def draw(axes: Axes) -> None:
+            for number, (setting, points) in enumerate(curves[measure].items()):
+                colour, marker, dashes = _style(number)
+                steps = [point.step for point in points]
+                lows = [point.over_seeds.low for point in points]
+                highs = [point.over_seeds.high for point in points]
+                if any(point.over_seeds.seeds > 1 for point in points):
+                    axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
+                means = [point.over_seeds.mean for point in points]
+                axes.plot(steps, means, color=colour, marker=marker, linestyle=dashes, label=setting)
+            axes.set_ylabel(label)
+            if legend:
+                axes.legend(ncols=2)
+
+        return draw
+
+    drawn = [panel(name, label, legend=place == 0) for place, (name, label) in enumerate(panels.items())]
+    return _stacked("sweep", drawn, label=f"{', '.join(panels.values())} over steps, a line per setting")
 
 
 def _style(number: int) -> tuple[str, str, str]:

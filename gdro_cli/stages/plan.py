@@ -37,11 +37,12 @@ def describe(recipe: Recipe, stage: str, workspace: Path) -> list[tuple[str, str
     ]
     if stage == "eval":
         return rows + _evaluation(recipe)
-    rows += _store(recipe, model, workspace)
+    rows += describe_store(recipe, model, workspace)
     return rows + _training(recipe, model, workspace) if stage == "train" else rows
 
 
-def _store(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
+def describe_store(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
+    """Lines about the training store: where it lies, its counts, what is there, what it costs."""
     prompts = open_prompts(recipe, recipe.prompts.train)
     plan = training_plan(recipe, model)
     images = len(prompts) * plan.images_per_prompt
