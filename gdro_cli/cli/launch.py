@@ -107,7 +107,8 @@ def alone_on_its_device() -> None:
     """
     place = os.environ.get("LOCAL_RANK", "0")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = place if visible is None else visible.split(",")[int(place)]
+    if visible != "":  # an empty list hides all GPUs
+        os.environ["CUDA_VISIBLE_DEVICES"] = place if visible is None else visible.split(",")[int(place)]
     for name in list(os.environ):
         if name in _GROUP or name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_")):
             del os.environ[name]

@@ -34,6 +34,7 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._on_signal)
+        self.requested = self.requested or any(outer.requested for outer in self._around())
         return self
 
     def __exit__(
@@ -41,10 +42,16 @@ class StopFlag:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-            outer = getattr(handler, "__self__", None)
-            if self.requested and isinstance(outer, StopFlag):
-                outer.requested = True  # the work around this block is to stop as well
+        for outer in self._around():
+            outer.requested = outer.requested or self.requested
         self._before.clear()
+
+    def _around(self) -> list[StopFlag]:
+        """The flags of the blocks around this one: a stop that was asked for in one of them is asked for in all."""
+        owners = {
+            id(owner): owner for handler in self._before.values() if (owner := getattr(handler, "__self__", None))
+        }
+        return [owner for owner in owners.values() if isinstance(owner, StopFlag)]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.requested and number == signal.SIGINT:

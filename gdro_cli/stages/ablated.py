@@ -143,7 +143,7 @@ class Ablation:
         names = self.best()
         rest = {k: v.mean for k, v in self.deciding().items() if v is not None and k not in names}
         ranked = sorted(rest, key=lambda name: -rest[name])
-        return f"Then {', '.join(f'{name} ({number(rest[name])})' for name in ranked)}." if names and ranked else ""
+        return f"Then {'; '.join(f'{name} ({number(rest[name])})' for name in ranked)}." if names and ranked else ""
 
     @property
     def cell_table(self) -> tuple[list[str], list[list[str]]]:
@@ -151,12 +151,12 @@ class Ablation:
         columns = [self.sweep.title, "seed", "state", f"last {self.reward}", f"peak {self.reward}"]
         columns += ["peak corrected", "u, last", "u, at peak"] if self.judged else [f"peak {self.measure}"]
         columns += ["verdict, last", "verdict, at peak", "time"]
-        return columns, [self._row(each) for each in self.cells]
+        return columns, [self._row(each) for label in self.sweep.labels for each in self.of(label)]
 
     def _row(self, each: CellResult) -> list[str]:
         chosen = each.chosen
         last, peak = each.verdicts
-        numbers = [_at(chosen.final, self.reward), _at(chosen.peak_reward, self.reward)]
+        numbers = [number(each.values["final_reward"]), _at(chosen.peak_reward, self.reward)]
         numbers.append(_at(chosen.peak, self.measure))
         if self.judged:
             numbers += [number(each.values["final_u"]), number(each.values["peak_u"])]
@@ -173,7 +173,10 @@ class Ablation:
         if not self.judged and self.measure != self.reward:
             found["deciding"] = self.deciding()
             heads.append(f"peak {self.measure}")
-        rows = [[label, *(_spread(values[label]) for values in found.values())] for label in self.sweep.labels]
+        rows = [
+            [label, *(_spread(values[label], of=len(self.sweep.seeds)) for values in found.values())]
+            for label in self.sweep.labels
+        ]
         return [self.sweep.title, *heads], rows
 
 
@@ -207,9 +210,10 @@ def collect(sweep: Sweep, places: tuple[Place, ...], folder: Path) -> Ablation:
     return Ablation(sweep, tuple(cells), reward, measure, places[0].protocol.measures)
 
 
-def kept_step(run: Path) -> int | None:
-    """Step of the weights that a run stands for by default: its best point, else its end."""
-    newest = latest_checkpoint(run / "best") or latest_checkpoint(run)
+def kept_step(each: CellResult) -> int | None:
+    """Step of the weights that a cell's run stands for: its best point or its end, as the recipe says."""
+    best_point = latest_checkpoint(each.run / "best") if each.cell.recipe.eval.checkpoint == "best" else None
+    newest = best_point or latest_checkpoint(each.run)
     return None if newest is None else int(newest.name.rpartition("-")[2])
 
 
@@ -221,10 +225,11 @@ def _at(point: Point | None, name: str) -> str:
     return MISSING if point is None else f"{number(_value(point, name))} (step {point['step']})"
 
 
-def _spread(found: Spread | None) -> str:
+def _spread(found: Spread | None, *, of: int) -> str:
     if found is None:
         return MISSING
-    return f"{number(found.mean)} [{number(found.low)}, {number(found.high)}], {found.seeds} seeds"
+    fewer = "" if found.seeds == of else f", {found.seeds} of {of} seeds"
+    return f"{number(found.mean)} [{number(found.low)}, {number(found.high)}]{fewer}"
 
 
 def _named(cells: tuple[CellResult, ...] | list[CellResult]) -> str:

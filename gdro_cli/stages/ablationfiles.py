@@ -137,7 +137,7 @@ def _cell(each: CellResult) -> dict[str, Any]:
         "steps": {name: None if point is None else point["step"] for name, point in chosen.items()},
         "verdict_final": last,
         "verdict_peak": peak,
-        "kept_step": kept_step(each.run),
+        "kept_step": kept_step(each),
         "seconds": each.seconds,
         "points": [dict(point) for point in each.points],
     }

@@ -96,6 +96,14 @@ def places(sweep: Sweep, workspace: Path, model: FlowModel) -> tuple[Place, ...]
         prompts = open_prompts(cell.recipe, cell.recipe.prompts.validation)
         run = train.run_path(cell.recipe, workspace, expected_inputs(cell.recipe, model))
         found.append(Place(cell, run, validation_protocol(cell.recipe, model, prompts)))
+    seen: dict[Path, str] = {}
+    for place in found:
+        same = seen.setdefault(place.run, place.cell.label)
+        if same != place.cell.label:
+            raise UserError(
+                f"{same} and {place.cell.label} are one and the same training: what differs is nothing that the recipe"
+                f" {sweep.recipe.name} learns from"
+            )
     odd = [place.cell.label for place in found if place.protocol.measures != found[0].protocol.measures]
     if odd:
         raise UserError(
@@ -139,9 +147,11 @@ def carry_out(
             if not _take(folder / STATES / f"{number:03d}.taken"):
                 continue
             cell = place.cell
+            told = f"cell {number + 1} of {len(taken)}"
             if named:
                 reporter.prefix = f"[{cell.label}, seed {cell.seed}] "
-            told = f"cell {number + 1} of {len(taken)}: {cell.label}, seed {cell.seed}"
+            else:
+                told += f": {cell.label}, seed {cell.seed}"
             if place.finished:
                 reporter.say(f"{told}: was finished already ({place.run.name})")
                 came_to = Outcome("finished")

@@ -141,7 +141,7 @@ def test_env_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
 # --- errors --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["sample", "score", "train", "eval"])
+@pytest.mark.parametrize("command", ["sample", "score", "train", "eval", "ablate"])
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -162,6 +162,43 @@ def test_a_wrong_recipe_is_one_sentence_and_exit_code_2(
     assert captured.err.startswith("Error: ")
     assert words in captured.err
     assert captured.err.count("\n") == 1
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "name the key to sweep with --param"),
+        (["--param", "taau"], "did you mean `method.tau`?"),
+        (["--param", "tau", "--values", "0.5,-1"], "method.tau: must be at least 0, not -1"),
+        (["--param", "k", "--values", "17"], "more than sample.images_per_prompt (16)"),
+        (["--param", "seed"], "--seeds N"),
+        (["--param", "reward.geneval.objective", "--values", "soft,strict"], "are one and the same training"),
+    ],
+)
+def test_an_ablation_that_makes_no_sense_is_one_sentence_before_any_work(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run("ablate", *arguments, "--out", str(out)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1
+    assert words in captured.err
+    assert not out.exists()
+
+
+def test_an_ablation_can_be_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert run("ablate", "--param", "tau", "--seeds", "2", "--dry-run", "--out", str(out)) == 0
+    shown = capsys.readouterr().out
+    for words in (
+        "192 prompts x 16 = 3072 images; nothing is there yet",
+        "2400 steps are left",
+        "128 validation prompts",
+    ):
+        assert words in shown
+    assert shown.count("not begun") == 8 and "tau 0.025" in shown
     assert not out.exists()
 
 
