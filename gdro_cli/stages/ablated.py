@@ -135,7 +135,7 @@ class Ablation:
         seeds = "" if count > 1 else "1 seed, "
         equal = ", equal" if len(names) > 1 else ""
         return (
-            f"Best by {what} on the validation prompts: {' and '.join(names)}{equal}, {number(found.mean)} ({how};"
+            f"Best by {what} on the validation prompts: {' and '.join(names)}{equal}, with {number(found.mean)} ({how};"
             f" {seeds}{peak['prompts']} prompts, {peak['images']} images per point)."
         )
 

@@ -90,3 +90,16 @@ def test_outside_the_main_thread_it_is_a_plain_flag() -> None:
     thread.start()
     thread.join()
     assert caught == ["stopped"]
+
+
+def test_a_stop_reaches_the_blocks_around_and_inside() -> None:
+    """Asked for inside, it stops the work around; asked for outside, it stops what begins inside; and so on."""
+    with StopFlag() as outer:
+        with StopFlag() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert inner.requested and not outer.requested
+        assert outer.requested
+        with StopFlag() as later, StopFlag() as innermost:
+            assert later.requested and innermost.requested
+    with StopFlag() as another:
+        assert not another.requested
