@@ -149,17 +149,25 @@ class Ablation:
     def cell_table(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows, one row per cell."""
         columns = [self.sweep.title, "seed", "state", f"last {self.reward}", f"peak {self.reward}"]
-        columns += ["peak corrected", "u, last", "u, at peak"] if self.judged else [f"peak {self.measure}"]
+        columns += ["peak corrected", "u, last", "u, at peak"] if self.judged else []
+        columns += [f"peak {self.measure}"] if self._decided_by_another else []
         columns += ["verdict, last", "verdict, at peak", "time"]
         return columns, [self._row(each) for label in self.sweep.labels for each in self.of(label)]
+
+    @property
+    def _decided_by_another(self) -> bool:
+        """Whether what decides is neither the corrected score nor what is shown as the reward."""
+        return not self.judged and self.measure != self.reward
 
     def _row(self, each: CellResult) -> list[str]:
         chosen = each.chosen
         last, peak = each.verdicts
         numbers = [number(each.values["final_reward"]), _at(chosen.peak_reward, self.reward)]
-        numbers.append(_at(chosen.peak, self.measure))
         if self.judged:
+            numbers += [_at(chosen.peak, "corrected")]
             numbers += [number(each.values["final_u"]), number(each.values["peak_u"])]
+        if self._decided_by_another:
+            numbers.append(_at(chosen.peak, self.measure))
         time = MISSING if each.seconds is None else clock_time(each.seconds)
         values = each.cell.label if len(self.sweep.axes) > 1 else each.cell.label.partition(" ")[2]
         return [values, str(each.cell.seed), each.outcome.state, *numbers, last or MISSING, peak or MISSING, time]
@@ -170,7 +178,7 @@ class Ablation:
         names = [name for name in FIGURES if self.judged or name.endswith("_reward")]
         found = {name: self.over_seeds(name) for name in names}
         heads = [name.replace("_", " ").replace("final", "last").replace("reward", self.reward) for name in names]
-        if not self.judged and self.measure != self.reward:
+        if self._decided_by_another:
             found["deciding"] = self.deciding()
             heads.append(f"peak {self.measure}")
         rows = [

@@ -20,13 +20,16 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gdro_cli.cli.app import main
-from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.recipe import Recipe, load_recipe
 from gdro_cli.config.sweep import Sweep, plan_sweep
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import ablate, evaluate, train
+from gdro_cli.stages.ablated import collect
+from gdro_cli.stages.cells import places
+from gdro_cli.stages.workspace import open_model
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]
@@ -200,6 +203,46 @@ def test_a_run_without_points_gets_its_last_one(
     assert cell.run == run and rows_of(run, "train") == steps
     points = rows_of(finished[1].run.path, "validation")
     assert [{**point, "seconds": 0} for point in cell.points] == [{**point, "seconds": 0} for point in points]
+
+
+def test_without_a_judge_the_headline_measure_decides_and_this_is_said(
+    done: Done, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """The same runs, measured anew at their end: nothing is learnt from a judge."""
+    shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
+    sweep = plan_sweep(make_recipe(judge={"kind": "none"}), ["tau"], ["0.05,0.5"])
+    result = ablate.run(sweep, tmp_path, quiet)
+    assert [each.run.name for each in result.found.cells] == [each.run.name for each in done[2].found.cells[:2]]
+    document = json_of(result.files[0])
+    assert document["deciding_measure"] == "reward" and "there is no judge" in document["summary"]
+    for cell in document["cells"]:
+        assert [point["step"] for point in cell["points"]] == [0, 4]
+        assert cell["figures"]["peak_corrected"] is None and cell["figures"]["final_u"] is None
+    rewards = {cell["label"]: cell["points"][-1]["reward"] for cell in document["cells"]}
+    assert document["best"] == [label for label, reward in rewards.items() if reward == max(rewards.values())]
+    columns, _ = result.found.cell_table
+    assert len(set(columns)) == len(columns) and not any("corrected" in column for column in columns)
+
+
+def test_objectives_are_compared_by_the_headline_measure(tmp_path: Path) -> None:
+    """Their points are not of one curve's protocol, but all else is measured alike."""
+    sweep = plan_sweep(load_recipe("geneval"), ["reward.geneval.objective"], ["soft,accuracy"])
+    one, other = places(sweep, tmp_path, open_model(sweep.recipe))
+    assert one.protocol.points != other.protocol.points
+    assert (one.protocol.measures, one.protocol.base) == (other.protocol.measures, other.protocol.base)
+    found = collect(sweep, (one, other), tmp_path)
+    assert (found.reward, found.measure) == ("overall", "overall")
+    assert [each.outcome.state for each in found.cells] == ["unfinished", "unfinished"] and found.best() == ()
+
+
+def test_only_keys_of_the_store_make_more_than_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    def stores(recipe: Recipe, key: str, values: str) -> list[str]:
+        lines, _ = ablate.describe(plan_sweep(recipe, [key], [values]), tmp_path)
+        return [text for name, text in lines if name == "store"]
+
+    assert len(set(stores(make_recipe(), "k", "2,3,4"))) == 1
+    assert len(set(stores(make_recipe(eval={"steps": 3}), "sample.steps", "2,3,4"))) == 3
+    assert not list(tmp_path.iterdir())
 
 
 class _Listener(Reporter):
