@@ -129,6 +129,9 @@ def resolve_paths(layer: dict[str, Any], *, folder: Path) -> None:
     reward = layer.get("reward")
     if isinstance(reward, dict):
         _resolve(reward.get("ocr"), key="model_dir", folder=folder)
+    judge = layer.get("judge")
+    if isinstance(judge, dict) and judge.get("kind") == "unified-reward-local":
+        _resolve(judge, key="model", folder=folder)
 
 
 def _resolve(section: object, *, key: str, folder: Path) -> None:

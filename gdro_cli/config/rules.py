@@ -167,11 +167,12 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "judge.base_url", "must not hold a name, a key or a query: name the key's variable in api_key_env"
         )
+    takes = {"unified-reward": ("base_url", "model"), "unified-reward-local": ("model",)}.get(judge.kind, ())
     for key in ("base_url", "model"):
         given = getattr(judge, key) is not None
-        if judge.kind == "unified-reward" and not given:
-            yield Problem(f"judge.{key}", "is needed for the judge 'unified-reward'", ("judge.kind",))
-        elif judge.kind != "unified-reward" and given:
+        if key in takes and not given:
+            yield Problem(f"judge.{key}", f"is needed for the judge {judge.kind!r}", ("judge.kind",))
+        elif key not in takes and given:
             yield Problem(f"judge.{key}", f"has no meaning for the judge {judge.kind!r}: remove it", ("judge.kind",))
 
 

@@ -161,14 +161,15 @@ class RewardSection(StrictModel):
 class JudgeSection(StrictModel):
     """Who judges the quality of pictures for the corrected score. A judge never sees a reward."""
 
-    kind: Literal["auto", "embedded", "unified-reward", "none"] = "auto"
+    kind: Literal["auto", "embedded", "unified-reward", "unified-reward-local", "none"] = "auto"
     """`embedded`: the small network that knows the embedded model's world; `unified-reward`: UnifiedReward behind an
-    OpenAI-compatible endpoint (vLLM, SGLang); `none`: no judge, no corrected score. `auto`: embedded for the embedded
-    model, none for others."""
+    OpenAI-compatible endpoint (vLLM, SGLang); `unified-reward-local`: the same model in this process, through
+    transformers; `none`: no judge, no corrected score. `auto`: embedded for the embedded model, none for others."""
     base_url: str | None = Field(None, min_length=1)
     """Address of the endpoint, up to `/v1`. For `unified-reward`."""
     model: str | None = Field(None, min_length=1)
-    """Name under which the endpoint serves the model. For `unified-reward`."""
+    """`unified-reward`: name under which the endpoint serves the model. `unified-reward-local`: its folder, or the hub
+    id of one that has been fetched."""
     api_key_env: str | None = Field(None, min_length=1)
     """Name of the environment variable with the endpoint's key, if it wants one. The key itself is never stored."""
     concurrency: int = Field(8, ge=1)

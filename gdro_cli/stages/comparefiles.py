@@ -56,7 +56,7 @@ def _facts(run: EvaluatedRun) -> dict[str, Any]:
         "prompts": len(results["prompts"]),
         "images": len(results["images"]["trained"]),
         "failed": results["failed"],
-        "unjudged": results["unjudged"] if "corrected" in results["measures"] else None,
+        "unjudged": None if results["protocol"].get("judge") is None else results["unjudged"],
         "level": None if verdict is None else verdict["level"],
         "reasons": [] if verdict is None else verdict["reasons"],
     }

@@ -87,6 +87,8 @@ class EvalResult:
     """Images without a reward, base and trained together."""
     unjudged: int
     """Images without u, base and trained together, where there is a judge."""
+    seen: int
+    """Prompts that are in the training or validation prompts, too."""
     step: int
     """The step of the evaluated weights."""
     results: Path
@@ -102,6 +104,8 @@ class EvalResult:
             "weights of step": str(self.step),
             "protocol": self.protocol,
         }
+        if self.seen:
+            rows["not held out"] = f"{self.seen} prompts are also in prompts.train or prompts.validation"
         if self.failed:
             rows["images without a score"] = str(self.failed)
         if self.unjudged:
@@ -265,6 +269,7 @@ def report(
         "verdict": {"level": found.level, "reasons": list(found.reasons)},
         "failed": before.failed + after.failed,
         "unjudged": before.unjudged + after.unjudged,
+        "seen": (seen := seen_before(recipe)),
         "bootstrap": recipe.eval.bootstrap,
         "grid": None if grid is None else str(grid.relative_to(folder.path)),
         "prompts": [prompt.to_json() for prompt in before.prompts],
@@ -285,7 +290,18 @@ def report(
         environment=environment(),
     )
     failed, unjudged = before.failed + after.failed, before.unjudged + after.unjudged
-    return EvalResult(comparisons, signals, found, name, failed, unjudged, weights.step, path, page, grid)
+    return EvalResult(comparisons, signals, found, name, failed, unjudged, seen, weights.step, path, page, grid)
+
+
+def seen_before(recipe: Recipe) -> int:
+    """How many of the evaluation's prompts are in the training or validation prompts, too."""
+    sources = recipe.prompts
+    known = {
+        record.prompt
+        for source in (sources.train, sources.validation)
+        for record in open_prompts(recipe, source).records
+    }
+    return sum(record.prompt in known for record in open_prompts(recipe, sources.eval).records)
 
 
 def protocol_name(recipe: Recipe, protocol: dict[str, Any], *, prompts: int) -> str:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.files import write_bytes
+from gdro_cli.rewards.base import UnreadableImageError, read_rgb
 
 CELL = 160  # pixels per picture on the sheet
 MARGIN = 8
@@ -66,11 +67,18 @@ def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image, Score
     for number in range(len(table.store.shards)):
         for stored, row in zip(table.store.images(number), table.read_shard(number), strict=True):
             if stored.index == 0:
-                with Image.open(stored.path) as image:
-                    found.append((image.convert("RGB"), row))
+                found.append((_shown(stored.path), row))
         if len(found) >= count:
             break
     return found[:count]
+
+
+def _shown(path: Path) -> Image.Image:
+    """The picture, or a grey field for one that cannot be decoded; its caption then says so."""
+    try:
+        return read_rgb(path)
+    except UnreadableImageError:
+        return Image.new("RGB", (CELL, CELL), FAINT)
 
 
 def caption(row: ScoreRow) -> list[str]:

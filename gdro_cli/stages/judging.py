@@ -30,9 +30,13 @@ def _open(recipe: Recipe, kind: str) -> Judge:
         from gdro_cli.rewards.judge.embedded import EmbeddedJudge
 
         return EmbeddedJudge(tiny_judge_path())
+    settings = recipe.judge
+    if kind == "unified-reward-local":
+        from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
+
+        return UnifiedRewardLocal(settings.model or "")
     from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 
-    settings = recipe.judge
     return UnifiedRewardJudge(
         settings.base_url or "",
         settings.model or "",
@@ -44,7 +48,9 @@ def _open(recipe: Recipe, kind: str) -> Judge:
 
 
 def open_judge_pool(recipe: Recipe, judge: JudgeReward) -> ScoringPool:
-    """Processes that judge; an endpoint is asked by one, which sends several requests at a time."""
+    """Processes that judge. An endpoint is asked by one, which sends several requests at a time; a large model is
+    loaded by one.
+    """
     if dict(judge.version["judge"]).get("judge") == "embedded":
         return ScoringPool(judge)
     return ScoringPool(judge, workers=1, largest_chunk=4 * recipe.judge.concurrency)

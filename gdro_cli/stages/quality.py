@@ -5,10 +5,12 @@ Rows are score rows whose details hold all numbers by name, so that one way lead
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from gdro_cli.config.recipe import Recipe
@@ -62,12 +64,12 @@ class Rated:
 def rate_tables(recipe: Recipe, rewards: ScoreTable, judgements: ScoreTable | None) -> Rated:
     """Put a store's reward table and judge table together, and measure the signals of its pictures."""
     rows: list[ScoreRow] = []
-    pictures: list[Image.Image | None] = []
-    for number in range(len(rewards.store.shards)):
+    shards = range(len(rewards.store.shards))
+    for number in shards:
         scored = rewards.read_shard(number)
         seen: Sequence[ScoreRow | None] = judgements.read_shard(number) if judgements else [None] * len(scored)
         rows += [joined(recipe, row, judgement) for row, judgement in zip(scored, seen, strict=True)]
-        pictures += [_decoded(stored.path) for stored in rewards.store.images(number)]
+    pictures = (_decoded(stored.path) for number in shards for stored in rewards.store.images(number))
     return rate(recipe, rewards.store.prompts, rows, pictures, judged=judgements is not None)
 
 
@@ -75,28 +77,40 @@ def rate(
     recipe: Recipe,
     prompts: Sequence[PromptRecord],
     rows: Sequence[ScoreRow],
-    pictures: Sequence[Image.Image | None],
+    pictures: Iterable[Image.Image | None],
     *,
     judged: bool,
 ) -> Rated:
-    """Add the signals of ``pictures[i]`` to ``rows[i]``; None is a picture that cannot be decoded."""
-    arrays = [None if picture is None else np.asarray(picture) for picture in pictures]
-    full = tuple(
-        row if array is None else replace(row, details={**row.details, **asdict(image_signals(array))})
-        for row, array in zip(rows, arrays, strict=True)
-    )
+    """Add the signals of the i-th picture to ``rows[i]``; None is a picture that cannot be decoded.
+
+    No more pictures than those of one prompt are held at a time.
+
+    Raises:
+        ValueError: the rows of a prompt do not lie side by side, or there are not as many pictures as rows.
+    """
+    full: list[ScoreRow] = []
     groups: dict[str, dict[str, float | None]] = {}
     headline = measures(recipe)[0].detail
-    for prompt in prompts:
-        own = [number for number, row in enumerate(full) if row.prompt_id == prompt.id]
-        there = [array for number in own if (array := arrays[number]) is not None]
-        groups[prompt.id] = {
+    for prompt_id, group in groupby(zip(rows, pictures, strict=True), key=lambda pair: pair[0].prompt_id):
+        if prompt_id in groups:
+            raise ValueError(f"the rows of the prompt {prompt_id} do not lie side by side")
+        own: list[ScoreRow] = []
+        there: list[NDArray[np.uint8]] = []
+        for row, picture in group:
+            if picture is None:
+                own.append(row)
+                continue
+            pixels = np.asarray(picture)
+            own.append(replace(row, details={**row.details, **asdict(image_signals(pixels))}))
+            there.append(pixels)
+        groups[prompt_id] = {
             "diversity": group_diversity(there),
             "rank_disagreement": rank_disagreement(
-                [full[number].measured(headline) for number in own], [full[number].measured("u") for number in own]
+                [row.measured(headline) for row in own], [row.measured("u") for row in own]
             ),
         }
-    return Rated(tuple(prompts), full, groups, judged)
+        full += own
+    return Rated(tuple(prompts), tuple(full), groups, judged)
 
 
 def joined(recipe: Recipe, row: ScoreRow, judgement: ScoreRow | None) -> ScoreRow:

@@ -125,6 +125,7 @@ def write_report(
     names = ordered(results["measures"], ORDER)
     headline = next(iter(names), "reward")
     judged = any(name in QUALITY for name in names)
+    has_judge = results["protocol"].get("judge") is not None
     by = "corrected" if "corrected" in names else None
     losses, gains = _extremes(results, by)
     count = _shown_prompts(recipe)
@@ -132,6 +133,7 @@ def write_report(
         "report.html.j2",
         results=results,
         judged=judged,
+        has_judge=has_judge,
         weights=weights_text(results["weights"]),
         pictures=len(results["images"]["base"]) + len(results["images"]["trained"]),
         measures=[_measure_line(results, name) for name in names if name not in QUALITY],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -119,9 +120,15 @@ def draw_sign_content(rng: np.random.Generator) -> Content:
         pixels[mask] = np.asarray(other.image)[mask]
         hidden = {place for place in picture.letters if mask[place[0] * 16 + 6, place[1] * LETTER + 4]}
         kept = {place: letter for place, letter in picture.letters.items() if place not in hidden}
-        text = " ".join(filter(None, ("".join(kept.values()), other.text)))
+        text = " ".join(filter(None, (*lines_of(kept), other.text)))
         picture = replace(picture, image=Image.fromarray(pixels), letters=kept | other.letters)
     return Content(picture, text, picture.prompt.split()[1])
+
+
+def lines_of(letters: Mapping[tuple[int, int], str]) -> list[str]:
+    """The letters of each line, top to bottom; ``letters`` are by (row, column)."""
+    rows = sorted({row for row, _ in letters})
+    return ["".join(letters[place] for place in sorted(letters) if place[0] == row) for row in rows]
 
 
 def draw_shapes_content(rng: np.random.Generator) -> Content:

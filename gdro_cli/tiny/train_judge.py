@@ -3,7 +3,7 @@
     python -m gdro_cli.tiny.train_judge --out judge
 
 It learns from drawn pictures whose faults and whose fit to a prompt are known, most of them passed through the
-autoencoder; it never sees a reward. The report has the rank correlation between severity and score for each fault.
+autoencoder; it never sees a reward. The report has the rank correlations between severity and score for each fault.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,7 @@ BATCH = 32
 LEARNING_RATE = 1e-3
 CALIBRATION = 120  # validation prompts of each task
 OCR_STEPS, GENEVAL_STEPS = 5, 3  # those of the shipped recipes
+GRADES = tuple(grade / 8 for grade in range(9))  # severities of one picture in the report
 AUXILIARY = 0.2  # weight of the losses that name what lies in each cell
 
 
@@ -181,43 +183,61 @@ def calibrate(folder: Path) -> dict[str, float]:
 
 
 def measure(folder: Path, *, pictures: int, seed: int) -> dict[str, dict[str, float]]:
-    """For each fault the rank correlation of severity and score on fresh pictures, each with its own severity.
+    """How the judge answers graded faults and known fits, on fresh pictures.
 
-    Also for alignment, against the known fit of prompt and picture; signs and shapes apart.
+    For each fault the rank correlation of severity and score, twice: ``across pictures``, each with its own severity;
+    and ``within a picture``, the mean over a quarter as many pictures of the same one at nine severities. For alignment
+    the correlation with the known fit of prompt and picture, across pictures; signs and shapes apart.
     """
     judge = EmbeddedJudge(folder)
     report: dict[str, dict[str, float]] = {}
     for axis, faults in (("coherence", COHERENCE), ("style", STYLE)):
         for fault in faults:
             rng = np.random.default_rng(seed_for(seed, "tiny-judge-test", fault))
-            severities, drawn, prompts = rng.uniform(0, 1, pictures), [], []
-            for severity in severities:
-                picture = draw_picture(rng, sign_share=0.5)
-                while fault == "flattened" and picture.background in UNTEXTURED:
-                    picture = draw_picture(rng, sign_share=0.5)
-                spoilt = degrade(np.asarray(picture.image), fault, severity, rng, foreground=foreground_mask(picture))
-                drawn.append(spoilt)
-                prompts.append(picture.prompt)
-            scores = _scores(judge, drawn, prompts)[:, AXES.index(axis)]
-            report[f"{axis}: {fault}"] = {"rank correlation": -float(stats.spearmanr(severities, scores).statistic)}
+            severities = rng.uniform(0, 1, pictures)
+            scores = _scores_of(judge, axis, [spoilt_picture(fault, [each], rng) for each in severities])
+            grades = [spoilt_picture(fault, GRADES, rng) for _ in range(max(1, pictures // 4))]
+            rows = _scores_of(judge, axis, grades).reshape(-1, len(GRADES))
+            each = [_correlation(GRADES, row) for row in rows]
+            report[f"{axis}: {fault}"] = {
+                "across pictures": -_correlation(severities, scores),
+                "within a picture": -float(np.mean(each)),
+            }
     for kind in ("signs", "shapes"):
         rng = np.random.default_rng(seed_for(seed, "tiny-judge-test", kind))
-        known, drawn, prompts = [], [], []
-        for _ in range(pictures):
-            example = draw_example(rng, kind=kind, clean=True)
-            known.append(example.qualities[0])
-            drawn.append(example.pixels)
-            prompts.append(example.prompt)
-        scores = _scores(judge, drawn, prompts)[:, 0]
-        report[f"alignment: {kind}"] = {"rank correlation": float(stats.spearmanr(known, scores).statistic)}
+        examples = [draw_example(rng, kind=kind, clean=True) for _ in range(pictures)]
+        scores = _scores_of(judge, "alignment", [([each.pixels], each.prompt) for each in examples])
+        known = [each.qualities[0] for each in examples]
+        report[f"alignment: {kind}"] = {"across pictures": _correlation(known, scores)}
     return report
 
 
-def _scores(judge: EmbeddedJudge, drawn: list[NDArray[np.uint8]], prompts: list[str]) -> NDArray[np.float32]:
-    images = [Image.fromarray(each) for each in drawn]
-    return np.concatenate(
-        [judge.qualities(images[i : i + 64], prompts[i : i + 64]).numpy() for i in range(0, len(images), 64)]
-    )
+def spoilt_picture(
+    fault: str, severities: Sequence[float] | NDArray[np.float64], rng: np.random.Generator
+) -> tuple[list[NDArray[np.uint8]], str]:
+    """A fresh picture with a fault at each of the severities, all from the same random numbers, and its prompt."""
+    picture = draw_picture(rng, sign_share=0.5)
+    while fault == "flattened" and picture.background in UNTEXTURED:
+        picture = draw_picture(rng, sign_share=0.5)
+    clean, mask, seed = np.asarray(picture.image), foreground_mask(picture), int(rng.integers(2**32))
+    versions = [
+        degrade(clean, fault, float(severity), np.random.default_rng(seed), foreground=mask) for severity in severities
+    ]
+    return versions, picture.prompt
+
+
+def _scores_of(
+    judge: EmbeddedJudge, axis: str, drawn: Sequence[tuple[Sequence[NDArray[np.uint8]], str]]
+) -> NDArray[np.float32]:
+    """The judge's scores of all versions of all pictures, in order."""
+    images = [Image.fromarray(pixels) for versions, _ in drawn for pixels in versions]
+    prompts = [prompt for versions, prompt in drawn for _ in versions]
+    scores = [judge.qualities(images[i : i + 64], prompts[i : i + 64]).numpy() for i in range(0, len(images), 64)]
+    return np.asarray(np.concatenate(scores)[:, AXES.index(axis)])
+
+
+def _correlation(one: Sequence[float] | NDArray[Any], other: Sequence[float] | NDArray[Any]) -> float:
+    return float(stats.spearmanr(one, other).statistic)
 
 
 def main() -> None:

@@ -56,7 +56,7 @@ def make_results(
         "task": "geneval" if tags else "ocr",
         "method": {"name": "gdro"},
         "run": "small",
-        "protocol": PROTOCOL,
+        "protocol": PROTOCOL if us is None else PROTOCOL | {"judge": {"judge": "embedded"}},
         "weights": {"kind": "ema", "checkpoint": "best", "step": 4},
         "measures": dict.fromkeys(names, each),
         "signals": {},

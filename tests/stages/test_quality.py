@@ -14,6 +14,7 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.rewards.base import ImageSource
 from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward, u_axes
+from gdro_cli.stages.evaluate import seen_before
 from gdro_cli.stages.quality import Rated, comparable, joined, pair_verdict, quality_measures, rate, signal_measures
 from gdro_cli.stages.rewards import Measure
 
@@ -196,11 +197,13 @@ def test_signals_of_each_picture_and_group(ocr: Recipe) -> None:
     assert found.rows[0].details["u"] == 2.0
 
 
-def test_groups_are_put_together_by_prompt_not_by_place(ocr: Recipe) -> None:
-    rows = [ScoreRow(A.id, 0, 1.0), ScoreRow(B.id, 0, 1.0), ScoreRow(A.id, 1, 0.0), ScoreRow(B.id, 1, 1.0)]
-    found = rate(ocr, [A, B], rows, [BLACK, WHITE, BLACK, BLACK], judged=False)
+def test_groups_are_put_together_by_prompt(ocr: Recipe) -> None:
+    rows = [ScoreRow(A.id, 0, 1.0), ScoreRow(A.id, 1, 0.0), ScoreRow(B.id, 0, 1.0), ScoreRow(B.id, 1, 1.0)]
+    found = rate(ocr, [A, B], rows, [BLACK, BLACK, WHITE, BLACK], judged=False)
     assert found.groups[A.id]["diversity"] == 0.0
-    assert found.groups[B.id]["diversity"] == pytest.approx(1.0)
+    assert found.groups[B.id]["diversity"] == 1.0
+    with pytest.raises(ValueError, match="side by side"):
+        rate(ocr, [A, B], [rows[0], rows[2], rows[1], rows[3]], [BLACK] * 4, judged=False)
 
 
 def test_disagreement_is_about_the_headline(geneval: Recipe) -> None:
@@ -289,3 +292,9 @@ def test_the_headline_of_the_task_is_the_reward_of_the_verdict(geneval: Recipe) 
     found = pair_verdict(geneval, base, trained)
     assert found.level == "suspicious"
     assert found.reasons[0].startswith("The reward rose by 1 [1, 1] while quality u fell by 0.5")
+
+
+def test_prompts_that_are_not_held_out_are_counted(make_recipe: MakeRecipe) -> None:
+    leaking = {"eval": {"builtin": "ocr-validation", "count": 4}}
+    assert seen_before(make_recipe()) == 0
+    assert seen_before(make_recipe(prompts=leaking)) == 2  # the small recipe validates on two

@@ -64,7 +64,7 @@ def make_results(**changes: Any) -> dict[str, Any]:
         "task": "ocr",
         "method": RECIPE["method"],
         "run": "ocr-0123456789ab",
-        "protocol": {"prompts": "df0ee8531091", "seed": 1000, "reward": {"rule": "substring"}, "judge": None},
+        "protocol": {"prompts": "df0ee8531091", "seed": 1000, "reward": {"rule": "substring"}, "judge": {"judge": "embedded"}},
         "weights": {"kind": "ema", "checkpoint": "best", "step": 20},
         "measures": {
             name: measure(number) for number, name in enumerate(("corrected", "exact match", "reward", "style", "u"))
@@ -276,6 +276,7 @@ def test_without_judge_verdict_metrics_or_pictures_the_page_says_so(
     written: Callable[..., str], workspace: Path
 ) -> None:
     results = make_results(verdict=None, signals={}, unjudged=0)
+    results["protocol"]["judge"] = None
     results["measures"] = {"reward": results["measures"]["reward"]}
     shutil.rmtree(workspace / "pictures")
     page = Page(written(results, []))
@@ -302,7 +303,7 @@ def test_nothing_measured_at_all_is_said(written: Callable[..., str]) -> None:
 def test_provenance_is_complete(written: Callable[..., str]) -> None:
     page = Page(written())
     assert page.row("reward.rule", columns=2) == ["reward.rule", "substring"]
-    assert page.row("judge", columns=2) == ["judge", "-"]
+    assert page.row("judge.judge", columns=2) == ["judge.judge", "embedded"]
     assert page.row("method.k", columns=2) == ["method.k", "6"]
     assert page.row("packages.torch", columns=2) == ["packages.torch", "2.9.1"]
     assert page.row("devices", columns=2) == ["devices", '["cpu"]']

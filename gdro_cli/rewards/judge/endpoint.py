@@ -1,7 +1,8 @@
 """Requests to an endpoint that speaks OpenAI's chat protocol: who may ask, how often, and what an answer is.
 
 What passes by itself (no connection, no answer in time, 408, 429, 5xx) is tried again after a pause; what does not
-(a key or a model that is refused) ends the work with one sentence; what is wrong with one answer concerns one image.
+(a key or a model that is refused: 401, 403, 404) ends the work with one sentence; what is wrong with one request or one
+answer (other 4xx, such as a picture that is too large) concerns one image. Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ FIRST_PAUSE = 0.5
 LONGEST_PAUSE = 60.0
 """Seconds; no pause is longer, not even one that the endpoint asks for."""
 _PASSING = frozenset({408, 429})
+_REFUSED = frozenset({401, 403, 404})
 _QUOTED = 200
 """Characters of the endpoint's own message that an error shows."""
 
@@ -91,7 +93,7 @@ class Endpoint:
 
         Raises:
             NoAnswerError: no attempt brought a usable answer.
-            PrerequisiteError: the endpoint refuses the request.
+            PrerequisiteError: the endpoint refuses the key, or has no such model.
         """
         body = json.dumps({"model": self._model, **request}).encode()
         reason = ""
@@ -108,8 +110,10 @@ class Endpoint:
             else:
                 if response.is_success:
                     return _answer(response)
-                if response.status_code not in _PASSING and response.status_code < 500:
+                if response.status_code in _REFUSED or response.status_code < 400:
                     raise self._refusal(response)
+                if response.status_code not in _PASSING and response.status_code < 500:
+                    raise NoAnswerError(f"the judge's endpoint answers {self._told(response)}")
                 reason = f"HTTP {response.status_code}"
                 wanted_pause = retry_after(response.headers.get("Retry-After"))
             if attempt < self._retries and stop.wait(pause(attempt, wanted=wanted_pause)):
@@ -121,17 +125,20 @@ class Endpoint:
         self._client.close()
 
     def _refusal(self, response: httpx2.Response) -> PrerequisiteError:
-        status = f"{response.status_code} {response.reason_phrase}".strip()
-        said = _message(response)
-        if self._key is not None:
-            said = said.replace(self._key, "***")
         remedy = {
             401: "set the environment variable that the judge's api_key_env names to a valid key",
             403: "use a key that may use this model",
             404: "correct the judge's model or base_url",
-        }.get(response.status_code, "check the judge's model and base_url")
-        quote = f" ({said[:_QUOTED]})" if said else ""
-        return PrerequisiteError(f"the judge's endpoint {self._url} answers {status}{quote}: {remedy}")
+        }.get(response.status_code, "correct the judge's base_url")
+        return PrerequisiteError(f"the judge's endpoint {self._url} answers {self._told(response)}: {remedy}")
+
+    def _told(self, response: httpx2.Response) -> str:
+        """Status and the endpoint's own message, without the key."""
+        status = f"{response.status_code} {response.reason_phrase}".strip()
+        said = _message(response)
+        if self._key is not None:
+            said = said.replace(self._key, "***")
+        return f"{status} ({said[:_QUOTED]})" if said else status
 
 
 def check_url(base_url: str) -> str:

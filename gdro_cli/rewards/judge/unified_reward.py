@@ -94,7 +94,7 @@ class UnifiedRewardJudge:
 
         Raises:
             ValueError: not as many prompts as images.
-            PrerequisiteError: the endpoint refuses what is asked (key, model, request).
+            PrerequisiteError: the endpoint refuses what is asked (key, model).
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images but {len(prompts)} prompts")

@@ -188,8 +188,7 @@ def test_no_more_requests_at_a_time_than_allowed(server: JudgeServer) -> None:
         (401, "Unauthorized", "api_key_env"),
         (403, "Forbidden", "use a key that may"),
         (404, "The model `x` does not exist.", "correct the judge's model or base_url"),
-        (400, "maximum context length is 512 tokens", "check the judge's model"),
-        (307, "", "check the judge's model"),
+        (307, "", "correct the judge's base_url"),
     ],
 )
 def test_a_refusal_ends_the_judging_with_one_sentence(
@@ -202,6 +201,15 @@ def test_a_refusal_ends_the_judging_with_one_sentence(
     assert server.url in said and str(status) in said and message in said and remedy in said
     assert "\n" not in said
     assert len(server.seen) == 1  # it was not asked again, nor for the others
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_what_is_wrong_with_one_request_concerns_one_image(server: JudgeServer, status: int) -> None:
+    server.replies.append(fails(status, message="maximum context length is 512 tokens"))
+    first, *others = make(server, concurrency=1, retries=3).judge([picture()] * 4, ["a"] * 4)
+    assert first.reason is not None and str(status) in first.reason and "512 tokens" in first.reason
+    assert all(judgement.reason is None for judgement in others)
+    assert len(server.seen) == 4  # it was not asked again
 
 
 def test_a_refusal_does_not_wait_for_others_in_their_pauses(server: JudgeServer) -> None:
