@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from gdro_cli.files import write_json
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.rewards.judge.base import AXES
-from gdro_cli.rewards.judge.embedded import EmbeddedJudge, JudgeNetwork, word_numbers
+from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork, scaled, word_numbers
 from gdro_cli.tiny.assets import tiny_model_path
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, UNTEXTURED, degrade
@@ -135,14 +135,15 @@ def train(
                 file.write(json.dumps({**row, "seconds": round(time.monotonic() - began, 1)}) + "\n")
             sums = dict.fromkeys(sums, 0.0)
         if step % 500 == 0:
-            save(teacher.judge, out / "unfinished", dict.fromkeys(AXES, 0.5))
+            save(teacher.judge, out / "unfinished")
     return teacher.judge.eval()
 
 
-def save(network: JudgeNetwork, folder: Path, anchors: dict[str, float]) -> None:
-    """Write what ``EmbeddedJudge`` reads."""
+def save(network: JudgeNetwork, folder: Path, shifts: Mapping[str, float] | None = None) -> None:
+    """Write what ``EmbeddedJudge`` reads; without ``shifts`` of each axis it is not calibrated."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": anchors})
+    calibration = dict(shifts or dict.fromkeys(AXES, 0.0))
+    write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": calibration})
     tensors = {name: value.contiguous().half() for name, value in network.state_dict().items()}  # half the package
     save_file(tensors, folder / "model.safetensors")
 
@@ -174,12 +175,21 @@ def base_pictures() -> tuple[list[Image.Image], list[str]]:
 
 
 def calibrate(folder: Path) -> dict[str, float]:
-    """Write the mean quality of the base model's own pictures on each axis into the judge's configuration."""
+    """Write into the judge's configuration what brings the base model's own pictures to ``ANCHOR`` on each axis."""
     pictures, prompts = base_pictures()
-    means = EmbeddedJudge(folder).qualities(pictures, prompts).double().mean(dim=0).tolist()
-    anchors = {axis: round(value, 4) for axis, value in zip(AXES, means, strict=True)}
-    write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": anchors})
-    return anchors
+    qualities = EmbeddedJudge(folder).qualities(pictures, prompts)
+    shifts = {axis: round(shift_to(ANCHOR, column), 4) for axis, column in zip(AXES, qualities.T, strict=True)}
+    write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": shifts})
+    return shifts
+
+
+def shift_to(mean: float, qualities: Tensor) -> float:
+    """The shift of log-odds with which the mean score of ``qualities`` [N] is ``mean``; scores fall as it grows."""
+    low, high = -30.0, 30.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if np.mean(scaled(qualities, middle)) > mean else (low, middle)
+    return (low + high) / 2
 
 
 def measure(folder: Path, *, pictures: int, seed: int) -> dict[str, dict[str, float]]:
@@ -262,7 +272,7 @@ def main() -> None:
             rate=arguments.rate,
             start=arguments.start,
         )
-        save(network, arguments.out, dict.fromkeys(AXES, 0.5))
+        save(network, arguments.out)
         calibrate(arguments.out)
     report = measure(arguments.out, pictures=arguments.pictures, seed=arguments.seed + 1)
     write_json(arguments.out / "report.json", report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -118,6 +119,14 @@ def test_the_base_model_is_measured_once(finished: Finished, make_recipe: MakeRe
     assert (third["step"], third["images"]) == (4, 4) and third["protocol"] != first["protocol"]
     assert len(json_of(base)["rows"]) == 4 and json_of(base)["protocol"] == third["protocol"]
     assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": third["corrected"]}
+
+
+def test_the_page_names_every_key_of_the_results(finished: Finished) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    table = page.split("## results.json")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    named = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+    assert sorted(named) == sorted(json_of(finished[1].run.path / "results.json"))
 
 
 def test_an_evaluation_writes_its_report(finished: Finished) -> None:

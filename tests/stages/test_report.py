@@ -64,7 +64,12 @@ def make_results(**changes: Any) -> dict[str, Any]:
         "task": "ocr",
         "method": RECIPE["method"],
         "run": "ocr-0123456789ab",
-        "protocol": {"prompts": "df0ee8531091", "seed": 1000, "reward": {"rule": "substring"}, "judge": {"judge": "embedded"}},
+        "protocol": {
+            "prompts": "df0ee8531091",
+            "seed": 1000,
+            "reward": {"rule": "substring"},
+            "judge": {"judge": "embedded"},
+        },
         "weights": {"kind": "ema", "checkpoint": "best", "step": 20},
         "measures": {
             name: measure(number) for number, name in enumerate(("corrected", "exact match", "reward", "style", "u"))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gdro_cli.core.seeds import seed_for
 from gdro_cli.rewards.judge.base import AXES
-from gdro_cli.rewards.judge.embedded import EmbeddedJudge, JudgeNetwork
+from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork
 from gdro_cli.tiny import train_judge
 from gdro_cli.tiny.degrade import COHERENCE, STYLE
 from gdro_cli.tiny.judged import draw_example, judge_vocabulary
@@ -59,7 +59,7 @@ def test_batches_are_a_function_of_the_seed() -> None:
 
 def test_saved_weights_judge_as_the_network_does(trained: JudgeNetwork, tmp_path: Path) -> None:
     """They are stored in half precision: 11 bits of each weight."""
-    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    save(trained, tmp_path)
     rng = np.random.default_rng(4)
     examples = [draw_example(rng) for _ in range(8)]
     batch = collate(examples, judge_vocabulary())
@@ -71,7 +71,7 @@ def test_saved_weights_judge_as_the_network_does(trained: JudgeNetwork, tmp_path
 
 
 def test_the_report_names_every_fault_and_kind(trained: JudgeNetwork, tmp_path: Path) -> None:
-    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    save(trained, tmp_path)
     found = measure(tmp_path, pictures=6, seed=0)
     assert set(found) == {
         *(f"coherence: {fault}" for fault in COHERENCE),
@@ -79,31 +79,35 @@ def test_the_report_names_every_fault_and_kind(trained: JudgeNetwork, tmp_path: 
         "alignment: signs",
         "alignment: shapes",
     }
-    assert all(-1 <= each["rank correlation"] <= 1 for each in found.values())
+    for name, each in found.items():
+        kinds = {"across pictures"} if name.startswith("alignment") else {"across pictures", "within a picture"}
+        assert set(each) == kinds
+        assert all(-1 <= value <= 1 for value in each.values())
     assert measure(tmp_path, pictures=6, seed=0) == found
 
 
-def test_calibration_writes_the_mean_of_the_base_models_pictures(
+def test_calibration_brings_the_base_models_pictures_to_the_anchor(
     trained: JudgeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two prompts of each task here; the weights stay as they are."""
     monkeypatch.setattr(train_judge, "CALIBRATION", 2)
-    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    save(trained, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     pictures, prompts = train_judge.base_pictures()
     assert [picture.size for picture in pictures] == [(64, 64)] * 4
     assert ['"' in prompt for prompt in prompts] == [True, True, False, False]
-    anchors = train_judge.calibrate(tmp_path)
-    means = EmbeddedJudge(tmp_path).qualities(pictures, prompts).double().mean(dim=0).tolist()
-    assert [anchors[axis] for axis in AXES] == pytest.approx(means, abs=1e-3)
-    assert json.loads((tmp_path / "config.json").read_text())["calibration"] == anchors
+    shifts = train_judge.calibrate(tmp_path)
+    judgements = EmbeddedJudge(tmp_path).judge(pictures, prompts)
+    for axis in AXES:
+        assert np.mean([judgement.axes[axis] for judgement in judgements]) == pytest.approx(ANCHOR, abs=2e-3)  # type: ignore[misc]
+    assert json.loads((tmp_path / "config.json").read_text())["calibration"] == shifts
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_the_command_reports_on_weights_that_are_there(
     trained: JudgeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save(trained, tmp_path, dict.fromkeys(AXES, 0.5))
+    save(trained, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     monkeypatch.setattr("sys.argv", ["train_judge", "--out", str(tmp_path), "--pictures", "4", "--only-report"])
     main()

@@ -31,7 +31,7 @@ SIZE = 64  # pixels per side that the judge was trained on
 CELLS = 8  # picture tokens per side, of 8 pixels each: one letter of the world's signs
 TEXT_LENGTH = 28
 ANCHOR = 3.4
-"""Where the mean quality of the base model's own pictures lies on each axis, as FLUX.1 does in the paper."""
+"""The mean score of the base model's own pictures on each axis, as FLUX.1's in the paper."""
 _WORD = re.compile(r'"[^"]*"?|[A-Za-z]+')
 _QUOTES = dict.fromkeys(map(ord, "\u201c\u201d\u201e\u201f"), '"')
 PADDING, UNKNOWN, SPACE = 0, 1, 2
@@ -112,7 +112,7 @@ class EmbeddedJudge:
             held = json.loads(config.read_text(encoding="utf-8"))
             self._vocabulary = {str(word): int(number) for word, number in held["vocabulary"].items()}
             self._words = max(self._vocabulary.values()) + 1
-            self._anchors = tuple(float(held["calibration"][axis]) for axis in AXES)
+            self._shifts = tuple(float(held["calibration"][axis]) for axis in AXES)
             digests = {path.name: sha256_file(path) for path in (config, weights)}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PrerequisiteError(f"the judge in {folder} is missing or incomplete: reinstall gdro_cli") from error
@@ -151,7 +151,10 @@ class EmbeddedJudge:
         for start in range(0, len(waiting), self._batch_size):
             batch = waiting[start : start + self._batch_size]
             axes = self.qualities([pictures[i] for i in batch], [prompts[i] for i in batch])
-            for number, row in zip(batch, self._calibrated(axes), strict=True):
+            scores = zip(
+                *(scaled(column, shift) for column, shift in zip(axes.T, self._shifts, strict=True)), strict=True
+            )
+            for number, row in zip(batch, scores, strict=True):
                 judgements[number] = Judgement(dict(zip(AXES, row, strict=True)), None)
         return [judgement for judgement in judgements if judgement is not None]
 
@@ -166,17 +169,15 @@ class EmbeddedJudge:
         with torch.inference_mode():
             return torch.as_tensor(self._network(pixels, words).sigmoid())
 
-    def _calibrated(self, qualities: Tensor) -> list[list[float]]:
-        """Qualities as 1 to 5: straight lines from 1 over ``ANCHOR``, the base model's mean, to 5; order is kept."""
-        columns = [
-            np.interp(column, (0.0, anchor, 1.0), (LOWEST, ANCHOR, HIGHEST))
-            for column, anchor in zip(qualities.double().T.numpy(), self._anchors, strict=True)
-        ]
-        return [[round(float(value), 4) for value in row] for row in zip(*columns, strict=True)]
-
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the loaded network, so that it can be sent to a worker process."""
         return {**self.__dict__, "_network": None}
+
+
+def scaled(qualities: Tensor, shift: float) -> list[float]:
+    """Qualities [N] in [0, 1] as scores from 1 to 5: their log-odds less ``shift``; 0 stays 1, 1 stays 5."""
+    odds = torch.logit(qualities.double(), eps=1e-9) - shift
+    return [round(value, 4) for value in (LOWEST + (HIGHEST - LOWEST) * odds.sigmoid()).tolist()]
 
 
 def _fitted(picture: Image.Image) -> Image.Image:

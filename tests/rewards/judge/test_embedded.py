@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,22 @@ from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.judge.base import AXES
-from gdro_cli.rewards.judge.embedded import SPACE, TEXT_LENGTH, UNKNOWN, EmbeddedJudge, JudgeNetwork, word_numbers
+from gdro_cli.rewards.judge.embedded import (
+    SPACE,
+    TEXT_LENGTH,
+    UNKNOWN,
+    EmbeddedJudge,
+    JudgeNetwork,
+    scaled,
+    word_numbers,
+)
 from gdro_cli.tiny.assets import tiny_judge_path
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
 from gdro_cli.tiny.judged import judge_vocabulary
-from gdro_cli.tiny.train_judge import measure, save
+from gdro_cli.tiny.train_judge import measure, save, shift_to
 from gdro_cli.tiny.world import Picture, foreground_mask, random_scene, random_sign
 
-ANCHORS = dict.fromkeys(AXES, 0.5)
+SHIFTS = dict.fromkeys(AXES, 0.0)
 FAULTS = [(axis, fault) for axis, faults in (("coherence", COHERENCE), ("style", STYLE)) for fault in faults]
 GOOD = 0.9
 """Rank correlation of severity and score from which the shipped judge is held to a fault."""
@@ -41,7 +50,7 @@ def network(*, seed: int = 0) -> JudgeNetwork:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("judge")
-    save(network(), path, ANCHORS)
+    save(network(), path, SHIFTS)
     return path
 
 
@@ -118,23 +127,19 @@ def test_an_image_gets_the_same_judgement_in_any_batch(folder: Path, drawn: list
     assert whole.std(axis=0).min() > 1e-2
 
 
-def test_calibration_keeps_order_and_ends(folder: Path, drawn: list[Picture]) -> None:
-    """With the anchor 0.5: 1 + 4.8 q up to 0.5 and 3.4 + 3.2 (q - 0.5) above."""
+def test_scores_by_hand(folder: Path, drawn: list[Picture]) -> None:
+    """Not shifted: 1 + 4 q. Shifted by ln 3: odds of 1 to 1 become 1 to 3."""
     judge = EmbeddedJudge(folder)
-    qualities = judge.qualities(images_of(drawn), prompts_of(drawn)).double().numpy()
-    expected = np.where(qualities < 0.5, 1 + 4.8 * qualities, 3.4 + 3.2 * (qualities - 0.5))
-    axes = judged(judge, drawn)
-    assert axes == pytest.approx(expected, abs=1e-3)
-    for column in range(3):
-        assert (np.diff(axes[np.argsort(qualities[:, column]), column]) >= 0).all()
+    qualities = judge.qualities(images_of(drawn), prompts_of(drawn)).numpy()
+    found = [[each.axes[axis] for axis in AXES] for each in judge.judge(images_of(drawn), prompts_of(drawn))]
+    np.testing.assert_allclose(np.array(found, float), 1 + 4 * qualities, atol=1e-4)
+    assert scaled(torch.tensor([0.0, 0.5, 0.75, 1.0]), math.log(3)) == [1.0, 2.0, 3.0, 5.0]
 
 
-def test_the_anchor_is_3_4(folder: Path, drawn: list[Picture], tmp_path: Path) -> None:
-    """With a picture's own qualities as anchors it gets 3.4 on all axes; anchors are on the scale of ``qualities``."""
-    save(network(), tmp_path, ANCHORS)
-    own = EmbeddedJudge(tmp_path).qualities(images_of(drawn)[:1], prompts_of(drawn)[:1])[0].tolist()
-    save(network(), tmp_path, dict(zip(AXES, own, strict=True)))
-    assert judged(EmbeddedJudge(tmp_path), drawn[:1]) == pytest.approx(np.full((1, 3), 3.4), abs=2e-3)
+def test_the_shift_to_a_mean() -> None:
+    qualities = torch.tensor([0.99, 0.9, 0.2])
+    assert np.mean(scaled(qualities, shift_to(3.4, qualities))) == pytest.approx(3.4, abs=1e-3)
+    assert shift_to(3.0, torch.tensor([0.75])) == pytest.approx(math.log(3), abs=1e-3)
 
 
 def test_pictures_of_other_sizes_are_brought_to_the_judge_s(folder: Path, drawn: list[Picture]) -> None:
@@ -177,9 +182,9 @@ def test_a_loaded_judge_travels_without_its_network(folder: Path, drawn: list[Pi
 def test_provenance_names_weights_and_calibration(folder: Path, tmp_path: Path) -> None:
     version = EmbeddedJudge(folder).version
     assert version["judge"] == "embedded" and set(version["files"]) == {"config.json", "model.safetensors"}
-    save(network(), tmp_path, ANCHORS)
+    save(network(), tmp_path, SHIFTS)
     assert EmbeddedJudge(tmp_path).version == version
-    save(network(), tmp_path, {**ANCHORS, "style": 0.4})
+    save(network(), tmp_path, {**SHIFTS, "style": 0.4})
     other = EmbeddedJudge(tmp_path).version["files"]
     assert other["model.safetensors"] == version["files"]["model.safetensors"]
     assert other["config.json"] != version["files"]["config.json"]
@@ -189,7 +194,7 @@ def test_missing_files_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match="missing or incomplete: reinstall"):
         EmbeddedJudge(tmp_path / "nowhere")
     for name in ("config.json", "model.safetensors"):
-        save(network(), tmp_path, ANCHORS)
+        save(network(), tmp_path, SHIFTS)
         (tmp_path / name).unlink()
         with pytest.raises(PrerequisiteError, match="missing or incomplete: reinstall"):
             EmbeddedJudge(tmp_path)
@@ -207,7 +212,7 @@ def test_missing_files_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_damaged_configuration_is_one_sentence(tmp_path: Path, content: str) -> None:
-    save(network(), tmp_path, ANCHORS)
+    save(network(), tmp_path, SHIFTS)
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(PrerequisiteError, match="missing or incomplete: reinstall"):
         EmbeddedJudge(tmp_path)
@@ -215,14 +220,14 @@ def test_a_damaged_configuration_is_one_sentence(tmp_path: Path, content: str) -
 
 @pytest.mark.parametrize("damage", ["cut off", "no weights", "of another network"])
 def test_damaged_weights_are_one_sentence(tmp_path: Path, damage: str) -> None:
-    save(network(), tmp_path, ANCHORS)
+    save(network(), tmp_path, SHIFTS)
     weights = tmp_path / "model.safetensors"
     if damage == "cut off":
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif damage == "no weights":
         weights.write_bytes(b"not a file of weights")
     else:
-        save(JudgeNetwork(len(judge_vocabulary()) + 9), tmp_path, ANCHORS)
+        save(JudgeNetwork(len(judge_vocabulary()) + 9), tmp_path, SHIFTS)
     judge = EmbeddedJudge(tmp_path)
     with pytest.raises(PrerequisiteError, match=r"model\.safetensors are damaged: reinstall"):
         judge.load()
@@ -238,7 +243,7 @@ def shipped() -> EmbeddedJudge:
 
 @cache
 def sample() -> dict[str, dict[str, float]]:
-    """Rank correlations on 60 fresh pictures of each kind."""
+    """Rank correlations on 60 fresh pictures of each kind, and on 15 at nine severities."""
     return measure(tiny_judge_path(), pictures=60, seed=2)
 
 
@@ -269,16 +274,18 @@ def test_ruined_pictures_are_judged_worse_than_clean_ones(axis: str, fault: str,
 
 @pytest.mark.parametrize(("axis", "fault"), FAULTS)
 def test_the_score_follows_the_severity(axis: str, fault: str) -> None:
+    """Of one picture, and less closely from picture to picture."""
     name = f"{axis}: {fault}"
-    wanted = GOOD if told()[name]["rank correlation"] >= GOOD else 0.5
-    assert sample()[name]["rank correlation"] >= wanted
+    assert told()[name]["within a picture"] >= GOOD
+    assert sample()[name]["within a picture"] >= GOOD - 0.05  # 15 pictures
+    assert sample()[name]["across pictures"] == pytest.approx(told()[name]["across pictures"], abs=0.2)
 
 
 @pytest.mark.parametrize("kind", ["signs", "shapes"])
 def test_alignment_follows_the_known_fit(kind: str) -> None:
     name = f"alignment: {kind}"
-    assert sample()[name]["rank correlation"] == pytest.approx(told()[name]["rank correlation"], abs=0.2)
-    assert sample()[name]["rank correlation"] > 0.3
+    assert sample()[name]["across pictures"] == pytest.approx(told()[name]["across pictures"], abs=0.2)
+    assert sample()[name]["across pictures"] > 0.3
 
 
 def test_own_prompts_fit_better_than_others(drawn: list[Picture]) -> None:
@@ -296,6 +303,5 @@ def test_the_report_is_of_every_fault() -> None:
 def test_the_shipped_judge_is_calibrated() -> None:
     config = json.loads((tiny_judge_path() / "config.json").read_text())
     assert set(config["calibration"]) == set(AXES)
-    assert all(0 < value < 1 for value in config["calibration"].values())
-    assert config["calibration"] != ANCHORS
+    assert config["calibration"] != SHIFTS
     assert config["vocabulary"] == judge_vocabulary()
