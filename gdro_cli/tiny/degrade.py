@@ -1,7 +1,7 @@
 """Ways in which a picture of the world can go bad, each at a severity from 0 (untouched) to 1 (ruined).
 
-The first six are faults of drawing; the embedded judge's coherence answers them. The last three take away what reward
-hacking wipes out first, background detail and colour; its style answers those.
+The first six are faults of drawing; the embedded judge's coherence answers them. The last four spoil what reward
+hacking spoils first, background detail and natural colours; its style answers those.
 """
 
 from __future__ import annotations
@@ -101,6 +101,14 @@ def darkened(pixels: Pixels, severity: float, rng: np.random.Generator, foregrou
     return np.asarray(pixels + severity * 0.8 * (end - pixels), np.float32)
 
 
+def glaring(pixels: Pixels, severity: float, rng: np.random.Generator, foreground: Mask) -> Pixels:
+    """Unnatural colour and contrast: up to three and a half times the colour, and then twice the contrast."""
+    grey = (pixels @ np.asarray((0.299, 0.587, 0.114), np.float32))[..., None]
+    vivid = grey + (1 + 2.5 * severity) * (pixels - grey)
+    middle = pixels.mean(axis=(0, 1))
+    return np.asarray(middle + (1 + severity) * (vivid - middle), np.float32)
+
+
 def _patch(shape: tuple[int, ...], share: float, rng: np.random.Generator) -> NDArray[np.bool_]:
     height, width = (int(side * share * rng.uniform(0.7, 1)) for side in shape[:2])
     top, left = int(rng.integers(0, shape[0] - height + 1)), int(rng.integers(0, shape[1] - width + 1))
@@ -117,7 +125,12 @@ COHERENCE: dict[str, Degradation] = {
     "broken edges": broken_edges,
     "missing parts": missing_parts,
 }
-STYLE: dict[str, Degradation] = {"flattened": flattened, "faded": faded, "darkened": darkened}
+STYLE: dict[str, Degradation] = {
+    "flattened": flattened,
+    "faded": faded,
+    "darkened": darkened,
+    "glaring": glaring,
+}
 UNTEXTURED = frozenset({"plain"})
 """Backgrounds in which there is nothing to flatten."""
 

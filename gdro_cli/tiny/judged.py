@@ -29,6 +29,7 @@ from gdro_cli.tiny.world import (
     SHAPES,
     Picture,
     Thing,
+    draw_sign,
     draw_things,
     foreground_mask,
     ocr_prompt,
@@ -39,7 +40,8 @@ from gdro_cli.tiny.world import (
     thing_mask,
 )
 
-SECOND_SIGN_SHARE = 0.15
+SECOND_SIGN_SHARE = 0.3
+REPEATED_SHARE = 0.6  # of the second signs: the same once more, as a reward that only wants to find the word invites
 CROWD_SHARE = 0.4
 TEXT_WEIGHT, COLOUR_WEIGHT, BACKGROUND_WEIGHT = 0.6, 0.2, 0.2
 CELLS_PER_TOKEN = CELLS // GRID
@@ -110,19 +112,29 @@ def draw_example(rng: np.random.Generator, *, kind: str | None = None, clean: bo
 
 
 def draw_sign_content(rng: np.random.Generator) -> Content:
-    """A sign, at times with a piece of a second one over it."""
+    """A sign, at times with a second one over a part of it: any other, or the same once more."""
     picture = random_sign(rng)
     text = picture.text or ""
     if rng.random() < SECOND_SIGN_SHARE:
-        other = random_sign(rng)
+        other = repeated_sign(picture, rng) if rng.random() < REPEATED_SHARE else random_sign(rng)
         mask = foreground_mask(other)
         pixels = np.asarray(picture.image).copy()
         pixels[mask] = np.asarray(other.image)[mask]
         hidden = {place for place in picture.letters if mask[place[0] * 16 + 6, place[1] * LETTER + 4]}
         kept = {place: letter for place, letter in picture.letters.items() if place not in hidden}
-        text = " ".join(filter(None, (*lines_of(kept), other.text)))
         picture = replace(picture, image=Image.fromarray(pixels), letters=kept | other.letters)
+        text = " ".join(lines_of(picture.letters))
     return Content(picture, text, picture.prompt.split()[1])
+
+
+def repeated_sign(picture: Picture, rng: np.random.Generator) -> Picture:
+    """The sign of a picture somewhere else, mostly right above or below it."""
+    text, colour = picture.text or "", picture.prompt.split()[1]
+    row, column = min(picture.letters)
+    beside = int(row + rng.choice((-1, 1)))
+    near = rng.random() < 0.7 and 0 <= beside <= GRID - len(text.split())
+    place = (beside, column) if near else None
+    return draw_sign(text, colour=colour, background=picture.background, rng=rng, place=place)
 
 
 def lines_of(letters: Mapping[tuple[int, int], str]) -> list[str]:

@@ -152,6 +152,16 @@ def test_darkening_keeps_a_fifth_of_the_contrast(pictures: list[Picture]) -> Non
         assert after.std(axis=(0, 1)) == pytest.approx(0.2 * before, abs=0.5)
 
 
+def test_glaring_drives_colours_apart_and_leaves_a_grey_field() -> None:
+    """At 1: luma plus 3.5 times the colour, cut off at black and white, and no contrast where there is none."""
+    assert np.array_equal(spoilt(grey(77), "glaring", 1.0), grey(77))
+    dull = np.full((64, 64, 3), (120, 100, 100), np.uint8)  # luma 105.98
+    mean = 105.98 + 1.4 * (np.array((120, 100, 100)) - 105.98)
+    after = spoilt(dull, "glaring", 0.16)[0, 0].astype(float)
+    expected = 1.16 * mean - 0.16 * np.array((120, 100, 100))
+    np.testing.assert_allclose(after, expected, atol=1)
+
+
 def test_what_needs_an_edge_leaves_a_flat_picture_flat() -> None:
     for fault in ("blur", "smears", "broken edges", "flattened"):
         assert np.array_equal(spoilt(grey(), fault, 1.0), grey())

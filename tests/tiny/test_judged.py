@@ -17,7 +17,9 @@ from gdro_cli.tiny.judged import (
     fit_of,
     judge_vocabulary,
     letter_cells,
+    lines_of,
     metadata_of,
+    repeated_sign,
     scene_fit,
     thing_cells,
 )
@@ -195,3 +197,20 @@ def test_the_vocabulary_numbers_each_word_once() -> None:
 
 def test_faults_of_the_two_axes_are_different_ones() -> None:
     assert not COHERENCE.keys() & STYLE.keys()
+
+
+def test_a_repeated_sign_is_read_twice_and_fits_worse() -> None:
+    picture = draw_sign("HELLO", colour="red", background="brick", rng=np.random.default_rng(0), place=(1, 1))
+    rng = np.random.default_rng(1)
+    twins = [repeated_sign(picture, rng) for _ in range(40)]
+    assert all(each.text == "HELLO" and each.prompt == picture.prompt for each in twins)
+    assert {min(each.letters) for each in twins} > {(0, 1), (2, 1)}  # right above and below, and elsewhere
+    text = " ".join(lines_of(picture.letters | twins[0].letters))
+    assert fit_of(picture.prompt, Content(picture, "HELLO", "red")) == 1.0
+    assert fit_of(picture.prompt, Content(picture, "HELLO HELLO", "red")) == pytest.approx(0.4 + 0.6 * 5 / 11)
+    assert text in ("HELLO HELLO", "HELLO")
+
+
+def test_lines_are_read_from_top_to_bottom() -> None:
+    letters = {(2, 3): "C", (0, 1): "A", (0, 2): "B", (2, 1): "D"}
+    assert lines_of(letters) == ["AB", "DC"]
