@@ -93,7 +93,9 @@ class SampleSection(StrictModel):
     steps: int = Field(8, ge=1)
     """Euler steps from noise to image. 1 or more."""
     guidance: float = Field(1.0, ge=0)
-    """Guidance scale, passed to models that take one. 0 or more."""
+    """Guidance scale g, 0 or more. An input of models made for one (FLUX.1-dev), in training, too. Classifier-free
+    guidance for SD3, Qwen-Image, Z-Image and FLUX.2-klein-base: v_uncond + g (v_cond - v_uncond), in sampling only, for
+    g above 1. Models without guidance ignore it."""
     height: int | None = Field(None, ge=8)
     """Image height in pixels; set both or neither of height and width. Nothing: the model's own size."""
     width: int | None = Field(None, ge=8)

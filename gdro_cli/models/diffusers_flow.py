@@ -11,10 +11,18 @@ from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.family import DiffusersFlow
 from gdro_cli.models.flux import FluxFlow
+from gdro_cli.models.flux2_klein import Flux2KleinFlow
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.qwen_image import QwenImageFlow
+from gdro_cli.models.sd3 import StableDiffusion3Flow
+from gdro_cli.models.z_image import ZImageFlow
 
 FAMILIES: dict[str, type[DiffusersFlow]] = {
     "FluxPipeline": FluxFlow,
+    "Flux2KleinPipeline": Flux2KleinFlow,
+    "QwenImagePipeline": QwenImageFlow,
+    "StableDiffusion3Pipeline": StableDiffusion3Flow,
+    "ZImagePipeline": ZImageFlow,
 }
 """Pipeline class in ``model_index.json`` -> family. A new family is one file and one row here."""
 
@@ -54,6 +62,6 @@ def load_flow_model(
     if family is None:
         raise UserError(
             f"model {folder.path} is a {folder.pipeline or 'folder without a pipeline class'}, which is not supported: "
-            f"choose one of {', '.join(sorted(FAMILIES))}"
+            f"choose one of {', '.join(FAMILIES)}"
         )
     return family(folder, device=target, dtype=weights, max_sequence_length=max_sequence_length)

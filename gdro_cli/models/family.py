@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from gdro_cli.core.flow import as_float
 from gdro_cli.errors import UserError
-from gdro_cli.models.base import Conditioning, stack_conditioning
+from gdro_cli.models.base import Conditioning, GuidanceKind, stack_conditioning
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.latents import pictures, seeded_noise
 
 _ENCODE_BATCH = 8
 """Prompts per pass through the text encoders; they are cheap beside the transformer."""
@@ -35,11 +38,15 @@ class DiffusersFlow(abc.ABC):
     """
 
     family: ClassVar[str]
-    lora_targets: ClassVar[tuple[str, ...]]
-    patch: ClassVar[int]
+    lora_targets: tuple[str, ...]
+    patch: ClassVar[int] = 2
     """Latent pixels per side of one token."""
-    fallback_size: ClassVar[int]
+    fallback_size: ClassVar[int] = 1024
     """Picture side in pixels when the autoencoder's configuration does not give one."""
+    longest_text: ClassVar[int] = 512
+    """Text tokens per prompt unless the recipe says otherwise."""
+    negative_prompt: ClassVar[str] = ""
+    """The prompt of the unconditional pass."""
 
     def __init__(
         self,
@@ -55,10 +62,15 @@ class DiffusersFlow(abc.ABC):
         self._max_sequence_length = max_sequence_length
         self._transformer: nn.Module | None = None
         self._loaded: dict[str, Any] = {}
-        self._ids: dict[tuple[str, int, int], Tensor] = {}
+        self._unconditional: Conditioning | None = None
+        self._ids: dict[tuple[object, ...], Tensor] = {}
         self.transformer_config = folder.config("transformer")
         self.vae_config = folder.config("vae")
-        self.vae_scale = 2 ** (len(self.vae_config["block_out_channels"]) - 1)
+        self.vae_scale = self._vae_scale()
+
+    def _vae_scale(self) -> int:
+        """Pixels per side of one latent pixel."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     # -- components ---------------------------------------------------------------------------------------------
 
@@ -119,14 +131,34 @@ class DiffusersFlow(abc.ABC):
 
     # -- text ---------------------------------------------------------------------------------------------------
 
+    @property
+    def max_sequence_length(self) -> int:
+        """Text tokens per prompt: as asked for, or the family's own."""
+        return self.longest_text if self._max_sequence_length is None else self._max_sequence_length
+
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """Encode prompts, a few at a time; each result is a CPU copy without a batch dimension."""
+        """Encode prompts, a few at a time; each result is a CPU copy without a batch dimension.
+
+        Where guidance is ``cfg``, the negative prompt is encoded along, so that no sampling has to load the encoders
+        again for it.
+        """
+        found = self._encode_all(prompts)
+        if self.guidance_kind == "cfg":
+            self.unconditional()
+        return found
+
+    def unconditional(self) -> Conditioning:
+        """The negative prompt's conditioning, encoded once."""
+        if self._unconditional is None:
+            self._unconditional = self._encode_all([self.negative_prompt])[0]
+        return self._unconditional
+
+    def _encode_all(self, prompts: Sequence[str]) -> list[Conditioning]:
         found: list[Conditioning] = []
         with torch.no_grad(), torch.inference_mode(False):
             for start in range(0, len(prompts), _ENCODE_BATCH):
-                part = list(prompts[start : start + _ENCODE_BATCH])
-                batch = {key: value.cpu() for key, value in self._encode(part).items()}
-                found += [{key: value[i].clone() for key, value in batch.items()} for i in range(len(part))]
+                part = self._encode(list(prompts[start : start + _ENCODE_BATCH]))
+                found += [{key: value.to("cpu", copy=True) for key, value in one.items()} for one in part]
         return found
 
     def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
@@ -134,24 +166,44 @@ class DiffusersFlow(abc.ABC):
         return stack_conditioning(conditioning, device=self.device, dtype=self.dtype)
 
     @abc.abstractmethod
-    def _encode(self, prompts: list[str]) -> Conditioning:
-        """Encode one small batch of prompts, every entry with a leading batch dimension."""
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        """Encode a few prompts, one conditioning each."""
 
     # -- flow ---------------------------------------------------------------------------------------------------
+
+    @property
+    def guidance_kind(self) -> GuidanceKind:
+        """What the guidance scale does: classifier-free guidance, unless the family says otherwise."""
+        return "cfg"
+
+    def guided(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+        """v_uncond + g (v_cond - v_uncond), in float32."""
+        start = as_float(unconditional)
+        return start + guidance * (as_float(conditional) - start)
 
     def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
         """Return the scheduler's own schedule [steps + 1], float32 on the CPU, with its shift for this size."""
         scheduler = self._part("scheduler")
         config = scheduler.config
         rows, columns = self.grid(height=height, width=width)
-        even = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1.0 / steps, steps)
+        unshifted = None if config.get("use_flow_sigmas") else self._unshifted(steps)
         scheduler.set_timesteps(
-            num_inference_steps=steps if even is None else None,
-            sigmas=even,
-            mu=_shift(config, rows * columns) if config.get("use_dynamic_shifting") else None,
+            num_inference_steps=steps if unshifted is None else None,
+            sigmas=unshifted,
+            mu=self._shift(config, rows * columns, steps) if config.get("use_dynamic_shifting") else None,
         )
         schedule: Tensor = scheduler.sigmas
         return schedule.to("cpu", torch.float32).clone()
+
+    def _unshifted(self, steps: int) -> npt.NDArray[np.float64] | None:
+        """Sigmas [steps] before the scheduler shifts them, from 1 down; None = as the scheduler spaces them."""
+        return np.linspace(1.0, 1.0 / steps, steps)
+
+    def _shift(self, config: Any, tokens: int, steps: int) -> float:
+        """The schedule's shift exponent mu: linear in the number of image tokens (``calculate_shift``)."""
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return float(start + (end - start) * (tokens - low) / (high - low))
 
     def grid(self, *, height: int, width: int) -> tuple[int, int]:
         """Return the token grid (rows, columns) of a picture.
@@ -166,13 +218,14 @@ class DiffusersFlow(abc.ABC):
             )
         return height // side, width // side
 
-    @abc.abstractmethod
     def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:
-        """Shape of one image's latents as the transformer takes them."""
+        """Shape of one image's latents as the transformer takes them: a map (C, H, W) unless overridden."""
+        rows, columns = self.grid(height=height, width=width)
+        return int(self.transformer_config["in_channels"]), rows * self.patch, columns * self.patch
 
-    @abc.abstractmethod
     def noise(self, seeds: Sequence[int], *, height: int, width: int) -> Tensor:
-        """Starting noise, one CPU generator per image."""
+        """Starting noise [N, C, H, W], one CPU generator per image, equal to what the pipeline draws in float32."""
+        return seeded_noise(seeds, self.latent_shape(height=height, width=width), device=self.device)
 
     @abc.abstractmethod
     def velocity(
@@ -193,38 +246,19 @@ class DiffusersFlow(abc.ABC):
         """Decode clean latents into RGB pictures, a few at a time."""
         vae = self._module("vae")
         at_once = max(1, _DECODE_PIXELS // (height * width))
-        scale, shift = self.vae_config["scaling_factor"], self.vae_config.get("shift_factor") or 0.0
-        pictures: list[Image.Image] = []
+        found: list[Image.Image] = []
         with torch.inference_mode():
             for start in range(0, len(latents), at_once):
-                part = latents[start : start + at_once]
-                maps = self._unpack(part.to(self.device, self.dtype), height=height, width=width)
-                pixels = vae.decode(maps / scale + shift, return_dict=False)[0]
-                pictures += _pictures(pixels)
-        return pictures
+                part = latents[start : start + at_once].to(self.device, self.dtype)
+                found += pictures(self._decode(vae, self._unpack(part, height=height, width=width)))
+        return found
 
-    @abc.abstractmethod
     def _unpack(self, latents: Tensor, *, height: int, width: int) -> Tensor:
-        """Turn the transformer's latents into the autoencoder's maps [N, channels, rows, columns]."""
+        """Turn the transformer's latents into the autoencoder's maps [N, C, H, W], still scaled."""
+        return latents
 
-
-def seeded_noise(seeds: Sequence[int], shape: Sequence[int], *, device: torch.device) -> Tensor:
-    """Draw standard normal noise [N, *shape] in float32, image i from a CPU generator of ``seeds[i]`` alone.
-
-    It is what a pipeline of diffusers in float32 draws for one image and ``torch.Generator().manual_seed(seed)``.
-    """
-    draws = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.cat(draws).to(device)
-
-
-def _shift(config: Any, tokens: int) -> float:
-    """The schedule's shift exponent mu, linear in the number of image tokens (FLUX; ``calculate_shift``)."""
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-    return float(start + (end - start) * (tokens - low) / (high - low))
-
-
-def _pictures(pixels: Tensor) -> list[Image.Image]:
-    """Turn decoder output [N, 3, height, width] in [-1, 1] into pictures."""
-    values = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(one) for one in (values * 255).round().astype(np.uint8)]
+    def _decode(self, vae: Any, maps: Tensor) -> Tensor:
+        """Pixels [N, 3, height, width] in [-1, 1] of scaled maps [N, C, H, W]."""
+        scale, shift = self.vae_config["scaling_factor"], self.vae_config.get("shift_factor") or 0.0
+        pixels: Tensor = vae.decode(maps / scale + shift, return_dict=False)[0]
+        return pixels

@@ -7,30 +7,24 @@ and the embedded model have none and ignore the value; there is no second, uncon
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from gdro_cli.models.base import Conditioning
-from gdro_cli.models.family import DiffusersFlow, seeded_noise
-
-_LOG = logging.getLogger(__name__)
-
-_MAX_TOKENS = 512
-"""The most T5 tokens that FLUX was trained with."""
+from gdro_cli.models.base import Conditioning, GuidanceKind
+from gdro_cli.models.packed import PackedFlow
+from gdro_cli.models.text import split, tokenize
 
 
-class FluxFlow(DiffusersFlow):
+class FluxFlow(PackedFlow):
     """FLUX.1 as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D] and ``pooled_prompt_embeds`` [P]."""
 
     family: ClassVar[str] = "flux"
-    patch: ClassVar[int] = 2
-    fallback_size: ClassVar[int] = 1024
+    longest_text: ClassVar[int] = 512  # the most T5 tokens that FLUX was trained with
     # The layers that diffusers' own training script adapts.
-    lora_targets: ClassVar[tuple[str, ...]] = (
+    lora_targets: tuple[str, ...] = (
         "attn.to_q",
         "attn.to_k",
         "attn.to_v",
@@ -50,9 +44,14 @@ class FluxFlow(DiffusersFlow):
         """T5 tokens per prompt: as asked for, or the tokenizer's own length, at most 512."""
         if self._max_sequence_length is not None:
             return self._max_sequence_length
-        return min(int(self._part("tokenizer_2").model_max_length), _MAX_TOKENS)
+        return min(int(self._part("tokenizer_2").model_max_length), self.longest_text)
 
-    def _encode(self, prompts: list[str]) -> Conditioning:
+    @property
+    def guidance_kind(self) -> GuidanceKind:
+        """``embedded`` where the transformer has the input (dev), else ``none`` (schnell, the embedded model)."""
+        return "embedded" if self.transformer_config.get("guidance_embeds") else "none"
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
         clip_tokenizer, clip = self._part("tokenizer"), self._module("text_encoder")
         clip_ids = clip_tokenizer(
             prompts,
@@ -61,30 +60,13 @@ class FluxFlow(DiffusersFlow):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        tokenizer, length = self._part("tokenizer_2"), self.max_sequence_length
-        ids = tokenizer(
-            prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).input_ids
-        for prompt, whole in zip(prompts, tokenizer(prompts).input_ids, strict=True):
-            if len(whole) > length:
-                _LOG.warning("prompt cut to %d of its %d text tokens: %s", length, len(whole), prompt)
-        return {
-            "prompt_embeds": self._module("text_encoder_2")(ids.to(self.device))[0],
-            "pooled_prompt_embeds": clip(clip_ids.to(self.device)).pooler_output,
-        }
-
-    def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:
-        """Return (S, C): one token per 2 x 2 latent pixels, C = 4 x latent channels."""
-        rows, columns = self.grid(height=height, width=width)
-        return rows * columns, int(self.transformer_config["in_channels"])
-
-    def noise(self, seeds: Sequence[int], *, height: int, width: int) -> Tensor:
-        """Return starting noise [N, S, C], packed; equal to what ``FluxPipeline`` draws in float32 for one image."""
-        rows, columns = self.grid(height=height, width=width)
-        channels = int(self.transformer_config["in_channels"]) // self.patch**2
-        maps = seeded_noise(seeds, (channels, rows * self.patch, columns * self.patch), device=self.device)
-        tokens = maps.view(len(seeds), channels, rows, self.patch, columns, self.patch).permute(0, 2, 4, 1, 3, 5)
-        return tokens.reshape(len(seeds), rows * columns, channels * self.patch**2)
+        ids = tokenize(self._part("tokenizer_2"), prompts, length=self.max_sequence_length).input_ids
+        return split(
+            {
+                "prompt_embeds": self._module("text_encoder_2")(ids.to(self.device))[0],
+                "pooled_prompt_embeds": clip(clip_ids.to(self.device)).pooler_output,
+            }
+        )
 
     def velocity(
         self,
@@ -125,8 +107,3 @@ class FluxFlow(DiffusersFlow):
                     ids[..., 2] = torch.arange(columns)[None, :]
                 self._ids[key] = ids.reshape(rows * columns, 3).to(self.device)
         return self._ids[key]
-
-    def _unpack(self, latents: Tensor, *, height: int, width: int) -> Tensor:
-        rows, columns = self.grid(height=height, width=width)
-        tokens = latents.view(len(latents), rows, columns, -1, self.patch, self.patch).permute(0, 3, 1, 4, 2, 5)
-        return tokens.reshape(len(latents), -1, rows * self.patch, columns * self.patch)

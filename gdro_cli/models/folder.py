@@ -68,6 +68,10 @@ class PipelineFolder:
         """Component name -> class name, without the absent ones."""
         return {name: entry[1] for name, entry in self._entries()}
 
+    def setting(self, name: str) -> Any:
+        """A plain value that the pipeline keeps beside its components, such as ``is_distilled``; None if absent."""
+        return self._index.get(name)
+
     def config(self, name: str, *, file: str = "config.json") -> dict[str, Any]:
         """Read a component's configuration without loading the component.
 

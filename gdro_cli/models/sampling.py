@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gdro_cli.core.flow import euler_step
-from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
 
 
 def sample_latents(
@@ -34,7 +34,8 @@ def sample_latents(
         noise: starting noise [N, S, C] of ``model.noise``.
         conditioning: N conditionings, or one batched with leading N.
         steps: Euler steps.
-        guidance: guidance scale, with the family's meaning.
+        guidance: guidance scale; above 1, a model with ``cfg`` guidance is asked twice per step (see
+            ``base.GuidanceKind``).
         height: picture height in pixels.
         width: picture width in pixels.
         batch_size: images per forward.
@@ -54,15 +55,20 @@ def sample_latents(
     if steps < 1 or batch_size < 1:
         raise ValueError(f"sample_latents: steps ({steps}) and batch_size ({batch_size}) must be at least 1")
     sigmas = model.sigmas(steps, height=height, width=width).tolist()
+    negative = model.unconditional() if takes_two_passes(model, guidance) else None
     result = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)
     with torch.inference_mode():
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             text = model.batch_conditioning(_cut(conditioning, part))
             state = noise[part].to(model.device, torch.float32)
+            away = None if negative is None else model.batch_conditioning([negative] * len(state))
             for sigma, sigma_next in pairwise(sigmas):
                 level = torch.full((len(state),), sigma, device=model.device)
                 velocity = model.velocity(state, level, text, guidance=guidance, height=height, width=width)
+                if away is not None:
+                    other = model.velocity(state, level, away, guidance=guidance, height=height, width=width)
+                    velocity = model.guided(velocity, other, guidance)
                 state = euler_step(state, velocity, sigma, sigma_next)
                 if on_step is not None:
                     on_step(len(state))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.store import GroupStore
-from gdro_cli.models.base import FlowModel
+from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.stages.workspace import (
     image_size,
     open_model,
@@ -54,11 +54,12 @@ def describe_store(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tu
     else:
         state = "nothing is there yet"
     latent_bytes = images * math.prod(model.latent_shape(height=plan.height, width=plan.width)) * model.dtype.itemsize
+    twice = ", 2 passes each (guidance)" if takes_two_passes(model, plan.guidance) else ""
     disk = latent_bytes + images * plan.height * plan.width * PIXEL_BYTES
     return [
         ("store", str(path)),
         ("samples", f"{len(prompts)} prompts x {plan.images_per_prompt} = {images} images; {state}"),
-        ("forward passes", f"{math.ceil(images / recipe.sample.batch_size)} batches x {plan.steps} steps"),
+        ("forward passes", f"{math.ceil(images / recipe.sample.batch_size)} batches x {plan.steps} steps{twice}"),
         ("disk", f"about {disk / 1e6:.0f} MB and the text encoders' outputs"),
         ("latents in memory", f"{latent_bytes / 1e6:.0f} MB while training"),
     ]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+from .tiny_families import BUILDERS
 
 SIZE = {"height": 32, "width": 48}
 """Picture size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so that swapped axes show."""
@@ -92,3 +96,15 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def guided_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny FLUX with a guidance input (as dev), schedule with a fixed shift."""
     return build_flux(tmp_path_factory.mktemp("models") / "guided", guidance_embeds=True, dynamic_shift=False)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny model of a family in ``tiny_families.BUILDERS``, built when it is first asked for."""
+    root = tmp_path_factory.mktemp("families")
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        return BUILDERS[name](root / name)
+
+    return folder

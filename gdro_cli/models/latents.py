@@ -1,0 +1,43 @@
+"""Latents and pictures as tensors: seeded noise, patches packed into tokens, decoder output to pictures.
+
+Shapes: N images, C channels, R x K tokens (rows x columns), p latent pixels per side of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def seeded_noise(seeds: Sequence[int], shape: Sequence[int], *, device: torch.device) -> Tensor:
+    """Draw standard normal noise [N, *shape] in float32, image i from a CPU generator of ``seeds[i]`` alone.
+
+    It is what a pipeline of diffusers in float32 draws for one image and ``torch.Generator().manual_seed(seed)``.
+    """
+    draws = [torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.cat(draws).to(device)
+
+
+def pack(maps: Tensor, *, patch: int) -> Tensor:
+    """Make tokens [N, R * K, C * p * p] of maps [N, C, R * p, K * p]; a token's numbers are ordered channel first."""
+    count, channels, height, width = maps.shape
+    rows, columns = height // patch, width // patch
+    tokens = maps.view(count, channels, rows, patch, columns, patch).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(count, rows * columns, channels * patch**2)
+
+
+def unpack(tokens: Tensor, grid: tuple[int, int], *, patch: int) -> Tensor:
+    """Undo ``pack``: maps [N, C, R * p, K * p] of tokens [N, R * K, C * p * p] on a grid (R, K)."""
+    rows, columns = grid
+    maps = tokens.view(len(tokens), rows, columns, -1, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return maps.reshape(len(tokens), -1, rows * patch, columns * patch)
+
+
+def pictures(pixels: Tensor) -> list[Image.Image]:
+    """Turn decoder output [N, 3, height, width] in [-1, 1] into pictures."""
+    values = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(one) for one in (values * 255).round().astype(np.uint8)]

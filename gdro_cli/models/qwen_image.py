@@ -1,0 +1,91 @@
+"""Qwen-Image (``QwenImagePipeline``).
+
+Text: the last hidden states of Qwen2.5-VL for the prompt inside the pipeline's template, without the template's head;
+as long as the prompt, so batches are masked. Latents: the autoencoder's map (of a one-frame video), 2 x 2 pixels packed
+into one token. Guidance: classifier-free, away from a single space, and each token's guided velocity is scaled to the
+length of its conditional one; training uses the conditional velocity.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gdro_cli.core.flow import as_float
+from gdro_cli.models.base import Conditioning
+from gdro_cli.models.packed import PackedFlow
+from gdro_cli.models.text import seen, tokenize
+
+
+class QwenImageFlow(PackedFlow):
+    """Qwen-Image as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D], L the prompt's own length."""
+
+    family: ClassVar[str] = "qwen-image"
+    negative_prompt: ClassVar[str] = " "  # what the model's authors sample with
+    # The layers that diffusers' own training script adapts.
+    lora_targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+
+    def _vae_scale(self) -> int:
+        return int(2 ** len(self.vae_config["temperal_downsample"]))
+
+    @functools.cached_property
+    def _template(self) -> tuple[str, int]:
+        """The pipeline's text around a prompt, and how many tokens of it come before the prompt's."""
+        from diffusers import QwenImagePipeline
+
+        pipeline: Any = QwenImagePipeline(None, None, None, None, None)
+        return str(pipeline.prompt_template_encode), int(pipeline.prompt_template_encode_start_idx)
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        template, head = self._template
+        length = self.max_sequence_length
+        texts = [template.format(prompt) for prompt in prompts]
+        tokens = tokenize(self._part("tokenizer"), texts, length=length + head, to_length=False, prompts=prompts)
+        tokens = tokens.to(self.device)
+        # The inner model: logits over the vocabulary are not needed.
+        states = self._module("text_encoder").base_model(
+            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
+        )
+        own = seen(states.hidden_states[-1], tokens.attention_mask, skip=head)
+        return [{"prompt_embeds": one} for one in own]
+
+    def guided(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+        """v_uncond + g (v_cond - v_uncond), each token scaled to the length of its v_cond; in float32."""
+        joined = super().guided(conditional, unconditional, guidance)
+        wanted: Tensor = torch.linalg.vector_norm(as_float(conditional), dim=-1, keepdim=True)
+        length: Tensor = torch.linalg.vector_norm(joined, dim=-1, keepdim=True)
+        return joined * (wanted / length.clamp_min(torch.finfo(length.dtype).tiny))
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning | Sequence[Conditioning],
+        *,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """Return the velocity [N, S, C] of one pass; ``guidance`` is the sampler's business."""
+        text = self.batch_conditioning(conditioning)
+        rows, columns = self.grid(height=height, width=width)
+        velocity: Tensor = self.transformer(
+            hidden_states=latents.to(self.dtype),
+            timestep=sigma,  # the transformer itself multiplies by 1000
+            encoder_hidden_states=text["prompt_embeds"],
+            encoder_hidden_states_mask=text.get("prompt_embeds_mask"),
+            img_shapes=[[(1, rows, columns)]] * len(latents),
+            return_dict=False,
+        )[0]
+        return velocity
+
+    def _decode(self, vae: Any, maps: Tensor) -> Tensor:
+        mean = torch.tensor(self.vae_config["latents_mean"], dtype=maps.dtype, device=maps.device)
+        deviation = torch.tensor(self.vae_config["latents_std"], dtype=maps.dtype, device=maps.device)
+        frames = (maps * deviation[:, None, None] + mean[:, None, None])[:, :, None]
+        pixels: Tensor = vae.decode(frames, return_dict=False)[0][:, :, 0]
+        return pixels

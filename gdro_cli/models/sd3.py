@@ -1,0 +1,104 @@
+"""Stable Diffusion 3 and 3.5, medium and large (``StableDiffusion3Pipeline``).
+
+Text: token embeddings of two CLIP encoders side by side, filled up with zeros to T5's width, then T5's; no text mask;
+and both pooled embeddings. Without T5 (``text_encoder_3`` null) its part is zeros, as in the pipeline. Latents: the
+autoencoder's map, which the transformer cuts into tokens itself. Guidance: classifier-free, away from the empty prompt;
+training uses the conditional velocity. Schedule: the scheduler's own spacing, then its shift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gdro_cli.errors import UserError
+from gdro_cli.models.base import Conditioning
+from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.text import split, tokenize
+
+_TRAIN_TIMESTEPS = 1000
+
+
+class StableDiffusion3Flow(DiffusersFlow):
+    """SD3 as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D] and ``pooled_prompt_embeds`` [P]."""
+
+    family: ClassVar[str] = "sd3"
+    longest_text: ClassVar[int] = 256  # T5 tokens; CLIP's are as many as its tokenizer says
+    # The layers that diffusers' own training script adapts.
+    lora_targets: tuple[str, ...] = (
+        "attn.to_q",
+        "attn.to_k",
+        "attn.to_v",
+        "attn.to_out.0",
+        "attn.add_q_proj",
+        "attn.add_k_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+    )
+
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        length = int(self._part("tokenizer").model_max_length)
+        tokens, pooled = [], []
+        for which in ("", "_2"):
+            tokenizer = self._part(f"tokenizer{which}")
+            ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            found = self._module(f"text_encoder{which}")(ids.input_ids.to(self.device), output_hidden_states=True)
+            tokens.append(found.hidden_states[-2])
+            pooled.append(found[0])
+        clip, t5 = torch.cat(tokens, dim=-1), self._t5(prompts)
+        clip = pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return split({"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)})
+
+    def _t5(self, prompts: list[str]) -> Tensor:
+        """Token embeddings [N, L, D] of T5, or zeros where the pipeline has none."""
+        length = self.max_sequence_length
+        if "text_encoder_3" not in self.folder.components:
+            width = int(self.transformer_config["joint_attention_dim"])
+            return torch.zeros(len(prompts), length, width, dtype=self.dtype, device=self.device)
+        ids = tokenize(self._part("tokenizer_3"), prompts, length=length).input_ids
+        states: Tensor = self._module("text_encoder_3")(ids.to(self.device))[0]
+        return states
+
+    def _unshifted(self, steps: int) -> None:
+        return None
+
+    def _shift(self, config: Any, tokens: int, steps: int) -> float:
+        return super()._shift({"max_shift": 1.16, **config}, tokens, steps)
+
+    def grid(self, *, height: int, width: int) -> tuple[int, int]:
+        """Return the token grid (rows, columns) of a picture.
+
+        Raises:
+            UserError: the size is no multiple of a token's side, or larger than the position table.
+        """
+        rows, columns = super().grid(height=height, width=width)
+        most = int(self.transformer_config["pos_embed_max_size"])
+        if max(rows, columns) > most:
+            side = most * self.vae_scale * self.patch
+            raise UserError(f"picture size {height} x {width} is too large for this model: no side may exceed {side}")
+        return rows, columns
+
+    def velocity(
+        self,
+        latents: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning | Sequence[Conditioning],
+        *,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        """Return the velocity [N, C, H, W] of one pass; ``guidance`` is the sampler's business."""
+        text = self.batch_conditioning(conditioning)
+        velocity: Tensor = self.transformer(
+            hidden_states=latents.to(self.dtype),
+            timestep=sigma * _TRAIN_TIMESTEPS,
+            encoder_hidden_states=text["prompt_embeds"],
+            pooled_projections=text["pooled_prompt_embeds"],
+            return_dict=False,
+        )[0]
+        return velocity

@@ -1,0 +1,54 @@
+"""Prompts to token ids and back to conditionings: what the families' text encoding has in common."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gdro_cli.models.base import Conditioning
+
+_LOG = logging.getLogger(__name__)
+
+
+def tokenize(
+    tokenizer: Any, texts: Sequence[str], *, length: int, to_length: bool = True, prompts: Sequence[str] | None = None
+) -> Any:
+    """Token ids and attention mask [N, L] of texts, cut to ``length`` tokens; a cut is warned of by name.
+
+    Args:
+        tokenizer: of transformers.
+        texts: what is tokenized.
+        length: the most tokens.
+        to_length: pad to ``length``; else to the longest of the texts.
+        prompts: what a warning names where a text is a prompt inside a template.
+    """
+    for text, prompt in zip(texts, prompts or texts, strict=True):
+        whole = len(tokenizer(text).input_ids)
+        if whole > length:
+            _LOG.warning("prompt cut to %d of its %d text tokens: %s", length, whole, prompt)
+    padding = "max_length" if to_length else "longest"
+    return tokenizer(list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt")
+
+
+def chat(tokenizer: Any, prompts: Sequence[str], *, thinking: bool) -> list[str]:
+    """Each prompt as the user's turn of the tokenizer's own chat template, up to where the answer begins."""
+    return [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+        for prompt in prompts
+    ]
+
+
+def split(batch: Conditioning) -> list[Conditioning]:
+    """One conditioning per prompt, from entries with a leading N."""
+    count = len(next(iter(batch.values())))
+    return [{key: value[i] for key, value in batch.items()} for i in range(count)]
+
+
+def seen(states: Tensor, mask: Tensor, *, skip: int = 0) -> list[Tensor]:
+    """Hidden states [L_i, D] of each text's own tokens, of [N, L, D] and a mask [N, L], without the first ``skip``."""
+    return [one[own.bool()][skip:] for one, own in zip(states, mask, strict=True)]

@@ -1,0 +1,201 @@
+"""Every family against diffusers' own pipeline, on real classes with random weights (FLUX.1: ``test_flux.py``)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gdro_cli.errors import UserError
+from gdro_cli.models.adapters import attach_lora
+from gdro_cli.models.base import FlowModel, stack_conditioning
+from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.sampling import sample_latents
+
+from .tiny_families import BUILDERS, SIZE
+
+Folder = Callable[[str], Path]
+
+STEPS = 4
+PROMPTS = ("a red sign", "two blue stars on a brick wall", "a green heart")
+ALL = tuple(BUILDERS)
+
+
+TEXT_LENGTH = {"flux2-klein": 48, "flux2-klein-distilled": 48, "sd3": 32, "sd3-without-t5": 32}
+"""Shorter than their own where a family pads, to be quick."""
+
+
+def open_model(folder: Folder, name: str, **options: Any) -> FlowModel:
+    return load_flow_model(folder(name), max_sequence_length=TEXT_LENGTH.get(name), **options)
+
+
+def open_pipeline(folder: Folder, name: str) -> Any:
+    from diffusers import DiffusionPipeline
+
+    absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}
+    pipe = DiffusionPipeline.from_pretrained(folder(name), local_files_only=True, **absent)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def guidance_options(name: str, guidance: float) -> dict[str, Any]:
+    """The pipeline's way to say our guidance: w = 1 means none, and Z-Image counts from 0."""
+    if name == "qwen-image":
+        return {"true_cfg_scale": guidance, "negative_prompt": " "}
+    return {"guidance_scale": guidance - 1.0 if name == "z-image" else guidance}
+
+
+def by_pipeline(pipe: Any, name: str, prompt: str, *, seed: int, guidance: float) -> tuple[list[Tensor], Any]:
+    """Latents after every step, as the transformer sees them, and the picture."""
+    states: list[Tensor] = []
+
+    def keep(_pipe: Any, _step: int, _time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        states.append(values["latents"].clone())
+        return {}
+
+    picture = pipe(
+        prompt=prompt,
+        generator=torch.Generator().manual_seed(seed),
+        num_inference_steps=STEPS,
+        callback_on_step_end=keep,
+        **guidance_options(name, guidance),
+        **({"max_sequence_length": TEXT_LENGTH[name]} if name in TEXT_LENGTH else {}),
+        **SIZE,
+    ).images[0]
+    return states, picture
+
+
+def by_us(model: FlowModel, prompts: list[str], seeds: list[int], *, guidance: float = 1.0, batch: int = 8) -> Tensor:
+    options = {"steps": STEPS, "guidance": guidance, "batch_size": batch, **SIZE}
+    return sample_latents(model, model.noise(seeds, **SIZE), model.encode(prompts), **options)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.5])
+@pytest.mark.parametrize("name", ALL)
+def test_same_latents_and_picture_as_the_pipeline(name: str, guidance: float, family_folder: Folder) -> None:
+    model, pipe = open_model(family_folder, name), open_pipeline(family_folder, name)
+    states, expected = by_pipeline(pipe, name, PROMPTS[1], seed=7, guidance=guidance)
+    ours = by_us(model, [PROMPTS[1]], [7], guidance=guidance)
+    assert ours.std() > 0.1
+    torch.testing.assert_close(ours, states[-1], rtol=1e-3, atol=1e-3 * float(ours.std()))
+    picture = model.decode(ours, **SIZE)[0]
+    assert picture.size == (SIZE["width"], SIZE["height"]) and picture.mode == "RGB"
+    # One grey level: 0.5 / 255 may be rounded either way.
+    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_velocity_is_the_slope_of_the_pipelines_path(name: str, family_folder: Folder) -> None:
+    """Euler: x' = x + (sigma' - sigma) v. So v (sign, scale, time) can be read off two states of the pipeline."""
+    model, pipe = open_model(family_folder, name), open_pipeline(family_folder, name)
+    states, _ = by_pipeline(pipe, name, PROMPTS[0], seed=3, guidance=1.0)
+    sigmas = model.sigmas(STEPS, **SIZE)
+    x, after = states[1], states[2]
+    slope = (after - x) / (sigmas[3] - sigmas[2])
+    ours = model.velocity(x, sigmas[2:3], model.encode(PROMPTS[:1]), guidance=1.0, **SIZE)
+    torch.testing.assert_close(ours, slope, rtol=1e-3, atol=1e-3 * float(slope.std()))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_guidance_is_what_the_family_says(name: str, family_folder: Folder) -> None:
+    """Guidance above 1 changes samples where it is classifier-free, and the velocity that is trained nowhere here."""
+    model = open_model(family_folder, name)
+    assert model.guidance_kind == ("none" if name == "flux2-klein-distilled" else "cfg")
+    texts, noise = model.encode(PROMPTS[:1]), model.noise([3], **SIZE)
+    plain, strong = (by_us(model, [PROMPTS[0]], [3], guidance=g) for g in (1.0, 5.0))
+    assert torch.allclose(plain, strong) == (model.guidance_kind == "none")
+    assert torch.equal(plain, by_us(model, [PROMPTS[0]], [3], guidance=0.0))
+    sigma = torch.tensor([0.5])
+    trained = [model.velocity(noise, sigma, texts, guidance=g, **SIZE) for g in (1.0, 5.0)]
+    assert torch.equal(*trained)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_picture_does_not_depend_on_its_batch(name: str, family_folder: Folder) -> None:
+    """Prompts of different lengths in one batch: what fills up the shorter ones must not be seen."""
+    model = open_model(family_folder, name)
+    seeds = [1, 2, 3]
+    together = by_us(model, list(PROMPTS), seeds, guidance=2.0)
+    for batch in (1, 2):
+        apart = by_us(model, list(PROMPTS), seeds, guidance=2.0, batch=batch)
+        torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3 * float(together.std()))
+    for one, prompt in zip(model.encode(PROMPTS), PROMPTS, strict=True):
+        alone = model.encode([prompt])[0]
+        for key, value in one.items():
+            torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_prompt_matters(name: str, family_folder: Folder) -> None:
+    model = open_model(family_folder, name)
+    one, other = by_us(model, list(PROMPTS[:2]), [1, 1])
+    assert not torch.allclose(one, other, atol=1e-3 * float(one.std()))
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
+def test_unconditional_pass_needs_no_encoder_after_encoding(name: str, family_folder: Folder) -> None:
+    model: Any = open_model(family_folder, name)
+    texts = model.encode(PROMPTS[:1])
+    model.release_encoders()
+    sample_latents(model, model.noise([1], **SIZE), texts, steps=1, guidance=2.0, batch_size=1, **SIZE)
+    assert not any(part.startswith("text_encoder") for part in model._loaded)
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
+def test_published_layers_are_adapted_and_trained(name: str, family_folder: Folder) -> None:
+    """Every adapter layer gets a gradient: none lies behind an output that is thrown away."""
+    model = open_model(family_folder, name)
+    parameters = attach_lora(model, rank=2, alpha=2)
+    model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    x, sigma = model.noise([1, 2], **SIZE), torch.tensor([0.9, 0.3])
+    velocity = model.velocity(x, sigma, model.encode(PROMPTS[:2]), guidance=1.0, **SIZE)
+    assert velocity.shape == x.shape
+    velocity.square().mean().backward()
+    # B is zero at the start, so A has no gradient yet; the last block's text output is not used by any family.
+    layers = {n: p for n, p in model.transformer.named_parameters() if ".lora_B." in n}
+    idle = [n for n, p in layers.items() if p.grad is None or not p.grad.any()]
+    assert len(layers) * 2 == len(parameters)
+    assert all("to_add_out" in n or "add_q_proj" in n for n in idle), idle
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
+def test_bfloat16_stays_close(name: str, family_folder: Folder) -> None:
+    exact, coarse = open_model(family_folder, name), open_model(family_folder, name, dtype="bfloat16")
+    texts, noise, sigma = exact.encode(PROMPTS), exact.noise([1, 2, 3], **SIZE), torch.tensor([0.875, 0.5, 0.125])
+    fine = exact.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
+    rough = coarse.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
+    assert rough.dtype == torch.bfloat16
+    assert (rough - fine).abs().mean() < 0.1 * fine.std()
+    assert coarse.decode(by_us(coarse, list(PROMPTS[:1]), [1], guidance=2.0), **SIZE)[0].mode == "RGB"
+
+
+def test_stacking_fills_up_and_masks_only_where_lengths_differ() -> None:
+    """Lengths 2 and 1: the second row's second place is a zero that is not the prompt's own."""
+    long, short = {"a": torch.ones(2, 3), "b": torch.ones(4)}, {"a": torch.ones(1, 3), "b": torch.ones(4)}
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    mixed = stack_conditioning([long, short], **options)
+    assert set(mixed) == {"a", "a_mask", "b"} and mixed["a"].shape == (2, 2, 3)
+    assert mixed["a_mask"].tolist() == [[True, True], [True, False]] and not mixed["a"][1, 1].any()
+    assert set(stack_conditioning([long, long], **options)) == {"a", "b"}
+
+
+def test_size_beyond_the_position_table_is_refused(family_folder: Folder) -> None:
+    """The tiny SD3 knows positions of 12 x 12 tokens of 16 pixels: 192 pixels."""
+    model = load_flow_model(family_folder("sd3"))
+    assert model.latent_shape(height=192, width=192) == (4, 24, 24)
+    with pytest.raises(UserError, match="208 x 32 is too large for this model: no side may exceed 192"):
+        model.noise([1], height=208, width=32)
+
+
+def test_too_long_a_prompt_is_named_without_its_template(
+    family_folder: Folder, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The tiny chat template adds 10 bytes to the prompt's 10, and none of them is the user's."""
+    model = load_flow_model(family_folder("z-image"), max_sequence_length=15)
+    assert model.encode(["a red sign"])[0]["prompt_embeds"].shape == (15, 24)
+    assert "cut to 15 of its 20 text tokens: a red sign" in caplog.text

@@ -1,0 +1,116 @@
+"""The whole job on each family's tiny random model: sample, score, train, evaluate, and the adapter in the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from gdro_cli.config.recipe import Recipe, build_recipe
+from gdro_cli.data.scores import ScoreRow
+from gdro_cli.models.adapters import load_lora_state
+from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages import evaluate, plan, sample, score, train
+from gdro_cli.stages.evaluate import applied, trained_run
+from gdro_cli.stages.rewards import open_table
+from gdro_cli.stages.sample import sample_groups
+from gdro_cli.stages.workspace import evaluation_plan, open_model, open_prompts
+
+STEPS, GUIDANCE, TEXT = 2, 2.0, 64
+
+PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "sd3": {"guidance_scale": GUIDANCE},
+    "qwen-image": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
+    "z-image": {"guidance_scale": GUIDANCE - 1.0},
+    "flux2-klein": {"guidance_scale": GUIDANCE},
+}
+
+
+def tiny_recipe(folder: Path) -> Recipe:
+    return build_recipe(
+        {
+            "name": "tiny-family",
+            "model": {"path": str(folder), "max_sequence_length": TEXT},
+            "prompts": {
+                "task": "ocr",
+                "train": {"builtin": "ocr-train", "count": 2},
+                "validation": {"builtin": "ocr-validation", "count": 1},
+                "eval": {"builtin": "ocr-test", "count": 2},
+            },
+            "sample": {
+                "images_per_prompt": 2,
+                "steps": STEPS,
+                "guidance": GUIDANCE,
+                "height": 32,
+                "width": 48,
+                "prompts_per_shard": 2,
+            },
+            "reward": {"workers": 1},
+            "method": {"name": "gdro", "k": 2},
+            "train": {
+                "steps": 3,
+                "groups_per_step": 2,
+                "micro_batch": 1,
+                "lr": 0.01,
+                "eval_every": 0,
+                "lora": {"rank": 2, "alpha": 4, "targets": "auto"},
+            },
+            "eval": {"images_per_prompt": 1, "bootstrap": 100, "grid_prompts": 1, "weights": "raw"},
+        }
+    )
+
+
+def give_order(recipe: Recipe, made: sample.SampleResult) -> None:
+    """Score the second picture of each pair higher; the OCR reads nothing on noise, and equal scores teach nothing."""
+    table = open_table(recipe, made.store)
+    for number in range(len(made.store.shards)):
+        images = made.store.images(number)
+        table.write_shard(number, [ScoreRow(i.prompt.id, i.index, 0.5 * i.index, None, {}) for i in images])
+
+
+def pipeline_picture(folder: Path, name: str, run: Path | None, prompt: str, seed: int) -> np.ndarray[Any, Any]:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    if run is not None:
+        pipe.load_lora_weights(run)
+    generator = torch.Generator().manual_seed(seed)
+    options = {"num_inference_steps": STEPS, "max_sequence_length": TEXT, "height": 32, "width": 48}
+    picture = pipe(prompt=prompt, generator=generator, **options, **PIPELINE_OPTIONS[name]).images[0]
+    return np.asarray(picture).astype(int)
+
+
+@pytest.mark.parametrize("name", list(PIPELINE_OPTIONS))
+def test_job_from_sampling_to_the_adapter_in_the_pipeline(
+    name: str, family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder, quiet = family_folder(name), Reporter(quiet=True)
+    recipe = tiny_recipe(folder)
+    rows = dict(plan.describe(recipe, "train", tmp_path))
+    assert rows["model"].startswith(f"{folder} ({name})") and "2 passes each" in rows["forward passes"]
+    made = sample.run(recipe, tmp_path, quiet)
+    give_order(recipe, made)
+    assert score.run(recipe, tmp_path, quiet).shards_made == 0
+    trained = train.run(recipe, tmp_path, quiet)
+    losses = [row["loss"] for row in trained.run.metrics() if row["kind"] == "train"]
+    assert len(losses) == 3 and np.isfinite(losses).all() and losses[0] != losses[2]
+    evaluated = evaluate.run(recipe, tmp_path, quiet)  # with the real OCR
+    assert evaluated.comparisons[0].trained.images == 2
+
+    model: FlowModel = open_model(recipe)
+    prompt = open_prompts(recipe, recipe.prompts.eval).records[0]
+    _, weights = trained_run(recipe, tmp_path, model)
+    with applied(recipe, model, weights):
+        load_lora_state(model, weights.adapter)
+        (group,) = sample_groups(model, (prompt,), evaluation_plan(recipe, model, images_per_prompt=1), batch_size=1)
+    base, adapted = (
+        pipeline_picture(folder, name, run, prompt.prompt, group.seeds[0]) for run in (None, trained.run.path)
+    )
+    assert np.abs(adapted - np.asarray(group.images[0])).max() <= 1
+    assert np.abs(adapted - base).max() > 1

@@ -1,0 +1,308 @@
+"""Tiny random models of the real pipeline classes, one builder per family, small enough to build in a second or two."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SIZE = {"height": 32, "width": 48}
+"""Picture size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so that swapped axes show."""
+T5_TOKENS = 12
+WIDTH = 24
+"""Text width of the tiny transformers."""
+
+_CHAT = (
+    "{% for m in messages %}<u>{{ m.content }}</u>{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% if not enable_thinking %}-{% endif %}{% endif %}"
+)
+
+
+@contextmanager
+def seeded() -> Iterator[None]:
+    """Random weights that are the same in every run, without touching the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
+def loud(module: nn.Module) -> Any:
+    """Give every matrix a size that matters for the output; some layers start at zero."""
+    for parameter in module.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+        elif parameter.ndim == 1:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return module.eval()
+
+
+def autoencoder(**options: Any) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        latent_channels=4,
+        norm_num_groups=2,
+        sample_size=64,
+        scaling_factor=0.4,
+        shift_factor=0.1,
+        **options,
+    ).eval()
+
+
+def clip_tokenizer() -> Any:
+    from transformers import CLIPTokenizer
+
+    letters = string.ascii_lowercase
+    words = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
+    words |= {f"{letter}</w>": len(words) + i for i, letter in enumerate(letters)}
+    return CLIPTokenizer(vocab=words, merges=[], model_max_length=16)
+
+
+def clip_encoder(width: int) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=width,
+        intermediate_size=16,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def t5_tokenizer() -> Any:
+    from transformers import T5Tokenizer
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), ("▁", -2.0)]
+    pieces += [(letter, -3.0) for letter in string.ascii_lowercase]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
+
+
+def t5_encoder() -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(vocab_size=30, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2, is_encoder_decoder=False)
+    ).eval()
+
+
+def qwen_tokenizer() -> Any:
+    """A byte-pair tokenizer without merges: one token per byte, and a chat template."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocab = {"<|endoftext|>": 0} | {byte: i + 1 for i, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=_CHAT)
+
+
+def qwen3_config(*, width: int, layers: int) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=257,
+        hidden_size=width,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+
+
+def scheduler(**options: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def build_sd3(folder: Path, *, t5: bool = True, dual: bool = True) -> Path:
+    """SD3.5-like (dual attention, normalised queries) or SD3-like, with or without T5."""
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    with seeded():
+        transformer = SD3Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            caption_projection_dim=16,
+            pooled_projection_dim=20,
+            pos_embed_max_size=12,
+            dual_attention_layers=(0,) if dual else (),
+            qk_norm="rms_norm" if dual else None,
+        )
+        StableDiffusion3Pipeline(
+            transformer=loud(transformer),
+            scheduler=scheduler(shift=3.0),
+            vae=autoencoder(),
+            text_encoder=clip_encoder(8),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=clip_encoder(12),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=t5_encoder() if t5 else None,
+            tokenizer_3=t5_tokenizer() if t5 else None,
+        ).save_pretrained(folder)
+    return folder
+
+
+def build_qwen_image(folder: Path) -> Path:
+    """Qwen-Image with its linear-in-size shift that ends at 0.02."""
+    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    with seeded():
+        transformer = QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(4, 6, 6),
+        )
+        vae = AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[1.5, 0.8, 1.2, 1.0],
+        )
+        encoder = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={
+                    "vocab_size": 257,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+                    "bos_token_id": 0,
+                    "eos_token_id": 0,
+                    "pad_token_id": 0,
+                },
+                vision_config={
+                    "depth": 1,
+                    "hidden_size": 16,
+                    "intermediate_size": 16,
+                    "num_heads": 2,
+                    "out_hidden_size": 16,
+                    "fullatt_block_indexes": [0],
+                },
+                image_token_id=250,
+                video_token_id=251,
+                vision_start_token_id=252,
+                vision_end_token_id=253,
+            )
+        )
+        QwenImagePipeline(
+            transformer=loud(transformer),
+            scheduler=scheduler(
+                use_dynamic_shifting=True,
+                base_shift=0.5,
+                max_shift=0.9,
+                max_image_seq_len=8192,
+                shift_terminal=0.02,
+            ),
+            vae=vae.eval(),
+            text_encoder=encoder.eval(),
+            tokenizer=qwen_tokenizer(),
+        ).save_pretrained(folder)
+    return folder
+
+
+def build_z_image(folder: Path) -> Path:
+    """Z-Image with the fixed shift of Turbo."""
+    from diffusers import ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    with seeded():
+        transformer = ZImageTransformer2DModel(
+            in_channels=4,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=WIDTH,
+            axes_dims=[4, 6, 6],
+            axes_lens=[1024, 64, 64],
+        )
+        ZImagePipeline(
+            transformer=loud(transformer),
+            scheduler=scheduler(shift=3.0),
+            vae=autoencoder(),
+            text_encoder=Qwen3Model(qwen3_config(width=WIDTH, layers=3)).eval(),
+            tokenizer=qwen_tokenizer(),
+        ).save_pretrained(folder)
+    return folder
+
+
+def build_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
+    """FLUX.2 klein base (or distilled), with batch statistics that are not the identity."""
+    from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
+    from transformers import Qwen3ForCausalLM
+
+    with seeded():
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        )
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=64
+        )
+        vae.bn.running_mean.copy_(torch.randn(16))
+        vae.bn.running_var.copy_(torch.rand(16) + 0.5)
+        Flux2KleinPipeline(
+            transformer=loud(transformer),
+            scheduler=scheduler(use_dynamic_shifting=True, shift=3.0),
+            vae=vae.eval(),
+            text_encoder=Qwen3ForCausalLM(qwen3_config(width=8, layers=28)).eval(),
+            tokenizer=qwen_tokenizer(),
+            is_distilled=distilled,
+        ).save_pretrained(folder)
+    return folder
+
+
+def build_flux2_klein_distilled(folder: Path) -> Path:
+    return build_flux2_klein(folder, distilled=True)
+
+
+def build_sd3_without_t5(folder: Path) -> Path:
+    return build_sd3(folder, t5=False, dual=False)
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "sd3": build_sd3,
+    "sd3-without-t5": build_sd3_without_t5,
+    "qwen-image": build_qwen_image,
+    "z-image": build_z_image,
+    "flux2-klein": build_flux2_klein,
+    "flux2-klein-distilled": build_flux2_klein_distilled,
+}
