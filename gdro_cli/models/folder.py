@@ -27,6 +27,8 @@ _INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 _OWN = "gdro_cli."
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
+"""Repositories whose files the Hub gives out after their licence has been accepted; the beginnings of their ids."""
 _HASH_THREADS = 4
 
 
@@ -53,8 +55,8 @@ class PipelineFolder:
             self._commit = self._root.name
         else:
             raise PrerequisiteError(
-                f"model folder {self.path} does not exist: set model.path to a folder with {_INDEX}, "
-                "to a Hub id like owner/name, or to tiny"
+                f"model folder {self.path} does not exist: set model.path to a folder with {_INDEX} (such as "
+                "`hf download OWNER/NAME --local-dir FOLDER` makes), to a Hub id like OWNER/NAME, or to tiny"
             )
         self._index = _read_json(self._root / _INDEX, what=f"model {self.path}")
 
@@ -167,7 +169,8 @@ class PipelineFolder:
         from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 
         repo = str(self._repo)
-        local = f"or set model.path to a local folder (`hf download {repo} --local-dir FOLDER`)"
+        terms = f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
+        local = f"or put it anywhere with `hf download {repo} --local-dir FOLDER` and set model.path=FOLDER"
         try:
             return Path(
                 snapshot_download(
@@ -179,13 +182,13 @@ class PipelineFolder:
             )
         except GatedRepoError as error:
             raise PrerequisiteError(
-                f"model {repo} needs its licence accepted: do so at https://huggingface.co/{repo} and log in with "
-                f"`hf auth login`, {local}"
+                f"model {repo} is given out under a licence: {terms}, then run the command again, {local}"
             ) from error
         except (OSError, EntryNotFoundError, HFValidationError) as error:
+            first = f"{terms}, then" if repo.startswith(_LICENSED) else "with a connection,"
             raise PrerequisiteError(
                 f"model {repo} is neither a folder here nor could {', '.join(patterns)} be fetched from the Hugging "
-                f"Face Hub ({type(error).__name__}): check the name and the connection, {local}"
+                f"Face Hub ({type(error).__name__}): {first} fetch it with `hf download {repo}`, {local}"
             ) from error
 
 

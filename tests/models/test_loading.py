@@ -73,6 +73,35 @@ def test_model_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp
         load_flow_model("owner/missing")
 
 
+@pytest.mark.parametrize(
+    ("repo", "licence"),
+    [
+        ("black-forest-labs/FLUX.1-dev", True),
+        ("stabilityai/stable-diffusion-3.5-medium", True),
+        ("Qwen/Qwen-Image", False),
+    ],
+)
+def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
+    repo: str, licence: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Through the sample stage, as the user meets it."""
+    from huggingface_hub import constants
+
+    from gdro_cli.config.recipe import load_recipe
+    from gdro_cli.runtime.progress import Reporter
+    from gdro_cli.stages import sample
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    recipe = load_recipe("smoke", overrides=[f"model.path={repo}"])
+    with pytest.raises(PrerequisiteError) as caught:
+        sample.run(recipe, tmp_path, Reporter(quiet=True))
+    message = str(caught.value)
+    assert f"`hf download {repo}`" in message and f"`hf download {repo} --local-dir FOLDER`" in message
+    assert "set model.path=FOLDER" in message and "\n" not in message
+    assert (f"accept its licence at https://huggingface.co/{repo}" in message) == licence
+
+
 def test_unknown_dtype(flux_folder: Path) -> None:
     with pytest.raises(UserError, match="choose auto, float32, bfloat16, float16"):
         load_flow_model(flux_folder, dtype="float8")  # type: ignore[arg-type]
