@@ -54,15 +54,27 @@ def describe_store(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tu
     else:
         state = "nothing is there yet"
     latent_bytes = images * math.prod(model.latent_shape(height=plan.height, width=plan.width)) * model.dtype.itemsize
-    twice = ", 2 passes each (guidance)" if takes_two_passes(model, plan.guidance) else ""
+    twice = ", 2 passes each" if takes_two_passes(model, plan.guidance) else ""
     disk = latent_bytes + images * plan.height * plan.width * PIXEL_BYTES
     return [
         ("store", str(path)),
         ("samples", f"{len(prompts)} prompts x {plan.images_per_prompt} = {images} images; {state}"),
         ("forward passes", f"{math.ceil(images / recipe.sample.batch_size)} batches x {plan.steps} steps{twice}"),
+        ("guidance", _guidance(model, plan.guidance)),
         ("disk", f"about {disk / 1e6:.0f} MB and the text encoders' outputs"),
         ("latents in memory", f"{latent_bytes / 1e6:.0f} MB while training"),
     ]
+
+
+def _guidance(model: FlowModel, scale: float) -> str:
+    """What the guidance scale will do."""
+    if model.guidance_kind == "embedded":
+        return f"{scale:g}, an input of the model, in training, too"
+    if model.guidance_kind == "none":
+        return "this model has none" + ("" if scale == 1.0 else f": {scale:g} is ignored")
+    if takes_two_passes(model, scale):
+        return f"{scale:g}, classifier-free, in sampling only; training uses the conditional velocity"
+    return f"{scale:g}, so none: classifier-free guidance begins above 1"
 
 
 def _training(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:

@@ -115,6 +115,11 @@ def test_guidance_is_what_the_family_says(name: str, family_folder: Folder) -> N
     assert torch.equal(*trained)
 
 
+def test_guidance_of_flux_is_an_input_or_nothing(flux_folder: Path, guided_folder: Path) -> None:
+    assert load_flow_model(flux_folder).guidance_kind == "none"
+    assert load_flow_model(guided_folder).guidance_kind == "embedded"
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_picture_does_not_depend_on_its_batch(name: str, family_folder: Folder) -> None:
     """Prompts of different lengths in one batch: what fills up the shorter ones must not be seen."""

@@ -94,6 +94,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     recipe = tiny_recipe(folder)
     rows = dict(plan.describe(recipe, "train", tmp_path))
     assert rows["model"].startswith(f"{folder} ({name})") and "2 passes each" in rows["forward passes"]
+    assert rows["guidance"].startswith("2, classifier-free, in sampling only")
     made = sample.run(recipe, tmp_path, quiet)
     give_order(recipe, made)
     assert score.run(recipe, tmp_path, quiet).shards_made == 0
