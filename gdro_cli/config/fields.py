@@ -64,7 +64,12 @@ def _method_fields() -> Iterator[FieldDoc]:
         owners = tuple(method for method, model in METHODS.items() if name in model.model_fields)
         field = METHODS[owners[0]].model_fields[name]
         methods = owners if len(owners) < len(METHODS) else ()
-        yield FieldDoc(f"method.{name}", type_text(field.annotation), _default(field), _text(field), methods=methods)
+        default = _default(field)
+        for owner in owners[1:]:
+            other = _default(METHODS[owner].model_fields[name])
+            if other != _default(field):
+                default += f" ({owner}: {other})"
+        yield FieldDoc(f"method.{name}", type_text(field.annotation), default, _text(field), methods=methods)
 
 
 def _text(field: FieldInfo) -> str:

@@ -5,7 +5,8 @@ together. A later layer wins key by key, sections are merged, lists and plain va
 replace more:
 
 - A layer that changes ``method.name`` lets go of the inherited method keys that the new method does not have
-  and keeps the others. Keys that this layer itself gives must belong to the new method.
+  and keeps the others, in ``ablation`` too. Keys that this layer itself gives must belong to the new method. An
+  online method also lets go of the inherited keys that only training on stored groups has a use for.
 - A layer that names a prompt ``file`` where a ``builtin`` set was inherited (or the reverse) replaces the
   whole source.
 
@@ -15,11 +16,12 @@ replace more:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.methods import METHODS
+from gdro_cli.config.methods import METHODS, OnlineMethod
+from gdro_cli.config.rules import STORED_ONLY
 from gdro_cli.config.yamlfile import check_keys, describe, parse_yaml, read_yaml
 from gdro_cli.errors import UserError
 
@@ -36,7 +38,7 @@ _PROMPT_SPLITS = ("train", "validation", "eval")
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the tool: name without ending -> file, sorted by name."""
     for folder in RECIPE_FOLDERS:
-        found = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+        found = {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
         if found:
             return found
     return {}
@@ -171,12 +173,34 @@ def _released(below: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]
     if isinstance(method, dict) and isinstance(chosen, str) and chosen != method.get("name") and chosen in METHODS:
         known = METHODS[chosen].model_fields
         released["method"] = {key: value for key, value in method.items() if key in known}
+        released["ablation"] = _sweepable(released.get("ablation", {}), known)
+        if issubclass(METHODS[chosen], OnlineMethod):
+            released = _without(released, STORED_ONLY)
     prompts, given = below.get("prompts"), layer.get("prompts")
     if isinstance(prompts, dict) and isinstance(given, Mapping):
         released["prompts"] = {
             key: {} if _other_kind(value, given.get(key)) else value for key, value in prompts.items()
         }
     return released
+
+
+def _sweepable(ablation: object, known: Collection[str]) -> object:
+    """An ablation section without the values of keys of other methods."""
+    if not isinstance(ablation, Mapping):
+        return ablation
+    foreign = {key for model in METHODS.values() for key in model.model_fields if key not in known}
+    return {name: values for name, values in ablation.items() if str(name).removeprefix("method.") not in foreign}
+
+
+def _without(data: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """A copy that lacks the keys at the given dotted paths, each of two parts."""
+    result = dict(data)
+    for path in paths:
+        section, _, key = path.partition(".")
+        inner = result.get(section)
+        if isinstance(inner, Mapping):
+            result[section] = {name: value for name, value in inner.items() if name != key}
+    return result
 
 
 def _inner(section: object, key: str) -> object:

@@ -1,8 +1,10 @@
 """The training methods: one class each, told apart by ``method.name``.
 
-Symbols and equations are those of the GDRO paper (arXiv 2601.02036): K images per group, tau the temperature
-of the target distribution (eqs. 7, 17), beta the strength of the implicit reward (eq. 3), gamma the weight of
-the top-1 likelihood (eqs. 8-9). A new method is one class here, one entry in ``Method`` and one in ``METHODS``.
+Methods on stored groups learn offline; their symbols and equations are those of the GDRO paper (arXiv 2601.02036): K
+images per group, tau the temperature of the target distribution (eqs. 7, 17), beta the strength of the implicit reward
+(eq. 3), gamma the weight of the top-1 likelihood (eqs. 8-9). Online methods make their images while they train:
+Flow-GRPO (arXiv 2505.05470) and DanceGRPO (arXiv 2505.07818). A new method is one class here, one entry in ``Method``
+and one in ``METHODS``.
 """
 
 from __future__ import annotations
@@ -14,11 +16,16 @@ from pydantic import Field
 from gdro_cli.config.base import StrictModel
 
 
-class GroupMethod(StrictModel):
-    """What every method that trains on stored groups shares."""
+class AnyMethod(StrictModel):
+    """What every method has."""
 
     name: str
     """Which method trains."""
+
+
+class GroupMethod(AnyMethod):
+    """What every method that trains on stored groups shares."""
+
     k: int = Field(6, ge=2)
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
     Paper: 6; 2 is unstable."""
@@ -82,12 +89,99 @@ class DpoMethod(GroupMethod):
     rewards differ."""
 
 
-Method = Annotated[GdroMethod | RankMethod | Top1Method | DpoMethod, Field(discriminator="name")]
+class OnlineMethod(AnyMethod):
+    """What the methods share that sample with the policy, score, and update it, round after round.
+
+    Sources of the defaults: the public code's settings for OCR and GenEval on SD3.5-M (Flow-GRPO) and for FLUX
+    (DanceGRPO); the table is in docs/baselines.md.
+    """
+
+    group_size: int = Field(24, ge=2)
+    """Images of each prompt in a round. 2 or more. Flow-GRPO: 24; DanceGRPO: 12."""
+    prompts_per_round: int = Field(48, ge=1)
+    """Prompts of a round, over all processes together. 1 or more. Flow-GRPO: 48; DanceGRPO: 16, one per GPU."""
+    updates_per_round: int = Field(2, ge=1)
+    """Equal parts into which a round's images are split, with one optimizer step each. 1 or more. Flow-GRPO: 2;
+    DanceGRPO: 3, of 4 images per GPU."""
+    inner_epochs: int = Field(1, ge=1)
+    """Passes over the images of a round. 1 or more. A round has this times `updates_per_round` optimizer steps. Both:
+    1."""
+    train_sample_steps: int = Field(10, ge=2)
+    """Sampling steps of the rounds, few to save time; evaluations take their own number. 2 or more; the last is taken
+    without noise and not trained. Flow-GRPO: 10 on SD3.5, 6 on FLUX; DanceGRPO: 16."""
+    timestep_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the steps with noise that is trained, drawn for each image and rounded down to at least one step. In
+    (0, 1]. Flow-GRPO: all; DanceGRPO: 0.6."""
+    share_initial_noise: bool = False
+    """One initial noise for all images of a group, so that they differ by the noise of the steps alone. Flow-GRPO: no;
+    DanceGRPO: yes."""
+    guidance: float | None = Field(None, ge=0)
+    """Guidance scale of the rounds and updates, 0 or more. Nothing: as in `sample`."""
+    clip_range: float = Field(1e-4, gt=0)
+    """Half the width of the range that likelihood ratios are clipped to. Above 0. Both: 1e-4, for log-likelihoods that
+    are means over the latent's dimensions."""
+    beta_kl: float = Field(0.04, ge=0)
+    """Weight of the divergence from the reference; 0 saves the reference's forward passes. 0 or more. Flow-GRPO: 0.04
+    on SD3.5 (OCR, GenEval), 0 on FLUX; DanceGRPO: 0."""
+    advantage_std: Literal["global", "group"] = "global"
+    """By whose standard deviation a group's rewards are divided: that of all rewards of the round, or the group's own.
+    Flow-GRPO: global; DanceGRPO: group."""
+    advantage_clip: float = Field(5.0, gt=0)
+    """Largest advantage. Above 0. Both: 5."""
+
+    @property
+    def steps_per_round(self) -> int:
+        """Optimizer steps of a round."""
+        return self.updates_per_round * self.inner_epochs
+
+
+class FlowGrpoMethod(OnlineMethod):
+    """Flow-GRPO (arXiv 2505.05470): policy gradient on an SDE with more noise at high noise levels."""
+
+    name: Literal["flow-grpo"]
+    """`flow-grpo`."""
+    noise_level: float = Field(0.7, gt=0)
+    """Strength a of the sampler's noise a * sqrt(sigma / (1 - sigma)). Above 0. Published: 0.7 on SD3.5, 0.9 on
+    FLUX."""
+
+
+class DanceGrpoMethod(OnlineMethod):
+    """DanceGRPO (arXiv 2505.07818): policy gradient on an SDE with constant noise, from one initial noise per group."""
+
+    name: Literal["dance-grpo"]
+    """`dance-grpo`."""
+    eta: float = Field(0.3, gt=0)
+    """Strength of the sampler's noise at every noise level. Above 0. Published: 0.3 on FLUX."""
+    group_size: int = Field(12, ge=2)
+    """Images of each prompt in a round. 2 or more. Published: 12."""
+    prompts_per_round: int = Field(16, ge=1)
+    """Prompts of a round, over all processes together. 1 or more. Published: 16, one per GPU."""
+    updates_per_round: int = Field(3, ge=1)
+    """Equal parts into which a round's images are split, with one optimizer step each. 1 or more. Published: 3."""
+    train_sample_steps: int = Field(16, ge=2)
+    """Sampling steps of the rounds. 2 or more; the last is taken without noise and not trained. Published: 16."""
+    timestep_fraction: float = Field(0.6, gt=0, le=1)
+    """Share of the steps with noise that is trained, drawn for each image and rounded down to at least one step. In
+    (0, 1]. Published: 0.6."""
+    share_initial_noise: bool = True
+    """One initial noise for all images of a group. Published: yes."""
+    beta_kl: float = Field(0.0, ge=0)
+    """Weight of the divergence from the reference; 0 saves the reference's forward passes. 0 or more. Published:
+    none."""
+    advantage_std: Literal["global", "group"] = "group"
+    """By whose standard deviation a group's rewards are divided. Published: group."""
+
+
+Method = Annotated[
+    GdroMethod | RankMethod | Top1Method | DpoMethod | FlowGrpoMethod | DanceGrpoMethod, Field(discriminator="name")
+]
 
 #: The methods by the value of ``method.name``.
-METHODS: dict[str, type[GroupMethod]] = {
+METHODS: dict[str, type[AnyMethod]] = {
     "gdro": GdroMethod,
     "rank": RankMethod,
     "top1": Top1Method,
     "dpo": DpoMethod,
+    "flow-grpo": FlowGrpoMethod,
+    "dance-grpo": DanceGrpoMethod,
 }

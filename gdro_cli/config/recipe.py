@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from gdro_cli.config.base import StrictModel, digest
 from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, override_layer, shipped_recipes
-from gdro_cli.config.methods import GdroMethod, Method
+from gdro_cli.config.methods import GdroMethod, GroupMethod, Method, OnlineMethod
 from gdro_cli.config.sections import (
     EvalSection,
     JudgeSection,
@@ -92,6 +92,18 @@ class Recipe(StrictModel):
     def train_seed(self) -> int:
         """Seed of the training: ``train.seed``, else ``seed``."""
         return self.seed if self.train.seed is None else self.train.seed
+
+    @property
+    def online_method(self) -> OnlineMethod | None:
+        """``method``, if it makes its images while it trains."""
+        return self.method if isinstance(self.method, OnlineMethod) else None
+
+    @property
+    def group_method(self) -> GroupMethod:
+        """``method``, which trains on stored groups. Raises TypeError for another."""
+        if isinstance(self.method, OnlineMethod):
+            raise TypeError(f"{self.method.name} does not train on stored groups")
+        return self.method
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, defaults included, as plain JSON; ``build_recipe`` takes it back."""

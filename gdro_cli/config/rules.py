@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource
+from gdro_cli.config.methods import GroupMethod, OnlineMethod
+from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource, SampleSection, TrainSection
 from gdro_cli.config.suggest import similar, similar_key
 
 if TYPE_CHECKING:
@@ -15,6 +16,12 @@ if TYPE_CHECKING:
 #: The keys of a prompt source that only one task's built-in sets have.
 _OCR_KEYS = ("two_line_share", "min_letters", "max_letters")
 _GENEVAL_KEYS = ("tags", "plurals")
+#: Keys that only training on stored groups has a use for, and what online methods have in their place.
+STORED_ONLY = {
+    "sample.images_per_prompt": "method.group_size",
+    "train.groups_per_step": "method.prompts_per_round",
+    "train.group_gradient": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +48,30 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
-    method, images = recipe.method, recipe.sample.images_per_prompt
+    if isinstance(recipe.method, OnlineMethod):
+        yield from _online(recipe, recipe.method)
+    else:
+        yield from _stored(recipe, recipe.method)
+
+
+def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
+    for path, instead in STORED_ONLY.items():
+        section, _, key = path.partition(".")
+        model = SampleSection if section == "sample" else TrainSection
+        if getattr(getattr(recipe, section), key) != model.model_fields[key].default:
+            advice = "remove it" if instead is None else f"remove it; {instead} says how many"
+            yield Problem(path, f"has no meaning for the online method {method.name!r}: {advice}", ("method.name",))
+    images = method.prompts_per_round * method.group_size
+    if method.updates_per_round > images:
+        yield Problem(
+            "method.updates_per_round",
+            f"{method.updates_per_round} is more than the {images} images of a round",
+            ("method.prompts_per_round", "method.group_size"),
+        )
+
+
+def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
+    images = recipe.sample.images_per_prompt
     if method.k > images:
         yield Problem(
             "method.k",
@@ -133,7 +163,9 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(
             "train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0", ("train.eval_every",)
         )
-    if train.group_gradient == "one_pass" and train.micro_batch is not None and train.micro_batch < recipe.method.k:
+    if isinstance(recipe.method, OnlineMethod) or train.group_gradient != "one_pass" or train.micro_batch is None:
+        return
+    if train.micro_batch < recipe.method.k:
         yield Problem(
             "train.group_gradient",
             "'one_pass' needs a whole group in one forward pass, but train.micro_batch "

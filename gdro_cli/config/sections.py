@@ -89,9 +89,11 @@ class SampleSection(StrictModel):
     """How the groups are made: deterministic (ODE) Euler sampling from the untrained model."""
 
     images_per_prompt: int = Field(16, ge=2)
-    """Images of each training prompt kept in the store (the stored group). 2 or more. Paper: 16."""
+    """Images of each training prompt kept in the store (the stored group). 2 or more. Paper: 16. Not for online
+    methods."""
     steps: int = Field(8, ge=1)
-    """Euler steps from noise to image. 1 or more."""
+    """Euler steps from noise to image. 1 or more. Online methods have their own number, and take this one for
+    evaluations alone."""
     guidance: float = Field(1.0, ge=0)
     """Guidance scale g, 0 or more. An input of models made for one (FLUX.1-dev), in training, too. Classifier-free
     guidance for SD3, Qwen-Image, Z-Image and FLUX.2-klein-base: v_uncond + g (v_cond - v_uncond), in sampling only, for
@@ -152,8 +154,8 @@ class RewardSection(StrictModel):
     workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Scoring processes, 1 or more. `auto`: one per CPU core that may be used; for mask2former and clip, one."""
     max_failed_share: float = Field(0.02, ge=0, le=1)
-    """Share of images that may fail to be scored before `gdro score` refuses. 0 to 1. A failed image has no
-    score, never a score of 0."""
+    """Share of images that may fail to be scored before `gdro score` or `gdro eval` refuses. 0 to 1. A failed image has
+    no score, never a score of 0. Online methods go on without images that fail, as long as a round has one score."""
     ocr: OcrReward = OcrReward()
     """Settings of the OCR reward."""
     geneval: GenEvalReward = GenEvalReward()
@@ -214,7 +216,7 @@ class TrainSection(StrictModel):
     """Optimizer steps. 1 or more."""
     groups_per_step: int = Field(8, ge=1)
     """Groups per optimizer step, over all processes together. 1 or more. A step sees this times `method.k`
-    images."""
+    images. Not for online methods."""
     lr: float = Field(3e-4, gt=0)
     """Highest learning rate of AdamW. Above 0. Paper: 3e-4."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -232,13 +234,14 @@ class TrainSection(StrictModel):
     """The gradient's norm is clipped to this. Above 0."""
     micro_batch: int | None = Field(None, ge=1)
     """Images per forward pass in one process, 1 or more. Nothing: all images of the step. Changes memory and
-    speed, not the gradient."""
+    speed, not the gradient. For online methods an image is one at one sampling step."""
     group_gradient: Literal["auto", "one_pass", "two_pass"] = "auto"
     """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first
     and needs memory for `micro_batch` images only; the gradients are equal. `auto`: one pass where all images of the
-    step fit into `micro_batch`."""
+    step fit into `micro_batch`. Not for online methods."""
     checkpoint_every: int = Field(50, ge=1)
-    """Steps between checkpoints. 1 or more; the last step always has one."""
+    """Steps between checkpoints. 1 or more; the last step always has one. With online methods a checkpoint waits for
+    the end of its round."""
     keep_checkpoints: int = Field(3, ge=1)
     """Checkpoints kept; older ones are deleted. 1 or more."""
     log_every: int = Field(1, ge=1)

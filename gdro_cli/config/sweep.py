@@ -220,6 +220,7 @@ def _cell_recipe(recipe: Recipe, axes: Sequence[Axis], values: Sequence[Any], se
         section[last] = value
     resolve_paths(layer, folder=Path.cwd())
     data = merge_layers([recipe.resolved(), layer])
+    data["ablation"] = recipe.resolved()["ablation"]  # a cell of another method keeps it, unread
     steps = data["train"]["steps"]
     if recipe.train.eval_every == 0 and isinstance(steps, int) and steps > 0:
         data["train"]["eval_every"] = math.ceil(steps / POINTS)

@@ -51,7 +51,10 @@ def test_a_rule_about_a_faulty_key_is_not_reported_beside_its_fault() -> None:
         # values
         ("method.tau=-0.1", "method.tau: must be at least 0, not -0.1."),
         ("method.beta=0", "method.beta: must be greater than 0, not 0."),
-        ("method.name=dop", "must be one of 'gdro', 'rank', 'top1', 'dpo', not 'dop'; did you mean `dpo`?"),
+        (
+            "method.name=dop",
+            "must be one of 'gdro', 'rank', 'top1', 'dpo', 'flow-grpo', 'dance-grpo', not 'dop'; did you mean `dpo`?",
+        ),
         ("reward.max_failed_share=2", "reward.max_failed_share: must be at most 1, not 2."),
         ("method.sigma_min=1", "method.sigma_min: must be less than 1, not 1."),
         ("seed=true", "seed: must be a whole number, not true."),
@@ -101,6 +104,38 @@ def test_one_pass_needs_the_group_in_one_forward() -> None:
     text = message("train.group_gradient=one_pass", "train.micro_batch=2")
     assert "train.group_gradient: 'one_pass' needs a whole group" in text
     load_recipe("ocr", overrides=["train.group_gradient=one_pass", "train.micro_batch=6"])
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "method.k=4",
+            "method.k: the method 'flow-grpo' has no such key (it belongs to gdro, rank, top1, dpo): remove it.",
+        ),
+        ("method.eta=0.3", "method.eta: the method 'flow-grpo' has no such key (it belongs to dance-grpo): remove it."),
+        (
+            "sample.images_per_prompt=8",
+            "sample.images_per_prompt: has no meaning for the online method 'flow-grpo': remove it; method.group_size"
+            " says how many.",
+        ),
+        (
+            "train.groups_per_step=4",
+            "train.groups_per_step: has no meaning for the online method 'flow-grpo': remove it;"
+            " method.prompts_per_round says how many.",
+        ),
+        ("train.group_gradient=two_pass", "has no meaning for the online method 'flow-grpo': remove it."),
+        ("method.updates_per_round=193", "method.updates_per_round: 193 is more than the 192 images of a round."),
+        ("method.train_sample_steps=1", "method.train_sample_steps: must be at least 2, not 1."),
+        ("method.timestep_fraction=0", "method.timestep_fraction: must be greater than 0, not 0."),
+        ("method.advantage_std=globl", "method.advantage_std: must be 'global' or 'group', not 'globl'"),
+    ],
+)
+def test_keys_that_mean_nothing_to_an_online_method(override: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe("ocr-flow-grpo", overrides=[override])
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_missing_keys_are_named() -> None:
@@ -224,4 +259,7 @@ def test_keys_of_some_methods_only_say_so() -> None:
     methods = {doc.path: doc.methods for doc in describe_fields()}
     assert methods["method.tau"] == ("gdro", "top1")
     assert methods["method.pairs"] == ("dpo",)
-    assert methods["method.beta"] == ()
+    assert methods["method.beta"] == ("gdro", "rank", "top1", "dpo")
+    assert methods["method.name"] == ()
+    defaults = {doc.path: doc.default for doc in describe_fields()}
+    assert defaults["method.group_size"] == "24 (dance-grpo: 12)"

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from gdro_cli.config.base import differences, digest
+from gdro_cli.config.layers import merge_layers
 from gdro_cli.config.recipe import build_recipe, load_recipe, shipped_recipes
 from gdro_cli.errors import UserError
 
@@ -36,7 +37,7 @@ def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
 
 
 def test_there_are_shipped_recipes() -> None:
-    assert {"geneval", "ocr", "smoke"} <= set(shipped_recipes())
+    assert {"geneval", "ocr", "ocr-flow-grpo", "smoke"} <= set(shipped_recipes())
 
 
 def test_name_name_with_ending_and_path_are_the_same_recipe() -> None:
@@ -53,7 +54,7 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: 
 
 
 def test_unknown_recipe_names_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: geneval, ocr, smoke"):
+    with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: geneval, ocr, ocr-dance-grpo, ocr-dpo"):
         load_recipe("orc")
 
 
@@ -137,6 +138,23 @@ def test_another_method_lets_go_of_inherited_keys_it_does_not_have() -> None:
 def test_a_key_given_together_with_a_method_must_belong_to_it(order: list[str]) -> None:
     with pytest.raises(UserError, match=r"method\.tau: the method 'dpo' has no such key \(it belongs to gdro, top1"):
         load_recipe("ocr", overrides=order)
+
+
+def test_an_online_method_lets_go_of_keys_of_the_store_too() -> None:
+    """geneval.yaml may say how many groups a step takes; no round has any."""
+    recipe = load_recipe("ocr", overrides=["sample.images_per_prompt=10", "train.groups_per_step=4"])
+    layered = build_recipe(merge_layers([recipe.resolved(), {"method": {"name": "flow-grpo"}}]))
+    assert (layered.sample.images_per_prompt, layered.train.groups_per_step) == (16, 8)  # the defaults, unread
+    assert layered.sample.steps == recipe.sample.steps
+
+
+def test_an_online_method_is_no_group_method() -> None:
+    online, offline = load_recipe("ocr-flow-grpo"), load_recipe("ocr")
+    assert online.online_method is online.method and offline.online_method is None
+    assert offline.group_method is offline.method
+    with pytest.raises(TypeError, match="flow-grpo does not train on stored groups"):
+        _ = online.group_method
+    assert load_recipe("ocr-flow-grpo", overrides=["method.inner_epochs=3"]).online_method.steps_per_round == 6  # type: ignore[union-attr]
 
 
 def test_going_back_to_the_method_brings_its_default_not_the_forgotten_value(tmp_path: Path) -> None:
@@ -246,6 +264,7 @@ def test_differences_name_changed_added_and_removed_keys() -> None:
         'method.name: "gdro" -> "rank"',
         "method.tau: 0.05 -> (absent)",
         "train.lr: 0.0003 -> 0.5",
+        "ablation.tau: [0.5, 0.05, 0.025, 0] -> (absent)",
     ]
     assert differences(before, before) == ()
     (added,) = differences({"a": 1}, {"a": 1, "b": None})
