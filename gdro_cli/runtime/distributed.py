@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -46,6 +47,11 @@ class Engine:
     def world(self) -> int:
         """How many processes there are."""
         return int(self._accelerator.num_processes)
+
+    @property
+    def local_world(self) -> int:
+        """How many processes there are on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
     @property
     def is_main(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import Sweep
 from gdro_cli.files import make_folder
+from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
@@ -111,7 +112,7 @@ def describe(sweep: Sweep, workspace: Path) -> tuple[list[tuple[str, str]], list
     prompts = open_prompts(recipe, recipe.prompts.validation)
     images = len(prompts) * recipe.eval.validation_images_per_prompt
     rows = [("recipe", f"{recipe.name}, digest {recipe.digest()}"), ("report", str(ablation_folder(sweep, workspace)))]
-    for owner, labels in _stores(sweep, expected=lambda each: expected_inputs(each, model)["store"]):
+    for owner, labels in _stores(sweep, model):
         lines = dict(describe_store(owner, model, workspace))
         of = "all cells" if len(labels) == len(sweep.labels) else "; ".join(labels)
         rows += [("store", lines["store"]), ("", of), ("", lines["samples"])]
@@ -137,11 +138,14 @@ def _places(sweep: Sweep, workspace: Path) -> tuple[Place, ...]:
     return places(sweep, workspace, open_model(sweep.recipe))
 
 
-def _stores(sweep: Sweep, *, expected: Callable[[Recipe], str]) -> list[tuple[Recipe, list[str]]]:
-    """One recipe for each different store, with the combinations of values that share it."""
+def _stores(sweep: Sweep, model: FlowModel) -> list[tuple[Recipe, list[str]]]:
+    """One recipe for each different store, with the combinations of values that share it; online methods have none."""
     owners: dict[str, tuple[Recipe, list[str]]] = {}
     for cell in sweep.cells:
-        _, labels = owners.setdefault(expected(cell.recipe), (cell.recipe, []))
+        if cell.recipe.online_method is not None:
+            continue
+        store = expected_inputs(cell.recipe, model)["store"]
+        _, labels = owners.setdefault(store, (cell.recipe, []))
         if cell.label not in labels:
             labels.append(cell.label)
     return list(owners.values())
@@ -151,7 +155,7 @@ def _make_stores(sweep: Sweep, found: Sequence[Place], workspace: Path, reporter
     """Sample and score what is missing, before the first training, for the cells that are left."""
     model = open_model(sweep.recipe)
     left = {place.cell.label for place in found if not place.trained}
-    stores = _stores(sweep, expected=lambda each: expected_inputs(each, model)["store"])
+    stores = _stores(sweep, model)
     for number, (recipe, labels) in enumerate(stores, start=1):
         if not left.isdisjoint(labels):
             if len(stores) > 1:

@@ -31,6 +31,7 @@ from gdro_cli.stages.evaluate import applied
 from gdro_cli.stages.inputs import expected_inputs
 from gdro_cli.stages.outcome import STOPPED, evaluated_weights
 from gdro_cli.stages.report import validation_rows
+from gdro_cli.stages.runs import run_path
 from gdro_cli.stages.validate import Protocol, Validation, validation_protocol
 from gdro_cli.stages.workspace import open_model, open_prompts
 
@@ -94,7 +95,7 @@ def places(sweep: Sweep, workspace: Path, model: FlowModel) -> tuple[Place, ...]
     found = []
     for cell in sweep.cells:
         prompts = open_prompts(cell.recipe, cell.recipe.prompts.validation)
-        run = train.run_path(cell.recipe, workspace, expected_inputs(cell.recipe, model))
+        run = run_path(cell.recipe, workspace, expected_inputs(cell.recipe, model))
         found.append(Place(cell, run, validation_protocol(cell.recipe, model, prompts)))
     seen: dict[Path, str] = {}
     for place in found:

@@ -29,7 +29,7 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.grid import draw_grid
 from gdro_cli.stages.imagefolder import write_pictures
-from gdro_cli.stages.inputs import run_inputs
+from gdro_cli.stages.inputs import expected_inputs, run_inputs
 from gdro_cli.stages.judging import open_judge, open_judge_pool, open_judge_table
 from gdro_cli.stages.outcome import RunWeights, evaluated_weights
 from gdro_cli.stages.quality import (
@@ -43,9 +43,10 @@ from gdro_cli.stages.quality import (
 )
 from gdro_cli.stages.report import RESULTS_KIND, RESULTS_SCHEMA, write_csv, write_report
 from gdro_cli.stages.rewards import Measure, measures, open_pool, open_table
+from gdro_cli.stages.runs import find_run
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.score import refuse_failures, score_missing
-from gdro_cli.stages.train import attach_adapter, find_run
+from gdro_cli.stages.trainer import attach_adapter
 from gdro_cli.stages.workspace import (
     SamplingPlan,
     evaluation_plan,
@@ -160,6 +161,8 @@ def trained_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[RunF
 
 def find_trained(recipe: Recipe, workspace: Path, model: FlowModel) -> RunFolder | None:
     """The run of this recipe, if its store and its training have been begun."""
+    if recipe.online_method is not None:
+        return find_run(recipe, workspace, expected_inputs(recipe, model))
     prompts = open_prompts(recipe, recipe.prompts.train)
     identity = store_identity(recipe, model, training_plan(recipe, model), prompts)
     if not store_path(recipe, stores_folder(workspace), identity).exists():

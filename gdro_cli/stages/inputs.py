@@ -43,7 +43,18 @@ def run_inputs(store: GroupStore, table: ScoreTable) -> dict[str, str]:
 
 
 def expected_inputs(recipe: Recipe, model: FlowModel) -> dict[str, str]:
-    """The same digests, before there is a store: they name the run that a recipe will have."""
+    """The same digests, before there is a store: they name the run that a recipe will have.
+
+    What an online method learns from are prompts, model and reward: it keeps no store.
+    """
     prompts = open_prompts(recipe, recipe.prompts.train)
+    if recipe.online_method is not None:
+        who = {key: value for key, value in model.identity.items() if key != "path"}
+        text = [str(model.dtype), recipe.model.max_sequence_length]
+        return {
+            "prompts": prompts.digest,
+            "model": digest([who, *text]),
+            "scores": digest(dict(open_reward(recipe).version)),
+        }
     identity = store_identity(recipe, model, training_plan(recipe, model), prompts)
     return {"store": digest(identity), "scores": digest(dict(open_reward(recipe).version))}

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from gdro_cli.config.methods import OnlineMethod
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel, takes_two_passes
+from gdro_cli.stages.inputs import expected_inputs
+from gdro_cli.stages.runs import run_path
 from gdro_cli.stages.workspace import (
     image_size,
     open_model,
     open_prompts,
+    refuse_online,
     runs_folder,
     store_identity,
     store_path,
@@ -37,6 +41,10 @@ def describe(recipe: Recipe, stage: str, workspace: Path) -> list[tuple[str, str
     ]
     if stage == "eval":
         return rows + _evaluation(recipe)
+    if recipe.online_method is not None:
+        if stage != "train":
+            refuse_online(recipe, stage)
+        return rows + _online(recipe, recipe.online_method, model, workspace)
     rows += describe_store(recipe, model, workspace)
     return rows + _training(recipe, model, workspace) if stage == "train" else rows
 
@@ -77,8 +85,29 @@ def _guidance(model: FlowModel, scale: float) -> str:
     return f"{scale:g}, so none: classifier-free guidance begins above 1"
 
 
+def _online(recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
+    train = recipe.train
+    images, stochastic = method.prompts_per_round * method.group_size, method.train_sample_steps - 1
+    trained = max(1, int(method.timestep_fraction * stochastic + 1e-9))
+    rounds = math.ceil(train.steps / method.steps_per_round)
+    height, width = image_size(recipe, model)
+    values = math.prod(model.latent_shape(height=height, width=width)) * method.train_sample_steps
+    return [
+        ("runs", str(runs_folder(workspace))),
+        ("run", run_path(recipe, workspace, expected_inputs(recipe, model)).name),
+        ("method", f"{method.name}, clip range {method.clip_range:g}, KL weight {method.beta_kl:g}"),
+        ("prompts", f"{len(open_prompts(recipe, recipe.prompts.train))}"),
+        ("round", f"{method.prompts_per_round} prompts x {method.group_size} = {images} images, sampled and scored"),
+        ("sampling", f"{method.train_sample_steps} steps, of which {trained} are trained in each image"),
+        ("updates", f"{method.updates_per_round} x {method.inner_epochs} optimizer steps per round"),
+        ("steps", f"{train.steps}, so {rounds} rounds and {rounds * images} images"),
+        ("trajectories in memory", f"{images * values * 4 / 1e6:.0f} MB, over all processes together"),
+        ("checkpoints", f"every {train.checkpoint_every} steps, the last {train.keep_checkpoints} are kept"),
+    ]
+
+
 def _training(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
-    train, method = recipe.train, recipe.method
+    train, method = recipe.train, recipe.group_method
     images = train.groups_per_step * method.k
     micro = train.micro_batch or images
     two_pass = train.group_gradient == "two_pass" or (train.group_gradient == "auto" and images > micro)

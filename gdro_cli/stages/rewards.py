@@ -15,7 +15,7 @@ from gdro_cli.errors import StoreError
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.geneval.detection import ColourClassifier, Detector
 from gdro_cli.rewards.ocr import OcrReward
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.rewards.pool import ScoringPool, usable_cores
 from gdro_cli.tiny.assets import tiny_detector_path
 
 # What the detectors of a recipe can find, by reward.geneval.detector.
@@ -130,13 +130,16 @@ def open_reward(recipe: Recipe) -> Reward:
     )
 
 
-def open_pool(recipe: Recipe) -> ScoringPool:
-    """Processes that score; a context manager. Large networks get one process with all threads, not a copy per core."""
+def open_pool(recipe: Recipe, *, sharing: int = 1) -> ScoringPool:
+    """Processes that score; a context manager. Large networks get one process with all threads, not a copy per core.
+
+    ``sharing`` is how many processes of this machine have a pool each: they share the cores.
+    """
     if recipe.reward.workers != "auto":
         return ScoringPool(open_reward(recipe), workers=recipe.reward.workers)
     if recipe.reward.kind == "geneval" and "large" in _sizes(recipe):
         return ScoringPool(open_reward(recipe), workers=1)
-    return ScoringPool(open_reward(recipe))
+    return ScoringPool(open_reward(recipe), workers=max(1, usable_cores() // sharing))
 
 
 def open_table(recipe: Recipe, store: GroupStore) -> ScoreTable:

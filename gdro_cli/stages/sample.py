@@ -25,6 +25,7 @@ from gdro_cli.stages.workspace import (
     open_model,
     open_prompts,
     open_store,
+    refuse_online,
     store_identity,
     stores_folder,
     training_plan,
@@ -54,11 +55,12 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> SampleResult:
     """Make the missing shards of the recipe's training store.
 
     Raises:
-        UserError: prompts cannot be used.
+        UserError: prompts cannot be used, or the recipe's method keeps no store.
         PrerequisiteError: the model is missing.
         StoreError: the store is damaged or the disk refuses.
         Interrupted: stopped by the user; finished shards are kept.
     """
+    refuse_online(recipe, "sample")
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe)
         store, plan = training_store(recipe, workspace, model)

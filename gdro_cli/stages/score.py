@@ -17,7 +17,7 @@ from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.rewards import open_pool, open_table
 from gdro_cli.stages.sample import fill_store, training_store
-from gdro_cli.stages.workspace import open_model
+from gdro_cli.stages.workspace import open_model, refuse_online
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +47,12 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
     """Score the training store of ``recipe``; samples what is missing of it first.
 
     Raises:
+        UserError: the recipe's method keeps no store.
         PrerequisiteError: the model or the reward engine is missing.
         StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
+    refuse_online(recipe, "score")
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         model = open_model(recipe)
         store, plan = training_store(recipe, workspace, model)

@@ -84,8 +84,10 @@ class Validation:
     """Wall time of getting them."""
 
     @classmethod
-    def open(cls, recipe: Recipe, model: FlowModel, run: Path, stack: ExitStack) -> Validation:
-        """Encode the prompts and start the processes, which end with ``stack``."""
+    def open(
+        cls, recipe: Recipe, model: FlowModel, run: Path, stack: ExitStack, *, rewards: ScoringPool | None = None
+    ) -> Validation:
+        """Encode the prompts and start the processes, which end with ``stack``; ``rewards`` are running already."""
         prompts = open_prompts(recipe, recipe.prompts.validation)
         plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
         conditioning = model.encode([prompt.prompt for prompt in prompts.records])
@@ -98,7 +100,7 @@ class Validation:
             plan,
             conditioning,
             run / FOLDER,
-            stack.enter_context(open_pool(recipe)),
+            stack.enter_context(open_pool(recipe)) if rewards is None else rewards,
             None if judge is None else stack.enter_context(open_judge_pool(recipe, judge)),
             protocol.points,
             run.parent.parent / FOLDER / protocol.base,

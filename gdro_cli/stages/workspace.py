@@ -20,6 +20,7 @@ from gdro_cli.config.sections import PromptSource
 from gdro_cli.core.seeds import seed_for
 from gdro_cli.data.prompts import PromptSet, load_prompts
 from gdro_cli.data.store import GroupStore
+from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.stages.rewards import known_classes
@@ -66,6 +67,15 @@ def open_model(recipe: Recipe, *, device: str | None = None) -> FlowModel:
 def open_prompts(recipe: Recipe, source: PromptSource) -> PromptSet:
     """Load a prompt source of the recipe. Raises UserError for prompts that its reward cannot judge."""
     return load_prompts(source, task=recipe.prompts.task, classes=known_classes(recipe))
+
+
+def refuse_online(recipe: Recipe, stage: str) -> None:
+    """Raises UserError where ``gdro sample`` or ``gdro score`` has nothing to do."""
+    if recipe.online_method is not None:
+        raise UserError(
+            f"the recipe {recipe.name} has nothing to {stage}: {recipe.method.name} makes and scores its images while"
+            " it trains (gdro train)"
+        )
 
 
 def training_plan(recipe: Recipe, model: FlowModel) -> SamplingPlan:

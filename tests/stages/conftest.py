@@ -55,6 +55,27 @@ def make_recipe() -> Callable[..., Recipe]:
 
 
 @pytest.fixture(scope="session")
+def make_online() -> Callable[..., Recipe]:
+    """A small recipe of Flow-GRPO with changes: two rounds of 2 x 3 images, two optimizer steps each."""
+    base = {key: value for key, value in SMALL.items() if key != "method"}
+    base["sample"] = {key: value for key, value in SMALL["sample"].items() if key != "images_per_prompt"}
+    base["train"] = {key: value for key, value in SMALL["train"].items() if key != "groups_per_step"}
+    small = {
+        "name": "online",
+        "sample": {"batch_size": 3},
+        "method": {"name": "flow-grpo", "group_size": 3, "prompts_per_round": 2, "train_sample_steps": 4},
+    }
+
+    def make(**changes: Any) -> Recipe:
+        whole = merged(base, small)
+        if "name" in changes.get("method", {}):
+            whole["method"] = {key: value for key, value in whole["method"].items() if key != "name"}
+        return build_recipe(merged(whole, changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def quiet() -> Reporter:
     """Says nothing."""
     return Reporter(quiet=True)

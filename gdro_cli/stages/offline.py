@@ -1,0 +1,104 @@
+"""Gradients from stored groups: GDRO and its relatives align the adapter's implicit rewards with the explicit ones.
+
+What differs from the GDRO paper (arXiv 2601.02036): the reference is the same transformer with its adapter off, never a
+second copy; the group gradient may be computed in two passes, which is exact and needs the memory of one micro-batch;
+sigma and noise are drawn from named streams, so a resumed run continues bit-exactly on the CPU. Everything else follows
+the recipe, and the recipe's header says where its numbers come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.dataset import GroupDataset
+from gdro_cli.errors import UserError
+from gdro_cli.models.adapters import reference
+from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.distributed import Engine
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.inputs import make_inputs, open_inputs, run_inputs
+from gdro_cli.stages.rewards import trained_detail
+from gdro_cli.stages.trainer import StepGradient
+from gdro_cli.stages.workspace import image_size
+
+
+def training_set(
+    recipe: Recipe, workspace: Path, model: FlowModel, engine: Engine, reporter: Reporter, stop: StopFlag
+) -> tuple[GroupDataset, dict[str, str]]:
+    """Make what is missing of store and scores, then load the training groups into memory."""
+    store, table = open_inputs(recipe, workspace, model)
+    if engine.is_main:
+        make_inputs(recipe, workspace, model, reporter, stop)
+    engine.barrier()
+    model.release_encoders()
+    model.release_decoder()
+    method, detail = recipe.group_method, trained_detail(recipe)
+    dataset = GroupDataset.load(store, table, k=method.k, min_spread=method.min_spread, detail=detail)
+    if recipe.train.shuffle_rewards:
+        dataset = dataset.with_shuffled_rewards(recipe.train_seed)
+    return dataset, run_inputs(store, table)
+
+
+class GroupSteps:
+    """Each step draws groups from the store; a ``StepSource``."""
+
+    shown: Mapping[str, str] = {"loss": "loss", "implicit_accuracy": "accuracy", "top1_error_gap": "top1_gap"}
+    remedy = "lower train.lr or method.beta"
+
+    def __init__(self, recipe: Recipe, model: FlowModel, dataset: GroupDataset, engine: Engine) -> None:
+        section, method = recipe.train, recipe.group_method
+        if section.groups_per_step % engine.world:
+            raise UserError(
+                f"train.groups_per_step is {section.groups_per_step}, which {engine.world} processes cannot share"
+                " equally: choose a multiple"
+            )
+        self.recipe, self.model, self.dataset, self.engine = recipe, model, dataset, engine
+        self.method = method
+        images = section.groups_per_step // engine.world * method.k
+        fits = section.micro_batch is None or images <= section.micro_batch
+        self._gradient = GroupGradient(
+            model=model,
+            loss=loss_arguments(method),
+            reduction=method.reduction,
+            guidance=recipe.sample.guidance,
+            size=image_size(recipe, model),
+            micro_batch=section.micro_batch,
+            one_pass=section.group_gradient == "one_pass" or (section.group_gradient == "auto" and fits),
+            reference=lambda: reference(model),
+            autocast=engine.autocast,
+            backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
+        )
+
+    def prepare(self, step: int, stop: StopFlag) -> bool:
+        """Nothing is to be made: the store is complete."""
+        return True
+
+    def can_go_on_after(self, steps: int) -> bool:
+        """Every step is a function of its number."""
+        return True
+
+    def gradient(self, step: int) -> StepGradient:
+        """The gradient of this process's share of the step's groups."""
+        seed = self.recipe.train_seed
+        batch = self.dataset.draw(step, groups=self.recipe.train.groups_per_step, seed=seed)
+        batch = batch.share(self.engine.rank, self.engine.world)
+        output = self._gradient(noisy_groups(self.model, batch, self.method, seed=seed))
+        return StepGradient(averages(self.engine, {"loss": output.loss, **output.metrics}))
+
+
+def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Means over the processes, in one message.
+
+    Exact for everything that is a mean over groups; a share of pairs (``implicit_accuracy``) becomes the mean of the
+    processes' shares.
+    """
+    values = torch.stack([value.detach().float() for value in metrics.values()])
+    means = (engine.sum(values) / engine.world if engine.world > 1 else values).tolist()
+    return dict(zip(metrics, means, strict=True))

@@ -1,0 +1,162 @@
+"""Rollouts: images drawn with the current policy by a stochastic sampler, and the steps by which they came about.
+
+Image k of a visit to a prompt depends on the policy's weights and on (seed, prompt, visit, k) only: batches, processes
+and restarts change nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from gdro_cli.config.methods import DanceGrpoMethod, FlowGrpoMethod, OnlineMethod
+from gdro_cli.core.flow import euler_step
+from gdro_cli.core.sde import SdeStep, flow_grpo_coefficient, log_prob, sde_step
+from gdro_cli.core.seeds import generator, seed_for
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.models.base import Conditioning, FlowModel
+
+
+class Drawn(NamedTuple):
+    """The name of an image of a rollout."""
+
+    prompt: PromptRecord
+    visit: int
+    """How often the prompt has been visited before."""
+    image: int
+    """0 .. group_size - 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The model as the online methods see it; the only place where they ask it for a velocity."""
+
+    model: FlowModel
+    method: OnlineMethod
+    guidance: float
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    autocast: Callable[[], AbstractContextManager[None]]
+
+    def schedule(self) -> Tensor:
+        """Noise levels [T + 1] of a rollout of T steps; the first T - 1 steps are stochastic."""
+        return self.model.sigmas(self.method.train_sample_steps, height=self.size[0], width=self.size[1])
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """The velocity [N, ...] of latents [N, ...] at noise levels [N]."""
+        height, width = self.size
+        with self.autocast():
+            return self.model.velocity(latents, sigma, conditioning, guidance=self.guidance, height=height, width=width)
+
+    def step(self, latents: Tensor, places: Tensor, conditioning: Conditioning) -> SdeStep:
+        """The distribution of the latents after stochastic steps ``places`` [N] of the schedule, 0 .. T - 2."""
+        sigmas = self.schedule().to(latents.device)
+        sigma, following = sigmas[places], sigmas[places + 1]
+        coefficient = diffusion_coefficient(self.method, sigma, sigma_second=float(sigmas[1]))
+        velocity = self.velocity(latents, sigma, conditioning)
+        return sde_step(latents, velocity, sigma, following, coefficient=coefficient)
+
+
+def diffusion_coefficient(method: OnlineMethod, sigma: Tensor, *, sigma_second: float) -> Tensor:
+    """The method's diffusion coefficient [N] at noise levels [N]; ``sigma_second`` is the schedule's second value."""
+    if isinstance(method, FlowGrpoMethod):
+        return flow_grpo_coefficient(sigma, noise_level=method.noise_level, sigma_second=sigma_second)
+    if isinstance(method, DanceGrpoMethod):
+        return torch.full_like(sigma, method.eta)
+    raise TypeError(f"{method.name} has no sampler")
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """N images of this process; float32, on the model's device."""
+
+    states: Tensor
+    """Latents [N, T, ...] at the first T noise levels, from the initial noise on."""
+    log_probs: Tensor
+    """Log-probability [N, T - 1] of each stochastic step under the policy that took it."""
+    clean: Tensor
+    """Latents of the finished images [N, ...]."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """Several rollouts as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("states", "log_probs", "clean")))
+
+
+def roll_out(policy: Policy, drawn: Sequence[Drawn], conditioning: Sequence[Conditioning], *, seed: int) -> Rollout:
+    """Draw one batch of images.
+
+    The last step goes to sigma 0 without noise, so that the reward sees a finished image.
+
+    Args:
+        policy: the model and its sampler.
+        drawn: names of the N images.
+        conditioning: of each.
+        seed: of initial noise and steps.
+    """
+    model, height, width = policy.model, policy.size[0], policy.size[1]
+    stochastic = policy.method.train_sample_steps - 1
+    sigmas = policy.schedule().tolist()
+    start = model.noise([_start_seed(policy.method, name, seed) for name in drawn], height=height, width=width)
+    noise = torch.stack([_step_noise(name, (stochastic, *start.shape[1:]), seed) for name in drawn])
+    # Made outside of inference mode, so that the updates may differentiate through functions of them.
+    states = torch.empty((len(drawn), stochastic + 1, *start.shape[1:]), device=model.device)
+    log_probs, clean = states.new_empty(len(drawn), stochastic), states.new_empty(start.shape)
+    with torch.inference_mode():
+        text = model.batch_conditioning(list(conditioning))
+        states[:, 0] = start.to(model.device)
+        for place in range(stochastic):
+            places = torch.full((len(drawn),), place, device=model.device)
+            step = policy.step(states[:, place], places, text)
+            states[:, place + 1] = step.draw(noise[:, place].to(model.device))
+            log_probs[:, place] = log_prob(states[:, place + 1], step)
+        level = torch.full((len(drawn),), sigmas[stochastic], device=model.device)
+        velocity = policy.velocity(states[:, -1], level, text)
+        clean.copy_(euler_step(states[:, -1], velocity, sigmas[stochastic], sigmas[-1]))
+    return Rollout(states, log_probs, clean)
+
+
+def trained_steps(method: OnlineMethod, drawn: Sequence[Drawn], *, seed: int) -> Tensor:
+    """Which stochastic steps of each image are trained, in random order [N, M]."""
+    stochastic = method.train_sample_steps - 1
+    count = max(1, math.floor(method.timestep_fraction * stochastic + 1e-9))  # 0.6 * 5 is 3
+    orders = [
+        torch.randperm(stochastic, generator=generator(seed, "trained steps", name.prompt.id, name.visit, name.image))
+        for name in drawn
+    ]
+    return torch.stack(orders)[:, :count]
+
+
+def prompts_of_round(
+    prompts: Sequence[PromptRecord], number: int, *, count: int, seed: int
+) -> list[tuple[PromptRecord, int]]:
+    """The prompts of a round and how often each was visited before.
+
+    Rounds walk through one endless sequence of epochs; each epoch is a fresh permutation of the prompts.
+    """
+    visits = [divmod(number * count + place, len(prompts)) for place in range(count)]
+    return [(prompts[_permutation(len(prompts), seed, epoch)[place]], epoch) for epoch, place in visits]
+
+
+@lru_cache(maxsize=4)
+def _permutation(count: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(count, generator=generator(seed, "order of prompts", epoch)).tolist()
+    return order
+
+
+def _start_seed(method: OnlineMethod, name: Drawn, seed: int) -> int:
+    keys = (name.prompt.id, name.visit)
+    return seed_for(seed, "rollout start", *(keys if method.share_initial_noise else (*keys, name.image)))
+
+
+def _step_noise(name: Drawn, shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=generator(seed, "rollout steps", name.prompt.id, name.visit, name.image))

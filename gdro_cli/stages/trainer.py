@@ -1,0 +1,259 @@
+"""One run's adapter, optimizer and averages, stepped, measured, saved and restored; wherever its gradients come from.
+
+A training is a ``Trainer`` and a ``StepSource``: stored groups (``offline.GroupSteps``) or rounds of fresh images
+(``online.OnlineSteps``) give the gradients, everything else is the same for all methods.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sections import TrainSection
+from gdro_cli.errors import StoreError
+from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
+from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.checkpoint import (
+    flatten_optimizer,
+    latest_checkpoint,
+    load_checkpoint,
+    restore_optimizer,
+    save_checkpoint,
+)
+from gdro_cli.runtime.distributed import Engine
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.outcome import STOPPED, evaluated_weights, keep_if_best
+from gdro_cli.stages.rewards import measures
+from gdro_cli.stages.validate import Validation
+
+
+@dataclass(frozen=True, slots=True)
+class StepGradient:
+    """What is told about a gradient that now lies in the parameters."""
+
+    metrics: Mapping[str, float]
+    """Over all processes; ``loss`` is among them."""
+    learns: bool = True
+    """Whether there is a gradient at all; without one the weights, their average and the optimizer stay."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time spent before the step began, by what for: its share of work that several steps have in common."""
+
+
+class StepSource(Protocol):
+    """Where the gradients of a training come from."""
+
+    @property
+    def shown(self) -> Mapping[str, str]:
+        """The few metrics that the progress line has room for, and their names there."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do when the loss is no number any more."""
+
+    def prepare(self, step: int, stop: StopFlag) -> bool:
+        """Make what optimizer step ``step`` (from 0) needs; False if a stop was asked for before it was there."""
+
+    def gradient(self, step: int) -> StepGradient:
+        """Add this process's part of the gradient of the step to the parameters; the parts are summed later."""
+
+    def can_go_on_after(self, steps: int) -> bool:
+        """Whether a run that stopped after so many steps goes on as if it had not."""
+
+
+def attach_adapter(recipe: Recipe, model: FlowModel) -> list[torch.nn.Parameter]:
+    """Give the model the recipe's adapter, freshly initialised, and return its parameters."""
+    lora = recipe.train.lora
+    return attach_lora(
+        model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, rslora=lora.rslora, seed=recipe.train_seed
+    )
+
+
+class Trainer:
+    """Adapter, optimizer and averages of one run, stepped, saved and restored together."""
+
+    def __init__(self, recipe: Recipe, model: FlowModel, source: StepSource, folder: RunFolder, engine: Engine) -> None:
+        section = recipe.train
+        self.recipe, self.model, self.source = recipe, model, source
+        self.folder, self.engine = folder, engine
+        self.parameters = attach_adapter(recipe, model)
+        if section.gradient_checkpointing:
+            model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=section.lr, betas=section.adam_betas, weight_decay=section.weight_decay
+        )
+        self.ema = Ema(self.parameters, section.ema.rate, section.ema.max_decay)
+        self.step = 0
+        self.collapse: dict[str, Any] | None = None
+        """Where and why the training is to end early."""
+
+    def update(self) -> tuple[StepGradient, float]:
+        """One optimizer step; returns what its source tells, and the gradient's norm before clipping."""
+        found, norm = self.source.gradient(self.step), 0.0
+        if found.learns:
+            self.engine.sum_gradients(self.parameters)
+            norm = self.engine.clip(self.parameters, self.recipe.train.max_grad_norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(self.recipe.train, self.step)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.ema.update()
+        self.step += 1
+        return found, norm
+
+    def validate(self, validation: Validation, reporter: Reporter) -> bool:
+        """Measure an evaluation point, log it, and keep its weights if it is the best.
+
+        Returns whether the training is to end here: the recipe asks for it, and the pictures have collapsed.
+        """
+        if validation.base is None:
+            validation.know_base(lambda: reference(self.model))
+        with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
+            row, found = validation.measure(self.step)
+        self.folder.append_metrics({"kind": "validation", "step": self.step, **row})
+        numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}
+        self.engine.log(numbers, self.step)
+        headline = measures(self.recipe)[0].name
+        more = "".join(
+            f" {name} {row[name]:.3f}," for name in (headline, "u", "corrected") if name in row and name != "reward"
+        )
+        reporter.say(
+            f"step {self.step}: validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],"
+            f"{more} {row['images']} images" + ("" if found is None else f", {found.level}")
+        )
+        if self.step and validation.is_fair(row):
+            tensors = {"adapter": lora_state(self.model), "ema": self.ema.state()}
+            measure = headline if validation.judges is None else "corrected"
+            keep_if_best(self.folder, {"step": self.step, **row}, measure=measure, tensors=tensors)
+        if not self.recipe.train.stop_on_collapse or found is None or found.level != "collapsed":
+            return False
+        self.collapse = {"step": self.step, "reasons": list(found.reasons)}
+        reporter.say(f"step {self.step}: the training ends here, the pictures have collapsed: {found.reasons[0]}")
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, with the adapter in diffusers' format beside it."""
+        if not self.engine.is_main:
+            return
+        tensors, state = flatten_optimizer(self.optimizer)
+
+        def add_adapters(folder: Path) -> None:
+            save_lora(self.model, folder / "raw")
+            with self.ema.applied():
+                save_lora(self.model, folder / "ema")
+
+        save_checkpoint(
+            self.folder.path,
+            self.step,
+            tensors={"adapter": lora_state(self.model), "ema": self.ema.state(), "optimizer": tensors},
+            state={"optimizer": state},
+            extra=add_adapters,
+            keep=self.recipe.train.keep_checkpoints,
+        )
+
+    def resume(self) -> int:
+        """Restore the newest checkpoint, if there is one, and return its step."""
+        path = latest_checkpoint(self.folder.path)
+        if path is not None:
+            checkpoint = load_checkpoint(path)
+            self.step = checkpoint.step
+            load_lora_state(self.model, checkpoint.tensors["adapter"])
+            self.ema.load(checkpoint.tensors["ema"])
+            restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+        if self.engine.is_main:
+            self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
+        return self.step
+
+    def export(self) -> None:
+        """Put the adapter that is evaluated where ``pipe.load_lora_weights(run)`` finds it."""
+        weights = evaluated_weights(self.folder, self.recipe)
+        if weights is None:
+            return
+        load_lora_state(self.model, weights.adapter)
+        self.ema.load(weights.ema)
+        with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
+            save_lora(self.model, self.folder.path)
+
+
+def learning_rate(section: TrainSection, step: int) -> float:
+    """Learning rate of step ``step`` (from 0)."""
+    if step < section.warmup_steps:
+        return section.lr * (step + 1) / section.warmup_steps
+    course = (step - section.warmup_steps) / max(1, section.steps - section.warmup_steps)
+    if section.lr_schedule == "linear":
+        return section.lr * (1 - course)
+    if section.lr_schedule == "cosine":
+        return section.lr * 0.5 * (1 + math.cos(math.pi * course))
+    return section.lr
+
+
+def has_ended(folder: RunFolder, recipe: Recipe, step: int) -> bool:
+    """Whether a run that stands at ``step`` has nothing left to do."""
+    return step >= recipe.train.steps or (folder.path / STOPPED).is_file()
+
+
+def train_loop(trainer: Trainer, validation: Validation | None, reporter: Reporter, stop: StopFlag) -> None:
+    """All remaining steps: get a gradient, one update, log; now and then validate and save."""
+    section, engine, folder, source = trainer.recipe.train, trainer.engine, trainer.folder, trainer.source
+    if has_ended(folder, trainer.recipe, trainer.step):
+        return
+    if validation is not None and trainer.step == 0:
+        trainer.validate(validation, reporter)
+    due = False
+    with reporter.track("training", total=section.steps, unit="steps", done=trainer.step) as progress:
+        while trainer.step < section.steps:
+            if not source.prepare(trainer.step, stop):
+                if trainer.step:
+                    trainer.save()
+                stop.check(_stopped(trainer))
+            began = time.perf_counter()
+            found, norm = trainer.update()
+            step, last = trainer.step, trainer.step == section.steps
+            loss = found.metrics["loss"]
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise StoreError(
+                    f"the loss became {loss} at step {step} of {folder.path}: {source.remedy};"
+                    " the last checkpoint is kept"
+                )
+            if engine.is_main and (step % section.log_every == 0 or last):
+                _log(trainer, found, norm, seconds=time.perf_counter() - began)
+            progress.advance(1, **{label: found.metrics[name] for name, label in source.shown.items()})
+            point = validation is not None and (step % section.eval_every == 0 or last)
+            ended = engine.any(point and validation is not None and trainer.validate(validation, reporter))
+            stop.requested = engine.any(stop.requested)
+            safe = source.can_go_on_after(step)
+            due = due or step % section.checkpoint_every == 0
+            if last or ended or (safe and (due or stop.requested)):
+                trainer.save()
+                due = False
+            if ended:
+                if trainer.collapse is not None:
+                    folder.write_json(STOPPED, trainer.collapse)  # only now that the step's checkpoint is there
+                return
+            if safe or last:
+                stop.check(_stopped(trainer))
+
+
+def _stopped(trainer: Trainer) -> str:
+    steps = trainer.recipe.train.steps
+    return f"stopped after step {trainer.step} of {steps}; run the same command again to go on"
+
+
+def _log(trainer: Trainer, found: StepGradient, norm: float, *, seconds: float) -> None:
+    """Write the row of the step that was just taken."""
+    numbers = {**found.metrics, "grad_norm": norm, "lr": trainer.optimizer.param_groups[0]["lr"]}
+    known = {name: value for name, value in numbers.items() if math.isfinite(value)}
+    times = {f"seconds_{name}": value for name, value in found.seconds.items()}
+    times |= {"seconds_updates": seconds} if times else {}
+    whole = seconds + sum(found.seconds.values())
+    trainer.folder.append_metrics({"kind": "train", "step": trainer.step, **known, **times, "seconds": whole})
+    trainer.engine.log(known, trainer.step)
