@@ -90,7 +90,7 @@ def train(
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Train an adapter on the scored groups; samples and scores that are missing are made first."""
+    """Train an adapter: on scored groups, which are made first where they are missing, or online, by the method."""
     job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return

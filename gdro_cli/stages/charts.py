@@ -147,6 +147,26 @@ def gap_chart(rows: Sequence[Row], *, marked: int | None = None) -> str | None:
     return _stacked("gaps", [gaps], label="Error minus the reference's error over steps", marked=marked)
 
 
+def rounds_chart(rows: Sequence[Row], *, marked: int | None = None) -> str | None:
+    """Rewards of the rounds of an online training, and how many ratios were clipped; None for an offline one."""
+    if not _points(rows, "clip_fraction"):
+        return None
+
+    def rewards(axes: Axes) -> None:
+        _binned(axes, rows, "reward", style=STYLES[0], label="mean")
+        _binned(axes, rows, "reward_group_std", style=STYLES[1], label="deviation in a group")
+        axes.set_ylabel("reward of the rounds")
+        axes.legend()
+
+    def clipped(axes: Axes) -> None:
+        _binned(axes, rows, "clip_fraction", style=STYLES[2], label="")
+        axes.set_ylabel("clipped ratios")
+
+    return _stacked(
+        "rounds", [rewards, clipped], label="Rewards of the rounds and share of clipped ratios", marked=marked
+    )
+
+
 def runs_chart(runs: Sequence[Series], *, level: float | None = None) -> str | None:
     """Reward and corrected score of several runs over steps; ``level`` marks a reward."""
     if not any(_points(run.rows, "reward") for run in runs):

@@ -1,4 +1,4 @@
-"""docs/method.md and docs/conventions.md name functions and tests: each of them exists."""
+"""docs/method.md, docs/conventions.md and docs/baselines.md name functions and tests: each of them exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("docs/method.md", "docs/conventions.md")
+PAGES = ("docs/method.md", "docs/conventions.md", "docs/baselines.md")
 
 
 def names(page: str, pattern: str) -> list[tuple[str, str]]:
@@ -24,9 +24,10 @@ def test_functions_exist(page: str) -> None:
     assert missing == []
 
 
-def test_tests_exist() -> None:
-    found = names("docs/method.md", r"`(tests/core/\w+\.py)::(\w+)`")
-    assert len(found) > 20
+@pytest.mark.parametrize(("page", "count"), [("docs/method.md", 20), ("docs/baselines.md", 6)])
+def test_tests_exist(page: str, count: int) -> None:
+    found = names(page, r"`(tests/core/\w+\.py)::(\w+)`")
+    assert len(found) > count
     missing = [name for name in found if f"def {name[1]}(" not in (ROOT / name[0]).read_text(encoding="utf-8")]
     assert missing == []
 

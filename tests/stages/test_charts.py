@@ -11,6 +11,7 @@ from gdro_cli.stages.pages import number
 def test_without_points_there_is_no_chart() -> None:
     assert charts.validation_chart([]) is None and charts.axes_chart([{"step": 0, "reward": 0.5}]) is None
     assert charts.order_chart([]) is None and charts.gap_chart([]) is None
+    assert charts.rounds_chart([{"step": 1, "loss": 0.5}]) is None
     runs = [charts.Series("a", ({"step": 0, "reward": 0.5},))]
     assert charts.tradeoff_chart(runs) is None and charts.runs_chart([charts.Series("a", ())]) is None
 
@@ -22,6 +23,12 @@ def test_charts_are_the_same_bytes_and_names_are_text() -> None:
     assert drawn is not None and drawn == charts.runs_chart(runs, level=0.5)
     assert "&lt;b&gt;$x_1$ &amp; y" in drawn and "<b>" not in drawn
     assert "<metadata" not in drawn and drawn.startswith('<svg role="img" aria-label=')
+
+
+def test_an_online_training_has_a_chart_of_its_rounds() -> None:
+    rows = [{"step": step, "reward": 0.5, "reward_group_std": 0.2, "clip_fraction": 0.1} for step in range(1, 5)]
+    drawn = charts.rounds_chart(rows, marked=2)
+    assert drawn is not None and "reward of the rounds" in drawn and "clipped ratios" in drawn
 
 
 def test_a_long_training_is_averaged_into_few_points() -> None:

@@ -169,7 +169,8 @@ def test_evaluation_takes_the_run(trained: Trained, make_online: MakeRecipe, qui
     result = evaluate.run(make_online(), trained[0], quiet)
     held = json.loads(result.results.read_text())
     assert (held["method"]["name"], held["weights"]["step"]) == ("flow-grpo", 4)
-    assert (trained[1].run.path / "report.html").is_file()
+    page = (trained[1].run.path / "report.html").read_text()
+    assert "reward of the rounds" in page and "Implicit reward" not in page
 
 
 # --- a round ---------------------------------------------------------------------------------------------------
