@@ -23,7 +23,8 @@ GuidanceKind = Literal["embedded", "cfg", "none"]
 
 - ``embedded``: an input of the transformer; one pass, and training uses the same g as sampling.
 - ``cfg``: classifier-free guidance in the sampler, v = v_uncond + g (v_cond - v_uncond), for g > 1; at g <= 1 there is
-  one pass, without guidance. Training uses the conditional velocity v_cond, whatever g is.
+  one pass, without guidance. Training on stored groups uses the conditional velocity v_cond, whatever g is; online
+  methods train the velocity that they sample with.
 - ``none``: nothing.
 """
 

@@ -55,25 +55,58 @@ def sample_latents(
     if steps < 1 or batch_size < 1:
         raise ValueError(f"sample_latents: steps ({steps}) and batch_size ({batch_size}) must be at least 1")
     sigmas = model.sigmas(steps, height=height, width=width).tolist()
-    negative = model.unconditional() if takes_two_passes(model, guidance) else None
     result = torch.empty(noise.shape, dtype=torch.float32, device=noise.device)
     with torch.inference_mode():
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
             text = model.batch_conditioning(_cut(conditioning, part))
             state = noise[part].to(model.device, torch.float32)
-            away = None if negative is None else model.batch_conditioning([negative] * len(state))
+            away = away_from(model, len(state), guidance=guidance)
             for sigma, sigma_next in pairwise(sigmas):
                 level = torch.full((len(state),), sigma, device=model.device)
-                velocity = model.velocity(state, level, text, guidance=guidance, height=height, width=width)
-                if away is not None:
-                    other = model.velocity(state, level, away, guidance=guidance, height=height, width=width)
-                    velocity = model.guided(velocity, other, guidance)
+                velocity = guided_velocity(
+                    model, state, level, text, away, guidance=guidance, height=height, width=width
+                )
                 state = euler_step(state, velocity, sigma, sigma_next)
                 if on_step is not None:
                     on_step(len(state))
             result[part] = state.to(result.device)
     return result
+
+
+def away_from(model: FlowModel, count: int, *, guidance: float) -> Conditioning | None:
+    """Batch the unconditional conditioning for ``count`` images; None where one pass is all that guidance takes."""
+    return model.batch_conditioning([model.unconditional()] * count) if takes_two_passes(model, guidance) else None
+
+
+def guided_velocity(
+    model: FlowModel,
+    latents: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    away: Conditioning | None,
+    *,
+    guidance: float,
+    height: int,
+    width: int,
+) -> Tensor:
+    """Return the velocity [N, S, C] that a sampling step takes, differentiable in the weights.
+
+    Args:
+        model: the flow.
+        latents: noisy latents [N, S, C].
+        sigma: noise levels [N].
+        conditioning: batched, of the prompts.
+        away: batched, of ``away_from``; None for one pass.
+        guidance: guidance scale.
+        height: picture height in pixels.
+        width: picture width in pixels.
+    """
+    velocity = model.velocity(latents, sigma, conditioning, guidance=guidance, height=height, width=width)
+    if away is None:
+        return velocity
+    other = model.velocity(latents, sigma, away, guidance=guidance, height=height, width=width)
+    return model.guided(velocity, other, guidance)
 
 
 def _length(conditioning: Conditioning | Sequence[Conditioning]) -> int:

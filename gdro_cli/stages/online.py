@@ -27,12 +27,12 @@ from gdro_cli.core.seeds import generator
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.models.adapters import reference
-from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.stages.rewards import open_pool, trained_detail
-from gdro_cli.stages.rollout import Drawn, Policy, Rollout, prompts_of_round, roll_out, trained_steps
+from gdro_cli.stages.rollout import Drawn, Policy, Rollout, policy_guidance, prompts_of_round, roll_out, trained_steps
 from gdro_cli.stages.trainer import StepGradient
 from gdro_cli.stages.workspace import image_size, open_prompts
 
@@ -79,7 +79,7 @@ class OnlineSteps:
         self.policy = Policy(
             model=model,
             method=method,
-            guidance=recipe.sample.guidance if method.guidance is None else method.guidance,
+            guidance=policy_guidance(recipe, method),
             size=image_size(recipe, model),
             autocast=engine.autocast,
         )
@@ -91,6 +91,8 @@ class OnlineSteps:
         """Encode the prompts and start the scoring processes, which end with ``stack``."""
         texts = self.model.encode([prompt.prompt for prompt in self.prompts])
         self.conditioning = {prompt.id: text for prompt, text in zip(self.prompts, texts, strict=True)}
+        if takes_two_passes(self.model, self.policy.guidance):
+            self.model.unconditional()  # kept by the model
         self.model.release_encoders()
         self.pool = stack.enter_context(open_pool(self.recipe, sharing=self.engine.local_world))
         return self.pool

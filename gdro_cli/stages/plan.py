@@ -10,6 +10,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.stages.inputs import expected_inputs
+from gdro_cli.stages.rollout import policy_guidance
 from gdro_cli.stages.runs import run_path
 from gdro_cli.stages.workspace import (
     image_size,
@@ -74,14 +75,15 @@ def describe_store(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tu
     ]
 
 
-def _guidance(model: FlowModel, scale: float) -> str:
+def _guidance(model: FlowModel, scale: float, *, online: bool = False) -> str:
     """What the guidance scale will do."""
     if model.guidance_kind == "embedded":
         return f"{scale:g}, an input of the model, in training, too"
     if model.guidance_kind == "none":
         return "this model has none" + ("" if scale == 1.0 else f": {scale:g} is ignored")
     if takes_two_passes(model, scale):
-        return f"{scale:g}, classifier-free, in sampling only; training uses the conditional velocity"
+        where = "in rounds and updates" if online else "in sampling only; training uses the conditional velocity"
+        return f"{scale:g}, classifier-free, {where}"
     return f"{scale:g}, so none: classifier-free guidance begins above 1"
 
 
@@ -92,6 +94,7 @@ def _online(recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: P
     rounds = math.ceil(train.steps / method.steps_per_round)
     height, width = image_size(recipe, model)
     values = math.prod(model.latent_shape(height=height, width=width)) * method.train_sample_steps
+    guidance = policy_guidance(recipe, method)
     return [
         ("runs", str(runs_folder(workspace))),
         ("run", run_path(recipe, workspace, expected_inputs(recipe, model)).name),
@@ -99,6 +102,7 @@ def _online(recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: P
         ("prompts", f"{len(open_prompts(recipe, recipe.prompts.train))}"),
         ("round", f"{method.prompts_per_round} prompts x {method.group_size} = {images} images, sampled and scored"),
         ("sampling", f"{method.train_sample_steps} steps, of which {trained} are trained in each image"),
+        ("guidance", _guidance(model, guidance, online=True)),
         ("updates", f"{method.updates_per_round} x {method.inner_epochs} optimizer steps per round"),
         ("steps", f"{train.steps}, so {rounds} rounds and {rounds * images} images"),
         ("trajectories in memory", f"{images * values * 4 / 1e6:.0f} MB, over all processes together"),

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from gdro_cli.config.methods import DanceGrpoMethod, FlowGrpoMethod, OnlineMethod
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.flow import euler_step
 from gdro_cli.core.sde import SdeStep, flow_grpo_coefficient, log_prob, sde_step
 from gdro_cli.core.seeds import generator, seed_for
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.sampling import away_from, guided_velocity
 
 
 class Drawn(NamedTuple):
@@ -50,10 +52,13 @@ class Policy:
         return self.model.sigmas(self.method.train_sample_steps, height=self.size[0], width=self.size[1])
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """The velocity [N, ...] of latents [N, ...] at noise levels [N]."""
-        height, width = self.size
+        """The velocity [N, ...] of latents [N, ...] at noise levels [N], with guidance as in sampling."""
+        (height, width), guidance = self.size, self.guidance
+        away = away_from(self.model, len(latents), guidance=guidance)
         with self.autocast():
-            return self.model.velocity(latents, sigma, conditioning, guidance=self.guidance, height=height, width=width)
+            return guided_velocity(
+                self.model, latents, sigma, conditioning, away, guidance=guidance, height=height, width=width
+            )
 
     def step(self, latents: Tensor, places: Tensor, conditioning: Conditioning) -> SdeStep:
         """The distribution of the latents after stochastic steps ``places`` [N] of the schedule, 0 .. T - 2."""
@@ -62,6 +67,11 @@ class Policy:
         coefficient = diffusion_coefficient(self.method, sigma, sigma_second=float(sigmas[1]))
         velocity = self.velocity(latents, sigma, conditioning)
         return sde_step(latents, velocity, sigma, following, coefficient=coefficient)
+
+
+def policy_guidance(recipe: Recipe, method: OnlineMethod) -> float:
+    """Guidance scale of rounds and updates."""
+    return recipe.sample.guidance if method.guidance is None else method.guidance
 
 
 def diffusion_coefficient(method: OnlineMethod, sigma: Tensor, *, sigma_second: float) -> Tensor:

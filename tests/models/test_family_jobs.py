@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from gdro_cli.config.layers import merge_layers
 from gdro_cli.config.recipe import Recipe, build_recipe
+from gdro_cli.core.sde import log_prob
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.models.adapters import load_lora_state
 from gdro_cli.models.base import FlowModel
@@ -18,7 +21,9 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, plan, sample, score, train
 from gdro_cli.stages.evaluate import applied, trained_run
 from gdro_cli.stages.rewards import open_table
+from gdro_cli.stages.rollout import Drawn, Policy, policy_guidance, roll_out
 from gdro_cli.stages.sample import sample_groups
+from gdro_cli.stages.trainer import attach_adapter
 from gdro_cli.stages.workspace import evaluation_plan, open_model, open_prompts
 
 STEPS, GUIDANCE, TEXT = 2, 2.0, 64
@@ -115,3 +120,31 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     )
     assert np.abs(adapted - np.asarray(group.images[0])).max() <= 1
     assert np.abs(adapted - base).max() > 1
+
+
+@pytest.mark.parametrize("name", list(PIPELINE_OPTIONS))
+def test_online_steps_are_those_of_sampling_with_both_passes_and_have_a_gradient(
+    name: str, family_folder: Callable[[str], Path]
+) -> None:
+    online = {"method": {"name": "flow-grpo", "train_sample_steps": 3}, "model": {"max_sequence_length": 256}}
+    recipe = build_recipe(merge_layers([tiny_recipe(family_folder(name)).resolved(), online]))
+    method = recipe.online_method
+    assert method is not None
+    model = open_model(recipe)
+    guidance = policy_guidance(recipe, method)
+    assert guidance == GUIDANCE
+    assert "classifier-free, in rounds and updates" in dict(plan.describe(recipe, "train", Path("out")))["guidance"]
+    parameters = attach_adapter(recipe, model)
+    policy = Policy(model, method, guidance, (32, 48), nullcontext)
+    drawn = [Drawn(prompt, 0, 0) for prompt in open_prompts(recipe, recipe.prompts.train).records]
+    text = model.encode([each.prompt.prompt for each in drawn])
+    made = roll_out(policy, drawn, text, seed=1)
+    batched, places = model.batch_conditioning(text), torch.tensor([0, 1])
+    chosen = torch.arange(2), places
+    step = policy.step(made.states[chosen], places, batched)
+    after = made.states[torch.arange(2), places + 1]
+    torch.testing.assert_close(log_prob(after, step), made.log_probs[chosen])
+    log_prob(after, step).sum().backward()
+    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in parameters)
+    single = Policy(model, method, 1.0, (32, 48), nullcontext).step(made.states[chosen], places, batched)
+    assert (single.mean - step.mean).abs().max() > 1e-4
