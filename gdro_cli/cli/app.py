@@ -35,6 +35,7 @@ from gdro_cli.cli.options import (
     WorkerOption,
 )
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.runtime.interrupt import stop_with_launcher
 
 app = typer.Typer(
     name="gdro",
@@ -205,6 +206,7 @@ app.command(name="env")(show.env)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    stop_with_launcher()
     try:
         app(args=given, prog_name="gdro")
     except Exception as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)

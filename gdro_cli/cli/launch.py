@@ -123,6 +123,9 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    from gdro_cli.runtime.interrupt import LAUNCHER
+
+    os.environ[LAUNCHER] = str(os.getpid())
     check_devices(num_processes, option=option)
     if not torch.accelerator.is_available():
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would take itself for the only one

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -72,3 +74,26 @@ class StopFlag:
         """
         if self.requested:
             raise Interrupted(message)
+
+
+LAUNCHER = "GDRO_LAUNCHER"
+"""Environment variable with the process number of the process that started a group."""
+_LOOK_SECONDS = 0.5
+
+
+def stop_with_launcher() -> None:
+    """Ask this process to stop (SIGTERM) once the process that started its group is gone.
+
+    A launcher that is killed cannot tell its processes; without this they would go on, unseen and holding their locks.
+    Does nothing in a process that ``LAUNCHER`` does not name the parent of.
+    """
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None or launcher != str(os.getppid()):
+        return
+
+    def look() -> None:
+        while str(os.getppid()) == launcher:
+            time.sleep(_LOOK_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=look, name="launcher", daemon=True).start()

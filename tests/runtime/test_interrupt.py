@@ -12,7 +12,7 @@ import time
 import pytest
 
 from gdro_cli.errors import Interrupted
-from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.interrupt import LAUNCHER, StopFlag, stop_with_launcher
 
 CODE = """
 import sys, time
@@ -103,3 +103,30 @@ def test_a_stop_reaches_the_blocks_around_and_inside() -> None:
             assert later.requested and innermost.requested
     with StopFlag() as another:
         assert not another.requested
+
+
+LAUNCHING = """
+import os, subprocess, sys, time
+os.environ[sys.argv[2]] = str(os.getpid())
+subprocess.Popen([sys.executable, "-c", sys.argv[1], "checks"])
+time.sleep(600)
+"""
+
+
+def test_a_killed_launcher_stops_its_processes() -> None:
+    child = CODE.replace(
+        "with StopFlag(",
+        "from gdro_cli.runtime.interrupt import stop_with_launcher\nstop_with_launcher()\nwith StopFlag(",
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHING, child, LAUNCHER], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+    launcher.kill()
+    assert launcher.stdout.read() == "asked\nstopped: kept; run the same command again\n"  # ends when the child does
+    launcher.wait()
+
+
+def test_a_process_of_another_launcher_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(LAUNCHER, str(os.getppid() + 1))
+    before = threading.active_count()
+    stop_with_launcher()
+    assert threading.active_count() == before
