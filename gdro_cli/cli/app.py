@@ -141,6 +141,8 @@ def _compare_runs(runs: list[str], *, out: Path, at_reward: float | None, asked:
     result = stage.run(runs, at_reward=at_reward, workspace=out)
     tables.print_table("Held-out prompts (mean, and paired difference to the first run)", *result.measure_table)
     tables.print_table("At matched reward (validation prompts)", *result.matched_table)
+    tables.print_table("Methods: mean (lowest to highest) over training seeds", *result.arms_table)
+    tables.print_table("Minutes, without evaluation points", *result.times_table)
     tables.print_result("Comparison", result.summary)
 
 

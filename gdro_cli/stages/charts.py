@@ -18,7 +18,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from gdro_cli.core.sweeps import CurvePoint
+from gdro_cli.core.sweeps import CurvePoint, Spread
 
 Row = Mapping[str, Any]
 
@@ -208,7 +208,7 @@ def tradeoff_chart(runs: Sequence[Series], *, level: float | None = None) -> str
         axes.set_ylabel("corrected score")
         axes.legend()
 
-    return _stacked("tradeoff", [draw], label="Corrected score against reward", height=1.6 * PANEL, steps=False)
+    return _stacked("tradeoff", [draw], label="Corrected score against reward", height=1.6 * PANEL, across=None)
 
 
 def sweep_chart(curves: Mapping[str, Mapping[str, Sequence[CurvePoint]]], panels: Mapping[str, str]) -> str | None:
@@ -220,26 +220,73 @@ def sweep_chart(curves: Mapping[str, Mapping[str, Sequence[CurvePoint]]], panels
     """
     if not any(points for settings in curves.values() for points in settings.values()):
         return None
-
-    def panel(measure: str, label: str, *, legend: bool) -> Callable[[Axes], None]:
-        def draw(axes: Axes) -> None:
-            for number, (setting, points) in enumerate(curves[measure].items()):
-                colour, marker, dashes = _style(number)
-                steps = [point.step for point in points]
-                lows = [point.over_seeds.low for point in points]
-                highs = [point.over_seeds.high for point in points]
-                if any(point.over_seeds.seeds > 1 for point in points):
-                    axes.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
-                means = [point.over_seeds.mean for point in points]
-                axes.plot(steps, means, color=colour, marker=marker, linestyle=dashes, label=setting)
-            axes.set_ylabel(label)
-            if legend:
-                axes.legend(ncols=2)
-
-        return draw
-
-    drawn = [panel(name, label, legend=place == 0) for place, (name, label) in enumerate(panels.items())]
+    drawn = [
+        _banded(
+            {
+                name: [Banded(point.step, point.over_seeds) for point in points]
+                for name, points in curves[measure].items()
+            },
+            label,
+            legend=place == 0,
+        )
+        for place, (measure, label) in enumerate(panels.items())
+    ]
     return _stacked("sweep", drawn, label=f"{', '.join(panels.values())} over steps, a line per setting")
+
+
+def time_chart(curves: Mapping[str, Mapping[str, Sequence[Banded]]], *, level: float | None = None) -> str | None:
+    """Reward and corrected score against minutes, a line per method; ``level`` marks a reward.
+
+    Args:
+        curves: by method and measure, ``reward`` and ``corrected``; points against minutes.
+        level: the matched reward.
+    """
+    labels = {"reward": "validation reward", "corrected": "corrected score"}
+    there = [measure for measure in labels if any(own.get(measure) for own in curves.values())]
+    if not there:
+        return None
+    drawn = [
+        _banded(
+            {name: own.get(measure, ()) for name, own in curves.items()},
+            labels[measure],
+            legend=place == 0,
+            level=level if measure == "reward" else None,
+        )
+        for place, measure in enumerate(there)
+    ]
+    label = "Validation reward and corrected score against time, a line per method"
+    return _stacked("time", drawn, label=label, across="minutes")
+
+
+@dataclass(frozen=True, slots=True)
+class Banded:
+    """A measure at one place of the horizontal axis."""
+
+    at: float
+    over_seeds: Spread
+
+
+def _banded(
+    lines: Mapping[str, Sequence[Banded]], label: str, *, legend: bool, level: float | None = None
+) -> Callable[[Axes], None]:
+    """A panel of lines with bands from the lowest to the highest of several seeds."""
+
+    def draw(axes: Axes) -> None:
+        for number, (name, points) in enumerate(lines.items()):
+            colour, marker, dashes = _style(number)
+            x = [point.at for point in points]
+            if any(point.over_seeds.seeds > 1 for point in points):
+                lows, highs = [point.over_seeds.low for point in points], [point.over_seeds.high for point in points]
+                axes.fill_between(x, lows, highs, color=colour, alpha=0.15, linewidth=0)
+            means = [point.over_seeds.mean for point in points]
+            axes.plot(x, means, color=colour, marker=marker, linestyle=dashes, label=name)
+        axes.set_ylabel(label)
+        if level is not None:
+            axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
+        if legend:
+            axes.legend(ncols=2)
+
+    return draw
 
 
 def _style(number: int) -> tuple[str, str, str]:
@@ -287,9 +334,9 @@ def _stacked(
     label: str,
     marked: int | None = None,
     height: float = PANEL,
-    steps: bool = True,
+    across: str | None = "step",
 ) -> str:
-    """Draw panels above each other, with one horizontal axis, and return the SVG element."""
+    """Draw panels above each other, with one horizontal axis, and return the SVG element; ``across`` names the axis."""
     with matplotlib.style.context(
         ["default", {**_SETTINGS, "svg.hashsalt": f"gdro {name}"}]
     ):  # not the user's own settings
@@ -301,9 +348,9 @@ def _stacked(
             axes.yaxis.set_major_locator(MaxNLocator(5))
             if marked is not None:
                 axes.axvline(marked, color=GREY, linewidth=1, linestyle="--")
-        if steps:
-            grid[-1][0].set_xlabel("step")
-            grid[-1][0].xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        if across is not None:
+            grid[-1][0].set_xlabel(across)
+            grid[-1][0].xaxis.set_major_locator(MaxNLocator(6, integer=across == "step"))
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _element(text.getvalue(), label)

@@ -22,10 +22,13 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import write_bytes
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.compared import Comparison, EvaluatedRun, Gain, match
+from gdro_cli.stages.arms import arms
+from gdro_cli.stages.compared import Comparison
 from gdro_cli.stages.comparefiles import csv_table, json_document, page
-from gdro_cli.stages.report import ORDER, RESULTS_KIND, RESULTS_SCHEMA, ordered, validation_rows
+from gdro_cli.stages.matching import EvaluatedRun, Gain, match
+from gdro_cli.stages.report import ORDER, RESULTS_KIND, RESULTS_SCHEMA, ordered, training_rows, validation_rows
 from gdro_cli.stages.rewards import Measure, Measured, measured
+from gdro_cli.stages.storetimes import read_batches
 from gdro_cli.stages.workspace import runs_folder
 
 _LISTED = 8
@@ -109,10 +112,12 @@ def compare(runs: Sequence[Path], *, at_reward: float | None, workspace: Path) -
     gains = tuple(gain for name in ordered(opened[0].results["measures"], ORDER) for gain in _gains(name, opened))
     identity = [[run.name, run.results, list(run.points)] for run in opened]
     folder = workspace / "comparisons" / digest([identity, at_reward])
+    matching = match(opened, at_reward=at_reward)
     found = Comparison(
         runs=tuple(run.name for run in opened),
         gains=gains,
-        matching=match(opened, at_reward=at_reward),
+        matching=matching,
+        arms=arms(opened, gains, matching),
         page=folder / "compare.html",
         files=(folder / "compare.json", folder / "compare.csv"),
     )
@@ -134,8 +139,18 @@ def _open(runs: Sequence[Path]) -> tuple[EvaluatedRun, ...]:
         results, folder = load_results(path), RunFolder(path)
         own = path.resolve().name
         settings = folder.recipe if (path / "recipe.json").is_file() else {}
-        points = tuple(validation_rows(folder.metrics()))
-        opened.append(EvaluatedRun(own if names[own] == 1 else str(path), path, results, points, settings))
+        metrics = folder.metrics()
+        opened.append(
+            EvaluatedRun(
+                name=own if names[own] == 1 else str(path),
+                path=path,
+                results=results,
+                points=tuple(validation_rows(metrics)),
+                rows=tuple(training_rows(metrics)),
+                batches=read_batches(folder),
+                settings=settings,
+            )
+        )
     return tuple(opened)
 
 

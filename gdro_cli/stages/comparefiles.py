@@ -13,7 +13,9 @@ from gdro_cli.config.base import Difference, differences
 from gdro_cli.core.scores import Interval
 from gdro_cli.files import json_bytes
 from gdro_cli.stages import charts
-from gdro_cli.stages.compared import Comparison, EvaluatedRun, MatchedPoint
+from gdro_cli.stages.arms import arms_table, times_table
+from gdro_cli.stages.compared import Comparison
+from gdro_cli.stages.matching import EvaluatedRun, MatchedPoint
 from gdro_cli.stages.pages import MISSING, flat, picture, render, signed
 from gdro_cli.stages.report import weights_text
 
@@ -29,6 +31,7 @@ def page(found: Comparison, runs: Sequence[EvaluatedRun]) -> bytes:
         charts.Series(run.name, tuple(p for p in run.points if p.get("protocol") == matching.protocol)) for run in runs
     ]
     gains = {(gain.measure, gain.run): gain for gain in found.gains}
+    headline = found.gains[0].measure
     return render(
         "compare.html.j2",
         runs=[_facts(run) for run in runs],
@@ -38,6 +41,9 @@ def page(found: Comparison, runs: Sequence[EvaluatedRun]) -> bytes:
         difference={key: _json(gain.difference) for key, gain in gains.items()},
         matching=matching,
         points=[_point(point, run, matching.reward) for point, run in zip(matching.points, runs, strict=True)],
+        arms=arms_table(found.arms, headline=headline),
+        times=times_table(found.arms),
+        time_chart=charts.time_chart({arm.name: arm.curves for arm in found.arms}, level=matching.reward),
         runs_chart=charts.runs_chart(series, level=matching.reward) if matching.protocol else None,
         tradeoff_chart=charts.tradeoff_chart(series, level=matching.reward) if matching.protocol else None,
         bootstrap=runs[0].results["bootstrap"],
@@ -110,6 +116,7 @@ def json_document(found: Comparison, runs: Sequence[EvaluatedRun]) -> bytes:
             "bootstrap": runs[0].results["bootstrap"],
             "measures": measures,
             "matched": asdict(found.matching),
+            "arms": [asdict(arm) for arm in found.arms],
         }
     )
 
@@ -127,6 +134,10 @@ def csv_table(found: Comparison) -> bytes:
         for name, value in point.values.items():
             cells = ["" if each is None else each for each in (point.step, value)]
             out.writerow(["matched reward", name, point.run, *cells, "", "", "", ""])
+    for arm in found.arms:
+        for name, costs in (("training", arm.costs), ("to matched reward", arm.costs_to_reward)):
+            for kind, seconds in () if costs is None else asdict(costs).items():
+                out.writerow([f"seconds, {name}", kind, arm.name, "", seconds, "", "", "", ""])
     return text.getvalue().encode()
 
 

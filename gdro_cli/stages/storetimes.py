@@ -1,0 +1,45 @@
+"""How long it took to make the stores that a run learns from: ``stores.json`` in the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from gdro_cli.core.costs import Batch
+from gdro_cli.data.scores import ScoreTable
+from gdro_cli.data.times import total_time
+from gdro_cli.errors import StoreError
+from gdro_cli.runtime.run import RunFolder
+
+_FILE = "stores.json"
+
+
+def batch_of(table: ScoreTable, *, step: int) -> Batch | None:
+    """The times of a store and its scores, which a run learns from after ``step`` steps; None where one is unknown."""
+    shards = len(table.store.shards)
+    sampling, scoring = total_time(table.store.path, shards=shards), total_time(table.path, shards=shards)
+    return None if sampling is None or scoring is None else Batch(step, sampling, scoring)
+
+
+def write_batches(folder: RunFolder, batches: Sequence[Batch | None]) -> None:
+    """Keep the times of all stores of a run; nothing where one is unknown."""
+    if None not in batches:
+        folder.write_json(_FILE, [asdict(batch) for batch in batches if batch is not None])
+
+
+def read_batches(folder: RunFolder) -> tuple[Batch, ...] | None:
+    """The times of the stores of a run; None where they are not known.
+
+    Raises:
+        StoreError: the file is damaged.
+    """
+    if not (folder.path / _FILE).is_file():
+        # a training that samples as it goes has its times in the steps' rows
+        online = any("seconds_sampling" in row for row in folder.metrics())
+        return () if online else None
+    rows: Any = folder.read_json(_FILE)
+    try:
+        return tuple(Batch(int(row["step"]), float(row["sampling"]), float(row["scoring"])) for row in rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{folder.path / _FILE} is damaged: delete it, and times are left out") from error
