@@ -35,3 +35,16 @@ class Interrupted(GdroError):
     """Stopped by the user at a safe point; the message says how to go on."""
 
     exit_code = 130
+
+
+class EndedElsewhere(GdroError):
+    """Another process of the same job has ended early, and so this one ends, too.
+
+    Args:
+        message: empty where the other process has said why.
+        exit_code: the other process's.
+    """
+
+    def __init__(self, message: str = "", *, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -55,10 +55,11 @@ def sample(
     out: OutOption = DEFAULT_OUT,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
 ) -> None:
     """Make the groups: several images of each training prompt, once, with the untrained model."""
     job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run):
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return
     from gdro_cli.stages import sample as stage
 
@@ -72,10 +73,11 @@ def score(
     out: OutOption = DEFAULT_OUT,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
 ) -> None:
     """Score the stored images with the recipe's reward."""
     job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run):
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return
     from gdro_cli.stages import score as stage
 
@@ -112,16 +114,22 @@ def evaluate(
     at_reward: AtRewardOption = None,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
 ) -> None:
     """Measure the base and the trained model on held-out prompts, side by side; or compare evaluated runs."""
+    if num_processes > 1 and (compare or runs or at_reward is not None or images is not None):
+        raise UserError(
+            "--num-processes shares the evaluation of a trained model; it goes with neither --images nor RUN"
+        )
     if compare or runs or at_reward is not None:
         _compare_runs(runs or [], out=out, at_reward=at_reward, asked=compare and images is None and export is None)
         return
-    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    more = () if export is None else ("--export", str(export))
+    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, more=more)
     if images is not None:
         _score_folder(job, images, export=export, dry_run=dry_run)
         return
-    if launch.elsewhere(job, dry_run=dry_run):
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return
     from gdro_cli.stages import evaluate as stage
 

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 
-from gdro_cli.errors import GdroError, Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.errors import EndedElsewhere, GdroError, Interrupted, PrerequisiteError, StoreError, UserError
 
 _UNEXPECTED = 1
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -19,6 +19,8 @@ def exit_code_of(error: Exception, *, debug: bool) -> int:
     known = _known(error)
     if debug:
         traceback.print_exception(error, file=sys.stderr)
+    if isinstance(known, EndedElsewhere) and not str(known):
+        return known.exit_code  # the process that failed has said why
     if known is not None:
         stopped = isinstance(known, Interrupted)
         _print(str(known), label="" if stopped else "Error", style="yellow" if stopped else "red")

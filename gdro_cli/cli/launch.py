@@ -23,6 +23,10 @@ _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
 """What a launcher tells a process of its group, beside what begins with TORCHELASTIC_, ROLE_ and GROUP_."""
 
 
+_SAFE_POINT_SECONDS = 120
+"""How long the processes may take to a safe point after Ctrl-C before they are killed (torch's own: 30)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A stage, its checked recipe and its folder; ``command`` starts the same job again."""
@@ -33,13 +37,24 @@ class Job:
     command: tuple[str, ...]
 
 
-def prepare(stage: Stage, *, recipe: str, overrides: Sequence[str] | None, out: Path, debug: bool = False) -> Job:
-    """Load and check the recipe; nothing is run or written. Raises ``UserError``."""
+def prepare(
+    stage: Stage,
+    *,
+    recipe: str,
+    overrides: Sequence[str] | None,
+    out: Path,
+    debug: bool = False,
+    more: Sequence[str] = (),
+) -> Job:
+    """Load and check the recipe; nothing is run or written. ``more`` are the stage's own options.
+
+    Raises ``UserError``.
+    """
     from gdro_cli.config.recipe import load_recipe
 
     changes = tuple(part for override in overrides or () for part in ("--set", override))
     last = ("--debug",) if debug else ()
-    command = (stage, "--recipe", recipe, *changes, "--out", str(out), *last)
+    command = (stage, "--recipe", recipe, *changes, "--out", str(out), *more, *last)
     return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
 
 
@@ -131,6 +146,7 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would take itself for the only one
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAFE_POINT_SECONDS))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what failed
     # --multi_gpu is accelerate's name for "several processes on this machine", with GPUs or without
     options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]

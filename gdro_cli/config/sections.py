@@ -39,6 +39,9 @@ class ModelSection(StrictModel):
     float32."""
     max_sequence_length: int | None = Field(None, ge=1)
     """Text tokens per prompt, 1 or more. Nothing: the model family's own length."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """How several processes hold the frozen transformer: `none`, each has all of it; `fsdp`, each has a part of every
+    layer, for models that do not fit one GPU. Changes memory and speed, not what is learnt."""
 
 
 class PromptSource(StrictModel):

@@ -7,7 +7,7 @@ nothing outside them minds), L text tokens, D text width. ``sigma`` is in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -38,6 +38,9 @@ class FlowModel(Protocol):
 
     transformer: nn.Module
     """The network that is trained; assign the wrapped module (DDP, FSDP, compiled) here to use it."""
+
+    place_transformer: Callable[[nn.Module], nn.Module]
+    """Brings the frozen transformer, just loaded, to where it runs; assign another one (FSDP) before its first use."""
 
     @property
     def family(self) -> str:

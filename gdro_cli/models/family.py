@@ -6,7 +6,7 @@ To add a family, subclass ``DiffusersFlow`` in its own file and add one row to `
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -59,6 +59,7 @@ class DiffusersFlow(abc.ABC):
         self.folder = folder
         self.device = device
         self.dtype = dtype
+        self.place_transformer: Callable[[nn.Module], nn.Module] = lambda module: module.to(device)
         self._max_sequence_length = max_sequence_length
         self._transformer: nn.Module | None = None
         self._loaded: dict[str, Any] = {}
@@ -126,8 +127,8 @@ class DiffusersFlow(abc.ABC):
     def _load_module(self, name: str) -> nn.Module:
         # A first use inside inference mode must not leave inference tensors behind: they could never be trained on.
         with torch.inference_mode(False):
-            module: nn.Module = self.folder.load(name, dtype=self.dtype)
-            return module.to(self.device).eval().requires_grad_(False)
+            module: nn.Module = self.folder.load(name, dtype=self.dtype).eval().requires_grad_(False)
+            return self.place_transformer(module) if name == "transformer" else module.to(self.device)
 
     # -- text ---------------------------------------------------------------------------------------------------
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.errors import EndedElsewhere, PrerequisiteError, UserError
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.sharding import shard_frozen
+from gdro_cli.runtime.team import Team
 
 Precision = Literal["no", "bf16", "fp16"]
 
 _PROJECT = "gdro"
-PATIENCE = timedelta(days=7)
-"""How long processes wait for each other: the others wait while the first samples and scores."""
+PATIENCE = timedelta(hours=6)
+"""How long processes wait for each other: the longest turn of one of them, or what the main process does alone."""
+
+_SHOWN = 160
+"""Characters of another library's error that a message shows."""
 
 
-class Engine:
+class Engine(Team):
     """One process's view of the job; make it with ``make_engine``.
 
     Groups are split over the processes and gradients are summed, so a step of W processes is the same step, up to
-    rounding, as one process taking all groups.
+    rounding, as one process taking all groups. Work that is not the same in all processes is done inside ``together``
+    (or what is built on it, see ``Team``), so that a failure or a stop in one of them ends them all.
     """
 
     def __init__(self, accelerator: Any, *, tracked: bool) -> None:
@@ -53,22 +60,10 @@ class Engine:
         """How many processes there are on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
-    @property
-    def is_main(self) -> bool:
-        """True in the one process that writes files and talks."""
-        return bool(self._accelerator.is_main_process)
-
-    def prepare(self, *objects: Any) -> Any:
-        """Wrap modules and optimizers for the job (device, DDP, FSDP, DeepSpeed); one in, one out, else a tuple."""
-        return self._accelerator.prepare(*objects)
-
-    def share(self, items: Sequence[Any]) -> list[Any]:
-        """Return this process's share of a list: every world-th item from its rank on."""
-        return list(items[self.rank :: self.world])
-
     def barrier(self) -> None:
         """Wait for all processes."""
-        self._accelerator.wait_for_everyone()
+        with _connection():
+            self._accelerator.wait_for_everyone()
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the engine's precision inside the block."""
@@ -82,28 +77,50 @@ class Engine:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Add the gradients of unwrapped parameters over all processes, in one message; a missing one counts as zero.
 
-        It is what makes parameters that no wrapper looks after (a LoRA on a replicated base) agree; do not call it
-        for a module that ``prepare`` wrapped, which sums by itself.
+        It is what makes the adapter agree, which is whole in every process, whether the base is or not.
         """
         if self.world == 1:
             return
         trained = [p for p in parameters if p.requires_grad]
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
         flat = torch.cat([part.flatten().float() for part in parts])
-        total = self._accelerator.reduce(flat, reduction="sum")
+        total = self.sum(flat)
         for parameter, part in zip(trained, total.split([p.numel() for p in trained]), strict=True):
             parameter.grad = part.view_as(parameter).to(parameter.dtype)
 
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over all processes."""
-        total: Tensor = self._accelerator.reduce(values, reduction="sum")
+        with _connection():
+            total: Tensor = self._accelerator.reduce(values, reduction="sum")
         return total
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers."""
+        return int(max(self.gather_objects([number])))
+
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """Join tensors [n, ...], of the same shape in all processes, to [world * n, ...] in the order of the ranks."""
+        with _connection():
+            joined: Tensor = self._accelerator.gather(rows)
+        return joined
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process; the same answer in all of them."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def stop_together(self, stop: StopFlag, message: str) -> None:
+        """Stop here in all processes if it was asked for in one; see ``StopFlag.check``.
+
+        Raises:
+            Interrupted: a stop was requested.
+            EndedElsewhere: the same, and the message is told by another process.
+        """
+        stop.requested = self.any(stop.requested)
+        if stop.requested:
+            with self.together():
+                stop.check(message)
 
     def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
         """Scale gradients down to a total norm of at most ``max_norm``; returns the norm before."""
@@ -116,7 +133,15 @@ class Engine:
 
         if self.world == 1:
             return list(items)
-        return list(gather_object(list(items)))
+        with _connection():
+            return list(gather_object(list(items)))
+
+    def shard(self, module: nn.Module) -> nn.Module:
+        """Bring a frozen module to the device, a part of each of its layers to each process (FSDP).
+
+        From then on its forward passes are the work of all processes together: each must make as many.
+        """
+        return shard_frozen(module, self.device) if self.world > 1 else module.to(self.device)
 
     def start_trackers(self, settings: Mapping[str, Any]) -> None:
         """Open the trackers with the run's settings (flat values only)."""
@@ -132,6 +157,19 @@ class Engine:
     def end(self) -> None:
         """Close the trackers and leave the process group; once, at the end of the job."""
         self._accelerator.end_training()
+
+
+@contextmanager
+def _connection() -> Iterator[None]:
+    """Say in one sentence that a message to the other processes failed, mostly because one of them is gone."""
+    try:
+        yield
+    except RuntimeError as error:  # what every backend raises
+        reason = (str(error).splitlines() or [""])[0][:_SHOWN]
+        raise EndedElsewhere(
+            "this process ends because it has lost the others; if one of them says why, that is the reason"
+            f" ({reason}): run the same command again to go on"
+        ) from error
 
 
 def make_engine(
@@ -155,7 +193,8 @@ def make_engine(
     _check_trackers(trackers)
     accelerator = Accelerator(
         mixed_precision=precision,
-        cpu=cpu,
+        # said, not left to find out: on a machine without GPUs each process would take itself for the only one
+        cpu=cpu or not torch.accelerator.is_available(),
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=None if out is None else str(out),

@@ -26,7 +26,7 @@ from gdro_cli.stages.ablationpictures import draw_pictures
 from gdro_cli.stages.cells import Place, carry_out, places, reset
 from gdro_cli.stages.inputs import expected_inputs, make_inputs
 from gdro_cli.stages.plan import describe_store
-from gdro_cli.stages.workspace import open_model, open_prompts
+from gdro_cli.stages.workspace import open_engine, open_model, open_prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +160,7 @@ def _make_stores(sweep: Sweep, found: Sequence[Place], workspace: Path, reporter
         if not left.isdisjoint(labels):
             if len(stores) > 1:
                 reporter.say(f"store {number} of {len(stores)}: {'; '.join(labels)}")
-            make_inputs(recipe, workspace, model, reporter, stop)
+            make_inputs(recipe, workspace, model, open_engine(recipe), reporter, stop)
 
 
 def _free_devices() -> None:

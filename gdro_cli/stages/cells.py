@@ -33,7 +33,7 @@ from gdro_cli.stages.outcome import STOPPED, evaluated_weights
 from gdro_cli.stages.report import validation_rows
 from gdro_cli.stages.runs import run_path
 from gdro_cli.stages.validate import Protocol, Validation, validation_protocol
-from gdro_cli.stages.workspace import open_model, open_prompts
+from gdro_cli.stages.workspace import open_engine, open_model, open_prompts
 
 STATES = "cells"
 """Folder of what the cells of an ablation came to, below the ablation's."""
@@ -198,12 +198,12 @@ def measure_end(place: Place, reporter: Reporter) -> None:
     if weights is None:
         raise StoreError(f"the run {place.run} has no checkpoint: delete it and run the same command again")
     with folder.lock(), ExitStack() as stack:
-        validation = Validation.open(recipe, model, place.run, stack)
+        validation = Validation.open(recipe, model, open_engine(recipe), place.run, stack)
         stack.enter_context(applied(recipe, model, weights))
         validation.know_base(lambda: reference(model))
         for step in (0, weights.step):
-            row, _ = validation.measure(step)
-            folder.append_metrics({"kind": "validation", "step": step, **row})
+            if measured := validation.measure(step):
+                folder.append_metrics({"kind": "validation", "step": step, **measured[0]})
 
 
 def _at_the_end(recipe: Recipe) -> Recipe:

@@ -23,6 +23,7 @@ from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import write_json
 from gdro_cli.models.adapters import Ema, load_lora_state
 from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
@@ -50,6 +51,7 @@ from gdro_cli.stages.trainer import attach_adapter
 from gdro_cli.stages.workspace import (
     SamplingPlan,
     evaluation_plan,
+    open_engine,
     open_model,
     open_prompts,
     open_store,
@@ -126,20 +128,31 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | N
         StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
-    if export is not None:
-        refuse_used(export)
+    engine = open_engine(recipe)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
-        model = open_model(recipe)
-        folder, weights = trained_run(recipe, workspace, model)
+        model = open_model(recipe, engine=engine)
+
+        def find() -> tuple[RunFolder, RunWeights]:
+            if export is not None:
+                refuse_used(export)
+            return trained_run(recipe, workspace, model)
+
+        folder, weights = engine.from_main(find)
         plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.images_per_prompt)
-        evaluation = _Evaluation(recipe, model, plan, reporter, stop)
+        evaluation = _Evaluation(recipe, model, plan, engine, reporter, stop)
         base = evaluation.measure(stores_folder(workspace), weights="base")
         with applied(recipe, model, weights):
             trained = evaluation.measure(folder.path / "evaluations", weights=weights.identity)
-    with folder.lock():
-        result = report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
-    if export is not None:
-        write_pictures(export, {"base": base.rewards, "trained": trained.rewards})
+
+    def conclude() -> EvalResult:
+        with folder.lock():
+            result = report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
+        if export is not None:
+            write_pictures(export, {"base": base.rewards, "trained": trained.rewards})
+        return result
+
+    result = engine.from_main(conclude)
+    engine.end()
     return result
 
 
@@ -197,9 +210,16 @@ class _Evaluation:
     """Samples and scores the held-out prompts, once per set of weights."""
 
     def __init__(
-        self, recipe: Recipe, model: FlowModel, plan: SamplingPlan, reporter: Reporter, stop: StopFlag
+        self,
+        recipe: Recipe,
+        model: FlowModel,
+        plan: SamplingPlan,
+        engine: Engine,
+        reporter: Reporter,
+        stop: StopFlag,
     ) -> None:
-        self.recipe, self.model, self.plan, self.reporter, self.stop = recipe, model, plan, reporter, stop
+        self.recipe, self.model, self.plan, self.engine = recipe, model, plan, engine
+        self.reporter, self.stop = reporter, stop
         self.prompts = open_prompts(recipe, recipe.prompts.eval)
         self.judge = open_judge(recipe)
 
@@ -211,21 +231,29 @@ class _Evaluation:
 
     def measure(self, folder: Path, *, weights: str) -> _Tables:
         """The complete tables of the model as it is now."""
-        identity = store_identity(self.recipe, self.model, self.plan, self.prompts, weights=weights)
-        store = open_store(self.recipe, folder, identity, self.prompts, self.plan)
+        recipe, engine, reporter, stop = self.recipe, self.engine, self.reporter, self.stop
         who = "base model" if weights == "base" else "trained model"
-        recipe, reporter, stop = self.recipe, self.reporter, self.stop
-        label = f"sampling, {who}"
-        fill_store(self.model, store, self.plan, recipe=recipe, reporter=reporter, stop=stop, label=label)
-        rewards = open_table(recipe, store)
-        score_missing(rewards, open_pool(recipe), reporter=reporter, stop=stop, label=f"scoring, {who}")
-        refuse_failures(rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
-        if self.judge is None:
-            return _Tables(rewards, None)
-        judgements, pool = open_judge_table(self.judge, store), open_judge_pool(recipe, self.judge)
-        score_missing(judgements, pool, reporter=reporter, stop=stop, label=f"judging, {who}", refuse_empty=True)
-        refuse_failures(judgements, allowed=recipe.judge.max_failed_share, key="judge.max_failed_share")
-        return _Tables(rewards, judgements)
+
+        def open_tables() -> _Tables:
+            identity = store_identity(recipe, self.model, self.plan, self.prompts, weights=weights)
+            store = open_store(recipe, folder, identity, self.prompts, self.plan)
+            judgements = None if self.judge is None else open_judge_table(self.judge, store)
+            return _Tables(open_table(recipe, store), judgements)
+
+        tables = engine.from_main(open_tables)
+        store, label, share = tables.rewards.store, f"sampling, {who}", engine.local_world
+        fill_store(self.model, store, self.plan, engine, recipe=recipe, reporter=reporter, stop=stop, label=label)
+        pool, label = open_pool(recipe, sharing=share), f"scoring, {who}"
+        score_missing(tables.rewards, pool, engine, reporter=reporter, stop=stop, label=label)
+        with engine.together():
+            refuse_failures(tables.rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+        if self.judge is None or tables.judgements is None:
+            return tables
+        pool, label = open_judge_pool(recipe, self.judge, sharing=share), f"judging, {who}"
+        score_missing(tables.judgements, pool, engine, reporter=reporter, stop=stop, label=label, refuse_empty=True)
+        with engine.together():
+            refuse_failures(tables.judgements, allowed=recipe.judge.max_failed_share, key="judge.max_failed_share")
+        return tables
 
 
 def report(

@@ -9,6 +9,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.rewards import open_pool, open_reward, open_table
@@ -17,24 +18,23 @@ from gdro_cli.stages.score import refuse_failures, score_missing
 from gdro_cli.stages.workspace import open_prompts, store_identity, training_plan
 
 
-def open_inputs(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[GroupStore, ScoreTable]:
-    """Make or open the (perhaps still empty) store and score table of a recipe."""
-    store, _ = training_store(recipe, workspace, model)
-    return store, open_table(recipe, store)
-
-
-def make_inputs(recipe: Recipe, workspace: Path, model: FlowModel, reporter: Reporter, stop: StopFlag) -> None:
-    """Sample and score what is missing.
+def make_inputs(
+    recipe: Recipe, workspace: Path, model: FlowModel, engine: Engine, reporter: Reporter, stop: StopFlag
+) -> tuple[GroupStore, ScoreTable]:
+    """Sample and score what is missing, all processes together; returns the complete store and score table.
 
     Raises:
-        StoreError: too many images could not be scored, or another process is at work on them.
+        StoreError: too many images could not be scored, or another job is at work on them.
         Interrupted: stopped by the user; finished shards are kept.
+        EndedElsewhere: one of these was raised in another process.
     """
-    store, plan = training_store(recipe, workspace, model)
-    table = open_table(recipe, store)
-    fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
-    score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
-    refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+    store, plan = engine.from_main(lambda: training_store(recipe, workspace, model))
+    table = engine.from_main(lambda: open_table(recipe, store))
+    fill_store(model, store, plan, engine, recipe=recipe, reporter=reporter, stop=stop)
+    score_missing(table, open_pool(recipe, sharing=engine.local_world), engine, reporter=reporter, stop=stop)
+    with engine.together():
+        refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+    return store, table
 
 
 def run_inputs(store: GroupStore, table: ScoreTable) -> dict[str, str]:

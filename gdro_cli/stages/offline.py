@@ -23,7 +23,7 @@ from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
-from gdro_cli.stages.inputs import make_inputs, open_inputs, run_inputs
+from gdro_cli.stages.inputs import make_inputs, run_inputs
 from gdro_cli.stages.rewards import trained_detail
 from gdro_cli.stages.trainer import StepGradient
 from gdro_cli.stages.workspace import image_size
@@ -33,10 +33,7 @@ def training_set(
     recipe: Recipe, workspace: Path, model: FlowModel, engine: Engine, reporter: Reporter, stop: StopFlag
 ) -> tuple[GroupDataset, dict[str, str]]:
     """Make what is missing of store and scores, then load the training groups into memory."""
-    store, table = open_inputs(recipe, workspace, model)
-    if engine.is_main:
-        make_inputs(recipe, workspace, model, reporter, stop)
-    engine.barrier()
+    store, table = make_inputs(recipe, workspace, model, engine, reporter, stop)
     model.release_encoders()
     model.release_decoder()
     method, detail = recipe.group_method, trained_detail(recipe)
@@ -44,6 +41,15 @@ def training_set(
     if recipe.train.shuffle_rewards:
         dataset = dataset.with_shuffled_rewards(recipe.train_seed)
     return dataset, run_inputs(store, table)
+
+
+def check_shares(recipe: Recipe, world: int) -> None:
+    """Raises UserError where ``world`` processes cannot have as many groups of a step each."""
+    if recipe.train.groups_per_step % world:
+        raise UserError(
+            f"train.groups_per_step is {recipe.train.groups_per_step}, which {world} processes cannot share"
+            " equally: choose a multiple"
+        )
 
 
 class GroupSteps:
@@ -54,11 +60,7 @@ class GroupSteps:
 
     def __init__(self, recipe: Recipe, model: FlowModel, dataset: GroupDataset, engine: Engine) -> None:
         section, method = recipe.train, recipe.group_method
-        if section.groups_per_step % engine.world:
-            raise UserError(
-                f"train.groups_per_step is {section.groups_per_step}, which {engine.world} processes cannot share"
-                " equally: choose a multiple"
-            )
+        check_shares(recipe, engine.world)
         self.recipe, self.model, self.dataset, self.engine = recipe, model, dataset, engine
         self.method = method
         images = section.groups_per_step // engine.world * method.k

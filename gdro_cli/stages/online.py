@@ -160,7 +160,9 @@ class OnlineSteps:
             raise RuntimeError("open() comes before the first step")
         detail = trained_detail(self.recipe)
         own = []
-        for name, score in zip(drawn, self.pool.score(pictures, [name.prompt for name in drawn]), strict=True):
+        with self.engine.together():
+            found = self.pool.score(pictures, [name.prompt for name in drawn])
+        for name, score in zip(drawn, found, strict=True):
             row = ScoreRow(name.prompt.id, name.image, score.value, score.reason, score.details)
             value = row.measured(detail)
             own.append((math.nan if value is None else value, score.reason))
@@ -198,9 +200,12 @@ class OnlineSteps:
         images = own.repeat(made.steps.shape[1])  # one step of every image, then the next
         steps = made.steps[own].T.flatten()
         size = self.recipe.train.micro_batch or max(1, len(own))
-        for start in range(0, len(images), size):
+        starts = range(0, len(images), size)
+        for start in starts:
             micro = slice(start, start + size)
             sums += self._backward(made, images[micro], steps[micro], total)
+        for _ in range(self._idle_passes(len(starts))):
+            self._backward(made, torch.zeros(1, dtype=torch.long), made.steps[0, :1], total, weight=0.0)
         means = (self.engine.sum(sums) / max(1, total)).tolist()
         metrics = dict(zip(_SUMS, means, strict=True))
         if not self.method.beta_kl:
@@ -214,7 +219,13 @@ class OnlineSteps:
         order = torch.randperm(len(kept), generator=generator(self.seed, "parts of a round", made.number, epoch))
         return kept[order].tensor_split(self.method.updates_per_round)[part]
 
-    def _backward(self, made: Round, images: Tensor, steps: Tensor, total: int) -> Tensor:
+    def _idle_passes(self, passes: int) -> int:
+        """How many more passes than its own a process must make: a sharded model's are made by all together."""
+        if self.recipe.model.sharding == "none" or self.engine.world == 1:
+            return 0
+        return self.engine.largest(passes) - passes
+
+    def _backward(self, made: Round, images: Tensor, steps: Tensor, total: int, *, weight: float = 1.0) -> Tensor:
         """Add the gradient of some (image, sampling step) pairs [n]; returns the sums of their metrics."""
         device, method = self.model.device, self.method
         i, s = images.to(device), steps.to(device)
@@ -231,7 +242,7 @@ class OnlineSteps:
                 mean = self.policy.step(before, s, conditioning).mean
             kl = step_kl(step, mean)
             loss = loss + method.beta_kl * kl
-        self.engine.backward(loss.sum() / total)
+        self.engine.backward(weight * loss.sum() / total)
         approx = 0.5 * (new - old).square()
         return torch.stack([x.detach().sum() for x in (loss, surrogate.ratio, surrogate.clipped.float(), approx, kl)])
 

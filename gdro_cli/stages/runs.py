@@ -17,6 +17,7 @@ _NOT_LEARNT_FROM: dict[str, Any] = {
     "ablation": True,
     "judge": True,
     "eval": True,
+    "model": {"sharding"},
     "prompts": {"eval", "validation"},
     "sample": {"batch_size", "prompts_per_shard", "image_format"},
     "reward": {"workers", "max_failed_share"},

@@ -1,6 +1,8 @@
 """Stage ``sample``: generate groups of images per prompt, once, with the untrained model.
 
 Image i of prompt p depends only on (seed, p, i): batches, shards, restarts and processes change nothing but rounding.
+Several processes share the shards, each of which is one process's own, with the batches that one process would make.
+A sharded model runs in all processes at once: they share the images of every shard, and the main one writes it.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.sampling import sample_latents
+from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.workspace import (
     SamplingPlan,
+    open_engine,
     open_model,
     open_prompts,
     open_store,
@@ -62,9 +66,11 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> SampleResult:
     """
     refuse_online(recipe, "sample")
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
-        model = open_model(recipe)
-        store, plan = training_store(recipe, workspace, model)
-        made = fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
+        engine = open_engine(recipe)
+        model = open_model(recipe, engine=engine)
+        store, plan = engine.from_main(lambda: training_store(recipe, workspace, model))
+        made = fill_store(model, store, plan, engine, recipe=recipe, reporter=reporter, stop=stop)
+        engine.end()
     return SampleResult(store, made)
 
 
@@ -80,36 +86,59 @@ def fill_store(
     model: FlowModel,
     store: GroupStore,
     plan: SamplingPlan,
+    engine: Engine,
     *,
     recipe: Recipe,
     reporter: Reporter,
     stop: StopFlag,
     label: str = "sampling",
 ) -> int:
-    """Sample the shards that ``store`` lacks and return their number.
+    """Sample the shards that ``store`` lacks, all processes together, and return their number.
 
     Raises:
-        Interrupted: between two batches; finished shards are kept.
-        StoreError: another process is filling the store.
+        Interrupted: between two steps of a batch; finished shards are kept.
+        StoreError: another job is filling the store.
+        EndedElsewhere: one of these was raised in another process.
     """
-    missing = store.missing_shards()
+    missing = engine.from_main(store.missing_shards)
     if not missing:
         return 0
-    todo = sum(len(store.shards[number]) for number in missing) * plan.images_per_prompt
+    sharded = engine.world > 1 and recipe.model.sharding == "fsdp"
+    here = missing if sharded else engine.share(missing)
+    todo = sum(len(store.shards[number]) for number in here) * plan.images_per_prompt
+    stopped = f"stopped while {label}; finished shards are kept in {store.path}: run the command again to go on"
     forwards = 0  # images x steps done
 
     def advance(images: int) -> None:
         nonlocal forwards
-        forwards += images
-        progress.advance(forwards // plan.steps - progress.done)
-        stop.check(f"stopped while {label}; finished shards are kept in {store.path}: run the command again to go on")
+        forwards += images * (engine.world if sharded else 1)
+        progress.advance(min(forwards // plan.steps, todo) - progress.done)
+        if sharded:  # a process that stopped alone would leave the others waiting in the middle of the model
+            engine.stop_together(stop, stopped)
+        stop.check(stopped)
 
-    with folder_lock(store.path / "lock"), reporter.track(label, total=todo, unit="images") as progress:
-        for number in missing:
-            size = recipe.sample.batch_size
-            groups = sample_groups(model, store.shards[number], plan, batch_size=size, on_step=advance)
-            store.write_shard(number, groups)
+    def draw(number: int) -> list[Group]:
+        size, split = recipe.sample.batch_size, engine if sharded else None
+        return sample_groups(model, store.shards[number], plan, batch_size=size, on_step=advance, split=split)
+
+    with (
+        engine.held_by_main(folder_lock(store.path / "lock")),
+        reporter.track(label + own_part(engine, sharded), total=todo, unit="images") as progress,
+    ):
+        if sharded:
+            for number in missing:
+                groups = draw(number)
+                with engine.together():
+                    if engine.is_main:
+                        store.write_shard(number, groups)
+        else:
+            engine.take_turns(missing, lambda number: store.write_shard(number, draw(number)))
     return len(missing)
+
+
+def own_part(engine: Engine, sharded: bool = False) -> str:
+    """What a label says where the progress is that of one process of several."""
+    return "" if sharded or engine.world == 1 else f" (process {engine.rank + 1} of {engine.world})"
 
 
 def sample_groups(
@@ -119,6 +148,7 @@ def sample_groups(
     *,
     batch_size: int,
     on_step: Callable[[int], None] | None = None,
+    split: Engine | None = None,
 ) -> list[Group]:
     """Sample one group per prompt; each prompt is encoded once, and batches run across groups.
 
@@ -128,6 +158,7 @@ def sample_groups(
         plan: K images per prompt, and the settings.
         batch_size: images per forward.
         on_step: passed to ``sample_latents``.
+        split: see ``sample_images``.
 
     Returns:
         B groups with latents [K, ...] in the model's dtype.
@@ -135,7 +166,7 @@ def sample_groups(
     count = plan.images_per_prompt
     conditioning = model.encode([prompt.prompt for prompt in prompts])
     seeds = [[plan.image_seed(prompt.id, index) for index in range(count)] for prompt in prompts]
-    latents = sample_images(model, conditioning, seeds, plan, batch_size=batch_size, on_step=on_step)
+    latents = sample_images(model, conditioning, seeds, plan, batch_size=batch_size, on_step=on_step, split=split)
     groups = []
     for place, prompt in enumerate(prompts):
         own = latents[place * count : (place + 1) * count]
@@ -162,11 +193,21 @@ def sample_images(
     *,
     batch_size: int,
     on_step: Callable[[int], None] | None = None,
+    split: Engine | None = None,
 ) -> torch.Tensor:
-    """Clean latents [sum of seeds, ...]: prompt p has one image for each of ``seeds[p]``."""
+    """Clean latents [sum of seeds, ...]: prompt p has one image for each of ``seeds[p]``.
+
+    ``split`` shares the images over the processes, an equal number each, and gives all of them to all; every process
+    must ask for the same ones. Their batches are then others, which changes rounding.
+    """
     flat = [seed for group in seeds for seed in group]
     texts = [text for text, group in zip(conditioning, seeds, strict=True) for _ in group]
-    return sample_latents(
+    whole = len(flat)
+    if split is not None and split.world > 1:
+        each = -(-whole // split.world)
+        own = [min(split.rank * each + place, whole - 1) for place in range(each)]  # the last one fills up
+        flat, texts = [flat[place] for place in own], [texts[place] for place in own]
+    latents = sample_latents(
         model,
         model.noise(flat, height=plan.height, width=plan.width),
         texts,
@@ -177,3 +218,4 @@ def sample_images(
         batch_size=batch_size,
         on_step=on_step,
     )
+    return latents if split is None else split.gather_rows(latents)[:whole]

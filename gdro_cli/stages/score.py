@@ -5,6 +5,7 @@ An image that cannot be scored is missing with a reason, never zero; too many of
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
 from gdro_cli.errors import StoreError
 from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.rewards import open_pool, open_table
-from gdro_cli.stages.sample import fill_store, training_store
-from gdro_cli.stages.workspace import open_model, refuse_online
+from gdro_cli.stages.sample import fill_store, own_part, training_store
+from gdro_cli.stages.workspace import open_engine, open_model, refuse_online
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,62 +56,71 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
     """
     refuse_online(recipe, "score")
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
-        model = open_model(recipe)
-        store, plan = training_store(recipe, workspace, model)
-        table = open_table(recipe, store)
-        fill_store(model, store, plan, recipe=recipe, reporter=reporter, stop=stop)
-        made = score_missing(table, open_pool(recipe), reporter=reporter, stop=stop)
-        refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+        engine = open_engine(recipe)
+        model = open_model(recipe, engine=engine)
+        store, plan = engine.from_main(lambda: training_store(recipe, workspace, model))
+        table = engine.from_main(lambda: open_table(recipe, store))
+        fill_store(model, store, plan, engine, recipe=recipe, reporter=reporter, stop=stop)
+        pool = open_pool(recipe, sharing=engine.local_world)
+        made = score_missing(table, pool, engine, reporter=reporter, stop=stop)
+        with engine.together():
+            refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+        engine.end()
     return ScoreResult(table, table.summary(), best_of_group(table), made)
 
 
 def score_missing(
     table: ScoreTable,
     pool: ScoringPool,
+    engine: Engine,
     *,
     reporter: Reporter,
     stop: StopFlag,
     label: str = "scoring",
     refuse_empty: bool = False,
 ) -> int:
-    """Score the shards that ``table`` lacks and return their number; ``pool`` starts only if there are any.
+    """Score the shards that ``table`` lacks, all processes together, and return their number.
 
-    ``refuse_empty`` takes a shard without a single score for an outage: it is not kept, but asked again next time.
+    Each process has a ``pool`` of its own, which starts only if it has shards to score. ``refuse_empty`` takes a shard
+    without a single score for an outage: it is not kept, but asked again next time.
 
     Raises:
         Interrupted: between two shards; finished ones are kept.
-        StoreError: another process is filling the table.
+        StoreError: another job is filling the table.
+        EndedElsewhere: one of these was raised in another process.
     """
-    missing = table.missing_shards()
+    missing = engine.from_main(table.missing_shards)
     if not missing:
         return 0
-    store = table.store
-    todo = sum(len(store.shards[number]) for number in missing) * store.images_per_prompt
+    store, own = table.store, engine.share(missing)
+    todo = sum(len(store.shards[number]) for number in own) * store.images_per_prompt
+    stopped = f"stopped while {label}; finished shards are kept in {table.path}: run the command again to go on"
+
+    def score_shard(number: int) -> None:
+        images = store.images(number)
+        scores = pool.score(
+            [image.path for image in images],
+            [image.prompt for image in images],
+            on_scored=progress.advance,
+        )
+        rows = [
+            ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
+            for image, score in zip(images, scores, strict=True)
+        ]
+        if refuse_empty and all(row.value is None for row in rows):
+            raise StoreError(
+                f"stopped while {label}: not one of {len(rows)} images got an answer ({rows[0].reason}); what was"
+                f" finished is kept in {table.path}: mend the cause and run the command again"
+            )
+        table.write_shard(number, rows)
+        stop.check(stopped)
+
     with (
-        folder_lock(table.path / "lock"),
-        pool,
-        reporter.track(label, total=todo, unit="images") as progress,
+        engine.held_by_main(folder_lock(table.path / "lock")),
+        pool if own else nullcontext(),
+        reporter.track(label + own_part(engine), total=todo, unit="images") as progress,
     ):
-        for number in missing:
-            images = store.images(number)
-            scores = pool.score(
-                [image.path for image in images],
-                [image.prompt for image in images],
-                on_scored=progress.advance,
-            )
-            rows = [
-                ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
-                for image, score in zip(images, scores, strict=True)
-            ]
-            if refuse_empty and all(row.value is None for row in rows):
-                raise StoreError(
-                    f"stopped while {label}: not one of {len(rows)} images got an answer ({rows[0].reason}); what was"
-                    f" finished is kept in {table.path}: mend the cause and run the command again"
-                )
-            table.write_shard(number, rows)
-            stop.check(
-                f"stopped while {label}; finished shards are kept in {table.path}: run the command again to go on"
-            )
+        engine.take_turns(missing, score_shard)
     return len(missing)
 
 

@@ -5,27 +5,25 @@ Where the gradients come from: ``offline`` (stored groups), ``online`` (fresh im
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
-from gdro_cli.runtime.distributed import Engine, Precision, make_engine
+from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.inputs import expected_inputs, run_inputs
-from gdro_cli.stages.offline import GroupSteps, training_set
+from gdro_cli.stages.offline import GroupSteps, check_shares, training_set
 from gdro_cli.stages.online import OnlineSteps
 from gdro_cli.stages.outcome import STOPPED, best_folder
 from gdro_cli.stages.runs import find_run, learnt_from, open_run, run_path
 from gdro_cli.stages.trainer import Trainer, attach_adapter, has_ended, learning_rate, train_loop
 from gdro_cli.stages.validate import Validation
-from gdro_cli.stages.workspace import open_model
+from gdro_cli.stages.workspace import open_engine, open_model
 
 __all__ = [
     "TrainResult",
@@ -33,7 +31,6 @@ __all__ = [
     "find_run",
     "learning_rate",
     "learnt_from",
-    "precision",
     "run",
     "run_inputs",
     "run_path",
@@ -81,24 +78,25 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
         StoreError: a store, score table, checkpoint or run is damaged or belongs to something else.
         Interrupted: stopped by the user after a checkpoint.
     """
-    engine = make_engine(trackers=recipe.train.trackers, out=workspace, precision=precision(recipe))
+    engine = open_engine(recipe, trackers=recipe.train.trackers, out=workspace)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
-        model = open_model(recipe, device=str(engine.device))
+        model = open_model(recipe, engine=engine)
         source, inputs = _open_source(recipe, workspace, model, engine, reporter, stop)
-        folder = open_run(recipe, workspace, inputs)
+        folder = engine.from_main(lambda: open_run(recipe, workspace, inputs))
         engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.train_seed})
-        with folder.lock() if engine.is_main else nullcontext():
+        with engine.held_by_main(folder.lock()):
             trainer = Trainer(recipe, model, source, folder, engine)
             start = trainer.resume()
             with ExitStack() as stack:
                 left = not has_ended(folder, recipe, start)
                 pool = source.open(stack) if left and isinstance(source, OnlineSteps) else None
-                watch = left and engine.is_main and recipe.train.eval_every > 0
-                validation = Validation.open(recipe, model, folder.path, stack, rewards=pool) if watch else None
+                watch = left and recipe.train.eval_every > 0
+                validation = Validation.open(recipe, model, engine, folder.path, stack, rewards=pool) if watch else None
                 train_loop(trainer, validation, reporter, stop)
-            if engine.is_main:
-                folder.write_json("resolved.json", recipe.resolved())
-                trainer.export()
+            with engine.together():
+                if engine.is_main:
+                    folder.write_json("resolved.json", recipe.resolved())
+                    trainer.export()
         engine.end()
     return TrainResult(folder, recipe.train.steps, start)
 
@@ -108,11 +106,10 @@ def _open_source(
 ) -> tuple[GroupSteps | OnlineSteps, dict[str, str]]:
     """Where the gradients of the recipe's method come from, and the digests of what it learns from."""
     if recipe.online_method is not None:
-        return OnlineSteps(recipe, model, engine), expected_inputs(recipe, model)
+        with engine.together():
+            source = OnlineSteps(recipe, model, engine)
+        return source, engine.from_main(lambda: expected_inputs(recipe, model))
+    with engine.together():
+        check_shares(recipe, engine.world)
     dataset, inputs = training_set(recipe, workspace, model, engine, reporter, stop)
     return GroupSteps(recipe, model, dataset, engine), inputs
-
-
-def precision(recipe: Recipe) -> Precision:
-    """What matrix products are computed in: bfloat16 on CUDA unless the recipe says otherwise, float32 elsewhere."""
-    return "bf16" if torch.cuda.is_available() and recipe.model.dtype in ("auto", "bfloat16") else "no"

@@ -18,6 +18,7 @@ import torch
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import TrainSection
+from gdro_cli.core.verdict import Verdict
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
 from gdro_cli.models.base import FlowModel
@@ -111,14 +112,23 @@ class Trainer:
         return found, norm
 
     def validate(self, validation: Validation, reporter: Reporter) -> bool:
-        """Measure an evaluation point, log it, and keep its weights if it is the best.
+        """Measure an evaluation point, all processes together; the main one logs it and keeps the best weights.
 
         Returns whether the training is to end here: the recipe asks for it, and the pictures have collapsed.
         """
-        if validation.base is None:
-            validation.know_base(lambda: reference(self.model))
+        validation.know_base(lambda: reference(self.model))
         with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
-            row, found = validation.measure(self.step)
+            measured = validation.measure(self.step)
+        ended = False
+        with self.engine.together():
+            if measured is not None:
+                ended = self._conclude(*measured, validation, reporter)
+        return self.engine.any(ended)
+
+    def _conclude(
+        self, row: dict[str, float | int | str], found: Verdict | None, validation: Validation, reporter: Reporter
+    ) -> bool:
+        """What the main process makes of an evaluation point; returns whether the training is to end here."""
         self.folder.append_metrics({"kind": "validation", "step": self.step, **row})
         numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}
         self.engine.log(numbers, self.step)
@@ -141,9 +151,13 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, with the adapter in diffusers' format beside it."""
-        if not self.engine.is_main:
-            return
+        """Write a checkpoint of the present step; all processes wait for it."""
+        with self.engine.together():
+            if self.engine.is_main:
+                self._write_checkpoint()
+
+    def _write_checkpoint(self) -> None:
+        """The checkpoint, with the adapter in diffusers' format beside it."""
         tensors, state = flatten_optimizer(self.optimizer)
 
         def add_adapters(folder: Path) -> None:
@@ -214,7 +228,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             if not source.prepare(trainer.step, stop):
                 if trainer.step:
                     trainer.save()
-                stop.check(_stopped(trainer))
+                engine.stop_together(stop, _stopped(trainer))
             began = time.perf_counter()
             found, norm = trainer.update()
             step, last = trainer.step, trainer.step == section.steps
@@ -228,7 +242,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
                 _log(trainer, found, norm, seconds=time.perf_counter() - began)
             progress.advance(1, **{label: found.metrics[name] for name, label in source.shown.items()})
             point = validation is not None and (step % section.eval_every == 0 or last)
-            ended = engine.any(point and validation is not None and trainer.validate(validation, reporter))
+            ended = point and validation is not None and trainer.validate(validation, reporter)
             stop.requested = engine.any(stop.requested)
             safe = source.can_go_on_after(step)
             due = due or step % section.checkpoint_every == 0
@@ -240,7 +254,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
                     folder.write_json(STOPPED, trainer.collapse)  # only now that the step's checkpoint is there
                 return
             if safe or last:
-                stop.check(_stopped(trainer))
+                engine.stop_together(stop, _stopped(trainer))
 
 
 def _stopped(trainer: Trainer) -> str:

@@ -14,6 +14,8 @@ from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.verdict import Verdict
@@ -23,6 +25,7 @@ from gdro_cli.errors import StoreError
 from gdro_cli.files import write_bytes, write_json
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.runtime.distributed import Engine
 from gdro_cli.stages.grid import draw_sheet
 from gdro_cli.stages.judging import open_judge, open_judge_pool
 from gdro_cli.stages.quality import Rated, joined, pair_verdict, quality_measures, rate
@@ -63,17 +66,23 @@ def validation_protocol(recipe: Recipe, model: FlowModel, prompts: PromptSet) ->
 
 @dataclass(slots=True)
 class Validation:
-    """Samples, scores and judges the validation prompts; they are encoded once and the processes stay up."""
+    """Samples, scores and judges the validation prompts; they are encoded once and the scoring processes stay up.
+
+    The job's processes share the sampling; the main one scores and judges, and only it knows the results.
+    """
 
     recipe: Recipe
     model: FlowModel
+    engine: Engine
     prompts: PromptSet
     plan: SamplingPlan
     conditioning: list[Conditioning]
     folder: Path
     """For the base model's rows and the sheets of pictures."""
-    rewards: ScoringPool
+    rewards: ScoringPool | None
+    """None in the other processes."""
     judges: ScoringPool | None
+    """None where there is no judge, and in the other processes."""
     protocol: str
     """Digest of what two points must share to be compared."""
     shared: Path
@@ -82,58 +91,102 @@ class Validation:
     """The untrained model's pictures, what verdicts compare with."""
     base_seconds: float = 0.0
     """Wall time of getting them."""
+    asked: bool = False
+    """Whether ``base`` has been looked for."""
 
     @classmethod
     def open(
-        cls, recipe: Recipe, model: FlowModel, run: Path, stack: ExitStack, *, rewards: ScoringPool | None = None
+        cls,
+        recipe: Recipe,
+        model: FlowModel,
+        engine: Engine,
+        run: Path,
+        stack: ExitStack,
+        *,
+        rewards: ScoringPool | None = None,
     ) -> Validation:
-        """Encode the prompts and start the processes, which end with ``stack``; ``rewards`` are running already."""
+        """Encode the prompts and start the scoring processes, which end with ``stack``; ``rewards`` run already."""
         prompts = open_prompts(recipe, recipe.prompts.validation)
         plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
         conditioning = model.encode([prompt.prompt for prompt in prompts.records])
         model.release_encoders()
-        judge, protocol = open_judge(recipe), validation_protocol(recipe, model, prompts)
+        protocol = engine.from_main(lambda: validation_protocol(recipe, model, prompts))
+        judge = open_judge(recipe) if engine.is_main else None
+        if rewards is None and engine.is_main:
+            rewards = stack.enter_context(open_pool(recipe))
+        judges = None if judge is None else stack.enter_context(open_judge_pool(recipe, judge))
         return cls(
             recipe,
             model,
+            engine,
             prompts,
             plan,
             conditioning,
             run / FOLDER,
-            stack.enter_context(open_pool(recipe)) if rewards is None else rewards,
-            None if judge is None else stack.enter_context(open_judge_pool(recipe, judge)),
+            rewards,
+            judges,
             protocol.points,
             run.parent.parent / FOLDER / protocol.base,
         )
 
     def know_base(self, without_adapter: Callable[[], AbstractContextManager[object]]) -> None:
-        """Read the base model's rows of an earlier start or another run, or measure them in ``without_adapter()``."""
+        """Read the base model's rows of an earlier start or another run, or measure them in ``without_adapter()``.
+
+        Once; all processes together.
+        """
+        if self.asked:
+            return
         began = time.perf_counter()
-        self.base = _read_base(self.folder / _BASE, self.protocol, self.prompts)
-        if self.base is None:
-            self.base = _read_base(self.shared / _BASE, self.shared.name, self.prompts)
-            if self.base is not None:
-                _copy(self._sheet(0, self.shared), self._sheet(0))
-            else:
-                with without_adapter():
-                    self.base = self.look(step=0)
-                if self.base.failed or self.base.unjudged:
-                    return  # good enough for this start; measured again at the next
-                _copy(self._sheet(0), self._sheet(0, self.shared))
-                _write_base(self.shared / _BASE, self.shared.name, self.base)
-            _write_base(self.folder / _BASE, self.protocol, self.base)
+        self.asked = True
+        if not self.engine.from_main(self._recall_base):
+            with without_adapter():
+                self.base = self.look(step=0)
+            with self.engine.together():
+                if self.base is not None:
+                    self._keep_base(self.base)
         self.base_seconds = time.perf_counter() - began
 
-    def measure(self, step: int) -> tuple[dict[str, float | int | str], Verdict | None]:
+    def _recall_base(self) -> bool:
+        """Read the base model's rows of an earlier start or another run, if there are any."""
+        self.base = _read_base(self.folder / _BASE, self.protocol, self.prompts)
+        if self.base is not None:
+            return True
+        self.base = _read_base(self.shared / _BASE, self.shared.name, self.prompts)
+        if self.base is None:
+            return False
+        _copy(self._sheet(0, self.shared), self._sheet(0))
+        _write_base(self.folder / _BASE, self.protocol, self.base)
+        return True
+
+    def _keep_base(self, base: Rated) -> None:
+        """Write the base model's rows for later starts and other runs, if they are complete."""
+        if base.failed or base.unjudged:
+            return  # good enough for this start; measured again at the next
+        _copy(self._sheet(0), self._sheet(0, self.shared))
+        _write_base(self.shared / _BASE, self.shared.name, base)
+        _write_base(self.folder / _BASE, self.protocol, base)
+
+    def measure(self, step: int) -> tuple[dict[str, float | int | str], Verdict | None] | None:
         """The row of an evaluation point for the adapter as it is now, and the verdict on it.
+
+        All processes together; None in all but the main one.
 
         Raises:
             StoreError: no image could be scored.
+            EndedElsewhere: the same, in another process.
         """
         began = time.perf_counter()
-        # An adapter that has not learnt yet changes nothing: at step 0 the base model's pictures are the adapter's.
-        known = self.base if step == 0 and (self._sheet(0).is_file() or not self.recipe.eval.grid_prompts) else None
-        rated = self.look(step=step) if known is None else known
+        known = self.engine.from_main(lambda: self._base_serves(step))
+        rated = self.base if known else self.look(step=step)
+        with self.engine.together():
+            return None if rated is None else self._row(rated, known, began)
+
+    def _base_serves(self, step: int) -> bool:
+        """Whether the base model's pictures are the adapter's: at step 0 it has not learnt and changes nothing."""
+        drawn = self._sheet(0).is_file() or not self.recipe.eval.grid_prompts
+        return step == 0 and drawn and self.base is not None
+
+    def _row(self, rated: Rated, known: bool, began: float) -> tuple[dict[str, float | int | str], Verdict | None]:
         samples, headline = self.recipe.eval.bootstrap, measures(self.recipe)[0]
         interval = rated.values(Measure("reward", trained_detail(self.recipe))).interval(samples=samples)
         row: dict[str, float | int | str] = {
@@ -149,7 +202,7 @@ class Validation:
         row |= {} if found is None else {"verdict": found.level}
         row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
         row |= {"unjudged": rated.unjudged} if rated.judged else {}
-        seconds = time.perf_counter() - began + (0.0 if known is None else self.base_seconds)
+        seconds = time.perf_counter() - began + (self.base_seconds if known else 0.0)
         return row | {"seconds": seconds}, found
 
     def is_fair(self, row: Mapping[str, float | int | str]) -> bool:
@@ -158,14 +211,22 @@ class Validation:
         missing = max(int(row["failed"]), int(row.get("unjudged", 0)))
         return missing <= self.recipe.reward.max_failed_share * images
 
-    def look(self, *, step: int) -> Rated:
-        """Sample, score and judge, and draw the sheet of pictures of a step."""
+    def look(self, *, step: int) -> Rated | None:
+        """Sample, all processes together, and score and judge in the main one; None in the others."""
         seeds = [
             [self.plan.image_seed(prompt.id, index) for index in range(self.plan.images_per_prompt)]
             for prompt in self.prompts.records
         ]
+        size, engine = self.recipe.sample.batch_size, self.engine
+        latents = sample_images(self.model, self.conditioning, seeds, self.plan, batch_size=size, split=engine)
+        with engine.together():
+            return self._rated(latents, step) if engine.is_main else None
+
+    def _rated(self, latents: Tensor, step: int) -> Rated:
+        """Score and judge the images, and draw the sheet of pictures of a step."""
+        if self.rewards is None:
+            raise RuntimeError("only the main process scores")
         size = self.recipe.sample.batch_size
-        latents = sample_images(self.model, self.conditioning, seeds, self.plan, batch_size=size)
         pictures = decode_images(self.model, latents, self.plan, batch_size=size)
         count = self.plan.images_per_prompt
         asked = [(prompt, index) for prompt in self.prompts.records for index in range(count)]

@@ -8,6 +8,7 @@ So recipes that sample the same share one store, and no recipe can ever meet the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.runtime.distributed import Engine, Precision, make_engine
 from gdro_cli.stages.rewards import known_classes
 from gdro_cli.tiny.assets import tiny_model_path
 
@@ -45,23 +47,39 @@ class SamplingPlan:
         return seed_for(self.seed, "image", prompt_id, index)
 
 
-def open_model(recipe: Recipe, *, device: str | None = None) -> FlowModel:
+def open_engine(recipe: Recipe, *, trackers: Sequence[str] = (), out: Path | None = None) -> Engine:
+    """Join the processes of the job; see ``make_engine``."""
+    return make_engine(trackers=trackers, out=out, precision=precision(recipe))
+
+
+def precision(recipe: Recipe) -> Precision:
+    """What matrix products are computed in: bfloat16 on CUDA unless the recipe says otherwise, float32 elsewhere."""
+    return "bf16" if torch.cuda.is_available() and recipe.model.dtype in ("auto", "bfloat16") else "no"
+
+
+def open_model(recipe: Recipe, *, device: str | None = None, engine: Engine | None = None) -> FlowModel:
     """Open the recipe's model, on the GPU if there is one; nothing is loaded until it is used.
 
     Args:
         recipe: names the model.
         device: where to run it instead.
+        engine: the job's processes: the model runs on this one's device, sharded where the recipe says so.
 
     Raises:
         PrerequisiteError: the model is not there.
     """
     path = str(tiny_model_path()) if recipe.model.path == EMBEDDED else recipe.model.path
-    return load_flow_model(
+    if engine is not None:
+        device = str(engine.device)
+    model = load_flow_model(
         path,
         dtype=recipe.model.dtype,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         max_sequence_length=recipe.model.max_sequence_length,
     )
+    if engine is not None and recipe.model.sharding == "fsdp":
+        model.place_transformer = engine.shard
+    return model
 
 
 def open_prompts(recipe: Recipe, source: PromptSource) -> PromptSet:

@@ -17,6 +17,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
+from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, plan, sample, score, train
@@ -234,5 +235,7 @@ def test_a_stop_while_sampling_keeps_finished_shards(make_recipe: MakeRecipe, qu
             super().check(message)
 
     with pytest.raises(Interrupted, match="run the command again"):
-        fill_store(model, store, settings, recipe=recipe, reporter=quiet, stop=StopAfterOneShard())
+        fill_store(
+            model, store, settings, make_engine(cpu=True), recipe=recipe, reporter=quiet, stop=StopAfterOneShard()
+        )
     assert store.missing_shards() == [1]

@@ -1,0 +1,106 @@
+"""How processes share work that is not the same in each of them, and stop or fail as one."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
+
+from gdro_cli.errors import EndedElsewhere, GdroError
+
+_T = TypeVar("_T")
+
+
+class _Failure(NamedTuple):
+    """What a process tells the others of its failure."""
+
+    rank: int
+    exit_code: int
+    message: str
+
+
+class Team(abc.ABC):
+    """The processes of one job, seen by one of them."""
+
+    @property
+    @abc.abstractmethod
+    def rank(self) -> int:
+        """This process's number, 0 .. world - 1."""
+
+    @property
+    @abc.abstractmethod
+    def world(self) -> int:
+        """How many processes there are."""
+
+    @abc.abstractmethod
+    def gather_objects(self, items: list[Any]) -> list[Any]:
+        """Join the lists of all processes, in the order of their ranks; every process gets the whole."""
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and talks."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[_T]) -> list[_T]:
+        """Return this process's share of a list: every world-th item from its rank on."""
+        return list(items[self.rank :: self.world])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Wait, after the block, for all processes; if it fails in one of them, it fails in all.
+
+        All processes must come here, and none may talk to the others inside the block, except in a ``together`` of
+        its own.
+
+        Raises:
+            EndedElsewhere: the block failed in another process (or here, with words that another one says already).
+        """
+        if self.world == 1:
+            yield
+            return
+        try:
+            yield
+        except Exception as error:
+            failures: list[_Failure] = []
+            with suppress(EndedElsewhere):  # the others are gone: then the error is told here
+                failures = self.gather_objects([_failure(error, self.rank)])
+            if any(other.rank < self.rank and other.message == str(error) for other in failures):
+                raise EndedElsewhere(exit_code=failures[0].exit_code) from error
+            raise
+        failures = self.gather_objects([])
+        if failures:
+            raise EndedElsewhere(exit_code=failures[0].exit_code)
+
+    def take_turns(self, items: Sequence[_T], work: Callable[[_T], None]) -> None:
+        """Do every item, each in one process; after each turn the processes wait for each other.
+
+        ``items`` must be the same everywhere (see ``from_main``). Raises what ``together`` raises.
+        """
+        own = self.share(items)
+        for turn in range(-(-len(items) // self.world)):
+            with self.together():
+                if turn < len(own):
+                    work(own[turn])
+
+    def from_main(self, make: Callable[[], _T]) -> _T:
+        """Let the main process make something, and give it to all. Raises what ``together`` raises."""
+        made: list[_T] = []
+        with self.together():
+            if self.is_main:
+                made.append(make())
+        value: _T = self.gather_objects(made)[0]
+        return value
+
+    @contextmanager
+    def held_by_main(self, lock: AbstractContextManager[object]) -> Iterator[None]:
+        """Hold a lock in the main process, for all of them, inside the block. Raises what ``together`` raises."""
+        with ExitStack() as stack:
+            with self.together():
+                if self.is_main:
+                    stack.enter_context(lock)
+            yield
+
+
+def _failure(error: Exception, rank: int) -> _Failure:
+    return _Failure(rank, error.exit_code if isinstance(error, GdroError) else 1, str(error))
