@@ -21,6 +21,7 @@ STORED_ONLY = {
     "sample.images_per_prompt": "method.group_size",
     "train.groups_per_step": "method.prompts_per_round",
     "train.group_gradient": None,
+    "train.rounds": None,
 }
 
 
@@ -159,6 +160,8 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
             f"{train.warmup_steps} is more than train.steps ({train.steps})",
             ("train.steps",),
         )
+    if train.rounds > train.steps:
+        yield Problem("train.rounds", f"{train.rounds} is more than train.steps ({train.steps})", ("train.steps",))
     if train.stop_on_collapse and not train.eval_every:
         yield Problem(
             "train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0", ("train.eval_every",)

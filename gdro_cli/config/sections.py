@@ -238,6 +238,10 @@ class TrainSection(StrictModel):
     micro_batch: int | None = Field(None, ge=1)
     """Images per forward pass in one process, 1 or more. Nothing: all images of the step. Changes memory and
     speed, not the gradient. For online methods an image is one at one sampling step."""
+    rounds: int = Field(1, ge=1)
+    """Rounds of equally many steps, 1 or more, at most `steps`. In every round after the first the groups are sampled
+    and scored anew, with the adapter's average as it is then; the reference stays the base model. Not for online
+    methods."""
     group_gradient: Literal["auto", "one_pass", "two_pass"] = "auto"
     """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first
     and needs memory for `micro_batch` images only; the gradients are equal. `auto`: one pass where all images of the

@@ -15,7 +15,7 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.rewards import open_pool, open_reward, open_table
 from gdro_cli.stages.sample import fill_store, training_store
 from gdro_cli.stages.score import refuse_failures, score_missing
-from gdro_cli.stages.workspace import open_prompts, store_identity, training_plan
+from gdro_cli.stages.workspace import SamplingPlan, open_prompts, store_identity, training_plan
 
 
 def make_inputs(
@@ -30,11 +30,30 @@ def make_inputs(
     """
     store, plan = engine.from_main(lambda: training_store(recipe, workspace, model))
     table = engine.from_main(lambda: open_table(recipe, store))
-    fill_store(model, store, plan, engine, recipe=recipe, reporter=reporter, stop=stop)
-    score_missing(table, open_pool(recipe, sharing=engine.local_world), engine, reporter=reporter, stop=stop)
+    fill_and_score(recipe, model, table, plan, engine, reporter, stop)
+    return store, table
+
+
+def fill_and_score(
+    recipe: Recipe,
+    model: FlowModel,
+    table: ScoreTable,
+    plan: SamplingPlan,
+    engine: Engine,
+    reporter: Reporter,
+    stop: StopFlag,
+    *,
+    about: str = "",
+) -> None:
+    """Sample what the store of ``table`` lacks, and score what the table lacks; raises what ``make_inputs`` raises.
+
+    ``about`` is added to what the progress lines are called.
+    """
+    fill_store(model, table.store, plan, engine, recipe=recipe, reporter=reporter, stop=stop, label=f"sampling{about}")
+    pool = open_pool(recipe, sharing=engine.local_world)
+    score_missing(table, pool, engine, reporter=reporter, stop=stop, label=f"scoring{about}")
     with engine.together():
         refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
-    return store, table
 
 
 def run_inputs(store: GroupStore, table: ScoreTable) -> dict[str, str]:

@@ -9,38 +9,34 @@ the recipe, and the recipe's header says where its numbers come from.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.dataset import GroupDataset
+from gdro_cli.data.scores import ScoreTable
 from gdro_cli.errors import UserError
-from gdro_cli.models.adapters import reference
+from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
-from gdro_cli.runtime.progress import Reporter
+from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
-from gdro_cli.stages.inputs import make_inputs, run_inputs
 from gdro_cli.stages.rewards import trained_detail
+from gdro_cli.stages.storetimes import batch_of, note_batch
 from gdro_cli.stages.trainer import StepGradient
 from gdro_cli.stages.workspace import image_size
 
 
-def training_set(
-    recipe: Recipe, workspace: Path, model: FlowModel, engine: Engine, reporter: Reporter, stop: StopFlag
-) -> tuple[GroupDataset, dict[str, str]]:
-    """Make what is missing of store and scores, then load the training groups into memory."""
-    store, table = make_inputs(recipe, workspace, model, engine, reporter, stop)
-    model.release_encoders()
-    model.release_decoder()
+def training_set(recipe: Recipe, table: ScoreTable) -> GroupDataset:
+    """Load the training groups of a complete store and its scores into memory."""
     method, detail = recipe.group_method, trained_detail(recipe)
-    dataset = GroupDataset.load(store, table, k=method.k, min_spread=method.min_spread, detail=detail)
+    dataset = GroupDataset.load(table.store, table, k=method.k, min_spread=method.min_spread, detail=detail)
     if recipe.train.shuffle_rewards:
         dataset = dataset.with_shuffled_rewards(recipe.train_seed)
-    return dataset, run_inputs(store, table)
+    return dataset
 
 
 def check_shares(recipe: Recipe, world: int) -> None:
@@ -58,10 +54,13 @@ class GroupSteps:
     shown: Mapping[str, str] = {"loss": "loss", "implicit_accuracy": "accuracy", "top1_error_gap": "top1_gap"}
     remedy = "lower train.lr or method.beta"
 
-    def __init__(self, recipe: Recipe, model: FlowModel, dataset: GroupDataset, engine: Engine) -> None:
+    def __init__(self, recipe: Recipe, model: FlowModel, table: ScoreTable, engine: Engine) -> None:
         section, method = recipe.train, recipe.group_method
         check_shares(recipe, engine.world)
-        self.recipe, self.model, self.dataset, self.engine = recipe, model, dataset, engine
+        model.release_encoders()
+        model.release_decoder()
+        self.recipe, self.model, self.table, self.engine = recipe, model, table, engine
+        self.dataset = training_set(recipe, table)
         self.method = method
         images = section.groups_per_step // engine.world * method.k
         fits = section.micro_batch is None or images <= section.micro_batch
@@ -77,6 +76,16 @@ class GroupSteps:
             autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
         )
+
+    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
+        """Only notes what the store has cost."""
+        with self.engine.together():
+            if self.engine.is_main:
+                note_batch(folder, batch_of(self.table, step=0), step=0)
+
+    def needs_weights_of(self, steps: int) -> bool:
+        """The store was made before the training."""
+        return False
 
     def prepare(self, step: int, stop: StopFlag) -> bool:
         """Nothing is to be made: the store is complete."""

@@ -26,11 +26,12 @@ from gdro_cli.core.sde import log_prob, step_kl
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError, UserError
-from gdro_cli.models.adapters import reference
+from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.rewards import open_pool, trained_detail
 from gdro_cli.stages.rollout import Drawn, Policy, Rollout, policy_guidance, prompts_of_round, roll_out, trained_steps
 from gdro_cli.stages.trainer import StepGradient
@@ -87,7 +88,7 @@ class OnlineSteps:
         self.pool: ScoringPool | None = None
         self.round: Round | None = None
 
-    def open(self, stack: ExitStack) -> ScoringPool:
+    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> ScoringPool:
         """Encode the prompts and start the scoring processes, which end with ``stack``."""
         texts = self.model.encode([prompt.prompt for prompt in self.prompts])
         self.conditioning = {prompt.id: text for prompt, text in zip(self.prompts, texts, strict=True)}
@@ -100,6 +101,10 @@ class OnlineSteps:
     def can_go_on_after(self, steps: int) -> bool:
         """Only at the end of a round: its images were drawn with weights that are gone later."""
         return steps % self.method.steps_per_round == 0
+
+    def needs_weights_of(self, steps: int) -> bool:
+        """No round outlives a stop."""
+        return False
 
     def prepare(self, step: int, stop: StopFlag) -> bool:
         """Draw and score a round where one begins; False if a stop was asked for on the way."""

@@ -10,6 +10,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.stages.inputs import expected_inputs
+from gdro_cli.stages.refresh import steps_per_round
 from gdro_cli.stages.rollout import policy_guidance
 from gdro_cli.stages.runs import run_path
 from gdro_cli.stages.workspace import (
@@ -127,7 +128,18 @@ def _training(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[s
         ),
         ("gradient", "two passes" if two_pass else "one pass"),
         ("steps", f"{train.steps}, so {train.steps * images} images with policy and reference"),
+        *_rounds(recipe),
         ("checkpoints", f"every {train.checkpoint_every} steps, the last {train.keep_checkpoints} are kept"),
+    ]
+
+
+def _rounds(recipe: Recipe) -> list[tuple[str, str]]:
+    if recipe.train.rounds == 1:
+        return []
+    size = steps_per_round(recipe)
+    more = math.ceil(recipe.train.steps / size) - 1
+    return [
+        ("rounds", f"of {size} steps; {more} times as many images as in the store are sampled and scored on the way")
     ]
 
 

@@ -24,7 +24,7 @@ _NOT_LEARNT_FROM: dict[str, Any] = {
     "train": {"checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "trackers"},
 }
 # Keys that online methods do not learn from: they keep no store, and sample in their own number of steps.
-_STORED_ONLY = {"sample": {"images_per_prompt", "steps"}, "train": {"groups_per_step", "group_gradient"}}
+_STORED_ONLY = {"sample": {"images_per_prompt", "steps"}, "train": {"groups_per_step", "group_gradient", "rounds"}}
 
 
 def learnt_from(recipe: Recipe) -> dict[str, Any]:
@@ -37,6 +37,8 @@ def learnt_from(recipe: Recipe) -> dict[str, Any]:
     if recipe.online_method is not None:
         for section, keys in _STORED_ONLY.items():
             kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
+    if kept["train"].get("rounds") == 1:  # as before there were any
+        kept["train"].pop("rounds")
     if recipe.train_seed == recipe.seed:  # named or not, it is the same training
         kept["train"].pop("seed")
     if recipe.train.stop_on_collapse:  # then the evaluation points decide where the training ends

@@ -7,6 +7,7 @@ A sharded model runs in all processes at once: they share the images of every sh
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.store import Group, GroupStore
+from gdro_cli.data.times import add_time
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.runtime.distributed import Engine
@@ -121,18 +123,25 @@ def fill_store(
         size, split = recipe.sample.batch_size, engine if sharded else None
         return sample_groups(model, store.shards[number], plan, batch_size=size, on_step=advance, split=split)
 
+    def make(number: int) -> None:
+        began = time.perf_counter()
+        store.write_shard(number, draw(number))
+        add_time(store.path, number, time.perf_counter() - began, processes=engine.world)
+
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
         reporter.track(label + own_part(engine, sharded), total=todo, unit="images") as progress,
     ):
         if sharded:
             for number in missing:
+                began = time.perf_counter()
                 groups = draw(number)
                 with engine.together():
                     if engine.is_main:
                         store.write_shard(number, groups)
+                        add_time(store.path, number, time.perf_counter() - began)
         else:
-            engine.take_turns(missing, lambda number: store.write_shard(number, draw(number)))
+            engine.take_turns(missing, make)
     return len(missing)
 
 

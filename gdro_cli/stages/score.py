@@ -5,12 +5,14 @@ An image that cannot be scored is missing with a reason, never zero; too many of
 
 from __future__ import annotations
 
+import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
+from gdro_cli.data.times import add_time
 from gdro_cli.errors import StoreError
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.distributed import Engine
@@ -97,6 +99,7 @@ def score_missing(
     stopped = f"stopped while {label}; finished shards are kept in {table.path}: run the command again to go on"
 
     def score_shard(number: int) -> None:
+        began = time.perf_counter()
         images = store.images(number)
         scores = pool.score(
             [image.path for image in images],
@@ -113,6 +116,7 @@ def score_missing(
                 f" finished is kept in {table.path}: mend the cause and run the command again"
             )
         table.write_shard(number, rows)
+        add_time(table.path, number, time.perf_counter() - began, processes=engine.world)
         stop.check(stopped)
 
     with (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from gdro_cli.core.costs import Batch
@@ -22,24 +20,29 @@ def batch_of(table: ScoreTable, *, step: int) -> Batch | None:
     return None if sampling is None or scoring is None else Batch(step, sampling, scoring)
 
 
-def write_batches(folder: RunFolder, batches: Sequence[Batch | None]) -> None:
-    """Keep the times of all stores of a run; nothing where one is unknown."""
-    if None not in batches:
-        folder.write_json(_FILE, [asdict(batch) for batch in batches if batch is not None])
+def note_batch(folder: RunFolder, batch: Batch | None, *, step: int) -> None:
+    """Keep the times of the store that a run learns from after ``step`` steps, beside those of earlier steps."""
+    there = folder.read_json(_FILE) if (folder.path / _FILE).is_file() else []
+    known = None if batch is None else (batch.sampling, batch.scoring)
+    row = {"step": step, "sampling": known and known[0], "scoring": known and known[1]}
+    rows = [*(each for each in there if each["step"] < step), row]
+    if rows != there:
+        folder.write_json(_FILE, rows)
 
 
 def read_batches(folder: RunFolder) -> tuple[Batch, ...] | None:
-    """The times of the stores of a run; None where they are not known.
+    """The times of all stores of a run; None where one is not known.
 
     Raises:
         StoreError: the file is damaged.
     """
     if not (folder.path / _FILE).is_file():
         # a training that samples as it goes has its times in the steps' rows
-        online = any("seconds_sampling" in row for row in folder.metrics())
-        return () if online else None
+        return () if any("seconds_sampling" in row for row in folder.metrics()) else None
     rows: Any = folder.read_json(_FILE)
     try:
+        if any(row["sampling"] is None or row["scoring"] is None for row in rows):
+            return None
         return tuple(Batch(int(row["step"]), float(row["sampling"]), float(row["scoring"])) for row in rows)
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder.path / _FILE} is damaged: delete it, and times are left out") from error

@@ -16,12 +16,13 @@ from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.inputs import expected_inputs, run_inputs
-from gdro_cli.stages.offline import GroupSteps, check_shares, training_set
+from gdro_cli.stages.inputs import expected_inputs, make_inputs, run_inputs
+from gdro_cli.stages.offline import GroupSteps, check_shares
 from gdro_cli.stages.online import OnlineSteps
 from gdro_cli.stages.outcome import STOPPED, best_folder
+from gdro_cli.stages.refresh import RefreshedSteps
 from gdro_cli.stages.runs import find_run, learnt_from, open_run, run_path
-from gdro_cli.stages.trainer import Trainer, attach_adapter, has_ended, learning_rate, train_loop
+from gdro_cli.stages.trainer import StepSource, Trainer, attach_adapter, has_ended, learning_rate, train_loop
 from gdro_cli.stages.validate import Validation
 from gdro_cli.stages.workspace import open_engine, open_model
 
@@ -89,7 +90,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
             start = trainer.resume()
             with ExitStack() as stack:
                 left = not has_ended(folder, recipe, start)
-                pool = source.open(stack) if left and isinstance(source, OnlineSteps) else None
+                pool = source.open(stack, folder, trainer.ema) if left else None
                 watch = left and recipe.train.eval_every > 0
                 validation = Validation.open(recipe, model, engine, folder.path, stack, rewards=pool) if watch else None
                 train_loop(trainer, validation, reporter, stop)
@@ -103,7 +104,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
 
 def _open_source(
     recipe: Recipe, workspace: Path, model: FlowModel, engine: Engine, reporter: Reporter, stop: StopFlag
-) -> tuple[GroupSteps | OnlineSteps, dict[str, str]]:
+) -> tuple[StepSource, dict[str, str]]:
     """Where the gradients of the recipe's method come from, and the digests of what it learns from."""
     if recipe.online_method is not None:
         with engine.together():
@@ -111,5 +112,7 @@ def _open_source(
         return source, engine.from_main(lambda: expected_inputs(recipe, model))
     with engine.together():
         check_shares(recipe, engine.world)
-    dataset, inputs = training_set(recipe, workspace, model, engine, reporter, stop)
-    return GroupSteps(recipe, model, dataset, engine), inputs
+    store, table = make_inputs(recipe, workspace, model, engine, reporter, stop)
+    if recipe.train.rounds > 1:
+        return RefreshedSteps(recipe, model, table, engine, reporter), run_inputs(store, table)
+    return GroupSteps(recipe, model, table, engine), run_inputs(store, table)

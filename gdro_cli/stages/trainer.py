@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from gdro_cli.core.verdict import Verdict
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
 from gdro_cli.models.base import FlowModel
+from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.checkpoint import (
     flatten_optimizer,
     latest_checkpoint,
@@ -61,6 +62,18 @@ class StepSource(Protocol):
     def remedy(self) -> str:
         """What to do when the loss is no number any more."""
 
+    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> ScoringPool | None:
+        """Begin, or go on: everything that ends with ``stack`` is started.
+
+        Args:
+            stack: of the training.
+            folder: the run.
+            ema: the adapter's average.
+
+        Returns:
+            Processes that score, if the source has some, for others to use, too.
+        """
+
     def prepare(self, step: int, stop: StopFlag) -> bool:
         """Make what optimizer step ``step`` (from 0) needs; False if a stop was asked for before it was there."""
 
@@ -69,6 +82,9 @@ class StepSource(Protocol):
 
     def can_go_on_after(self, steps: int) -> bool:
         """Whether a run that stopped after so many steps goes on as if it had not."""
+
+    def needs_weights_of(self, steps: int) -> bool:
+        """Whether what comes after so many steps is made with the weights of that moment: a checkpoint keeps them."""
 
 
 def attach_adapter(recipe: Recipe, model: FlowModel) -> list[torch.nn.Parameter]:
@@ -245,7 +261,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             ended = point and validation is not None and trainer.validate(validation, reporter)
             stop.requested = engine.any(stop.requested)
             safe = source.can_go_on_after(step)
-            due = due or step % section.checkpoint_every == 0
+            due = due or step % section.checkpoint_every == 0 or source.needs_weights_of(step)
             if last or ended or (safe and (due or stop.requested)):
                 trainer.save()
                 due = False

@@ -16,7 +16,7 @@ from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.arms import Arm, arms, arms_table, times_table
 from gdro_cli.stages.charts import time_chart
 from gdro_cli.stages.matching import EvaluatedRun, Gain, match
-from gdro_cli.stages.storetimes import read_batches, write_batches
+from gdro_cli.stages.storetimes import note_batch, read_batches
 
 STORE = (Batch(0, 30.0, 10.0),)
 
@@ -101,10 +101,13 @@ def test_times_of_shards_are_those_of_the_last_try_and_shared_by_processes(tmp_p
 def test_a_run_keeps_the_times_of_its_stores(tmp_path: Path, open_folder: Callable[[], RunFolder]) -> None:
     folder = open_folder()
     assert read_batches(folder) is None
-    write_batches(folder, [None])
+    note_batch(folder, None, step=0)
     assert read_batches(folder) is None
-    write_batches(folder, STORE)
-    assert read_batches(folder) == STORE
+    note_batch(folder, STORE[0], step=0)
+    note_batch(folder, Batch(2, 3.0, 1.0), step=2)
+    assert read_batches(folder) == (*STORE, Batch(2, 3.0, 1.0))
+    note_batch(folder, Batch(2, 4.0, 1.0), step=2)  # made again
+    assert read_batches(folder) == (*STORE, Batch(2, 4.0, 1.0))
 
 
 def test_an_online_run_has_its_times_in_its_rows(open_folder: Callable[[], RunFolder]) -> None:
