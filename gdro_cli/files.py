@@ -129,6 +129,29 @@ def write_folder(path: Path, files: Mapping[str, bytes], *, last: str) -> None:
             raise
 
 
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside ``path`` for the block to fill; at its end it gets its name, on an error it goes.
+
+    ``path`` must be missing or empty. Raises ``StoreError`` when the disk refuses.
+    """
+    partial = partial_name(path)
+    with storage_errors(path):
+        try:
+            remove_tree(partial)
+            partial.mkdir(parents=True)
+            yield partial
+            for each in [*partial.rglob("*"), partial]:
+                (sync_folder if each.is_dir() else sync_file)(each)
+            if path.exists():
+                path.rmdir()
+            os.rename(partial, path)
+            sync_folder(path.parent)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
 def partial_name(path: Path) -> Path:
     """The temporary name, beside ``path``, under which this process writes it."""
     return path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")

@@ -17,6 +17,7 @@ from gdro_cli.cli.failures import exit_code_of
 from gdro_cli.cli.options import (
     DEFAULT_OUT,
     DEFAULT_RECIPE,
+    AdapterOption,
     AtRewardOption,
     CompareOption,
     DebugOption,
@@ -24,10 +25,14 @@ from gdro_cli.cli.options import (
     ExportOption,
     ImagesOption,
     JobsOption,
+    MergeOption,
     OutOption,
     ParamOption,
     ProcessesOption,
+    PublicOption,
+    PushOption,
     RecipeOption,
+    RunArgument,
     RunsArgument,
     SeedsOption,
     SetOption,
@@ -205,6 +210,27 @@ def ablate(
     tables.print_ablation(result)
     if result.found.failed:
         raise typer.Exit(StoreError.exit_code)
+
+
+@app.command(name="export")
+def export_run(
+    run: RunArgument,
+    adapter: AdapterOption = None,
+    merge: MergeOption = None,
+    push: PushOption = None,
+    public: PublicOption = False,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a folder of a finished run for others: its adapter, or the base model with it merged in; or push one."""
+    from gdro_cli.stages import export as stage
+
+    asked = stage.Export(run, adapter, merge, push, public)
+    if dry_run:
+        tables.print_plan("export", stage.describe(asked, out))
+        return
+    tables.print_result("Export", stage.run(asked, out, launch.plain_reporter()))
 
 
 app.add_typer(show.recipes, name="recipes")

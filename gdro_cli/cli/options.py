@@ -48,6 +48,19 @@ SeedsOption = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="T
 JobsOption = Annotated[
     int, typer.Option("--jobs", metavar="N", min=1, help="Trainings at a time, one per GPU (or sharing the CPU).")
 ]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A finished run: its folder, or its name.")]
+AdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", metavar="DIR", help="Write the adapter there, with model card and recipe.")
+]
+MergeOption = Annotated[
+    Path | None,
+    typer.Option("--merge", metavar="DIR", help="Write a complete pipeline there, with the adapter merged in."),
+]
+PushOption = Annotated[
+    str | None,
+    typer.Option("--push", metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub, with your own token."),
+]
+PublicOption = Annotated[bool, typer.Option("--public", help="Push to a repository that all may see.")]
 WorkerOption = Annotated[bool, typer.Option("--worker", hidden=True)]
 
 DEFAULT_RECIPE = "ocr"

@@ -101,14 +101,14 @@ def write_image_folder(folder: Path, entries: Iterable[PromptPictures]) -> int:
     return count
 
 
-def refuse_used(folder: Path) -> None:
-    """Raises UserError when pictures would be mixed with what is in the folder."""
+def refuse_used(folder: Path, *, what: str = "pictures") -> None:
+    """Raises UserError when pictures (or what else is written) would be mixed with what is in the folder."""
     try:
         used = folder.exists() and any(folder.iterdir())
     except OSError as error:
-        raise UserError(f"{folder} is no folder that pictures can be written to: {error.strerror or error}") from error
+        raise UserError(f"{folder} is no folder that {what} can be written to: {error.strerror or error}") from error
     if used:
-        raise UserError(f"{folder} is not empty: name a new folder for the pictures")
+        raise UserError(f"{folder} is not empty: name a new folder for the {what}")
 
 
 def metadata_line(prompt: PromptRecord) -> str:

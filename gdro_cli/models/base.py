@@ -8,7 +8,7 @@ nothing outside them minds), L text tokens, D text width. ``sigma`` is in
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -94,6 +94,9 @@ class FlowModel(Protocol):
 
     def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:
         """Return the shape of one image's latents as the transformer takes them, e.g. (S, C)."""
+
+    def pipeline_call(self, *, steps: int, guidance: float, height: int, width: int) -> dict[str, Any]:
+        """Return the arguments with which the pipeline of diffusers draws what is sampled here, beside the prompt."""
 
     def noise(self, seeds: Sequence[int], *, height: int, width: int) -> Tensor:
         """Return starting noise [N, S, C], float32: image i depends on ``seeds[i]`` only."""

@@ -206,6 +206,15 @@ class DiffusersFlow(abc.ABC):
         start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         return float(start + (end - start) * (tokens - low) / (high - low))
 
+    def pipeline_call(self, *, steps: int, guidance: float, height: int, width: int) -> dict[str, Any]:
+        """Arguments of the pipeline beside the prompt; plain values."""
+        about = {"height": height, "width": width, "num_inference_steps": steps}
+        return {**about, "max_sequence_length": self.max_sequence_length, **self._pipeline_guidance(guidance)}
+
+    def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
+        """The scale as the pipeline takes it."""
+        return {} if self.guidance_kind == "none" else {"guidance_scale": guidance}
+
     def grid(self, *, height: int, width: int) -> tuple[int, int]:
         """Return the token grid (rows, columns) of a picture.
 

@@ -30,6 +30,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
 """Repositories whose files the Hub gives out after their licence has been accepted; the beginnings of their ids."""
 _HASH_THREADS = 4
+_LICENCES = ("licen", "notice", "use_policy")
 
 
 class PipelineFolder:
@@ -110,6 +111,32 @@ class PipelineFolder:
                 f"component {name} of model {self.path} cannot be loaded ({reason}): fetch the folder again"
             ) from error
 
+    def files(self) -> dict[str, Path]:
+        """The index and every file of every component, fetched where needed: relative name -> file.
+
+        Raises:
+            PrerequisiteError: files of a Hub repository cannot be fetched.
+        """
+        if self._repo is not None:
+            self._fetch([f"{name}/*" for name, _ in self._entries()])
+        found = {_INDEX: self._root / _INDEX}
+        for name, _ in self._entries():
+            there = (f for f in (self._root / name).rglob("*") if f.is_file() and not f.name.startswith("."))
+            found |= {f.relative_to(self._root).as_posix(): f for f in there}
+        return found
+
+    def licence_files(self) -> dict[str, Path]:
+        """Licences and notices that lie beside the index, fetched where needed: name -> file."""
+        if self._repo is not None:
+            self._fetch(["LICENSE*", "NOTICE*"])
+        beside = (f for f in self._root.iterdir() if f.is_file())
+        return {f.name: f for f in beside if f.name.lower().startswith(_LICENCES)}
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the files come from the Hub and not from a folder of the user's."""
+        return self._repo is not None
+
     def component_class(self, name: str) -> Any:
         """Find the class of a component.
 
@@ -148,14 +175,10 @@ class PipelineFolder:
 
     def _digest(self) -> str:
         """SHA-256 over (relative name, SHA-256 of the bytes) of the index and of every component's files."""
-        files = [self._root / _INDEX]
-        for name, _ in self._entries():
-            found = (self._root / name).rglob("*")
-            files += [f for f in found if f.is_file() and not f.name.startswith(".")]
-        names = [f.relative_to(self._root).as_posix() for f in files]
+        files = self.files()
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            sums = list(pool.map(sha256_file, files))
-        lines = sorted(f"{name} {digest}\n" for name, digest in zip(names, sums, strict=True))
+            sums = list(pool.map(sha256_file, files.values()))
+        lines = sorted(f"{name} {digest}\n" for name, digest in zip(files, sums, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _entries(self) -> Iterator[tuple[str, tuple[str, str]]]:

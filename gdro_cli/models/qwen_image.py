@@ -60,6 +60,9 @@ class QwenImageFlow(PackedFlow):
         length: Tensor = torch.linalg.vector_norm(joined, dim=-1, keepdim=True)
         return joined * (wanted / length.clamp_min(torch.finfo(length.dtype).tiny))
 
+    def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
+        return {"true_cfg_scale": guidance, "negative_prompt": self.negative_prompt}
+
     def velocity(
         self,
         latents: Tensor,

@@ -10,7 +10,7 @@ from the empty prompt; the scale is the one of ``base.GuidanceKind``, which is `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class ZImageFlow(DiffusersFlow):
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
         )
         return [{"prompt_embeds": one} for one in seen(states.hidden_states[-2], tokens.attention_mask)]
+
+    def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
+        return {"guidance_scale": max(0.0, guidance - 1.0)}
 
     def velocity(
         self,

@@ -28,6 +28,8 @@ from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.card import write_card
+from gdro_cli.stages.finished import ADAPTER_NOTE
 from gdro_cli.stages.grid import draw_grid
 from gdro_cli.stages.imagefolder import write_pictures
 from gdro_cli.stages.inputs import expected_inputs, run_inputs
@@ -320,6 +322,8 @@ def report(
         recipe=recipe.resolved(),
         environment=environment(),
     )
+    if (folder.path / ADAPTER_NOTE).is_file():  # an earlier version's run has none before its next `gdro train`
+        write_card(folder.path)
     failed, unjudged = before.failed + after.failed, before.unjudged + after.unjudged
     return EvalResult(comparisons, signals, found, name, failed, unjudged, seen, weights.step, path, page, grid)
 

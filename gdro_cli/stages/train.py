@@ -16,6 +16,7 @@ from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.card import write_card
 from gdro_cli.stages.inputs import expected_inputs, make_inputs, run_inputs
 from gdro_cli.stages.offline import GroupSteps, check_shares
 from gdro_cli.stages.online import OnlineSteps
@@ -98,6 +99,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
                 if engine.is_main:
                     folder.write_json("resolved.json", recipe.resolved())
                     trainer.export()
+                    write_card(folder.path)
         engine.end()
     return TrainResult(folder, recipe.train.steps, start)
 

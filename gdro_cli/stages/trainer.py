@@ -34,6 +34,7 @@ from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.finished import note_adapter
 from gdro_cli.stages.outcome import STOPPED, evaluated_weights, keep_if_best
 from gdro_cli.stages.rewards import measures
 from gdro_cli.stages.validate import Validation
@@ -204,7 +205,7 @@ class Trainer:
         return self.step
 
     def export(self) -> None:
-        """Put the adapter that is evaluated where ``pipe.load_lora_weights(run)`` finds it."""
+        """Put the adapter that is evaluated where ``pipe.load_lora_weights(run)`` finds it, and say what it is."""
         weights = evaluated_weights(self.folder, self.recipe)
         if weights is None:
             return
@@ -212,6 +213,7 @@ class Trainer:
         self.ema.load(weights.ema)
         with self.ema.applied() if self.recipe.eval.weights == "ema" else nullcontext():
             save_lora(self.model, self.folder.path)
+        note_adapter(self.folder, self.recipe, self.model, weights)
 
 
 def learning_rate(section: TrainSection, step: int) -> float:

@@ -1,0 +1,170 @@
+"""``gdro export``: what a run trained, as a folder that others can load, and on the Hub where that is asked for.
+
+An adapter folder is the run's adapter with its card and recipe. A merged folder is the base pipeline with the adapter
+in its transformer. Both appear whole or not at all.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gdro_cli.data.imagefolder import refuse_used
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.files import new_folder, storage_errors
+from gdro_cli.models.adapters import LORA_FILE
+from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.merge import Merged, merge_into, read_adapter
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages import hub
+from gdro_cli.stages.card import CARD, EXPORTED_GRID, EXPORTED_RECIPE, Place, card
+from gdro_cli.stages.compare import find_run_folder
+from gdro_cli.stages.finished import FinishedRun, open_finished
+from gdro_cli.stages.public import recipe_yaml
+from gdro_cli.stages.report import weights_text
+from gdro_cli.stages.workspace import EMBEDDED
+from gdro_cli.tiny.assets import tiny_model_path
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was asked for."""
+
+    run: str
+    """A run's folder, or its name in the workspace."""
+    adapter: Path | None = None
+    merge: Path | None = None
+    push: str | None = None
+    """Repository of the Hub."""
+    public: bool = False
+
+    def check(self) -> None:
+        """Raise UserError for what makes no sense, before any work."""
+        if self.adapter is None and self.merge is None and self.push is None:
+            raise UserError("say what to export: --adapter DIR, --merge DIR or --push OWNER/NAME")
+        if self.adapter is not None and self.merge is not None:
+            if self.push is not None:
+                raise UserError("--push uploads one folder: give --adapter or --merge with it, not both")
+            if self.adapter.resolve() == self.merge.resolve():
+                raise UserError("--adapter and --merge name the same folder: name two")
+        if self.public and self.push is None:
+            raise UserError("--public says who may see what is pushed: it goes with --push OWNER/NAME")
+        for folder in (self.adapter, self.merge):
+            if folder is not None:
+                refuse_used(folder, what="export")
+        if self.push is not None:
+            hub.check_name(self.push)
+
+
+def describe(asked: Export, workspace: Path) -> list[tuple[str, str]]:
+    """What would be written and uploaded, as (what, how much). Makes, fetches and sends nothing.
+
+    Raises:
+        UserError, PrerequisiteError, StoreError: as ``run``, except for what only the upload finds.
+    """
+    asked.check()
+    run = open_finished(find_run_folder(asked.run, workspace))
+    rows = [("run", run.name), ("adapter", weights_text(run.weights)), ("base model", str(run.model["path"]))]
+    beside = [CARD, EXPORTED_RECIPE, *([EXPORTED_GRID] if _grid(run) else [])]
+    if asked.merge is not None:
+        base = _base(run)
+        what = "all files of the base model, its transformer changed" if base.on_hub else _told(base.files())
+        rows.append((f"into {asked.merge}", f"{what}; {', '.join(beside)}"))
+    if asked.adapter is not None:
+        rows.append((f"into {asked.adapter}", f"{_told({LORA_FILE: run.adapter_file})}; {', '.join(beside)}"))
+    if asked.push is not None:
+        what = "the merged model" if asked.merge is not None else f"{LORA_FILE}, {', '.join(beside)}"
+        rows.append((f"to {asked.push}", f"{what}; {'public' if asked.public else 'private'}"))
+        rows.append(("token", "found" if hub.get_token() else "none: `hf auth login`, or HF_TOKEN"))
+    return rows
+
+
+def _told(files: dict[str, Path]) -> str:
+    size = sum(path.stat().st_size for path in files.values())
+    return f"{len(files)} file{'s' if len(files) > 1 else ''}, {size / 1e6:.1f} MB"
+
+
+def run(asked: Export, workspace: Path, reporter: Reporter) -> dict[str, str]:
+    """Export a finished run; returns what the command line shows.
+
+    Raises:
+        UserError: the request makes no sense, or a folder is not empty.
+        PrerequisiteError: the run is not finished, the base model is missing or another, or the Hub cannot be used.
+        StoreError: a file is damaged, or the disk refuses.
+    """
+    asked.check()
+    found = open_finished(find_run_folder(asked.run, workspace))
+    if asked.push is not None:
+        hub.check_login()
+        is_public = hub.make_repository(asked.push, public=asked.public)
+    rows = {"run": found.name, "adapter": weights_text(found.weights)}
+    with _folder_to_push(asked) as pushed:
+        if asked.adapter is not None or asked.merge is None:
+            _write_adapter(found, asked.adapter or pushed, name=asked.push)
+        if asked.merge is not None:
+            reporter.say("merging the adapter into a copy of the base model")
+            merged = _write_merged(found, asked.merge, name=asked.push)
+            rows["merged"] = f"{merged.layers} layers; {100 * merged.rounding:.2g} % of the update is rounded away"
+        written = [str(folder) for folder in (asked.adapter, asked.merge) if folder is not None]
+        rows |= {"folder": ", ".join(written)} if written else {}
+        if asked.push is not None:
+            reporter.say(f"uploading to {asked.push}")
+            rows["repository"] = hub.upload(pushed, asked.push, message=f"{found.name}, by gdro_cli")
+            rows["visible to"] = "all" if is_public else "you (private)"
+    return rows
+
+
+@contextmanager
+def _folder_to_push(asked: Export) -> Iterator[Path]:
+    """The exported folder that is uploaded; a temporary one where none was asked for."""
+    kept = asked.merge or asked.adapter
+    if kept is not None:
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="gdro-") as folder:
+        yield Path(folder) / "adapter"
+
+
+def _write_adapter(found: FinishedRun, folder: Path, *, name: str | None) -> None:
+    with new_folder(folder) as unfinished:
+        shutil.copyfile(found.adapter_file, unfinished / LORA_FILE)
+        _write_papers(found, unfinished, Place("adapter", name))
+
+
+def _write_merged(found: FinishedRun, folder: Path, *, name: str | None) -> Merged:
+    base = _base(found)
+    told = {key: found.model.get(key) for key in base.identity if key != "path"}
+    if told != {key: value for key, value in base.identity.items() if key != "path"}:
+        raise PrerequisiteError(
+            f"the model {base.path} is not the one that the run {found.name} was trained on: its files have changed;"
+            " put the old ones back, or export with --adapter"
+        )
+    with new_folder(folder) as unfinished:
+        merged = merge_into(base, read_adapter(found.adapter_file), unfinished)
+        _write_papers(found, unfinished, Place("merged", name, merged.rounding))
+    return merged
+
+
+def _base(found: FinishedRun) -> PipelineFolder:
+    path = found.recipe.model.path
+    return PipelineFolder(tiny_model_path() if path == EMBEDDED else path)
+
+
+def _grid(found: FinishedRun) -> Path | None:
+    """The evaluation's picture grid, if it is there."""
+    name = None if found.results is None else found.results["grid"]
+    return None if name is None or not (found.folder.path / name).is_file() else found.folder.path / name
+
+
+def _write_papers(found: FinishedRun, folder: Path, place: Place) -> None:
+    """The card, the recipe and the picture grid."""
+    grid = _grid(found)
+    with storage_errors(folder):
+        (folder / CARD).write_bytes(card(found, place))
+        (folder / EXPORTED_RECIPE).write_text(recipe_yaml(found.recipe), encoding="utf-8")
+        if grid is not None:
+            shutil.copyfile(grid, folder / EXPORTED_GRID)

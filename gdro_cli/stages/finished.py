@@ -1,0 +1,108 @@
+"""A finished run, opened for those who want to use or pass on what it trained.
+
+``adapter.json`` in a run says what ``pytorch_lora_weights.safetensors`` beside it is: of which step and kind, by which
+model, with which digest, and how the pipeline is called. It is written last, so a run that has it is finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.config.recipe import Recipe, build_recipe
+from gdro_cli.errors import PrerequisiteError, StoreError
+from gdro_cli.files import sha256_file
+from gdro_cli.models.adapters import LORA_FILE
+from gdro_cli.models.base import FlowModel
+from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.outcome import RunWeights
+from gdro_cli.stages.workspace import evaluation_plan
+
+ADAPTER_NOTE = "adapter.json"
+_SCHEMA = 1
+_AGAIN = "run `gdro train` with its recipe, --set and --out (a finished run is not trained again)"
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRun:
+    """A run whose training has ended, and what is known of it."""
+
+    folder: RunFolder
+    recipe: Recipe
+    """The recipe that the adapter in the folder was written by."""
+    model: Mapping[str, Any]
+    """Identity, family and dtype of the base model."""
+    weights: Mapping[str, Any]
+    """Kind, checkpoint and step of the adapter, by what it was chosen, and the SHA-256 of its file."""
+    call: Mapping[str, Any]
+    """Arguments of the pipeline beside the prompt, as in the evaluation."""
+    manifest: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    results: Mapping[str, Any] | None
+    """What the latest ``gdro eval`` found."""
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.folder.path.resolve().name
+
+    @property
+    def adapter_file(self) -> Path:
+        """The adapter, in diffusers' format."""
+        return self.folder.path / LORA_FILE
+
+
+def note_adapter(folder: RunFolder, recipe: Recipe, model: FlowModel, weights: RunWeights) -> Path:
+    """Write down what the adapter that now lies in the run is; returns the file."""
+    plan = evaluation_plan(recipe, model, images_per_prompt=1)
+    note = {
+        "schema": _SCHEMA,
+        "model": {**model.identity, "family": model.family, "dtype": str(model.dtype).removeprefix("torch.")},
+        "weights": {
+            "kind": recipe.eval.weights,
+            "checkpoint": weights.checkpoint,
+            "step": weights.step,
+            "chosen_by": weights.chosen_by,
+            "sha256": sha256_file(folder.path / LORA_FILE),
+        },
+        "call": model.pipeline_call(steps=plan.steps, guidance=plan.guidance, height=plan.height, width=plan.width),
+    }
+    return folder.write_json(ADAPTER_NOTE, note)
+
+
+def open_finished(path: Path) -> FinishedRun:
+    """Open a finished run.
+
+    Raises:
+        PrerequisiteError: there is no run, it is not finished, or an earlier version finished it.
+        StoreError: a file is damaged.
+        UserError: this version does not know its recipe.
+    """
+    folder = RunFolder(path)
+    if not (path / "manifest.json").is_file():
+        raise PrerequisiteError(f"{path} is no run: name a folder that `gdro train` made (gdro runs lists them)")
+    if not (path / ADAPTER_NOTE).is_file() or not (path / LORA_FILE).is_file():
+        raise PrerequisiteError(f"the run {path} is not finished, or was finished by an earlier version: {_AGAIN}")
+    note, manifest = folder.read_json(ADAPTER_NOTE), folder.read_json("manifest.json")
+    try:
+        weights, model, call = dict(note["weights"]), dict(note["model"]), dict(note["call"])
+        known = note["schema"] == _SCHEMA and manifest["inputs"] is not None
+        asked = weights["sha256"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path / ADAPTER_NOTE} is damaged: {_AGAIN}") from error
+    if not known:
+        raise StoreError(f"{path / ADAPTER_NOTE} was written by another version: {_AGAIN}")
+    if sha256_file(path / LORA_FILE) != asked:
+        raise StoreError(f"{path / LORA_FILE} is not the file that {ADAPTER_NOTE} describes: {_AGAIN}")
+    return FinishedRun(
+        folder=folder,
+        recipe=build_recipe(folder.read_json("resolved.json"), source=str(path / "resolved.json")),
+        model=model,
+        weights=weights,
+        call=call,
+        manifest=manifest,
+        environment=folder.read_json("environment.json"),
+        results=folder.read_json("results.json") if (path / "results.json").is_file() else None,
+    )
