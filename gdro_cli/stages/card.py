@@ -128,6 +128,8 @@ def _on_hub(run: FinishedRun) -> bool:
 
 
 def _base_name(run: FinishedRun) -> str:
+    if run.recipe.model.path == EMBEDDED:
+        return EMBEDDED
     return str(run.model["path"]) if _on_hub(run) else last_part(str(run.model["path"]))
 
 

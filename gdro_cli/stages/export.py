@@ -79,7 +79,7 @@ def describe(asked: Export, workspace: Path) -> list[tuple[str, str]]:
     if asked.push is not None:
         what = "the merged model" if asked.merge is not None else f"{LORA_FILE}, {', '.join(beside)}"
         rows.append((f"to {asked.push}", f"{what}; {'public' if asked.public else 'private'}"))
-        rows.append(("token", "found" if hub.get_token() else "none: `hf auth login`, or HF_TOKEN"))
+        rows.append(("token", "found" if hub.has_token() else "none: `hf auth login`, or HF_TOKEN"))
     return rows
 
 

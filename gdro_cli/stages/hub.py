@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import httpx2
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from gdro_cli.errors import PrerequisiteError, UserError
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def check_name(repo: str) -> None:
     """Raise UserError if no repository can be called that."""
-    try:
-        validate_repo_id(repo)
-    except HFValidationError as error:
-        raise UserError(f"--push {repo}: {error}") from error
-    if "/" not in repo:
-        raise UserError(f"--push {repo}: name the owner, too, as in OWNER/{repo}")
+    if not _NAME.fullmatch(repo) or "--" in repo or ".." in repo:
+        raise UserError(
+            f"--push {repo} is no repository of the Hub: write OWNER/NAME, in letters, digits, `-`, `_`, `.`"
+        )
+
+
+def has_token() -> bool:
+    """Whether the user has logged in or set HF_TOKEN."""
+    return get_token() is not None
 
 
 def check_login() -> None:
     """Raise PrerequisiteError where there is no token."""
-    if get_token() is None:
+    if not has_token():
         raise PrerequisiteError(
             "there is no Hugging Face token: log in with `hf auth login` or set HF_TOKEN, with a token that may write,"
             " and run the command again"
@@ -46,7 +51,7 @@ def make_repository(repo: str, *, public: bool) -> bool:
         except RepositoryNotFoundError:
             api.create_repo(repo, private=not public, repo_type="model")
             is_public = public
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, ValueError) as error:
         raise _refused(repo, error) from error
     if is_public and not public:
         raise UserError(f"the repository {repo} is public: push to another, or add --public if all may see the model")
@@ -71,6 +76,6 @@ def _refused(repo: str, error: Exception) -> PrerequisiteError:
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
     return PrerequisiteError(
-        f"nothing could be pushed to {repo} ({reason}): check the connection and that the token may write there"
+        f"the push to {repo} failed ({reason}): check the connection and that the token may write there"
         " (`hf auth whoami`), and run the command again"
     )

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 
-COMMANDS = ("sample", "score", "train", "eval", "ablate", "recipes", "recipes show", "prompts", "runs", "env")
+COMMANDS = ("sample", "score", "train", "eval", "ablate", "export", "recipes", "recipes show", "prompts", "runs", "env")
 #: Seconds of processor time; about 0.2 on a desktop computer. Loading torch alone takes more than this.
 LIMIT = 0.8
 

@@ -18,7 +18,7 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.models.adapters import load_lora_state
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages import evaluate, plan, sample, score, train
+from gdro_cli.stages import evaluate, export, plan, sample, score, train
 from gdro_cli.stages.evaluate import applied, trained_run
 from gdro_cli.stages.rewards import open_table
 from gdro_cli.stages.rollout import Drawn, Policy, policy_guidance, roll_out
@@ -120,6 +120,14 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     )
     assert np.abs(adapted - np.asarray(group.images[0])).max() <= 1
     assert np.abs(adapted - base).max() > 1
+
+    called = {"num_inference_steps": STEPS, "max_sequence_length": TEXT, "height": 32, "width": 48}
+    call = model.pipeline_call(steps=STEPS, guidance=GUIDANCE, height=32, width=48)
+    assert call == {**called, **PIPELINE_OPTIONS[name]}
+    assert f"LoRA adapter for the model {folder.name}" in (trained.run.path / "README.md").read_text()
+    export.run(export.Export(trained.run.path.name, merge=tmp_path / "merged"), tmp_path, quiet)
+    merged = pipeline_picture(tmp_path / "merged", name, None, prompt.prompt, group.seeds[0])
+    assert np.abs(merged - adapted).max() <= 1
 
 
 @pytest.mark.parametrize("name", list(PIPELINE_OPTIONS))

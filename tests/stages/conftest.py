@@ -7,10 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gdro_cli.config.recipe import Recipe, build_recipe
+from gdro_cli.models.adapters import save_lora
 from gdro_cli.runtime.progress import Reporter
+from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages import evaluate, train
+from gdro_cli.stages.finished import note_adapter
+from gdro_cli.stages.outcome import RunWeights
+from gdro_cli.stages.trainer import attach_adapter
+from gdro_cli.stages.workspace import open_model
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -79,6 +86,30 @@ def make_online() -> Callable[..., Recipe]:
 def quiet() -> Reporter:
     """Says nothing."""
     return Reporter(quiet=True)
+
+
+@pytest.fixture(scope="session")
+def make_run(make_recipe: Callable[..., Recipe]) -> Callable[..., Path]:
+    """A finished run made by hand, with a real adapter of random weights: ``make_run(folder, recipe)``."""
+
+    def make(path: Path, recipe: Recipe | None = None, results: dict[str, Any] | None = None) -> Path:
+        recipe = make_recipe() if recipe is None else recipe
+        about = {"python": "3.11", "platform": "Linux", "devices": ["cpu"], "packages": {"torch": "2.9"}}
+        inputs = {"store": "aaaa11112222", "scores": "bbbb33334444"}
+        run = RunFolder.create_or_open(path, recipe={"name": recipe.name}, inputs=inputs, environment=about)
+        model = open_model(recipe)
+        generator = torch.Generator().manual_seed(3)
+        for parameter in attach_adapter(recipe, model):
+            parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
+        save_lora(model, path)
+        run.write_json("resolved.json", recipe.resolved())
+        weights = RunWeights(4, "best", {}, {}, {"measure": "corrected", "score": 0.5}, "ema 0")
+        note_adapter(run, recipe, model, weights)
+        if results is not None:
+            run.write_json("results.json", results)
+        return path
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -43,6 +43,8 @@ def test_the_job_leaves_what_it_promises(finished: Finished) -> None:
     kinds = [(row["kind"], row["step"]) for row in trained.run.metrics()]
     assert kinds == [("validation", 0), *(("train", step) for step in (1, 2, 3, 4)), ("validation", 4)]
     assert evaluated.grid is not None
+    card = (run / "README.md").read_text()
+    assert f"({evaluated.grid.relative_to(run)})" in card and f"# {run.name}" in card  # written again by the evaluation
     with Image.open(evaluated.grid) as grid:
         assert grid.width > 2 * 160
 
