@@ -39,6 +39,7 @@ class Problem:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every broken rule of a recipe whose single fields are all valid."""
+    yield from _model(recipe)
     yield from _method(recipe)
     yield from _prompts(recipe)
     yield from _sizes(recipe)
@@ -46,6 +47,16 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     yield from _geneval(recipe)
     yield from _judge(recipe)
     yield from _ablation(recipe)
+
+
+def _model(recipe: Recipe) -> Iterator[Problem]:
+    model = recipe.model
+    if model.sharding == "fsdp":
+        for key, off in (("quantization", "none"), ("offload", False)):
+            if getattr(model, key) != off:
+                yield Problem(
+                    f"model.{key}", "does not go with model.sharding 'fsdp': choose one of them", ("model.sharding",)
+                )
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:

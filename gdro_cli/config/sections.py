@@ -42,6 +42,18 @@ class ModelSection(StrictModel):
     sharding: Literal["none", "fsdp"] = "none"
     """How several processes hold the frozen transformer: `none`, each has all of it; `fsdp`, each has a part of every
     layer, for models that do not fit one GPU. Changes memory and speed, not what is learnt."""
+    quantization: Literal["none", "int8", "fp8", "nf4"] = "none"
+    """How the linear layers of the frozen transformer are stored: `none` (in `dtype`), `int8` or `fp8` (half of
+    bfloat16; package torchao), `nf4` (under a third; package bitsandbytes, CUDA only). The adapter stays float32. It
+    changes the pictures a little, so a store belongs to one setting."""
+    offload: bool = False
+    """Keep text encoders, transformer and autoencoder in the CPU's memory, each on the GPU only while it is at work.
+    Changes speed, not the pictures."""
+    vae_slicing: bool = False
+    """Decode one picture at a time. Changes memory and speed, not the pictures."""
+    vae_tiling: bool = False
+    """Decode pictures larger than the autoencoder's own size in overlapping tiles, which changes them slightly, so a
+    store belongs to one setting."""
 
 
 class PromptSource(StrictModel):
@@ -233,6 +245,9 @@ class TrainSection(StrictModel):
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)
     ] = (0.9, 0.999)
     """Decay of AdamW's first and second moment. Each in [0, 1)."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """`adamw`, or `adamw8bit`: the same with both moments in 8 bits, a quarter of their memory (package
+    bitsandbytes)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's norm is clipped to this. Above 0."""
     micro_batch: int | None = Field(None, ge=1)

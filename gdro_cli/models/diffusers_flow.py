@@ -13,6 +13,7 @@ from gdro_cli.models.family import DiffusersFlow
 from gdro_cli.models.flux import FluxFlow
 from gdro_cli.models.flux2_klein import Flux2KleinFlow
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.models.qwen_image import QwenImageFlow
 from gdro_cli.models.sd3 import StableDiffusion3Flow
 from gdro_cli.models.z_image import ZImageFlow
@@ -37,6 +38,7 @@ def load_flow_model(
     dtype: DtypeName = "auto",
     device: torch.device | str = "cpu",
     max_sequence_length: int | None = None,
+    memory: MemoryOptions | None = None,
 ) -> FlowModel:
     """Open a pipeline folder; nothing heavy is loaded before it is used.
 
@@ -45,6 +47,7 @@ def load_flow_model(
         dtype: of the weights; auto = bfloat16 on CUDA, float32 elsewhere.
         device: where the model runs.
         max_sequence_length: text tokens per prompt; None takes the model's own.
+        memory: what is given up for less memory; None gives up nothing.
 
     Raises:
         PrerequisiteError: the model is not there; the message says what to fetch.
@@ -64,4 +67,4 @@ def load_flow_model(
             f"model {folder.path} is a {folder.pipeline or 'folder without a pipeline class'}, which is not supported: "
             f"choose one of {', '.join(FAMILIES)}"
         )
-    return family(folder, device=target, dtype=weights, max_sequence_length=max_sequence_length)
+    return family(folder, device=target, dtype=weights, max_sequence_length=max_sequence_length, memory=memory)

@@ -20,6 +20,7 @@ from gdro_cli.errors import UserError
 from gdro_cli.models.base import Conditioning, GuidanceKind, stack_conditioning
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import pictures, seeded_noise
+from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_vae, quantization_config
 
 _ENCODE_BATCH = 8
 """Prompts per pass through the text encoders; they are cheap beside the transformer."""
@@ -35,6 +36,7 @@ class DiffusersFlow(abc.ABC):
         device: where the components run.
         dtype: of the components' weights.
         max_sequence_length: text tokens per prompt; None takes the model's own.
+        memory: what is given up for less memory.
     """
 
     family: ClassVar[str]
@@ -55,12 +57,16 @@ class DiffusersFlow(abc.ABC):
         device: torch.device,
         dtype: torch.dtype,
         max_sequence_length: int | None,
+        memory: MemoryOptions | None = None,
     ) -> None:
         self.folder = folder
         self.device = device
         self.dtype = dtype
         self.place_transformer: Callable[[nn.Module], nn.Module] = lambda module: module.to(device)
+        self.memory = memory or MemoryOptions()
         self._max_sequence_length = max_sequence_length
+        self._places = OneAtATime(device) if self.memory.offload else None
+        self._movable = True
         self._transformer: nn.Module | None = None
         self._loaded: dict[str, Any] = {}
         self._unconditional: Conditioning | None = None
@@ -80,11 +86,15 @@ class DiffusersFlow(abc.ABC):
         """The network that is trained, frozen as loaded; assign a wrapped module to use it instead."""
         if self._transformer is None:
             self._transformer = self._load_module("transformer")
+        if self._places is not None and self._movable:
+            self._places.use("transformer", "transformer", self._transformer)
         return self._transformer
 
     @transformer.setter
     def transformer(self, module: nn.Module) -> None:
-        self._transformer = module
+        if self._places is not None:
+            self._places.forget("transformer")  # what was assigned is where its maker wants it
+        self._transformer, self._movable = module, False
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
@@ -109,6 +119,8 @@ class DiffusersFlow(abc.ABC):
     def _release(self, names: Sequence[str]) -> None:
         for name in names:
             self._loaded.pop(name, None)
+            if self._places is not None:
+                self._places.forget(name)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -122,12 +134,22 @@ class DiffusersFlow(abc.ABC):
         """A component with weights other than the transformer, loaded once."""
         if name not in self._loaded:
             self._loaded[name] = self._load_module(name)
+        if self._places is not None:
+            self._places.use("vae" if name == "vae" else "text", name, self._loaded[name])
         return self._loaded[name]
 
     def _load_module(self, name: str) -> nn.Module:
+        quantized = None
+        if name == "transformer":
+            quantized = quantization_config(self.memory.quantization, dtype=self.dtype, device=self.device)
         # A first use inside inference mode must not leave inference tensors behind: they could never be trained on.
         with torch.inference_mode(False):
-            module: nn.Module = self.folder.load(name, dtype=self.dtype).eval().requires_grad_(False)
+            module: nn.Module = self.folder.load(name, dtype=self.dtype, quantization=quantized)
+            module.eval().requires_grad_(False)
+            if name == "vae":
+                prepare_vae(module, self.memory)
+            if self._places is not None:
+                return module
             return self.place_transformer(module) if name == "transformer" else module.to(self.device)
 
     # -- text ---------------------------------------------------------------------------------------------------

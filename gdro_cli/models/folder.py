@@ -85,12 +85,13 @@ class PipelineFolder:
             self._fetch([f"{name}/{file}"])
         return _read_json(self._root / name / file, what=f"component {name} of model {self.path}")
 
-    def load(self, name: str, *, dtype: torch.dtype | None = None) -> Any:
+    def load(self, name: str, *, dtype: torch.dtype | None = None, quantization: Any = None) -> Any:
         """Load a component by the class that ``model_index.json`` names.
 
         Args:
             name: component name, e.g. ``"transformer"``.
             dtype: of the weights; None for components without weights (tokenizers, schedulers).
+            quantization: a quantization config of diffusers, where the weights are to be stored in fewer bits.
 
         Raises:
             PrerequisiteError: the component is absent, incomplete or broken.
@@ -101,7 +102,9 @@ class PipelineFolder:
         cls = self.component_class(name)
         if self._repo is not None:
             self._fetch([f"{name}/*"])
-        options = {} if dtype is None else {"dtype": dtype}
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        if quantization is not None:
+            options["quantization_config"] = quantization
         try:
             with _no_bars():
                 return cls.from_pretrained(str(self._root / name), local_files_only=True, **options)

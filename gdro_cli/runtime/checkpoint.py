@@ -34,6 +34,8 @@ SCHEMA = 1
 _NAME = re.compile(r"step-(\d{6,})")
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+_SCALES = ("absmax", "qmap")
+"""Beginnings of the names of what an 8-bit optimizer keeps per block of a parameter, in a shape of its own."""
 
 
 class Checkpoint(NamedTuple):
@@ -169,8 +171,8 @@ def restore_optimizer(
     fits = [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups] and all(
         index < len(parameters) and (value.ndim == 0 or value.shape == parameters[index].shape)
         for index, entries in state.items()
-        for value in entries.values()
-        if isinstance(value, Tensor)
+        for name, value in entries.items()
+        if isinstance(value, Tensor) and not name.startswith(_SCALES)
     )
     if not fits:
         raise StoreError("the stored optimizer state belongs to other parameters: resume with the same train.lora")

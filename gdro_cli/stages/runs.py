@@ -15,13 +15,18 @@ from gdro_cli.stages.workspace import runs_folder
 _NOT_LEARNT_FROM: dict[str, Any] = {
     "description": True,
     "ablation": True,
+    "model": {"offload", "vae_slicing", "sharding"},
     "judge": True,
     "eval": True,
-    "model": {"sharding"},
     "prompts": {"eval", "validation"},
     "sample": {"batch_size", "prompts_per_shard", "image_format"},
     "reward": {"workers", "max_failed_share"},
     "train": {"checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "trackers"},
+}
+# Keys that came later and count only where they are not at their defaults, so that runs made before keep their names.
+_LATER: dict[str, dict[str, Any]] = {
+    "model": {"quantization": "none", "vae_tiling": False},
+    "train": {"optimizer": "adamw", "rounds": 1},
 }
 # Keys that online methods do not learn from: they keep no store, and sample in their own number of steps.
 _STORED_ONLY = {"sample": {"images_per_prompt", "steps"}, "train": {"groups_per_step", "group_gradient", "rounds"}}
@@ -34,11 +39,11 @@ def learnt_from(recipe: Recipe) -> dict[str, Any]:
     for kind in ("ocr", "geneval"):
         if kind != recipe.reward.kind:
             kept["reward"].pop(kind)
+    for section, defaults in _LATER.items():
+        kept[section] = {k: v for k, v in kept[section].items() if k not in defaults or v != defaults[k]}
     if recipe.online_method is not None:
         for section, keys in _STORED_ONLY.items():
             kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
-    if kept["train"].get("rounds") == 1:  # as before there were any
-        kept["train"].pop("rounds")
     if recipe.train_seed == recipe.seed:  # named or not, it is the same training
         kept["train"].pop("seed")
     if recipe.train.stop_on_collapse:  # then the evaluation points decide where the training ends

@@ -32,6 +32,7 @@ from gdro_cli.runtime.checkpoint import (
 )
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.finished import note_adapter
@@ -106,8 +107,12 @@ class Trainer:
         self.parameters = attach_adapter(recipe, model)
         if section.gradient_checkpointing:
             model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=section.lr, betas=section.adam_betas, weight_decay=section.weight_decay
+        self.optimizer = make_optimizer(
+            section.optimizer,
+            self.parameters,
+            lr=section.lr,
+            betas=section.adam_betas,
+            weight_decay=section.weight_decay,
         )
         self.ema = Ema(self.parameters, section.ema.rate, section.ema.max_decay)
         self.step = 0

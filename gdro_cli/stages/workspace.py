@@ -24,6 +24,7 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine, Precision, make_engine
 from gdro_cli.stages.rewards import known_classes
 from gdro_cli.tiny.assets import tiny_model_path
@@ -76,10 +77,17 @@ def open_model(recipe: Recipe, *, device: str | None = None, engine: Engine | No
         dtype=recipe.model.dtype,
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         max_sequence_length=recipe.model.max_sequence_length,
+        memory=memory_options(recipe),
     )
     if engine is not None and recipe.model.sharding == "fsdp":
         model.place_transformer = engine.shard
     return model
+
+
+def memory_options(recipe: Recipe) -> MemoryOptions:
+    """What the recipe's model gives up for less memory."""
+    model = recipe.model
+    return MemoryOptions(model.quantization, model.offload, model.vae_slicing, model.vae_tiling)
 
 
 def open_prompts(recipe: Recipe, source: PromptSource) -> PromptSet:
@@ -120,6 +128,11 @@ def store_identity(
     recipe: Recipe, model: FlowModel, plan: SamplingPlan, prompts: PromptSet, *, weights: str = "base"
 ) -> dict[str, Any]:
     """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one."""
+    reduced: dict[str, Any] = {}  # only where they are set, so that stores made before keep their names
+    if recipe.model.quantization != "none":
+        reduced["quantization"] = recipe.model.quantization
+    if recipe.model.vae_tiling:
+        reduced["vae_tiling"] = True
     return {
         "model": {key: value for key, value in model.identity.items() if key != "path"},  # wherever it lies
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -133,6 +146,7 @@ def store_identity(
         "height": plan.height,
         "width": plan.width,
         "image_format": recipe.sample.image_format,
+        **reduced,
     }
 
 

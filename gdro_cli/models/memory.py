@@ -1,0 +1,120 @@
+"""How a model is kept small: a quantised base, one part on the device at a time, and a decoder that works in pieces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from gdro_cli.errors import PrerequisiteError, UserError
+
+Quantization = Literal["none", "int8", "fp8", "nf4"]
+Part = Literal["text", "transformer", "vae"]
+
+_PACKAGES: dict[str, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
+"""What quantises; each is an extra of the same name."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryOptions:
+    """What a model gives up for less memory; the defaults give up nothing."""
+
+    quantization: Quantization = "none"
+    """How the linear layers of the frozen transformer are stored."""
+    offload: bool = False
+    """Keep text encoders, transformer and autoencoder on the CPU but for the one that is at work."""
+    vae_slicing: bool = False
+    """Decode one picture at a time."""
+    vae_tiling: bool = False
+    """Decode a large picture in overlapping tiles, which changes it slightly."""
+
+
+class OneAtATime:
+    """Of the parts of a model, the one that was asked for last is on the device, and the others on the CPU.
+
+    Args:
+        device: where parts work.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._here: dict[str, nn.Module] = {}
+        self._part: Part | None = None
+
+    def use(self, part: Part, name: str, module: nn.Module) -> None:
+        """Bring ``module`` to the device, after what belongs to another part has left it.
+
+        Args:
+            part: what it belongs to; the modules of one part stay together.
+            name: of the module.
+            module: what is about to work.
+        """
+        if part != self._part:
+            for other in self._here.values():
+                other.to("cpu")
+            self._here.clear()
+            self._part = part
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self._here.get(name) is not module:
+            self._here[name] = module.to(self._device)
+
+    def forget(self, name: str) -> None:
+        """Let go of a module that is freed."""
+        self._here.pop(name, None)
+
+
+def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """What diffusers' ``from_pretrained`` takes to quantise the linear layers while it loads; None for ``none``.
+
+    ``int8`` and ``fp8``: weights in 8 bits with one float32 scale per output, through torchao. ``nf4``: 4-bit normal
+    floats (QLoRA, arXiv 2305.14314) with one float32 scale per 64 weights, through bitsandbytes. Products are computed
+    in ``dtype`` in all of them.
+
+    Raises:
+        PrerequisiteError: the package is not installed, or the device cannot do it.
+    """
+    if kind == "none":
+        return None
+    package = _PACKAGES[kind]
+    if find_spec(package) is None:
+        raise PrerequisiteError(
+            f"model.quantization {kind} needs the package {package}: run `pip install 'gdro_cli[{package}]'`, or set"
+            " model.quantization=none"
+        )
+    if kind == "nf4":
+        if device.type != "cuda":
+            raise PrerequisiteError(
+                "model.quantization nf4 needs a CUDA GPU, which quantises the weights while they are loaded: set it to"
+                " int8 or fp8 to go on without one"
+            )
+        from diffusers import BitsAndBytesConfig
+
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    from diffusers import TorchAoConfig
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+
+
+def prepare_vae(vae: Any, options: MemoryOptions) -> None:
+    """Switch on the pieces in which the autoencoder is to work.
+
+    Raises:
+        UserError: it cannot.
+    """
+    for wanted, key, method in (
+        (options.vae_slicing, "model.vae_slicing", "enable_slicing"),
+        (options.vae_tiling, "model.vae_tiling", "enable_tiling"),
+    ):
+        if not wanted:
+            continue
+        try:
+            getattr(vae, method)()
+        except (AttributeError, NotImplementedError) as error:
+            raise UserError(
+                f"{key} has no effect on the autoencoder of this model ({type(vae).__name__}): set it to false"
+            ) from error

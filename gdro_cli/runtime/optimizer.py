@@ -1,0 +1,40 @@
+"""The optimizer of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+
+from gdro_cli.errors import PrerequisiteError
+
+OptimizerKind = Literal["adamw", "adamw8bit"]
+
+
+def make_optimizer(
+    kind: OptimizerKind,
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+) -> torch.optim.Optimizer:
+    """AdamW, or the same with both moments in 8 bits (arXiv 2110.02861), one float32 scale per 256 values.
+
+    A parameter of fewer than 4,096 values keeps 32-bit moments.
+
+    Raises:
+        PrerequisiteError: bitsandbytes is not installed.
+    """
+    if kind == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise PrerequisiteError(
+            "train.optimizer adamw8bit needs the package bitsandbytes: run `pip install 'gdro_cli[bitsandbytes]'`, or"
+            " set train.optimizer=adamw"
+        ) from error
+    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    return optimizer

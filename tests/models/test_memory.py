@@ -1,0 +1,182 @@
+"""A model kept small: quantised base, one part on the device at a time, a decoder that works in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.models.adapters import attach_lora, reference
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.memory import MemoryOptions, OneAtATime, quantization_config
+from gdro_cli.models.sampling import sample_latents
+from gdro_cli.tiny.assets import tiny_model_path
+
+from .conftest import PROMPTS, SIZE
+
+CPU = torch.device("cpu")
+
+
+def drawn(model: FlowModel) -> list[Any]:
+    """Two pictures, with all three parts at work."""
+    noise, texts = model.noise([1, 2], **SIZE), model.encode(PROMPTS[:2])
+    latents = sample_latents(model, noise, texts, steps=2, guidance=1.0, batch_size=2, **SIZE)
+    return [np.asarray(picture) for picture in model.decode(latents, **SIZE)]
+
+
+@pytest.mark.parametrize("family", ["flux", "sd3"])
+def test_offload_and_slicing_draw_the_same_pictures(
+    family: str, flux_folder: Path, family_folder: Callable[[str], Path]
+) -> None:
+    folder = flux_folder if family == "flux" else family_folder(family)
+    plain = drawn(load_flow_model(folder))
+    model: Any = load_flow_model(folder, memory=MemoryOptions(offload=True, vae_slicing=True))
+    saved = drawn(model)
+    assert all(np.array_equal(a, b) for a, b in zip(plain, saved, strict=True))
+    assert model._module("vae").use_slicing
+    assert not any(p.requires_grad for p in model.transformer.parameters())
+
+
+def test_tiles_are_used_for_pictures_larger_than_the_autoencoder_was_made_for(flux_folder: Path) -> None:
+    size = {"height": 128, "width": 64}
+    pictures = []
+    for tiling in (False, True):
+        model = load_flow_model(flux_folder, memory=MemoryOptions(vae_tiling=tiling))
+        pictures.append(np.asarray(model.decode(model.noise([1], **size), **size)[0], dtype=int))
+    assert pictures[0].shape == pictures[1].shape and not np.array_equal(*pictures)
+
+
+def test_an_autoencoder_that_cannot_work_in_pieces_says_so() -> None:
+    model = load_flow_model(tiny_model_path(), memory=MemoryOptions(vae_slicing=True))
+    with pytest.raises(UserError, match=r"model\.vae_slicing has no effect on .*PatchAutoencoder"):
+        model.decode(model.noise([1], height=64, width=64), height=64, width=64)
+
+
+class Traveller(nn.Linear):
+    """A layer that remembers where it was sent."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        super().__init__(1, 1)
+        self.name, self.log = name, log
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.log.append(f"{self.name} to {args[0]}")
+        return self
+
+
+def test_one_part_is_on_the_device_at_a_time() -> None:
+    log: list[str] = []
+    clip, t5, transformer, vae = (Traveller(name, log) for name in ("clip", "t5", "transformer", "vae"))
+    places = OneAtATime(torch.device("meta"))  # stands for a GPU
+    places.use("text", "text_encoder", clip)
+    places.use("text", "text_encoder_2", t5)
+    places.use("text", "text_encoder", clip)
+    assert log == ["clip to meta", "t5 to meta"]
+    log.clear()
+    for _ in range(3):
+        places.use("transformer", "transformer", transformer)
+    assert log == ["clip to cpu", "t5 to cpu", "transformer to meta"]
+    log.clear()
+    places.use("vae", "vae", vae)
+    places.forget("vae")
+    places.use("text", "text_encoder", clip)
+    assert log == ["transformer to cpu", "vae to meta", "clip to meta"]
+
+
+def test_a_wrapped_transformer_stays_where_it_was_put(flux_folder: Path) -> None:
+    model: Any = load_flow_model(flux_folder, memory=MemoryOptions(offload=True))
+    log: list[str] = []
+    _ = model.transformer
+    model.transformer = Traveller("wrapped", log)
+    _ = model.transformer
+    model.encode(PROMPTS[:1])
+    assert log == []
+
+
+@pytest.mark.parametrize(("kind", "package"), [("int8", "torchao"), ("fp8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_missing_package_is_one_sentence_that_names_the_extra(
+    kind: Any, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gdro_cli.models.memory.find_spec", lambda name: None)
+    with pytest.raises(PrerequisiteError) as caught:
+        quantization_config(kind, dtype=torch.bfloat16, device=CPU)
+    message = str(caught.value)
+    assert f"pip install 'gdro_cli[{package}]'" in message and "\n" not in message
+    assert quantization_config("none", dtype=torch.bfloat16, device=CPU) is None
+
+
+@pytest.mark.parametrize(("kind", "error"), [("int8", 0.05), ("fp8", 0.15)])
+def test_an_8_bit_base_is_close_and_trains_its_adapter_exactly(kind: Any, error: float, flux_folder: Path) -> None:
+    """Its velocity is the float model's within the rounding of the weights; the adapter's gradient is that of a float
+    model with the rounded weights; and with the adapter off it is the base again.
+    """
+    pytest.importorskip("torchao")
+    exact, small, rounded = (
+        load_flow_model(flux_folder, memory=MemoryOptions(quantization=q)) for q in ("none", kind, "none")
+    )
+    texts, noise, sigma = exact.encode(PROMPTS), exact.noise([1, 2, 3], **SIZE), torch.tensor([0.9, 0.5, 0.1])
+
+    def velocity(model: FlowModel) -> torch.Tensor:
+        return model.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
+
+    with torch.no_grad():
+        base, coarse = velocity(exact), velocity(small)
+    assert 0 < (coarse - base).norm() < error * base.norm()
+    stored: Any = dict(small.transformer.named_modules())
+    linear = [n for n, layer in rounded.transformer.named_modules() if isinstance(layer, nn.Linear)]
+    for name in linear:
+        weight = stored[name].weight
+        assert weight.qdata.element_size() == 1
+        rounded.transformer.get_submodule(name).weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    gradients = []
+    for model in (small, rounded):
+        parameters = attach_lora(model, rank=2, alpha=2, seed=1)
+        assert {p.dtype for p in parameters} == {torch.float32}
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.1)
+        velocity(model).square().mean().backward()
+        gradients.append([p.grad for p in parameters])
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    with torch.no_grad(), reference(small):
+        assert torch.equal(velocity(small), coarse)
+
+
+def test_4_bit_settings_and_where_they_run() -> None:
+    """The layers themselves are in the next test; loading them through diffusers needs a GPU."""
+    pytest.importorskip("bitsandbytes")
+    with pytest.raises(PrerequisiteError, match="needs a CUDA GPU"):
+        quantization_config("nf4", dtype=torch.bfloat16, device=CPU)
+    config = quantization_config("nf4", dtype=torch.bfloat16, device=torch.device("cuda"))
+    assert (config.load_in_4bit, config.bnb_4bit_quant_type) == (True, "nf4")
+    assert config.bnb_4bit_compute_dtype == torch.bfloat16
+
+
+def test_an_adapter_on_4_bit_layers_learns(flux_folder: Path) -> None:
+    """Layers put in by hand, because diffusers quantises to 4 bits on a GPU only."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = load_flow_model(flux_folder)
+    texts, noise, sigma = model.encode(PROMPTS), model.noise([1, 2, 3], **SIZE), torch.tensor([0.9, 0.5, 0.1])
+    with torch.no_grad():
+        base = model.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
+    for name, layer in list(model.transformer.named_modules()):
+        if isinstance(layer, nn.Linear) and layer.in_features % 64 == 0:
+            bits = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, torch.float32, quant_type="nf4"
+            )
+            bits.load_state_dict(layer.state_dict())
+            model.transformer.set_submodule(name, bits.to("cpu").requires_grad_(False))
+    parameters = attach_lora(model, rank=2, alpha=2, targets="all-linear")
+    with torch.no_grad():
+        coarse = model.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
+    assert 0 < (coarse - base).norm() < 0.4 * base.norm()
+    model.velocity(noise, sigma, texts, guidance=1.0, **SIZE).square().mean().backward()
+    assert all(p.grad is not None for p in parameters)
