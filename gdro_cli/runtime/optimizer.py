@@ -30,11 +30,11 @@ def make_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes import optim
     except ImportError as error:
         raise PrerequisiteError(
             "train.optimizer adamw8bit needs the package bitsandbytes: run `pip install 'gdro_cli[bitsandbytes]'`, or"
             " set train.optimizer=adamw"
         ) from error
-    optimizer: torch.optim.Optimizer = AdamW8bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
-    return optimizer
+    eight_bit: type[torch.optim.Optimizer] = optim.AdamW8bit  # type: ignore[attr-defined]
+    return eight_bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)  # type: ignore[call-arg]

@@ -28,7 +28,7 @@ def drawn(model: FlowModel) -> list[Any]:
     """Two pictures, with all three parts at work."""
     noise, texts = model.noise([1, 2], **SIZE), model.encode(PROMPTS[:2])
     latents = sample_latents(model, noise, texts, steps=2, guidance=1.0, batch_size=2, **SIZE)
-    return [np.asarray(picture) for picture in model.decode(latents, **SIZE)]
+    return [np.asarray(picture, dtype=int) for picture in model.decode(latents, **SIZE)]
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
@@ -39,7 +39,8 @@ def test_offload_and_slicing_draw_the_same_pictures(
     plain = drawn(load_flow_model(folder))
     model: Any = load_flow_model(folder, memory=MemoryOptions(offload=True, vae_slicing=True))
     saved = drawn(model)
-    assert all(np.array_equal(a, b) for a, b in zip(plain, saved, strict=True))
+    # One level of 255: convolutions of one picture and of two may round differently.
+    assert all(abs(a - b).max() <= 1 for a, b in zip(plain, saved, strict=True))
     assert model._module("vae").use_slicing
     assert not any(p.requires_grad for p in model.transformer.parameters())
 
