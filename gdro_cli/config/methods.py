@@ -42,6 +42,10 @@ class GroupMethod(AnyMethod):
     """One noise for all images of a group (lower variance of the differences), or one for each image."""
     share_sigma: bool = True
     """One noise level for all images of a group, or one for each image."""
+    noise_bank: int | None = Field(None, ge=1)
+    """How many draws of noise and noise level a prompt (or an image, where they are not shared) has, used over and
+    over, so that the reference's errors need computing once only (`train.cache_reference`). 1 or more. Nothing: a new
+    draw at every visit."""
     sigma_min: float = Field(0.0, ge=0, lt=1)
     """Lowest noise level trained, 0 = clean. In [0, 1), below `sigma_max`."""
     sigma_max: float = Field(1.0, gt=0, le=1)

@@ -22,6 +22,8 @@ STORED_ONLY = {
     "train.groups_per_step": "method.prompts_per_round",
     "train.group_gradient": None,
     "train.rounds": None,
+    "train.cache_reference": None,
+    "train.prefetch": None,
 }
 
 

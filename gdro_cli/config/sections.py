@@ -54,6 +54,22 @@ class ModelSection(StrictModel):
     vae_tiling: bool = False
     """Decode pictures larger than the autoencoder's own size in overlapping tiles, which changes them slightly, so a
     store belongs to one setting."""
+    compile: bool = False
+    """Compile the transformer's blocks with torch.compile when they are first used, which takes a minute or more and,
+    on the CPU, a C++ compiler. Changes speed, and results by rounding."""
+    attention: Literal[
+        "auto",
+        "native",
+        "native_cudnn",
+        "native_efficient",
+        "native_flash",
+        "native_math",
+        "flash",
+        "flash_3",
+        "xformers",
+    ] = "auto"
+    """Which kernels compute attention, by the names of diffusers: PyTorch's own (`native`, or one of its kinds), or
+    those of a package that you have installed. `auto`: `native`. Changes speed and memory, and results by rounding."""
 
 
 class PromptSource(StrictModel):
@@ -284,6 +300,13 @@ class TrainSection(StrictModel):
     shuffle_rewards: bool = False
     """Control experiment: permute the rewards among the images of each group, so that there is nothing to learn. What a
     run still gains is not the reward's doing."""
+    cache_reference: bool = True
+    """Keep the reference's velocity errors beside the store, so that no later training of the same draws computes them
+    again: the other values of an ablation, or this one where `method.noise_bank` repeats draws. Changes speed, not the
+    result. No effect with `model.sharding: fsdp`. Not for online methods."""
+    prefetch: bool = True
+    """Draw the next step's groups and noise while a step is computed. Changes speed, not the result. Not for online
+    methods."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

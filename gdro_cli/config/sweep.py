@@ -50,7 +50,7 @@ _REFUSED: dict[str, str] = {
     **dict.fromkeys(("sample.batch_size", "sample.prompts_per_shard", "sample.image_format"), _UNLEARNT),
     **dict.fromkeys(("train.micro_batch", "train.group_gradient", "train.gradient_checkpointing"), _UNLEARNT),
     **dict.fromkeys(("train.checkpoint_every", "train.keep_checkpoints"), _UNLEARNT),
-    **dict.fromkeys(("train.log_every", "train.trackers"), _UNLEARNT),
+    **dict.fromkeys(("train.log_every", "train.trackers", "train.cache_reference", "train.prefetch"), _UNLEARNT),
 }
 """Keys and whole sections that are not swept, and why."""
 _ALSO_EVALUATED = {"sample.steps": "eval.steps", "sample.guidance": "eval.guidance"}

@@ -9,6 +9,7 @@ import torch
 
 from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
+from gdro_cli.models.compute import ComputeOptions
 from gdro_cli.models.family import DiffusersFlow
 from gdro_cli.models.flux import FluxFlow
 from gdro_cli.models.flux2_klein import Flux2KleinFlow
@@ -39,6 +40,7 @@ def load_flow_model(
     device: torch.device | str = "cpu",
     max_sequence_length: int | None = None,
     memory: MemoryOptions | None = None,
+    compute: ComputeOptions | None = None,
 ) -> FlowModel:
     """Open a pipeline folder; nothing heavy is loaded before it is used.
 
@@ -48,6 +50,7 @@ def load_flow_model(
         device: where the model runs.
         max_sequence_length: text tokens per prompt; None takes the model's own.
         memory: what is given up for less memory; None gives up nothing.
+        compute: how the transformer is computed; None = as it is loaded.
 
     Raises:
         PrerequisiteError: the model is not there; the message says what to fetch.
@@ -67,4 +70,11 @@ def load_flow_model(
             f"model {folder.path} is a {folder.pipeline or 'folder without a pipeline class'}, which is not supported: "
             f"choose one of {', '.join(FAMILIES)}"
         )
-    return family(folder, device=target, dtype=weights, max_sequence_length=max_sequence_length, memory=memory)
+    return family(
+        folder,
+        device=target,
+        dtype=weights,
+        max_sequence_length=max_sequence_length,
+        memory=memory,
+        compute=compute,
+    )

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gdro_cli.core.flow import as_float
 from gdro_cli.errors import UserError
 from gdro_cli.models.base import Conditioning, GuidanceKind, stack_conditioning
+from gdro_cli.models.compute import ComputeOptions, prepare_transformer
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import pictures, seeded_noise
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_vae, quantization_config
@@ -37,6 +38,7 @@ class DiffusersFlow(abc.ABC):
         dtype: of the components' weights.
         max_sequence_length: text tokens per prompt; None takes the model's own.
         memory: what is given up for less memory.
+        compute: how the transformer is computed.
     """
 
     family: ClassVar[str]
@@ -58,12 +60,14 @@ class DiffusersFlow(abc.ABC):
         dtype: torch.dtype,
         max_sequence_length: int | None,
         memory: MemoryOptions | None = None,
+        compute: ComputeOptions | None = None,
     ) -> None:
         self.folder = folder
         self.device = device
         self.dtype = dtype
         self.place_transformer: Callable[[nn.Module], nn.Module] = lambda module: module.to(device)
         self.memory = memory or MemoryOptions()
+        self.compute = compute or ComputeOptions()
         self._max_sequence_length = max_sequence_length
         self._places = OneAtATime(device) if self.memory.offload else None
         self._movable = True
@@ -148,6 +152,8 @@ class DiffusersFlow(abc.ABC):
             module.eval().requires_grad_(False)
             if name == "vae":
                 prepare_vae(module, self.memory)
+            if name == "transformer":
+                prepare_transformer(module, self.compute)
             if self._places is not None:
                 return module
             return self.place_transformer(module) if name == "transformer" else module.to(self.device)

@@ -52,31 +52,47 @@ class NoisyGroups:
     """[B, K] bool."""
 
 
+def noise_draw(method: GroupMethod, visit: int) -> int:
+    """Number of the draw of noise that a group's visit uses: its own, or one of the bank's."""
+    return visit if method.noise_bank is None else visit % method.noise_bank
+
+
 def draw_noise(batch: GroupBatch, method: GroupMethod, *, seed: int) -> tuple[Tensor, Tensor]:
     """Noise levels [B, K], uniform in [sigma_min, sigma_max), and noise [B, K, ...], both float32 on the CPU.
 
     With ``share_sigma`` and ``share_noise`` a group has one of each (that lowers the variance of the differences of
-    implicit rewards, which are all that the losses see). They depend on (seed, prompt, visit, image), not on the place
-    of the group in the batch or on the number of processes.
+    implicit rewards, which are all that the losses see). They depend on (seed, prompt, draw, image), where the draw is
+    the group's visit (``noise_draw``), not on the place of the group in the batch or on the number of processes.
     """
     shape = batch.latents.shape
     sigma, noise = torch.empty(shape[:2]), torch.empty(shape)
     for place, (prompt, visit) in enumerate(zip(batch.prompts, batch.visits, strict=True)):
+        own = (prompt.id, noise_draw(method, visit))
         for k, image in enumerate(batch.image_indices[place].tolist()):
-            level = (prompt.id, visit) if method.share_sigma else (prompt.id, visit, image)
+            level = own if method.share_sigma else (*own, image)
             sigma[place, k] = torch.rand((), generator=generator(seed, "training sigma", *level))
-            name = (prompt.id, visit) if method.share_noise else (prompt.id, visit, image)
+            name = own if method.share_noise else (*own, image)
             noise[place, k] = torch.randn(shape[2:], generator=generator(seed, "training noise", *name))
     return method.sigma_min + (method.sigma_max - method.sigma_min) * sigma, noise
 
 
-def noisy_groups(model: FlowModel, batch: GroupBatch, method: GroupMethod, *, seed: int) -> NoisyGroups:
-    """Bring a batch to its noise levels, on the model's device."""
-    sigma, noise = draw_noise(batch, method, seed=seed)
+def noisy_groups(
+    model: FlowModel, batch: GroupBatch, method: GroupMethod, *, seed: int, drawn: tuple[Tensor, Tensor] | None = None
+) -> NoisyGroups:
+    """Bring a batch to its noise levels, on the model's device.
+
+    Args:
+        model: whose device and conditioning it is.
+        batch: groups on the CPU; copied without waiting where they lie in pinned memory.
+        method: how noise is drawn.
+        seed: of the noise.
+        drawn: what ``draw_noise`` has made of all this already.
+    """
+    sigma, noise = draw_noise(batch, method, seed=seed) if drawn is None else drawn
     b, k = batch.rewards.shape
-    clean = batch.latents.flatten(0, 1).to(model.device, torch.float32)
-    noise = noise.flatten(0, 1).to(model.device)
-    level = sigma.flatten().to(model.device)
+    clean = batch.latents.flatten(0, 1).to(model.device, non_blocking=True).float()
+    noise = noise.flatten(0, 1).to(model.device, non_blocking=True)
+    level = sigma.flatten().to(model.device, non_blocking=True)
     return NoisyGroups(
         latents=interpolate(clean, noise, level),
         target=velocity_target(clean, noise),
@@ -109,11 +125,33 @@ class GroupGradient:
     autocast: Callable[[], AbstractContextManager[None]]
     backward: Callable[[Tensor], None]
 
-    def __call__(self, groups: NoisyGroups) -> LossOutput:
-        """Add the gradient of the mean loss over B groups to the parameters; the output is detached."""
-        rewards: dict[str, Any] = {"rewards": groups.rewards, "mask": groups.mask}
+    def reference_errors(self, groups: NoisyGroups, known: Tensor | None = None) -> Tensor:
+        """Velocity errors [B, K] of the untrained model.
+
+        Args:
+            groups: the batch.
+            known: errors [B, K] that need no computing, nan where one does; None = none is known.
+        """
         with torch.no_grad(), self.reference():
-            reference_errors = self._errors(groups)
+            if known is None:
+                return self._errors(groups)
+            errors = known.to(groups.rewards.device, copy=True)
+            unknown = errors.flatten().isnan().nonzero().flatten()
+            if len(unknown) == errors.numel():
+                return self._errors(groups)
+            if len(unknown):
+                for part in unknown.split(self.micro_batch or len(unknown)):
+                    errors.view(-1)[part] = self._part_errors(groups, part)
+            return errors
+
+    def __call__(self, groups: NoisyGroups, reference_errors: Tensor | None = None) -> LossOutput:
+        """Add the gradient of the mean loss over B groups to the parameters; the output is detached.
+
+        ``reference_errors`` [B, K] are computed unless they are given.
+        """
+        rewards: dict[str, Any] = {"rewards": groups.rewards, "mask": groups.mask}
+        if reference_errors is None:
+            reference_errors = self.reference_errors(groups)
         if self.one_pass:
             output = group_loss(errors=self._errors(groups), reference_errors=reference_errors, **rewards, **self.loss)
             self.backward(output.loss)
@@ -136,7 +174,7 @@ class GroupGradient:
         parts = [self._part_errors(groups, part) for part in self._parts(len(groups.sigma))]
         return torch.cat(parts).view(groups.rewards.shape)
 
-    def _part_errors(self, groups: NoisyGroups, part: slice) -> Tensor:
+    def _part_errors(self, groups: NoisyGroups, part: slice | Tensor) -> Tensor:
         """Velocity errors [n] of some of the N images."""
         group = groups.group[part]
         conditioning = {key: value[group] for key, value in groups.conditioning.items()}

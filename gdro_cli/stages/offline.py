@@ -10,12 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.data.dataset import GroupDataset
+from gdro_cli.data.dataset import GroupBatch, GroupDataset
+from gdro_cli.data.references import Place, ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.errors import UserError
 from gdro_cli.models.adapters import Ema, reference
@@ -23,11 +26,19 @@ from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.ahead import Ahead
+from gdro_cli.stages.gradient import (
+    GroupGradient,
+    NoisyGroups,
+    draw_noise,
+    loss_arguments,
+    noise_draw,
+    noisy_groups,
+)
 from gdro_cli.stages.rewards import trained_detail
 from gdro_cli.stages.storetimes import batch_of, note_batch
 from gdro_cli.stages.trainer import StepGradient
-from gdro_cli.stages.workspace import image_size
+from gdro_cli.stages.workspace import image_size, precision
 
 
 def training_set(recipe: Recipe, table: ScoreTable) -> GroupDataset:
@@ -77,8 +88,13 @@ class GroupSteps:
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
         )
 
+        self._ahead = Ahead(self._draw, steps=section.steps if section.prefetch else 0)
+        shared = section.cache_reference and recipe.model.sharding == "none"  # a shard's passes are all processes' work
+        self._known = ReferenceErrors(table.store, self._reference_settings()) if shared else None
+
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
         """Only notes what the store has cost."""
+        stack.callback(self.close)
         with self.engine.together():
             if self.engine.is_main:
                 note_batch(folder, batch_of(self.table, step=0), step=0)
@@ -97,11 +113,56 @@ class GroupSteps:
 
     def gradient(self, step: int) -> StepGradient:
         """The gradient of this process's share of the step's groups."""
+        batch, drawn = self._ahead.take(step)
+        groups = noisy_groups(self.model, batch, self.method, seed=self.recipe.train_seed, drawn=drawn)
+        output = self._gradient(groups, self._reference_errors(batch, groups))
+        return StepGradient(averages(self.engine, {"loss": output.loss, **output.metrics}))
+
+    def close(self) -> None:
+        """End the thread that draws ahead."""
+        self._ahead.close()
+
+    def _draw(self, step: int) -> tuple[GroupBatch, tuple[Tensor, Tensor]]:
+        """This process's share of the step's groups, with its noise, where copying it to the device is fast."""
         seed = self.recipe.train_seed
         batch = self.dataset.draw(step, groups=self.recipe.train.groups_per_step, seed=seed)
         batch = batch.share(self.engine.rank, self.engine.world)
-        output = self._gradient(noisy_groups(self.model, batch, self.method, seed=seed))
-        return StepGradient(averages(self.engine, {"loss": output.loss, **output.metrics}))
+        sigma, noise = draw_noise(batch, self.method, seed=seed)
+        if self.engine.device.type == "cuda":
+            return replace(batch, latents=batch.latents.pin_memory()), (sigma.pin_memory(), noise.pin_memory())
+        return batch, (sigma, noise)
+
+    def _reference_errors(self, batch: GroupBatch, groups: NoisyGroups) -> Tensor:
+        if self._known is None:
+            return self._gradient.reference_errors(groups)
+        places = self._places(batch)
+        known = self._known.known(places).view(groups.rewards.shape)
+        errors = self._gradient.reference_errors(groups, known)
+        if known.isnan().any():
+            self._known.add(places, errors.flatten())
+        return errors
+
+    def _places(self, batch: GroupBatch) -> list[Place]:
+        """What the reference error of each of the N images is known by."""
+        return [
+            (prompt.id, noise_draw(self.method, visit), image)
+            for prompt, visit, images in zip(batch.prompts, batch.visits, batch.image_indices.tolist(), strict=True)
+            for image in images
+        ]
+
+    def _reference_settings(self) -> dict[str, Any]:
+        """What reference errors depend on beside the store; the batches, too, so that they are the same bit for bit."""
+        recipe, method = self.recipe, self.method
+        keys = ("reduction", "share_noise", "share_sigma", "sigma_min", "sigma_max", "noise_bank", "k")
+        return {
+            "seed": recipe.train_seed,
+            "guidance": recipe.sample.guidance,
+            "method": {key: getattr(method, key) for key in keys},
+            "batches": [recipe.train.groups_per_step, recipe.train.micro_batch, self.engine.world],
+            "device": self.engine.device.type,
+            "precision": precision(recipe),
+            "compute": [recipe.model.compile, recipe.model.attention],
+        }
 
 
 def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:

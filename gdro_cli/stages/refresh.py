@@ -68,6 +68,7 @@ class RefreshedSteps:
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
         """Remembers where the rounds lie and whose average draws them."""
         self._run = _Open(folder, ema)
+        stack.callback(self._close)
         if self._steps is not None:
             self._steps.open(stack, folder, ema)
 
@@ -83,6 +84,7 @@ class RefreshedSteps:
         """Sample and score where a round begins; a stop on the way is raised, since the last checkpoint is this one."""
         number = step // steps_per_round(self.recipe)
         if number != self._number or self._steps is None:
+            self._close()
             self._steps = None  # frees its images before others are loaded
             self._steps = GroupSteps(self.recipe, self.model, self._table(number, step, stop), self.engine)
             self._number = number
@@ -93,6 +95,10 @@ class RefreshedSteps:
         if self._steps is None:
             raise RuntimeError("prepare() comes before gradient()")
         return self._steps.gradient(step)
+
+    def _close(self) -> None:
+        if self._steps is not None:
+            self._steps.close()
 
     # -- a round ------------------------------------------------------------------------------------------------
 

@@ -15,17 +15,26 @@ from gdro_cli.stages.workspace import runs_folder
 _NOT_LEARNT_FROM: dict[str, Any] = {
     "description": True,
     "ablation": True,
-    "model": {"offload", "vae_slicing", "sharding"},
+    "model": {"offload", "vae_slicing", "sharding", "compile", "attention"},
     "judge": True,
     "eval": True,
     "prompts": {"eval", "validation"},
     "sample": {"batch_size", "prompts_per_shard", "image_format"},
     "reward": {"workers", "max_failed_share"},
-    "train": {"checkpoint_every", "keep_checkpoints", "log_every", "eval_every", "trackers"},
+    "train": {
+        "checkpoint_every",
+        "keep_checkpoints",
+        "log_every",
+        "eval_every",
+        "trackers",
+        "cache_reference",
+        "prefetch",
+    },
 }
 # Keys that came later and count only where they are not at their defaults, so that runs made before keep their names.
 _LATER: dict[str, dict[str, Any]] = {
     "model": {"quantization": "none", "vae_tiling": False},
+    "method": {"noise_bank": None},
     "train": {"optimizer": "adamw", "rounds": 1},
 }
 # Keys that online methods do not learn from: they keep no store, and sample in their own number of steps.

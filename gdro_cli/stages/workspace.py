@@ -23,6 +23,7 @@ from gdro_cli.data.prompts import PromptSet, load_prompts
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
+from gdro_cli.models.compute import ComputeOptions
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine, Precision, make_engine
@@ -78,6 +79,7 @@ def open_model(recipe: Recipe, *, device: str | None = None, engine: Engine | No
         device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
         max_sequence_length=recipe.model.max_sequence_length,
         memory=memory_options(recipe),
+        compute=ComputeOptions(recipe.model.compile, recipe.model.attention),
     )
     if engine is not None and recipe.model.sharding == "fsdp":
         model.place_transformer = engine.shard

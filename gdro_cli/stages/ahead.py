@@ -1,0 +1,36 @@
+"""What a step needs is made while the step before it is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic, TypeVar
+
+_T = TypeVar("_T")
+
+
+class Ahead(Generic[_T]):
+    """Makes the things of steps 0, 1, 2 ..., one step ahead of who takes them.
+
+    Args:
+        make: gives the thing of a step, from the step's number alone; called in another thread.
+        steps: how many steps there are.
+    """
+
+    def __init__(self, make: Callable[[int], _T], *, steps: int) -> None:
+        self._make, self._steps = make, steps
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._next: tuple[int, Future[_T]] | None = None
+
+    def take(self, step: int) -> _T:
+        """The thing of ``step``, and begin with the next; raises what making it raised."""
+        if self._next is not None and self._next[0] == step:
+            future = self._next[1]
+        else:
+            future = self._pool.submit(self._make, step)
+        self._next = (step + 1, self._pool.submit(self._make, step + 1)) if step + 1 < self._steps else None
+        return future.result()
+
+    def close(self) -> None:
+        """Drop what has not been taken."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
