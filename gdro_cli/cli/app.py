@@ -39,6 +39,7 @@ from gdro_cli.cli.options import (
     ValuesOption,
     WorkerOption,
 )
+from gdro_cli.cli.quiet import silence_optional_packages
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.runtime.interrupt import stop_with_launcher
 
@@ -243,6 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     stop_with_launcher()
+    if "--debug" not in given:
+        silence_optional_packages()
     try:
         app(args=given, prog_name="gdro")
     except Exception as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)
