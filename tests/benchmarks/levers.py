@@ -1,0 +1,65 @@
+"""What the keys for speed are worth on the embedded model: ratios, each taken in one run on one machine.
+
+    python tests/benchmarks/levers.py            # the second table of docs/performance.md, about four minutes
+
+"Ours" has the key on, "against" has it off; see ``ratios`` for how a ratio is taken.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ratios import group_gradient, random_batch, ratio
+
+from gdro_cli.config.recipe import Recipe, load_recipe
+from gdro_cli.stages.ahead import Ahead
+from gdro_cli.stages.gradient import draw_noise, noisy_groups
+from gdro_cli.stages.train import attach_adapter
+from gdro_cli.stages.workspace import open_model
+
+STEPS = 1000
+"""More than any ratio takes."""
+
+
+def step_of(recipe: Recipe, *, ahead: bool = False, known: bool = False) -> Callable[[], None]:
+    """One whole training step on random groups, as ``gdro train`` takes it."""
+    model = open_model(recipe)
+    optimizer = torch.optim.AdamW(attach_adapter(recipe, model), lr=1e-6)
+    batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.group_method.k)
+    gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
+    drawing = Ahead(lambda step: draw_noise(batch, recipe.group_method, seed=step), steps=STEPS if ahead else 0)
+    errors = gradient.reference_errors(noisy_groups(model, batch, recipe.group_method, seed=0)) if known else None
+    numbers = count()
+
+    def step() -> None:
+        drawn = drawing.take(next(numbers))
+        gradient(noisy_groups(model, batch, recipe.group_method, seed=0, drawn=drawn), errors)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def main() -> None:
+    """Print the table."""
+    recipe = load_recipe("ocr")
+    compiled = load_recipe("ocr", overrides=["model.compile=true"])
+    rows = {
+        "train.cache_reference, all errors known": (step_of(recipe, known=True), step_of(recipe)),
+        "train.prefetch": (step_of(recipe, ahead=True), step_of(recipe)),
+        "model.compile": (step_of(compiled), step_of(recipe)),
+    }
+    print("| key | step with | step without | ratio |\n|---|---|---|---|")
+    for name, (ours, bare) in rows.items():
+        with_key, without, factor = ratio(ours, bare)
+        print(f"| `{name}` | {with_key:.3f} s | {without:.3f} s | {factor:.2f} |")
+
+
+if __name__ == "__main__":
+    main()
