@@ -30,7 +30,7 @@ def make_optimizer(
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
     try:
-        from bitsandbytes import optim
+        import bitsandbytes.optim as optim
     except ImportError as error:
         raise PrerequisiteError(
             "train.optimizer adamw8bit needs the package bitsandbytes: run `pip install 'gdro_cli[bitsandbytes]'`, or"
