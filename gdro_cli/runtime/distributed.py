@@ -23,6 +23,14 @@ _PROJECT = "gdro"
 PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: the longest turn of one of them, or what the main process does alone."""
 
+_ELSEWHERE = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
+}
+"""Variables by which accelerate's launcher asks for ways to share a model, none of which is used here."""
+
 _SHOWN = 160
 """Characters of another library's error that a message shows."""
 
@@ -184,13 +192,14 @@ def make_engine(
         cpu: stay off the GPUs.
 
     Raises:
-        UserError: an unknown tracker.
+        UserError: an unknown tracker, or a launcher that asks for what is the recipe's to say.
         PrerequisiteError: a tracker whose package is not installed.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
     _check_trackers(trackers)
+    _check_launcher()
     accelerator = Accelerator(
         mixed_precision=precision,
         # said, not left to find out: on a machine without GPUs each process would take itself for the only one
@@ -199,7 +208,18 @@ def make_engine(
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=None if out is None else str(out),
     )
+    # What a launcher's configuration says of it would divide every loss: a step here has its whole gradient at once.
+    accelerator.gradient_accumulation_steps = 1
     return Engine(accelerator, tracked=bool(trackers))
+
+
+def _check_launcher() -> None:
+    for name, what in _ELSEWHERE.items():
+        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            raise UserError(
+                f"the launcher asks for {what} ({name}), which gdro does not take from it: launch plain processes"
+                " (accelerate launch --multi_gpu), and share a large model with model.sharding=fsdp"
+            )
 
 
 def _check_trackers(names: Sequence[str]) -> None:

@@ -23,6 +23,9 @@ class _Failure(NamedTuple):
 class Team(abc.ABC):
     """The processes of one job, seen by one of them."""
 
+    _told: Exception | None = None
+    """The failure that ``together`` has shared already, on its way up through the ``together`` blocks around it."""
+
     @property
     @abc.abstractmethod
     def rank(self) -> int:
@@ -51,7 +54,7 @@ class Team(abc.ABC):
         """Wait, after the block, for all processes; if it fails in one of them, it fails in all.
 
         All processes must come here, and none may talk to the others inside the block, except in a ``together`` of
-        its own.
+        its own. One that fails before it comes to such an inner block is heard by those that wait there.
 
         Raises:
             EndedElsewhere: the block failed in another process (or here, with words that another one says already).
@@ -62,15 +65,20 @@ class Team(abc.ABC):
         try:
             yield
         except Exception as error:
+            if error is self._told:
+                raise  # an inner block has shared it, and the others have left that one as well
             failures: list[_Failure] = []
             with suppress(EndedElsewhere):  # the others are gone: then the error is told here
                 failures = self.gather_objects([_failure(error, self.rank)])
+            self._told = error
             if any(other.rank < self.rank and other.message == str(error) for other in failures):
-                raise EndedElsewhere(exit_code=failures[0].exit_code) from error
+                self._told = EndedElsewhere(exit_code=failures[0].exit_code)
+                raise self._told from error
             raise
         failures = self.gather_objects([])
         if failures:
-            raise EndedElsewhere(exit_code=failures[0].exit_code)
+            self._told = EndedElsewhere(exit_code=failures[0].exit_code)
+            raise self._told
 
     def take_turns(self, items: Sequence[_T], work: Callable[[_T], None]) -> None:
         """Do every item, each in one process; after each turn the processes wait for each other.

@@ -140,8 +140,9 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | N
             return trained_run(recipe, workspace, model)
 
         folder, weights = engine.from_main(find)
-        plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.images_per_prompt)
-        evaluation = _Evaluation(recipe, model, plan, engine, reporter, stop)
+        with engine.together():
+            plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.images_per_prompt)
+            evaluation = _Evaluation(recipe, model, plan, engine, reporter, stop)
         base = evaluation.measure(stores_folder(workspace), weights="base")
         with applied(recipe, model, weights):
             trained = evaluation.measure(folder.path / "evaluations", weights=weights.identity)

@@ -91,9 +91,12 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
             start = trainer.resume()
             with ExitStack() as stack:
                 left = not has_ended(folder, recipe, start)
-                pool = source.open(stack, folder, trainer.ema) if left else None
-                watch = left and recipe.train.eval_every > 0
-                validation = Validation.open(recipe, model, engine, folder.path, stack, rewards=pool) if watch else None
+                with engine.together():
+                    pool = source.open(stack, folder, trainer.ema) if left else None
+                    watch = left and recipe.train.eval_every > 0
+                    validation = (
+                        Validation.open(recipe, model, engine, folder.path, stack, rewards=pool) if watch else None
+                    )
                 train_loop(trainer, validation, reporter, stop)
             with engine.together():
                 if engine.is_main:

@@ -197,16 +197,18 @@ class Trainer:
         )
 
     def resume(self) -> int:
-        """Restore the newest checkpoint, if there is one, and return its step."""
-        path = latest_checkpoint(self.folder.path)
-        if path is not None:
-            checkpoint = load_checkpoint(path)
-            self.step = checkpoint.step
-            load_lora_state(self.model, checkpoint.tensors["adapter"])
-            self.ema.load(checkpoint.tensors["ema"])
-            restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
-        if self.engine.is_main:
-            self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
+        """Restore the newest checkpoint, if there is one, in all processes, and return its step."""
+        # One process looks: on a shared disk another might not see yet what the main one sees.
+        path = self.engine.from_main(lambda: latest_checkpoint(self.folder.path))
+        with self.engine.together():
+            if path is not None:
+                checkpoint = load_checkpoint(path)
+                self.step = checkpoint.step
+                load_lora_state(self.model, checkpoint.tensors["adapter"])
+                self.ema.load(checkpoint.tensors["ema"])
+                restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+            if self.engine.is_main:
+                self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
         return self.step
 
     def export(self) -> None:
@@ -257,10 +259,11 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             step, last = trainer.step, trainer.step == section.steps
             loss = found.metrics["loss"]
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise StoreError(
-                    f"the loss became {loss} at step {step} of {folder.path}: {source.remedy};"
-                    " the last checkpoint is kept"
-                )
+                with engine.together():  # so that one of them says it
+                    raise StoreError(
+                        f"the loss became {loss} at step {step} of {folder.path}: {source.remedy};"
+                        " the last checkpoint is kept"
+                    )
             if engine.is_main and (step % section.log_every == 0 or last):
                 _log(trainer, found, norm, seconds=time.perf_counter() - began)
             progress.advance(1, **{label: found.metrics[name] for name, label in source.shown.items()})

@@ -9,6 +9,7 @@ So recipes that sample the same share one store, and no recipe can ever meet the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,18 +70,20 @@ def open_model(recipe: Recipe, *, device: str | None = None, engine: Engine | No
 
     Raises:
         PrerequisiteError: the model is not there.
+        EndedElsewhere: the same, in another process.
     """
     path = str(tiny_model_path()) if recipe.model.path == EMBEDDED else recipe.model.path
     if engine is not None:
         device = str(engine.device)
-    model = load_flow_model(
-        path,
-        dtype=recipe.model.dtype,
-        device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        max_sequence_length=recipe.model.max_sequence_length,
-        memory=memory_options(recipe),
-        compute=ComputeOptions(recipe.model.compile, recipe.model.attention),
-    )
+    with nullcontext() if engine is None else engine.together():
+        model = load_flow_model(
+            path,
+            dtype=recipe.model.dtype,
+            device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
+            max_sequence_length=recipe.model.max_sequence_length,
+            memory=memory_options(recipe),
+            compute=ComputeOptions(recipe.model.compile, recipe.model.attention),
+        )
     if engine is not None and recipe.model.sharding == "fsdp":
         model.place_transformer = engine.shard
     return model

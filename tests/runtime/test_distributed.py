@@ -108,3 +108,18 @@ def test_trackers_are_checked_by_name() -> None:
     missing = [n for n in ("aim", "clearml", "dvclive") if n not in {str(t.value) for t in get_available_trackers()}]
     with pytest.raises(PrerequisiteError, match=f"pip install {missing[0]}"):
         make_engine(trackers=missing[:1], cpu=True)
+
+
+def test_a_launchers_configuration_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    engine = make_engine(cpu=True)
+    weight = nn.Parameter(torch.ones(1))
+    engine.backward(3 * weight.sum())
+    assert weight.grad is not None and weight.grad.item() == 3
+
+
+@pytest.mark.parametrize(("variable", "what"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
+def test_a_launcher_that_shares_the_model_is_refused(variable: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    with pytest.raises(UserError, match=f"the launcher asks for {what} .*model.sharding=fsdp"):
+        make_engine(cpu=True)
