@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= ocr.yaml
 OUT ?= gdro-out
+# As many processes as cores; a file's tests in one of them, so that what they share is made once.
+PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
 PYTEST_ARGS ?=
 
 .PHONY: demo test format
@@ -20,7 +22,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
