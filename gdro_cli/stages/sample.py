@@ -167,7 +167,7 @@ def sample_groups(
         plan: K images per prompt, and the settings.
         batch_size: images per forward.
         on_step: passed to ``sample_latents``.
-        split: see ``sample_images``.
+        split: see ``sample_images``; the main process then makes the groups, and the others get none.
 
     Returns:
         B groups with latents [K, ...] in the model's dtype.
@@ -176,6 +176,8 @@ def sample_groups(
     conditioning = model.encode([prompt.prompt for prompt in prompts])
     seeds = [[plan.image_seed(prompt.id, index) for index in range(count)] for prompt in prompts]
     latents = sample_images(model, conditioning, seeds, plan, batch_size=batch_size, on_step=on_step, split=split)
+    if split is not None and not split.is_main:
+        return []
     groups = []
     for place, prompt in enumerate(prompts):
         own = latents[place * count : (place + 1) * count]

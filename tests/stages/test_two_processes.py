@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import psutil
+import psutil  # comes with accelerate
 import pytest
 import torch
 import yaml
