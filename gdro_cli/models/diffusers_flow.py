@@ -56,6 +56,26 @@ def load_flow_model(
         PrerequisiteError: the model is not there; the message says what to fetch.
         UserError: the pipeline is of an unknown family, or the dtype is unknown.
     """
+    return flow_of(
+        PipelineFolder(path),
+        dtype=dtype,
+        device=device,
+        max_sequence_length=max_sequence_length,
+        memory=memory,
+        compute=compute,
+    )
+
+
+def flow_of(
+    folder: PipelineFolder,
+    *,
+    dtype: DtypeName = "auto",
+    device: torch.device | str = "cpu",
+    max_sequence_length: int | None = None,
+    memory: MemoryOptions | None = None,
+    compute: ComputeOptions | None = None,
+) -> DiffusersFlow:
+    """The family of an opened pipeline folder; arguments and errors as in ``load_flow_model``."""
     target = torch.device(device)
     if dtype == "auto":
         weights = torch.bfloat16 if target.type == "cuda" else torch.float32
@@ -63,7 +83,6 @@ def load_flow_model(
         weights = _DTYPES[dtype]
     else:
         raise UserError(f"model.dtype is {dtype!r}: choose auto, {', '.join(_DTYPES)}")
-    folder = PipelineFolder(path)
     family = FAMILIES.get(folder.pipeline)
     if family is None:
         raise UserError(

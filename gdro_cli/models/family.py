@@ -6,7 +6,7 @@ To add a family, subclass ``DiffusersFlow`` in its own file and add one row to `
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -29,6 +29,11 @@ _DECODE_PIXELS = 1 << 21
 """Pixels per pass through the autoencoder (two pictures of 1024 x 1024), which bounds its memory."""
 
 
+def decoded_at_once(height: int, width: int) -> int:
+    """Pictures per pass through the autoencoder."""
+    return max(1, _DECODE_PIXELS // (height * width))
+
+
 class DiffusersFlow(abc.ABC):
     """A ``FlowModel`` on a pipeline folder of diffusers. See ``base.FlowModel`` for what each member means.
 
@@ -49,6 +54,8 @@ class DiffusersFlow(abc.ABC):
     """Picture side in pixels when the autoencoder's configuration does not give one."""
     longest_text: ClassVar[int] = 512
     """Text tokens per prompt unless the recipe says otherwise."""
+    depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)
+    """Keys of the transformer's configuration that say how often a block is repeated."""
     negative_prompt: ClassVar[str] = ""
     """The prompt of the unconditional pass."""
 
@@ -82,6 +89,14 @@ class DiffusersFlow(abc.ABC):
     def _vae_scale(self) -> int:
         """Pixels per side of one latent pixel."""
         return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    def depths(self) -> dict[str, int]:
+        """Kind of repeated block -> how many the transformer has."""
+        return {key: int(self.transformer_config[key]) for key in self.depth_keys}
+
+    def at_depths(self, depths: Mapping[str, int]) -> dict[str, Any]:
+        """What the transformer's configuration says of a model with other ``depths``."""
+        return dict(depths)
 
     # -- components ---------------------------------------------------------------------------------------------
 
@@ -194,6 +209,10 @@ class DiffusersFlow(abc.ABC):
         """Stack N conditionings, or move batched ones, to the model's device and dtype."""
         return stack_conditioning(conditioning, device=self.device, dtype=self.dtype)
 
+    def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's conditioning at so many text tokens: the token embeddings, unless there is more."""
+        return {"prompt_embeds": (tokens, int(self.transformer_config["joint_attention_dim"]))}
+
     @abc.abstractmethod
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         """Encode a few prompts, one conditioning each."""
@@ -282,14 +301,17 @@ class DiffusersFlow(abc.ABC):
 
     def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image]:
         """Decode clean latents into RGB pictures, a few at a time."""
-        vae = self._module("vae")
-        at_once = max(1, _DECODE_PIXELS // (height * width))
+        vae, at_once = self._module("vae"), decoded_at_once(height, width)
         found: list[Image.Image] = []
         with torch.inference_mode():
             for start in range(0, len(latents), at_once):
                 part = latents[start : start + at_once].to(self.device, self.dtype)
-                found += pictures(self._decode(vae, self._unpack(part, height=height, width=width)))
+                found += pictures(self.pixels(vae, part, height=height, width=width))
         return found
+
+    def pixels(self, vae: Any, latents: Tensor, *, height: int, width: int) -> Tensor:
+        """Pixels [N, 3, height, width] in [-1, 1] of clean latents [N, ...] in the autoencoder's dtype."""
+        return self._decode(vae, self._unpack(latents, height=height, width=width))
 
     def _unpack(self, latents: Tensor, *, height: int, width: int) -> Tensor:
         """Turn the transformer's latents into the autoencoder's maps [N, C, H, W], still scaled."""

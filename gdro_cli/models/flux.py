@@ -22,6 +22,7 @@ class FluxFlow(PackedFlow):
     """FLUX.1 as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D] and ``pooled_prompt_embeds`` [P]."""
 
     family: ClassVar[str] = "flux"
+    depth_keys: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
     longest_text: ClassVar[int] = 512  # the most T5 tokens that FLUX was trained with
     # The layers that diffusers' own training script adapts.
     lora_targets: tuple[str, ...] = (
@@ -44,7 +45,16 @@ class FluxFlow(PackedFlow):
         """T5 tokens per prompt: as asked for, or the tokenizer's own length, at most 512."""
         if self._max_sequence_length is not None:
             return self._max_sequence_length
-        return min(int(self._part("tokenizer_2").model_max_length), self.longest_text)
+        tokenizer = self.folder.config("tokenizer_2", file="tokenizer_config.json")
+        return min(int(tokenizer.get("model_max_length", self.longest_text)), self.longest_text)
+
+    def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """T5 tokens and CLIP's pooled embedding."""
+        config = self.transformer_config
+        return {
+            "prompt_embeds": (tokens, int(config["joint_attention_dim"])),
+            "pooled_prompt_embeds": (int(config["pooled_projection_dim"]),),
+        }
 
     @property
     def guidance_kind(self) -> GuidanceKind:

@@ -34,6 +34,7 @@ class Flux2KleinFlow(DiffusersFlow):
     """FLUX.2 klein as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, 3 D]."""
 
     family: ClassVar[str] = "flux2-klein"
+    depth_keys: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
 
     def __init__(self, folder: PipelineFolder, **options: Any) -> None:
         super().__init__(folder, **options)

@@ -38,13 +38,15 @@ class PipelineFolder:
 
     Args:
         path: a folder that holds ``model_index.json``, or a Hub id such as ``black-forest-labs/FLUX.1-dev``.
+        fetch: whether files of the Hub that are not in its cache may be fetched.
 
     Raises:
         PrerequisiteError: the folder or the Hub repository cannot be read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, fetch: bool = True) -> None:
         self.path = str(path)
+        self._may_fetch = fetch
         folder = Path(path).expanduser()
         self._repo: str | None = None
         self._commit: str | None = None
@@ -204,6 +206,7 @@ class PipelineFolder:
                     revision=self._commit,
                     allow_patterns=list(patterns),
                     ignore_patterns=["*.bin", "*.msgpack"],
+                    local_files_only=not self._may_fetch,
                 )
             )
         except GatedRepoError as error:

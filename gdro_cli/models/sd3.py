@@ -8,7 +8,7 @@ training uses the conditional velocity. Schedule: the scheduler's own spacing, t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -62,6 +62,27 @@ class StableDiffusion3Flow(DiffusersFlow):
         ids = tokenize(self._part("tokenizer_3"), prompts, length=length).input_ids
         states: Tensor = self._module("text_encoder_3")(ids.to(self.device))[0]
         return states
+
+    def depths(self) -> dict[str, int]:
+        """Blocks with a second attention over the image (SD3.5 medium's first ones), and those without."""
+        dual = len(self.transformer_config.get("dual_attention_layers") or ())
+        return {"dual": dual, "plain": int(self.transformer_config["num_layers"]) - dual}
+
+    def at_depths(self, depths: Mapping[str, int]) -> dict[str, Any]:
+        """The dual blocks come first."""
+        return {
+            "num_layers": sum(depths.values()),
+            "dual_attention_layers": list(range(depths["dual"])),
+        }
+
+    def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """CLIP's tokens, then T5's, and both pooled embeddings."""
+        config = self.transformer_config
+        clip = int(self.folder.config("tokenizer", file="tokenizer_config.json")["model_max_length"])
+        return {
+            "prompt_embeds": (clip + tokens, int(config["joint_attention_dim"])),
+            "pooled_prompt_embeds": (int(config["pooled_projection_dim"]),),
+        }
 
     def _unshifted(self, steps: int) -> None:
         return None

@@ -24,6 +24,7 @@ class ZImageFlow(DiffusersFlow):
     """Z-Image as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D], L the prompt's own length."""
 
     family: ClassVar[str] = "z-image"
+    depth_keys: ClassVar[tuple[str, ...]] = ("n_layers",)
     # The layers that diffusers' own training script adapts.
     lora_targets: tuple[str, ...] = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
@@ -36,6 +37,10 @@ class ZImageFlow(DiffusersFlow):
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
         )
         return [{"prompt_embeds": one} for one in seen(states.hidden_states[-2], tokens.attention_mask)]
+
+    def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Qwen3's token embeddings."""
+        return {"prompt_embeds": (tokens, int(self.transformer_config["cap_feat_dim"]))}
 
     def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
         return {"guidance_scale": max(0.0, guidance - 1.0)}

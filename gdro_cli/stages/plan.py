@@ -1,4 +1,8 @@
-"""What a command would do, for ``--dry-run``: counts, batches, disk, and what is there already. Makes nothing."""
+"""What a command would do, for ``--dry-run``: counts, batches, disk, memory, time, and what is there. Makes nothing.
+
+Without the model's weights it tells the same of models whose configurations are known, all but the names of store and
+run, which depend on the weights.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,17 @@ from gdro_cli.config.methods import OnlineMethod
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel, takes_two_passes
+from gdro_cli.models.blank import open_folder
+from gdro_cli.models.published import PublishedFolder
+from gdro_cli.stages.estimate import Estimate
 from gdro_cli.stages.inputs import expected_inputs
+from gdro_cli.stages.needs import evaluation_time, sampling_needs, training_needs
 from gdro_cli.stages.refresh import steps_per_round
 from gdro_cli.stages.rollout import policy_guidance
 from gdro_cli.stages.runs import run_path
 from gdro_cli.stages.workspace import (
     image_size,
+    model_folder,
     open_model,
     open_prompts,
     refuse_online,
@@ -35,28 +44,47 @@ def describe(recipe: Recipe, stage: str, workspace: Path) -> list[tuple[str, str
         UserError: prompts cannot be used.
         PrerequisiteError: the model is missing.
     """
-    model = open_model(recipe)
+    if stage != "train" and stage != "eval":
+        refuse_online(recipe, stage)
+    folder = open_folder(model_folder(recipe))
+    estimate = Estimate(recipe)
+    here = not isinstance(folder, PublishedFolder)
+    model: FlowModel = open_model(recipe, folder=folder) if here else estimate.model.flow
     height, width = image_size(recipe, model)
     rows = [
         ("recipe", f"{recipe.name}, digest {recipe.digest()}"),
         ("model", f"{recipe.model.path} ({model.family}), pictures {width} x {height}"),
     ]
+    if not here:
+        rows.append(("weights", f"not here; described from the published configuration of {recipe.model.path}"))
     if stage == "eval":
-        return rows + _evaluation(recipe)
+        return rows + _evaluation(recipe) + sampling_needs(estimate) + evaluation_time(estimate)
     if recipe.online_method is not None:
-        if stage != "train":
-            refuse_online(recipe, stage)
-        return rows + _online(recipe, recipe.online_method, model, workspace)
-    rows += describe_store(recipe, model, workspace)
-    return rows + _training(recipe, model, workspace) if stage == "train" else rows
+        return rows + _online(recipe, recipe.online_method, model, workspace, here) + training_needs(estimate)
+    rows += describe_store(recipe, model, workspace, here=here)
+    if stage == "score":
+        return rows
+    rows += [_encodings(recipe, estimate), *sampling_needs(estimate)]
+    return rows + _training(recipe, workspace) + training_needs(estimate) if stage == "train" else rows
 
 
-def describe_store(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
-    """Lines about the training store: where it lies, its counts, what is there, what it costs."""
+def _encodings(recipe: Recipe, estimate: Estimate) -> tuple[str, str]:
+    prompts = len(open_prompts(recipe, recipe.prompts.train))
+    size = prompts * estimate.text_per_prompt
+    return "text encodings", f"{size / 1e6:.0f} MB more on disk, and in the CPU's memory while training"
+
+
+def describe_store(recipe: Recipe, model: FlowModel, workspace: Path, *, here: bool = True) -> list[tuple[str, str]]:
+    """Lines about the training store: where it lies, its counts, what is there, what it costs.
+
+    ``here``: whether the model's weights are, without which the store has no name.
+    """
     prompts = open_prompts(recipe, recipe.prompts.train)
     plan = training_plan(recipe, model)
     images = len(prompts) * plan.images_per_prompt
-    path = store_path(recipe, stores_folder(workspace), store_identity(recipe, model, plan, prompts))
+    path = stores_folder(workspace) / "(named when the weights are there)"
+    if here:
+        path = store_path(recipe, stores_folder(workspace), store_identity(recipe, model, plan, prompts))
     if path.exists():
         store = GroupStore.open(path)
         missing = len(store.missing_shards())
@@ -88,7 +116,9 @@ def _guidance(model: FlowModel, scale: float, *, online: bool = False) -> str:
     return f"{scale:g}, so none: classifier-free guidance begins above 1"
 
 
-def _online(recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
+def _online(
+    recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: Path, here: bool
+) -> list[tuple[str, str]]:
     train = recipe.train
     images, stochastic = method.prompts_per_round * method.group_size, method.train_sample_steps - 1
     trained = max(1, int(method.timestep_fraction * stochastic + 1e-9))
@@ -98,7 +128,7 @@ def _online(recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: P
     guidance = policy_guidance(recipe, method)
     return [
         ("runs", str(runs_folder(workspace))),
-        ("run", run_path(recipe, workspace, expected_inputs(recipe, model)).name),
+        *([("run", run_path(recipe, workspace, expected_inputs(recipe, model)).name)] if here else []),
         ("method", f"{method.name}, clip range {method.clip_range:g}, KL weight {method.beta_kl:g}"),
         ("prompts", f"{len(open_prompts(recipe, recipe.prompts.train))}"),
         ("round", f"{method.prompts_per_round} prompts x {method.group_size} = {images} images, sampled and scored"),
@@ -111,7 +141,7 @@ def _online(recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: P
     ]
 
 
-def _training(recipe: Recipe, model: FlowModel, workspace: Path) -> list[tuple[str, str]]:
+def _training(recipe: Recipe, workspace: Path) -> list[tuple[str, str]]:
     train, method = recipe.train, recipe.group_method
     images = train.groups_per_step * method.k
     micro = train.micro_batch or images

@@ -25,7 +25,8 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.compute import ComputeOptions
-from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.diffusers_flow import flow_of
+from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine, Precision, make_engine
 from gdro_cli.stages.rewards import known_classes
@@ -60,24 +61,26 @@ def precision(recipe: Recipe) -> Precision:
     return "bf16" if torch.cuda.is_available() and recipe.model.dtype in ("auto", "bfloat16") else "no"
 
 
-def open_model(recipe: Recipe, *, device: str | None = None, engine: Engine | None = None) -> FlowModel:
+def open_model(
+    recipe: Recipe, *, device: str | None = None, engine: Engine | None = None, folder: PipelineFolder | None = None
+) -> FlowModel:
     """Open the recipe's model, on the GPU if there is one; nothing is loaded until it is used.
 
     Args:
         recipe: names the model.
         device: where to run it instead.
         engine: the job's processes: the model runs on this one's device, sharded where the recipe says so.
+        folder: the model's, where it has been opened already.
 
     Raises:
         PrerequisiteError: the model is not there.
         EndedElsewhere: the same, in another process.
     """
-    path = str(tiny_model_path()) if recipe.model.path == EMBEDDED else recipe.model.path
     if engine is not None:
         device = str(engine.device)
     with nullcontext() if engine is None else engine.together():
-        model = load_flow_model(
-            path,
+        model = flow_of(
+            PipelineFolder(model_folder(recipe)) if folder is None else folder,
             dtype=recipe.model.dtype,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),
             max_sequence_length=recipe.model.max_sequence_length,
@@ -87,6 +90,11 @@ def open_model(recipe: Recipe, *, device: str | None = None, engine: Engine | No
     if engine is not None and recipe.model.sharding == "fsdp":
         model.place_transformer = engine.shard
     return model
+
+
+def model_folder(recipe: Recipe) -> str:
+    """Folder or Hub id of the recipe's model."""
+    return str(tiny_model_path()) if recipe.model.path == EMBEDDED else recipe.model.path
 
 
 def memory_options(recipe: Recipe) -> MemoryOptions:

@@ -2,62 +2,189 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 
-from gdro_cli.models.adapters import attach_lora
-from gdro_cli.models.base import FlowModel
-from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.core.footprint import Weights
+from gdro_cli.models.adapters import attach_lora, reference
+from gdro_cli.models.blank import blank_component, blank_model, count_weights
+from gdro_cli.models.diffusers_flow import flow_of
+from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.published import PublishedFolder, published_configurations
+from gdro_cli.models.sampling import sample_latents
+from gdro_cli.stages.gradient import GroupGradient, NoisyGroups
 
-PUBLISHED: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "published.json").read_text())
+K, GROUPS = 3, 2
 
 
-def open_on_meta(name: str, folder: Path) -> FlowModel:
-    """The family on a folder with the published configurations alone; the transformer has shapes and no numbers."""
-    known = PUBLISHED[name]
-    for part in ("transformer", "vae"):
-        (folder / part).mkdir()
-        (folder / part / "config.json").write_text(json.dumps(known[part]))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": known["pipeline"]}))
-    model = load_flow_model(folder, dtype="bfloat16", device="meta")
-    with torch.device("meta"):
-        transformer = getattr(diffusers, known["class"])(**known["transformer"])
-    model.transformer = transformer.to(torch.bfloat16).requires_grad_(False)
+@dataclass(frozen=True)
+class Known:
+    """What is published or worked out by hand."""
+
+    gigabytes: str
+    """Of the weights at two bytes each (position tables included), to the digits given."""
+    channels: int
+    lora_32: int
+    """Numbers of a rank 32 adapter."""
+    encoders_gigabytes: str | None = None
+    """Of the text encoders' files in 16 bits, where their configurations are shipped."""
+
+
+KNOWN = {
+    "FLUX.1-dev": Known("23.8", 16, 89653248, "9.77"),
+    "SD3.5-medium": Known("4.94", 16, 18776064, "11.16"),
+    "SD3.5-large": Known("16.292561536", 16, 47161344, "11.16"),
+    "Qwen-Image": Known("40.9", 16, 47185920),
+    "Z-Image": Known("12.3", 16, 33423360),
+    "FLUX.2-klein-4B": Known("7.8", 32, 33423360),
+}
+STEPPED = ("FLUX.1-dev", "SD3.5-medium", "SD3.5-large")
+"""Models with a whole sampling and training step at full size."""
+
+
+def open_on_meta(name: str) -> DiffusersFlow:
+    """The family on the published configurations alone; the transformer has shapes and no numbers."""
+    folder = PublishedFolder(name)
+    model = flow_of(folder, dtype="bfloat16", device="meta")
+    model.transformer = blank_component(folder, "transformer").to(torch.bfloat16).requires_grad_(False)
     return model
 
 
-@pytest.mark.parametrize("name", list(PUBLISHED))
-def test_published_model_at_full_size(name: str, tmp_path: Path) -> None:
+def conditioning(model: DiffusersFlow, count: int) -> dict[str, torch.Tensor]:
+    tokens = (
+        min(model.max_sequence_length, 60) if model.family in ("qwen-image", "z-image") else model.max_sequence_length
+    )
+    shapes = model.conditioning_shapes(tokens)
+    return {key: torch.empty(count, *shape, device="meta", dtype=torch.bfloat16) for key, shape in shapes.items()}
+
+
+def test_all_that_is_published_is_tested() -> None:
+    assert KNOWN.keys() == published_configurations().keys()
+
+
+@pytest.mark.parametrize("name", list(KNOWN))
+def test_published_model_at_full_size(name: str) -> None:
     """Size on disk as published, one velocity at 512 and 1024 pixels, and an adapter of the expected size.
 
-    Gigabytes are those of the published weights at two bytes each (position tables included), to the digits given. The
-    adapter has rank x (inputs + outputs) parameters per layer; with rank 32, in thousands of inputs and outputs:
+    The adapter has rank x (inputs + outputs) parameters per layer; with rank 32, in thousands of inputs and outputs:
 
     - FLUX.1-dev: 19 x (8 x 6.144 + 4 x 15.360) + 38 x 3 x 6.144; SD3.5: (24 x 8 - 1) x 3.072 and (38 x 8 - 1) x 4.864,
       for the last block has no text output; Qwen-Image: 60 x 4 x 6.144; Z-Image: 34 x 4 x 7.680;
       FLUX.2-klein-4B: 5 x 4 x 6.144 + 20 x (30.720 + 15.360).
-    """
-    known = PUBLISHED[name]
-    model = open_on_meta(name, tmp_path)
-    size = 2 * sum(tensor.numel() for tensor in model.transformer.state_dict().values())
-    digits = len(known["gigabytes"].split(".")[1])
-    assert f"{size / 1e9:.{digits}f}" == known["gigabytes"]
 
-    text = {key: torch.empty(1, *shape, device="meta") for key, shape in known["text"].items()}
+    The step of those in ``STEPPED`` is Euler steps of the sampler, and the two-pass gradient of groups, checkpointed:
+    reference, errors, loss, and the backward pass of each micro-batch. Only the values are missing.
+    """
+    known, model = KNOWN[name], open_on_meta(name)
+    size = 2 * sum(tensor.numel() for tensor in model.transformer.state_dict().values())
+    digits = len(known.gigabytes.split(".")[1])
+    assert f"{size / 1e9:.{digits}f}" == known.gigabytes
+
+    text = conditioning(model, 1)
     with torch.no_grad():
         for side in (512, 1024):
             pixels = {"height": side, "width": side}
             latents = torch.empty(1, *model.latent_shape(**pixels), device="meta")
-            assert latents.numel() == side * side // 64 * known["channels"]
-            sigma = torch.empty(1, device="meta")
-            velocity = model.velocity(latents, sigma, text, guidance=3.5, **pixels)
+            assert latents.numel() == side * side // 64 * known.channels
+            velocity = model.velocity(latents, torch.empty(1, device="meta"), text, guidance=3.5, **pixels)
             assert velocity.shape == latents.shape and velocity.dtype == torch.bfloat16
 
+    if name in STEPPED:
+        sampling_step(model)
     parameters = attach_lora(model, rank=32, alpha=32)
-    assert sum(parameter.numel() for parameter in parameters) == known["lora_32"]
+    assert sum(parameter.numel() for parameter in parameters) == known.lora_32
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
+    if name in STEPPED:
+        training_step(model, parameters)
+
+
+def sampling_step(model: DiffusersFlow) -> None:
+    """Two images, one Euler step, with both passes where guidance is classifier-free."""
+    text = conditioning(model, 2)
+    model._unconditional = {key: value[0] for key, value in text.items()}
+    noise = torch.empty(2, *model.latent_shape(height=512, width=512), device="meta")
+    model._loaded["scheduler"] = scheduler(model)
+    options: dict[str, Any] = {"steps": 1, "guidance": 4.5, "height": 512, "width": 512, "batch_size": 2}
+    latents = sample_latents(model, noise, text, **options)
+    assert latents.shape == noise.shape and latents.dtype == torch.float32
+
+
+def scheduler(model: DiffusersFlow) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler.from_config(model.folder.config("scheduler"))
+
+
+class Landed(torch.autograd.Function):
+    """Zeros on the CPU in place of a velocity without numbers; the gradient goes the other way."""
+
+    @staticmethod
+    def forward(ctx: Any, velocity: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = velocity.dtype
+        return torch.zeros(velocity.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return torch.empty(gradient.shape, dtype=ctx.dtype, device="meta")
+
+
+class Grounded:
+    """A model whose transformer has no numbers, for what needs some around it: the loss sorts and checks rewards."""
+
+    def __init__(self, model: DiffusersFlow) -> None:
+        self.model, self.sizes = model, list[int]()
+
+    def velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: Any, **options: Any) -> torch.Tensor:
+        self.sizes.append(len(latents))
+        found = self.model.velocity(latents.to("meta"), sigma.to("meta"), text, **options)
+        return Landed.apply(found)  # type: ignore[no-any-return]
+
+
+def training_step(model: DiffusersFlow, parameters: list[torch.nn.Parameter]) -> None:
+    """The two-pass gradient of two groups of three at 512 pixels, in micro-batches of four images, checkpointed."""
+    images = GROUPS * K
+    clean = torch.zeros(images, *model.latent_shape(height=512, width=512))
+    groups = NoisyGroups(
+        latents=clean,
+        target=torch.ones_like(clean),
+        sigma=torch.full((images,), 0.5),
+        conditioning={key: torch.zeros(value.shape) for key, value in conditioning(model, GROUPS).items()},
+        group=torch.arange(GROUPS).repeat_interleave(K),
+        rewards=torch.tensor([[0.1, 0.5, 0.9], [0.3, 0.2, 0.1]]),
+        mask=torch.ones(GROUPS, K, dtype=torch.bool),
+    )
+    model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+    grounded = Grounded(model)
+    gradient = GroupGradient(
+        model=grounded,  # type: ignore[arg-type]
+        loss={"method": "gdro", "beta": 12.0, "gamma": 0.5, "tau": 0.05, "pairs": "best_worst"},
+        reduction="mean",
+        guidance=3.5,
+        size=(512, 512),
+        micro_batch=4,
+        one_pass=False,
+        reference=lambda: reference(model),
+        autocast=nullcontext,
+        backward=torch.autograd.backward,
+    )
+    assert torch.isfinite(gradient(groups).loss)
+    assert grounded.sizes == 3 * [4, 2]  # reference, errors, backward passes
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in parameters)
+
+
+@pytest.mark.parametrize("name", list(KNOWN))
+def test_shallow_models_have_the_numbers_of_the_published_one(name: str) -> None:
+    """What ``--dry-run`` counts: two or three blocks of a kind for all of them, and the text encoders' files."""
+    model, known = blank_model(PublishedFolder(name), dtype="bfloat16"), KNOWN[name]
+    digits = len(known.gigabytes.split(".")[1])
+    assert f"{2 * model.transformer.values / 1e9:.{digits}f}" == known.gigabytes
+    if known.encoders_gigabytes is None:
+        assert model.text is None
+    else:
+        assert model.text is not None and model.vae == count_weights(blank_component(PublishedFolder(name), "vae"))
+        assert f"{2 * model.text.values / 1e9:.2f}" == known.encoders_gigabytes
+    assert sum((part.weights.times(part.times) for part in model.parts), Weights(0)).linear <= model.transformer.values
