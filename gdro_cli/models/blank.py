@@ -98,7 +98,7 @@ def blank_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length
     for times, depths in depth_plan(whole.depths(), shallow=_SHALLOW):
         shallow = _Reconfigured(folder, whole.at_depths(depths))
         flow = flow_of(shallow, dtype=dtype, device="meta", max_sequence_length=max_sequence_length)
-        transformer = blank_component(shallow, "transformer").to(flow.dtype).requires_grad_(False)
+        transformer = blank_component(shallow, "transformer", dtype=flow.dtype)
         flow.transformer = transformer
         parts.append(Part(times, flow, count_weights(transformer)))
     return BlankModel(tuple(parts), _text_weights(folder), _vae_weights(folder))
@@ -117,8 +117,8 @@ def _vae_weights(folder: PipelineFolder) -> Weights | None:
     return count_weights(blank_component(folder, "vae")) if "vae" in folder.components else None
 
 
-def blank_component(folder: PipelineFolder, name: str) -> nn.Module:
-    """Build a component on the meta device by its class and configuration.
+def blank_component(folder: PipelineFolder, name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a component on the meta device by its class and configuration, frozen.
 
     Raises:
         PrerequisiteError: one of them is missing.
@@ -129,7 +129,8 @@ def blank_component(folder: PipelineFolder, name: str) -> nn.Module:
     with torch.device("meta"):
         transformers = getattr(cls, "config_class", None)
         module: nn.Module = cls.from_config(config) if transformers is None else cls(transformers.from_dict(config))
-    return module.eval()
+    # torch's own method: that of diffusers warns of layers which are to stay in float32 where there are none
+    return nn.Module.to(module, dtype=dtype).eval().requires_grad_(False)
 
 
 def count_weights(module: nn.Module) -> Weights:
@@ -150,7 +151,7 @@ def trace_decoding(model: BlankModel, images: int, *, height: int, width: int) -
     flow = model.flow
     if model.vae is None:
         return None
-    vae = blank_component(flow.folder, "vae").to(flow.dtype)
+    vae = blank_component(flow.folder, "vae", dtype=flow.dtype)
     shape = flow.latent_shape(height=height, width=width)
     latents = torch.empty(images, *shape, device="meta", dtype=flow.dtype)
     with torch.no_grad(), metered([*vae.parameters(), *vae.buffers()]) as meter:

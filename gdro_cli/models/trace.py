@@ -19,6 +19,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdro_cli.core.flow import velocity_error
@@ -264,7 +265,7 @@ def checkpointed(transformer: Any, wanted: bool, autocast: torch.dtype | None) -
         return
 
     def run(module: Callable[..., Any], *args: Any) -> Any:
-        return torch.utils.checkpoint.checkpoint(  # type: ignore[attr-defined]
+        return checkpoint(
             module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _AsOnGpu(autocast))
         )
 

@@ -50,7 +50,7 @@ def open_on_meta(name: str) -> DiffusersFlow:
     """The family on the published configurations alone; the transformer has shapes and no numbers."""
     folder = PublishedFolder(name)
     model = flow_of(folder, dtype="bfloat16", device="meta")
-    model.transformer = blank_component(folder, "transformer").to(torch.bfloat16).requires_grad_(False)
+    model.transformer = blank_component(folder, "transformer", dtype=torch.bfloat16)
     return model
 
 

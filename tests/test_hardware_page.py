@@ -1,0 +1,39 @@
+"""docs/hardware.md says of each card what the estimate says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, USABLE, fits
+from gdro_cli.stages.estimate import Estimate
+from gdro_cli.stages.needs import gigabytes
+
+PAGE = (Path(__file__).parents[1] / "docs/hardware.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| `([\w`, -]+)` \| (\d+) GB \| (.*?) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, flags=re.MULTILINE)
+
+
+def test_every_recipe_for_gpus_has_every_card() -> None:
+    named = {(name, int(card)) for names, card, *_ in ROWS for name in names.split("`, `")}
+    recipes = [name for name in shipped_recipes() if name.startswith(("flux-", "sd35-"))]
+    assert {(name, card) for name in recipes for card in CARDS} <= named
+
+
+@pytest.mark.parametrize(("names", "card", "settings", "sampling", "training"), ROWS)
+def test_a_row_is_what_is_estimated(names: str, card: str, settings: str, sampling: str, training: str) -> None:
+    """And it fits the card; the recipes of a row differ in nothing that counts."""
+    found = []
+    for name in names.split("`, `"):
+        estimate = Estimate(load_recipe(name, overrides=re.findall(r"`([\w.]+=\w+)`", settings)))
+        assert int(card) in fits(max(estimate.sampling_bytes, estimate.training_bytes))
+        found.append((gigabytes(estimate.sampling_bytes), gigabytes(estimate.training_bytes)))
+    assert set(found) == {(sampling, training)}
+
+
+def test_the_page_has_the_constants_of_the_code() -> None:
+    assert f"{SUSTAINED_TFLOPS:g} TFLOP/s" in PAGE and f"at most {USABLE:.0%} %".replace("% %", " %") in PAGE
+    usable = [f"{USABLE * card * 2**30 / 1e9:.1f}" for card in CARDS]
+    assert f"{usable[0]},\n{usable[1]} and {usable[2]} GB" in PAGE
