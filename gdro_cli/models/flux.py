@@ -7,6 +7,7 @@ and the embedded model have none and ignore the value; there is no second, uncon
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -45,6 +46,10 @@ class FluxFlow(PackedFlow):
         """T5 tokens per prompt: as asked for, or the tokenizer's own length, at most 512."""
         if self._max_sequence_length is not None:
             return self._max_sequence_length
+        return self._own_length
+
+    @functools.cached_property
+    def _own_length(self) -> int:
         tokenizer = self.folder.config("tokenizer_2", file="tokenizer_config.json")
         return min(int(tokenizer.get("model_max_length", self.longest_text)), self.longest_text)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, USABLE, Weights, fits, gpu_hours
+from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours
 from gdro_cli.stages.estimate import Estimate
 from gdro_cli.stages.workspace import open_prompts
 
@@ -35,12 +35,12 @@ def training_needs(estimate: Estimate) -> Rows:
     train = recipe.train
     own = estimate.activation_bytes()
     other = estimate.activation_bytes(checkpointing=not train.gradient_checkpointing)
-    how, else_ = ("with", "without") if train.gradient_checkpointing else ("without", "with")
+    how, otherwise = ("with", "without") if train.gradient_checkpointing else ("without", "with")
     beside = gigabytes(estimate.transformer_bytes + estimate.unpacked_bytes)
     memory = (
         f"{gigabytes(estimate.training_bytes)} GB: transformer {beside}, adapter {gigabytes(adapter.total)},"
         f" activations {gigabytes(own)} for {estimate.images_at_once} images {how} checkpointing"
-        f" ({gigabytes(other)} {else_}); {cards(estimate.training_bytes)}"
+        f" ({gigabytes(other)} {otherwise}); {cards(estimate.training_bytes)}"
     )
     shared = "; with FSDP the transformer is shared by the processes" if recipe.model.sharding == "fsdp" else ""
     return [
@@ -87,20 +87,24 @@ def hours(flops: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in GB of 1e9, to one digit."""
-    return f"{size / 1e9:.1f}" if size >= 5e7 else f"{size / 1e9:.3f}"
+    """Bytes in GB of 1e9: to a tenth, and finer where there is less than one."""
+    value = size / 1e9
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def cards(needed: float) -> str:
-    """Which cards hold it."""
+    """Which cards hold it, with a tenth of each to spare."""
     names = [str(card) for card in fits(needed)]
-    size = f"{USABLE:.0%} of a card of"
-    return f"fits {size} {', '.join(names)} GiB" if names else f"more than {size} {max(CARDS)} GiB"
+    return f"fits cards of {', '.join(names)} GB" if names else f"too much for a card of {max(CARDS)} GB"
+
+
+def _count(values: int) -> str:
+    return f"{values / 1e9:.2f} billion" if values >= 1e9 else f"{values / 1e6:.1f} million"
 
 
 def _parameters(transformer: Weights, text: Weights | None, vae: Weights | None) -> str:
     known = {"transformer": transformer, "text encoders": text, "autoencoder": vae}
     return ", ".join(
-        f"{name} not known without its files" if weights is None else f"{name} {weights.values / 1e9:.4g} billion"
+        f"{name} not known without its files" if weights is None else f"{name} {_count(weights.values)}"
         for name, weights in known.items()
     )

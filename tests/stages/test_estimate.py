@@ -15,7 +15,7 @@ from gdro_cli.models.published import published_name
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import plan, sample
 from gdro_cli.stages.estimate import Estimate
-from gdro_cli.stages.needs import cards, hours
+from gdro_cli.stages.needs import cards, gigabytes, hours
 from gdro_cli.stages.workspace import open_prompts
 
 REAL = ("flux-geneval", "flux-ocr", "sd35-geneval", "sd35-ocr")
@@ -134,5 +134,5 @@ def test_online_estimates_count_rollouts_and_updates() -> None:
 def test_numbers_in_words() -> None:
     """125 TFLOP/s for an hour are 4.5e17 operations."""
     assert [hours(4.5e17 * n) for n in (0.01, 0.52, 23.4)] == ["under 0.1", "0.5", "23"]
-    assert cards(20e9) == "fits 90% of a card of 24, 48, 80 GiB"
-    assert cards(90e9) == "more than 90% of a card of 80 GiB"
+    assert cards(20e9) == "fits cards of 24, 48, 80 GB" and cards(90e9) == "too much for a card of 80 GB"
+    assert [gigabytes(size) for size in (23.84e9, 0.244e9, 0.0234e9)] == ["23.8", "0.24", "0.023"]
