@@ -1,0 +1,34 @@
+"""Print the table of docs/hardware.md: what each recipe for GPUs needs on cards of 24, 48 and 80 GB, by the estimate."""
+
+from __future__ import annotations
+
+from gdro_cli.config.recipe import load_recipe
+from gdro_cli.core.footprint import fits
+from gdro_cli.stages.estimate import Estimate
+from gdro_cli.stages.needs import gigabytes
+
+SMALL_FLUX = ("model.quantization=int8", "model.offload=true", "sample.batch_size=4", "train.micro_batch=2")
+ROWS: tuple[tuple[tuple[str, str], int, tuple[str, ...]], ...] = (
+    (("flux-ocr", "flux-geneval"), 24, SMALL_FLUX),
+    (("flux-ocr", "flux-geneval"), 48, ()),
+    (("flux-ocr", "flux-geneval"), 80, ()),
+    (("sd35-ocr", "sd35-geneval"), 24, ()),
+    (("sd35-ocr", "sd35-geneval"), 48, ("train.micro_batch=8",)),
+    (("sd35-ocr", "sd35-geneval"), 80, ("sample.batch_size=32", "train.micro_batch=16")),
+)
+
+
+def main() -> None:
+    """Print it."""
+    print("| recipe | card | settings | sampling | training |\n|---|---|---|---|---|")
+    for names, card, settings in ROWS:
+        estimate = Estimate(load_recipe(names[0], overrides=settings))
+        needed = estimate.sampling_bytes, estimate.training_bytes
+        shown = ", ".join(f"`{setting}`" for setting in settings) or "as it is"
+        recipes = ", ".join(f"`{name}`" for name in names)
+        row = f"| {recipes} | {card} GB | {shown} | {gigabytes(needed[0])} | {gigabytes(needed[1])} |"
+        print(row + ("" if card in fits(max(needed)) else " TOO MUCH"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
