@@ -1,4 +1,4 @@
-"""Print the table of docs/hardware.md: what each recipe for GPUs needs on cards of 24, 48 and 80 GB, by the estimate."""
+"""Print the table of docs/hardware.md: what the recipes for GPUs need on cards of 24, 48 and 80 GB, by the estimate."""
 
 from __future__ import annotations
 
