@@ -8,7 +8,7 @@ code; kernels' workspaces, the allocator's rounding and fragmentation come on to
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +91,7 @@ class _Live(TorchDispatchMode):
     """Bytes of the tensors that are alive, storages counted once, without those that were there before."""
 
     def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
@@ -264,7 +264,7 @@ def checkpointed(transformer: Any, wanted: bool, autocast: torch.dtype | None) -
         yield
         return
 
-    def run(module: Callable[..., Any], *args: Any) -> Any:
+    def run(module: Any, *args: Any) -> Any:
         return checkpoint(
             module.__call__, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _AsOnGpu(autocast))
         )
