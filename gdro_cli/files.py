@@ -11,12 +11,13 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from gdro_cli.errors import StoreError
 
@@ -51,6 +52,15 @@ def storage_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an ``OSError`` met while reading ``path`` into a ``StoreError`` of one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
 
 
 def cannot_write(path: Path, error: OSError) -> StoreError:
@@ -93,6 +103,36 @@ def json_bytes(value: Any) -> bytes:
     """``value`` as indented JSON with sorted keys and a final newline."""
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False)
     return f"{text}\n".encode("ascii")
+
+
+def parse_json(data: str | bytes) -> Any:
+    """The value of a JSON text that this tool could have written.
+
+    Raises:
+        ValueError: it is no JSON, nested too deeply, or holds a number that is not finite.
+    """
+    try:
+        return json.loads(data, parse_constant=_not_finite, parse_float=_finite)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+
+
+def _not_finite(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], *, metadata: dict[str, str] | None = None) -> None:
+    """Write tensors as a safetensors file, whole or not at all. Raises ``StoreError``."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata))
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

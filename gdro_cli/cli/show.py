@@ -10,6 +10,7 @@ import typer
 
 from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption
 from gdro_cli.errors import UserError
+from gdro_cli.files import parse_json
 
 recipes = typer.Typer(
     help="List, show and check recipes, and explain their keys.",
@@ -154,7 +155,7 @@ def runs(
 
 def _run_row(folder: Path) -> list[str]:
     recipe = _json(folder / "recipe.json")
-    method, train = recipe.get("method", {}), recipe.get("train", {})
+    method, train = ({} if not isinstance(recipe.get(key), dict) else recipe[key] for key in ("method", "train"))
     steps = f"{_last_step(folder / 'metrics.jsonl')} of {train.get('steps', '?')}"
     results = "yes" if (folder / "results.json").is_file() else "no"
     return [str(recipe.get("name", "?")), str(method.get("name", "?")), steps, results]
@@ -162,7 +163,7 @@ def _run_row(folder: Path) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}  # a run that cannot be read is still listed, with question marks
     return data if isinstance(data, dict) else {}
@@ -176,7 +177,7 @@ def _last_step(path: Path) -> str:
         return "0"
     for line in reversed(lines):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row:

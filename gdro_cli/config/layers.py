@@ -22,7 +22,7 @@ from typing import Any
 
 from gdro_cli.config.methods import METHODS, OnlineMethod
 from gdro_cli.config.rules import STORED_ONLY
-from gdro_cli.config.yamlfile import check_keys, describe, parse_yaml, read_yaml
+from gdro_cli.config.yamlfile import MAX_NESTING, check_keys, describe, parse_yaml, read_yaml, shown
 from gdro_cli.errors import UserError
 
 #: Folders of shipped recipes: inside an installed package, or beside it in a checkout.
@@ -46,16 +46,16 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name_or_path: str) -> Path:
     """The file of a recipe: an existing path, else a shipped recipe by name with or without ``.yaml``."""
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
+    path = Path(os.path.expanduser(name_or_path))  # unlike Path's own, it takes any text
+    if os.path.isfile(path):
         return path
     shipped = shipped_recipes()
     if name_or_path.removesuffix(".yaml") in shipped:
         return shipped[name_or_path.removesuffix(".yaml")]
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{name_or_path} is a folder: name the recipe file inside it.")
     raise UserError(
-        f"There is no recipe file {name_or_path!r} and no shipped recipe of that name "
+        f"There is no recipe file {describe(name_or_path)} and no shipped recipe of that name "
         f"(shipped: {', '.join(shipped) or 'none'}): correct the path or the name."
     )
 
@@ -84,13 +84,13 @@ def file_layers(path: Path) -> list[dict[str, Any]]:
 def _extended(extends: object, *, by: Path) -> Path:
     if not isinstance(extends, str) or not extends:
         raise UserError(f"{by}: `extends` must be a path or the name of a shipped recipe, not {describe(extends)}.")
-    beside = by.resolve().parent / Path(extends).expanduser()
-    if beside.is_file():
+    beside = by.resolve().parent / os.path.expanduser(extends)
+    if os.path.isfile(beside):
         return beside
     shipped = shipped_recipes().get(extends.removesuffix(".yaml"))
     if shipped is None:
         raise UserError(
-            f"{by} extends {extends!r}, which is neither a file beside it nor a shipped recipe: correct it."
+            f"{by} extends {describe(extends)}, which is neither a file beside it nor a shipped recipe: correct it."
         )
     return shipped
 
@@ -102,18 +102,21 @@ def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
         key, separator, text = override.partition("=")
         parts = key.strip().split(".")
         if not separator or not all(parts):
-            raise UserError(f"--set {override!r} must look like key=value, for example --set method.tau=0.1.")
+            raise UserError(f"--set {describe(override)} must look like key=value, for example --set method.tau=0.1.")
         if parts[0] == "extends":
             raise UserError("--set cannot change `extends`: name the other recipe with --recipe.")
+        if len(parts) > MAX_NESTING:
+            raise UserError(f"The key of --set {shown(key.strip())} is nested too deeply: name a key of the recipe.")
         section = layer
         for part in parts[:-1]:
             inner = section.get(part)
             if not isinstance(inner, dict):
                 inner = section[part] = {}
             section = inner
-        value = parse_yaml(text, source=f"The value of --set {key.strip()}")
+        source = f"The value of --set {shown(key.strip())}"
+        value = parse_yaml(text, source=source)
         if isinstance(value, dict):
-            check_keys(value, source=f"The value of --set {key.strip()}")
+            check_keys(value, source=source)
         section.update(merge(section, {parts[-1]: value}))
     resolve_paths(layer, folder=Path.cwd())
     return layer
@@ -142,7 +145,7 @@ def _resolve(section: object, *, key: str, folder: Path) -> None:
     given = os.path.expanduser(section[key])
     for base in (folder, Path.cwd()):
         candidate = base / given
-        if "\0" not in given and candidate.exists():
+        if os.path.exists(candidate):
             section[key] = os.path.abspath(candidate)
             return
 

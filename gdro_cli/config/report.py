@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +14,17 @@ from gdro_cli.config.fields import field_names
 from gdro_cli.config.methods import METHODS
 from gdro_cli.config.rules import Problem
 from gdro_cli.config.suggest import similar, similar_key
-from gdro_cli.config.yamlfile import describe
+from gdro_cli.config.yamlfile import describe, shown
 from gdro_cli.errors import UserError
 
 if TYPE_CHECKING:
     from gdro_cli.config.recipe import Recipe
 
 _RULES = "recipe_rules"
+MAX_PROBLEMS = 20
+"""How many problems one message lists."""
+_MOST_HINTS = 100
+"""Unknown keys and values that are compared with the known ones: a file that has more is no recipe."""
 #: pydantic's error types -> what the value must be.
 _EXPECTED = {
     "int_type": "a whole number",
@@ -55,10 +60,11 @@ def validate(model: type[Recipe], data: Mapping[str, Any], *, source: str) -> Re
         found = [*_broken_rules(error), *_field_problems(error, data)]
         if not _broken_rules(error):  # the rules between keys only run once every single key is valid
             found += _rules_despite(model, data, error, found)
-    lines = [f"{problem.path}: {problem.message}" for problem in found]
+    lines = [f"{shown(problem.path)}: {problem.message}" for problem in found[:MAX_PROBLEMS]]
     if len(lines) == 1:
         raise UserError(f"{source}: {lines[0]}" + ("" if lines[0].endswith("?") else "."))
-    raise UserError(f"{source} has {len(lines)} problems:\n" + "\n".join(f"  {line}" for line in lines))
+    more = [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
+    raise UserError(f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
 
 
 def _broken_rules(error: ValidationError) -> list[Problem]:
@@ -78,14 +84,15 @@ def _field_problems(error: ValidationError, data: Mapping[str, Any]) -> list[Pro
         if detail["type"] == "missing":
             whole[path] = Problem(path, "is missing")
         elif detail["type"] == "extra_forbidden":
-            whole[path] = Problem(path, _unknown(path, data))
+            whole[path] = Problem(path, _unknown(path, data) if len(whole) < _MOST_HINTS else "unknown key")
         else:
             expected.setdefault(path, []).append(_expectation(detail))
             inputs[path] = _input(detail, data)
-            hints[path] = hints.get(path, "") or _value_hint(detail)
+            hints[path] = hints.get(path, "") or (_value_hint(detail) if len(hints) < _MOST_HINTS else "")
     found = list(whole.values())
+    lists = {path[: match.start()] for path in expected for match in re.finditer(r"\[", path)}
     for path, phrases in expected.items():
-        if any(other.startswith(f"{path}[") for other in expected):
+        if path in lists:
             continue  # an element of this list is at fault; the other branches of the union add nothing
         wanted = " or ".join(dict.fromkeys(phrases))
         found.append(Problem(path, f"must be {wanted}, not {describe(inputs[path])}{hints[path]}"))

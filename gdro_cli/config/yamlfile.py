@@ -22,11 +22,32 @@ MAX_BYTES = 1_000_000
 #: Brackets inside brackets; PyYAML takes minutes over thousands.
 MAX_NESTING = 50
 
+_TAG = "tag:yaml.org,2002:"
+#: Dates, sets and bytes are nothing that a recipe has.
+_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
+#: NUL, and halves of surrogate pairs, which can be written as escapes and are no text.
+_NOT_TEXT = re.compile("[\0\ud800-\udfff]")
+
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2 scalars, no aliases, no repeated keys."""
+    """SafeLoader with YAML 1.2 scalars, no aliases, no repeated keys, no tags but those of plain values."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 (PyYAML's own interface)
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix(_TAG)
+        if kind not in _KINDS:
+            raise _refusal(f"the tag {describe(kind)} is not supported", node.start_mark)
+        try:
+            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+        except (LookupError, ValueError) as error:  # an explicit tag on what it does not fit
+            raise _refusal(f"{describe(node.value)} cannot be read as {kind}", node.start_mark) from error
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        found = _NOT_TEXT.search(node.value) if isinstance(node.value, str) else None
+        if found is not None:
+            raise _refusal(f"the character U+{ord(found[0]):04X} is not text", node.start_mark)
+        return super().construct_scalar(node)
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -45,7 +66,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"repeated key {key.value!r}", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"repeated key {describe(key.value)}", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -116,9 +137,15 @@ def check_keys(data: dict[Any, Any], *, source: str) -> None:
     """``UserError`` for a key, at any depth of sections, that is not text."""
     for key, value in data.items():
         if not isinstance(key, str):
-            raise UserError(f"{source}: the key {key!r} is not a name: put it in quotes or correct it.")
+            raise UserError(f"{source}: the key {shown(repr(key))} is not a name: put it in quotes or correct it.")
         if isinstance(value, dict):
             check_keys(value, source=source)
+
+
+def shown(name: str) -> str:
+    """A name in a message: on one line, and cut where it is longer than anyone reads."""
+    line = name if name.isprintable() else repr(name)[1:-1]
+    return line if len(line) <= 120 else f"{line[:117]}..."
 
 
 def describe(value: object) -> str:

@@ -24,6 +24,8 @@ MAX_PROMPT_CHARS = 4_000
 """Far more than any text encoder reads (FLUX: 512 tokens)."""
 MAX_PROBLEMS = 10
 """How many bad lines one message lists."""
+_MAX_KEYS = 8
+"""How many keys of a line it lists."""
 
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -133,14 +135,35 @@ def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
     if not isinstance(value, dict):
         raise _BadLineError('it is not a JSON object; write one {"prompt": ...} per line')
     if "prompt" not in value:
-        raise _BadLineError(f"the key prompt is missing; found {', '.join(sorted(value)) or 'no keys'}")
+        raise _BadLineError(f"the key prompt is missing; found {_listed(value)}")
     prompt, target = value.pop("prompt"), value.pop("target", None)
     if not isinstance(prompt, str):
         raise _BadLineError(f"prompt must be a text, not {type(prompt).__name__}")
     if target is not None and not isinstance(target, str):
         raise _BadLineError(f"target must be a text, not {type(target).__name__}")
-    _check_characters(json.dumps(value, ensure_ascii=False), "its metadata")
+    for text in _texts(value):
+        _check_characters(text, "its metadata")
     return prompt.strip(), target, value
+
+
+def _listed(value: Mapping[str, Any]) -> str:
+    """The first keys of an object."""
+    keys = [key if len(key) <= 40 else f"{key[:37]}..." for key in sorted(value)]
+    shown = ", ".join(keys[:_MAX_KEYS]) + (", ..." if len(keys) > _MAX_KEYS else "")
+    return shown if shown.isprintable() and shown else repr(shown) if shown else "no keys"
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, the keys of objects included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield key
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ share them. It is a cache: a row that cannot be read (a process was killed while
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import uuid
@@ -23,7 +22,7 @@ from torch import Tensor
 from gdro_cli.config.base import digest
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
-from gdro_cli.files import json_lines, make_folder, storage_errors, write_json
+from gdro_cli.files import json_lines, make_folder, parse_json, reading, storage_errors, write_json
 
 _KIND = "gdro reference errors"
 _FOLDER = "references"
@@ -81,17 +80,15 @@ class ReferenceErrors:
 def _read(path: Path) -> dict[Place, float]:
     found: dict[Place, float] = {}
     for file in sorted(path.glob("*.jsonl")):
-        if file.is_symlink():
+        if file.is_symlink() or not file.is_file():
             continue
-        try:
+        with reading(file):
             lines = file.read_bytes().splitlines()
-        except OSError as error:
-            raise StoreError(f"{file} cannot be read: {error.strerror or error}; check its permissions") from error
         for line in lines:
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 place, value = (str(row["prompt"]), int(row["draw"]), int(row["image"])), float(row["error"])
-            except (ValueError, TypeError, KeyError, RecursionError):
+            except (ValueError, TypeError, KeyError, OverflowError):
                 continue
             if math.isfinite(value) and value >= 0:
                 found[place] = value

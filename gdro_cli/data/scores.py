@@ -23,6 +23,7 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import (
     json_lines,
+    parse_json,
     remove_partials,
     remove_tree,
     sha256,
@@ -69,7 +70,25 @@ class ScoreRow:
                 return None
             return math.fsum(detail[name] * value for name, value in present.items()) / math.fsum(detail.values())
         value = self.value if detail is None else self.details.get(detail)
+        if isinstance(value, str | list | dict):
+            raise StoreError(
+                f"the {detail} of image {self.index} of prompt {self.prompt_id} is no number: score the images again"
+            )
         return None if value is None else float(value)
+
+    @classmethod
+    def from_json(cls, value: Any) -> Self:
+        """Read ``to_json`` back. Raises ValueError for anything else."""
+        kinds: dict[str, Any] = {"prompt_id": str, "index": int, "value": int | float | None, "reason": str | None, "details": dict}
+        if not isinstance(value, dict) or value.keys() != kinds.keys():
+            raise ValueError(f"a score row has the keys {', '.join(kinds)}")
+        for key, kind in kinds.items():
+            if not isinstance(value[key], kind):
+                raise ValueError(f"the {key} of a score row is of another kind")
+        try:
+            return cls(**value)
+        except OverflowError as error:
+            raise ValueError("a score is larger than any number") from error
 
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object."""
@@ -175,8 +194,8 @@ class ScoreTable:
         if sha256(data) != manifest["sha256"]:
             raise self._damaged(number, f"{path.name} was changed: its SHA-256 is another")
         try:
-            rows = [ScoreRow(**json.loads(line)) for line in data.splitlines()]
-        except (ValueError, TypeError, RecursionError) as error:
+            rows = [ScoreRow.from_json(parse_json(line)) for line in data.splitlines()]
+        except ValueError as error:
             raise self._damaged(number, f"{path.name} has a row that cannot be read") from error
         if [(row.prompt_id, row.index) for row in rows] != self._slots(number):
             raise self._damaged(number, f"{path.name} lists other images than the shard has")
@@ -238,12 +257,12 @@ class ScoreTable:
 def _read_json(path: Path) -> Any:
     """The JSON in a file, ``None`` when there is none. Raises StoreError."""
     try:
-        return json.loads(path.read_bytes())
+        return parse_json(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise StoreError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise StoreError(
             f"{path} is damaged (it is not JSON): delete the folder {path.parent} and make it again"
         ) from error

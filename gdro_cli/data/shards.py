@@ -27,7 +27,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.files import json_bytes, json_lines, sha256, write_folder
+from gdro_cli.files import json_bytes, json_lines, parse_json, sha256, write_folder
 
 SHARD_SCHEMA = 1
 ImageFormat = Literal["png", "webp"]
@@ -185,9 +185,9 @@ class Shard:
     def seeds(self, manifest: Mapping[str, Any]) -> list[int]:
         """The seed of every image, in the order of ``slots``. Raises ShardDamageError."""
         try:
-            rows = [json.loads(line) for line in self._read(INDEX, manifest).splitlines()]
+            rows = [parse_json(line) for line in self._read(INDEX, manifest).splitlines()]
             found = [(row["prompt_id"], row["index"], int(row["seed"])) for row in rows]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ShardDamageError(f"{INDEX} has a row that cannot be read") from error
         if [(name, index) for name, index, _ in found] != [(prompt.id, index) for prompt, index in self.slots()]:
             raise ShardDamageError(f"{INDEX} lists other images than the shard has to hold")

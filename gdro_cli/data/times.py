@@ -5,10 +5,9 @@ They are told, not relied on: a missing or torn line makes the total unknown, an
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from gdro_cli.files import json_lines, storage_errors
+from gdro_cli.files import json_lines, parse_json, storage_errors
 
 _FILE = "times.jsonl"
 
@@ -35,8 +34,8 @@ def total_time(folder: Path, *, shards: int) -> float | None:
     found: dict[int, float] = {}
     try:
         for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+            row = parse_json(line)
             found[int(row["shard"])] = float(row["seconds"]) / int(row["processes"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError):
         return None
     return sum(found.values()) if found.keys() >= set(range(shards)) else None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.files import write_tensors
 from gdro_cli.models.base import FlowModel
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -136,9 +137,8 @@ def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None
 
     Raises:
         UserError: there is no adapter.
+        StoreError: the disk refuses.
     """
-    from safetensors.torch import save_file
-
     weights = lora_state(model) if state is None else state
     config = _bare(model.transformer).peft_config[_ADAPTER]
     # Only what defines the adapter: versions of peft that lack a newer key refuse a file that has it.
@@ -153,9 +153,8 @@ def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None
         "format": "pt",
         "lora_adapter_metadata": json.dumps({_PREFIX + key: value for key, value in about.items()}, sort_keys=True),
     }
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LORA_FILE
-    save_file({_PREFIX + name: value.contiguous() for name, value in weights.items()}, path, metadata=metadata)
+    write_tensors(path, {_PREFIX + name: value for name, value in weights.items()}, metadata=metadata)
     return path
 
 
@@ -202,7 +201,7 @@ class Ema:
             StoreError: it belongs to other parameters.
         """
         names = [f"{i:05d}" for i in range(len(self._average))]
-        if {*names, "updates"} != state.keys() or any(
+        if {*names, "updates"} != state.keys() or state["updates"].numel() != 1 or any(
             state[name].shape != average.shape for name, average in zip(names, self._average, strict=True)
         ):
             raise StoreError("the stored average does not fit the adapter: use the rank and targets it was made with")

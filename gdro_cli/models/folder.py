@@ -26,6 +26,7 @@ from gdro_cli.files import sha256_file
 _INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 _OWN = "gdro_cli."
+_COMPONENT = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
 """Repositories whose files the Hub gives out after their licence has been accepted; the beginnings of their ids."""
@@ -104,7 +105,8 @@ class PipelineFolder:
         cls = self.component_class(name)
         if self._repo is not None:
             self._fetch([f"{name}/*"])
-        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+        # weights come as safetensors or not at all: the libraries would also read pickles that lie beside them
+        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "use_safetensors": True}
         if quantization is not None:
             options["quantization_config"] = quantization
         try:
@@ -159,7 +161,9 @@ class PipelineFolder:
                 "but only classes of diffusers, transformers and gdro_cli are loaded"
             )
         try:
-            return getattr(importlib.import_module(library), class_name)
+            cls = getattr(importlib.import_module(library), class_name)
+            cls.from_pretrained  # noqa: B018 (whether there is one)
+            return cls
         except (ImportError, AttributeError) as error:
             raise PrerequisiteError(
                 f"model {self.path} needs {library}.{class_name} for {name}, which the installed {library} lacks: "
@@ -189,6 +193,11 @@ class PipelineFolder:
     def _entries(self) -> Iterator[tuple[str, tuple[str, str]]]:
         for name, value in self._index.items():
             if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
+                if not _COMPONENT.fullmatch(name):
+                    raise PrerequisiteError(
+                        f"model {self.path} names a component {name[:40]!r}, which is no folder of it: fetch the"
+                        " pipeline folder again"
+                    )
                 yield name, (value[0], value[1])
 
     def _fetch(self, patterns: Sequence[str]) -> Path:
@@ -239,7 +248,7 @@ def _no_bars() -> Iterator[None]:
 def _read_json(path: Path, *, what: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise PrerequisiteError(f"{what}: {path} {reason}: fetch the pipeline folder again") from error
     if not isinstance(value, dict):

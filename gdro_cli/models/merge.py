@@ -117,8 +117,13 @@ def merge_into(base: PipelineFolder, adapter: Adapter, target: Path) -> Merged:
 def _weight_files(base: PipelineFolder, files: Mapping[str, Path]) -> set[str]:
     """Names of the files that hold the transformer's weights."""
     if _WEIGHTS_INDEX in files:
-        index: dict[str, Any] = json.loads(files[_WEIGHTS_INDEX].read_text(encoding="utf-8"))
-        names = {f"transformer/{name}" for name in index["weight_map"].values()}
+        try:
+            index: dict[str, Any] = json.loads(files[_WEIGHTS_INDEX].read_text(encoding="utf-8"))
+            names = {f"transformer/{name}" for name in index["weight_map"].values()}
+        except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
+            raise PrerequisiteError(
+                f"model {base.path}: {_WEIGHTS_INDEX} cannot be read: fetch the pipeline folder again"
+            ) from error
     else:
         names = {_WEIGHTS}
     missing = sorted(names - files.keys())
@@ -129,12 +134,15 @@ def _weight_files(base: PipelineFolder, files: Mapping[str, Path]) -> set[str]:
 
 def _merge_file(path: Path, place: Path, scale: float, left: dict[str, tuple[Tensor, Tensor]], merged: Merged) -> None:
     """Copy one file of weights, changed by the pairs in ``left`` that belong to it; they are taken out of it."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise PrerequisiteError(f"{path} holds no weights ({error}): fetch the pipeline folder again") from error
     for name, weight in tensors.items():
         layer = name.removesuffix(".weight")
         if layer == name or layer not in left:
@@ -149,4 +157,7 @@ def _merge_file(path: Path, place: Path, scale: float, left: dict[str, tuple[Ten
         wanted = weight.to(torch.float32) + update
         tensors[name] = wanted.to(weight.dtype)
         merged.count(wanted, tensors[name], update)
-    save_file(tensors, place, metadata=metadata)
+    try:
+        save_file(tensors, place, metadata=metadata)
+    except SafetensorError as error:  # how the library tells of a full disk
+        raise StoreError(f"cannot write {place} ({error}): free some space and run the command again") from error

@@ -5,6 +5,8 @@ A failure is *missing with a reason*, never 0; a measured 0 is a value like any 
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +24,14 @@ _DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zlib.error,
     Image.DecompressionBombError,
 )
+# Pillow goes by a file's content and would hand some formats to other programs.
+_FORMATS = ("PNG", "WEBP", "JPEG")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ def read_rgb(source: ImageSource) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return source.convert("RGB")
-        with Image.open(source) as image:
+        with Image.open(source, formats=_FORMATS) as image:
             return image.convert("RGB")
     except _DECODE_ERRORS as error:
         where = "" if isinstance(source, Image.Image) else f" {source}"

@@ -7,11 +7,10 @@ and renamed when it is complete and on the disk.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,15 +22,18 @@ from gdro_cli.files import (
     cannot_write,
     json_bytes,
     make_folder,
+    parse_json,
     sha256,
     sha256_file,
     sync_file,
     sync_folder,
     write_bytes,
+    write_tensors,
 )
 
 SCHEMA = 1
 _NAME = re.compile(r"step-(\d{6,})")
+_FILE = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*")
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
 _SCALES = ("absmax", "qmap")
@@ -90,7 +92,6 @@ def save_checkpoint(
             os.rename(final, home / f".{final.name}.{os.getpid()}.old.tmp")
         os.rename(unfinished, final)
         sync_folder(home)
-        _remove_leftovers(home)
         others = [path for _, path in _checkpoints(home) if path != final]
         for old in others[: max(0, len(others) + 1 - keep)]:
             # Renamed first: a half-deleted folder must not look like a checkpoint.
@@ -99,6 +100,8 @@ def save_checkpoint(
             shutil.rmtree(doomed)
     except OSError as error:
         raise cannot_write(home, error) from error
+    finally:
+        _remove_leftovers(home)
     return final
 
 
@@ -108,27 +111,64 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint, every file against its digest.
+def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
+    """Read a checkpoint, every file against its digest; files that its manifest does not name are left alone.
+
+    Args:
+        path: the checkpoint's folder.
+        needed: names of ``tensors`` that must be there.
 
     Raises:
         StoreError: a file is missing or changed; the message names it.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     manifest = _read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
         raise _damaged(path / _MANIFEST, "is damaged (its SHA-256 differs)")
-    if manifest["schema"] != SCHEMA:
-        raise StoreError(f"checkpoint {path} has schema {manifest['schema']}, this version reads {SCHEMA}")
-    for name, digest in manifest["files"].items():
+    if manifest.get("schema") != SCHEMA:
+        raise StoreError(
+            f"checkpoint {path} has schema {str(manifest.get('schema'))[:40]}, this version reads {SCHEMA}: delete it, or"
+            " use the version that wrote it"
+        )
+    step, files, names = _contents(path, manifest)
+    for name in needed:
+        if name not in names:
+            raise _damaged(path / f"{name}.safetensors", "is missing")
+    for name, digest in files.items():
         file = path / name
-        if not file.is_file():
+        if file.is_symlink() or not file.is_file():
             raise _damaged(file, "is missing")
         if sha256_file(file) != digest:
             raise _damaged(file, "is damaged (its SHA-256 differs from the manifest)")
-    tensors = {name: load_file(path / f"{name}.safetensors") for name in manifest["tensors"]}
-    return Checkpoint(step=int(manifest["step"]), tensors=tensors, state=_read_json(path / _STATE))
+    tensors = {}
+    for name in names:
+        file = path / f"{name}.safetensors"
+        try:
+            tensors[name] = load_file(file)
+        except SafetensorError as error:
+            raise _damaged(file, "holds no tensors") from error
+    state = _read_json(path / _STATE)
+    if not isinstance(state, dict):
+        raise _damaged(path / _STATE, "is damaged")
+    return Checkpoint(step=step, tensors=tensors, state=state)
+
+
+def _contents(path: Path, manifest: Mapping[str, Any]) -> tuple[int, dict[str, str], list[str]]:
+    """Step, digests of the files and names of the tensors; no file lies outside of the checkpoint."""
+    step, files, names = (manifest.get(key) for key in ("step", "files", "tensors"))
+    sound = (
+        type(step) is int
+        and isinstance(files, dict)
+        and isinstance(names, list)
+        and all(_FILE.fullmatch(name) and ".." not in name for name in files)
+        and _STATE in files
+        and all(isinstance(name, str) and f"{name}.safetensors" in files for name in names)
+    )
+    if not (sound and type(step) is int and isinstance(files, dict) and isinstance(names, list)):
+        raise _damaged(path / _MANIFEST, "is damaged (an entry cannot be used)")
+    return step, files, names
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -159,24 +199,42 @@ def restore_optimizer(
         StoreError: the state belongs to other parameters.
     """
     state: dict[int, dict[str, Any]] = {}
-    for key, value in {**tensors, **about["values"]}.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    groups = [
-        # JSON has no tuples, and the betas must be one again.
-        {key: tuple(value) if key == "betas" else value for key, value in group.items()}
-        for group in about["groups"]
-    ]
+    try:
+        for key, value in {**tensors, **about["values"]}.items():
+            index, _, name = key.partition(".")
+            state.setdefault(int(index), {})[name] = value
+        groups = [
+            # JSON has no tuples, and the betas must be one again.
+            {key: tuple(value) if key == "betas" else value for key, value in group.items()}
+            for group in about["groups"]
+        ]
+        counts = [len(group["params"]) for group in groups]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError("the stored optimizer state cannot be read: delete the newest checkpoint to go on") from error
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    fits = [len(g["params"]) for g in groups] == [len(g["params"]) for g in optimizer.param_groups] and all(
-        index < len(parameters) and (value.ndim == 0 or value.shape == parameters[index].shape)
+    fits = counts == [len(g["params"]) for g in optimizer.param_groups]
+    fits = fits and all(index < len(parameters) for index in state)
+    fits = fits and all(
+        value.ndim == 0 or value.shape == parameters[index].shape
         for index, entries in state.items()
         for name, value in entries.items()
         if isinstance(value, Tensor) and not name.startswith(_SCALES)
     )
-    if not fits:
+    settings = all(
+        _alike(own[key], group[key])
+        for own, group in zip(optimizer.param_groups, groups, strict=fits)
+        for key in own.keys() & group.keys() - {"params"}
+    )
+    if not fits or not settings:
         raise StoreError("the stored optimizer state belongs to other parameters: resume with the same train.lora")
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _alike(own: Any, held: Any) -> bool:
+    """Whether a setting of an optimizer may be put in the place of its own."""
+    if isinstance(own, tuple):
+        return isinstance(held, tuple) and len(held) == len(own) and all(map(_alike, own, held))
+    return not isinstance(own, int | float) or isinstance(held, int | float)
 
 
 def _fill(
@@ -188,13 +246,8 @@ def _fill(
     extra: Callable[[Path], None] | None,
 ) -> None:
     """Write all files of a checkpoint and, last, its manifest."""
-    from safetensors.torch import save_file
-
     for name, group in tensors.items():
-        save_file(
-            {key: value.detach().contiguous() for key, value in group.items()},
-            unfinished / f"{name}.safetensors",
-        )
+        write_tensors(unfinished / f"{name}.safetensors", {key: value.detach() for key, value in group.items()})
     (unfinished / _STATE).write_bytes(json_bytes(dict(state)))
     if extra is not None:
         extra(unfinished)
@@ -226,7 +279,7 @@ def _remove_leftovers(home: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except FileNotFoundError as error:
         raise _damaged(path, "is missing") from error
     except (OSError, ValueError) as error:

@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gdro_cli.errors import StoreError
-from gdro_cli.files import cannot_write
+from gdro_cli.files import cannot_write, parse_json
 
 _TRIES = 5
 """Attempts when other processes take and leave the lock at the same moment."""
+_LARGEST_PID = 2**31 - 1
 _EMPTY_SECONDS = 5.0
 """A lock that stays empty for so long was left by a process killed between making and filling it."""
 
@@ -82,10 +83,7 @@ def _remove_stale(path: Path) -> None:
     seen = _read(path)
     if seen is None:
         return
-    try:
-        owner = Owner(**json.loads(seen))
-    except (ValueError, TypeError):
-        owner = None
+    owner = _owner(seen)
     if not _left_behind(path, seen, owner):
         who = f"process {owner.pid} on {owner.host}" if owner else "another process"
         raise StoreError(f"{path.parent} is in use by {who}: wait for it, or if it is gone delete {path}")
@@ -101,6 +99,16 @@ def _remove_stale(path: Path) -> None:
     aside.unlink(missing_ok=True)
 
 
+def _owner(seen: str) -> Owner | None:
+    """Whom a lock names; None where it is not as this tool writes it."""
+    try:
+        owner = Owner(**parse_json(seen))
+    except (ValueError, TypeError):
+        return None
+    texts = isinstance(owner.host, str) and isinstance(owner.began, str)
+    return owner if texts and type(owner.pid) is int and 0 < owner.pid <= _LARGEST_PID else None
+
+
 def _left_behind(path: Path, seen: str, owner: Owner | None) -> bool:
     if owner is not None:
         return owner.gone
@@ -112,9 +120,11 @@ def _left_behind(path: Path, seen: str, owner: Owner | None) -> bool:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def _status(pid: int) -> tuple[str, str]:

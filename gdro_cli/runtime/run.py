@@ -19,12 +19,16 @@ from typing import Any
 
 from gdro_cli.config.base import differences
 from gdro_cli.errors import StoreError
-from gdro_cli.files import json_lines, make_folder, storage_errors, write_bytes, write_json
+from gdro_cli.files import json_lines, make_folder, parse_json, reading, storage_errors, write_bytes, write_json
 from gdro_cli.runtime.lock import folder_lock
 
 SCHEMA = 1
 _SHOWN = 8
 """Differences named in one message."""
+_LONGEST = 200
+"""Characters of a difference that a message shows."""
+_TEXTS = ("kind", "protocol", "verdict")
+"""The entries of a row of metrics that are texts; all others are numbers, or missing."""
 
 
 class RunFolder:
@@ -57,13 +61,13 @@ class RunFolder:
         make_folder(run.path)
         asked = {"recipe": _plain(recipe), "inputs": _plain(inputs)}
         if (run.path / "manifest.json").exists():
-            manifest = run.read_json("manifest.json")
+            manifest = run.read_object("manifest.json")
             if manifest.get("schema") != SCHEMA:
                 raise StoreError(
                     f"run {run.path} has schema {manifest.get('schema')}, this version writes {SCHEMA}: "
                     "choose another folder with --out"
                 )
-            there = {"recipe": run.read_json("recipe.json"), "inputs": manifest.get("inputs")}
+            there = {"recipe": run.read_object("recipe.json"), "inputs": manifest.get("inputs")}
             changed = [str(difference) for difference in differences(there, asked)]
             if changed:
                 raise StoreError(_refusal(run.path, changed))
@@ -79,8 +83,7 @@ class RunFolder:
     @property
     def recipe(self) -> dict[str, Any]:
         """The resolved recipe that the run was made from."""
-        value: dict[str, Any] = self.read_json("recipe.json")
-        return value
+        return self.read_object("recipe.json")
 
     # -- JSON files ---------------------------------------------------------------------------------------------
 
@@ -98,11 +101,18 @@ class RunFolder:
         """
         path = self.path / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return parse_json(path.read_bytes())
         except FileNotFoundError as error:
             raise StoreError(f"{path} is missing: the run cannot be read; start another with --out") from error
         except (OSError, ValueError) as error:
-            raise StoreError(f"{path} is damaged: restore it or start another run with --out") from error
+            raise _damaged(path) from error
+
+    def read_object(self, name: str) -> dict[str, Any]:
+        """The same for a file that must hold a JSON object."""
+        value = self.read_json(name)
+        if not isinstance(value, dict):
+            raise _damaged(self.path / name)
+        return value
 
     def _note_environment(self, environment: Any) -> None:
         """Keep a changed environment beside the first, numbered from 2."""
@@ -137,15 +147,16 @@ class RunFolder:
         """Read all rows; a last line that was cut off by a crash is left out.
 
         Raises:
-            StoreError: another line is damaged.
+            StoreError: another line is damaged, or is not a row that ``append_metrics`` writes.
         """
         if not self.metrics_path.exists():
             return []
-        lines = self.metrics_path.read_text(encoding="utf-8").split("\n")
+        with reading(self.metrics_path):
+            lines = self.metrics_path.read_bytes().split(b"\n")
         rows = []
         for number, line in enumerate(lines[:-1], start=1):
             try:
-                rows.append(json.loads(line))
+                rows.append(_row(parse_json(line)))
             except ValueError as error:
                 raise StoreError(f"{self.metrics_path} line {number} is damaged: delete the line to go on") from error
         return rows
@@ -153,9 +164,10 @@ class RunFolder:
     def _drop_torn_line(self) -> None:
         """Cut off a last line that a crash left unfinished, so that the next row starts a line."""
         if self.metrics_path.exists():
-            whole, newline, torn = self.metrics_path.read_text(encoding="utf-8").rpartition("\n")
+            with reading(self.metrics_path):
+                whole, newline, torn = self.metrics_path.read_bytes().rpartition(b"\n")
             if torn:
-                write_bytes(self.metrics_path, (whole + newline).encode())
+                write_bytes(self.metrics_path, whole + newline)
 
     def truncate_metrics(self, after_step: int) -> None:
         """Drop every row of a step beyond ``after_step``: those steps will be run again."""
@@ -172,8 +184,25 @@ class RunFolder:
             yield
 
 
+def _damaged(path: Path) -> StoreError:
+    return StoreError(f"{path} is damaged: restore it or start another run with --out")
+
+
+def _row(value: Any) -> dict[str, Any]:
+    """A row of metrics. Raises ValueError for anything else."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int or value["step"] < 0:
+        raise ValueError("a row of metrics is an object with a step")
+    for key, entry in value.items():
+        if not isinstance(entry, str if key in _TEXTS else int | float | None):
+            raise ValueError(f"{key} has a value of another kind")
+    if value.get("kind") == "validation" and "protocol" not in value:
+        raise ValueError("an evaluation point has a protocol")
+    return value
+
+
 def _refusal(path: Path, changed: list[str]) -> str:
-    shown = "; ".join(changed[:_SHOWN])
+    told = [each if len(each) <= _LONGEST else f"{each[: _LONGEST - 3]}..." for each in changed]
+    shown = "; ".join(told[:_SHOWN])
     more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
     return f"run {os.fspath(path)} was made from something else ({shown}{more}): choose another folder with --out"
 

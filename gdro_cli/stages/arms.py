@@ -60,7 +60,9 @@ def _setting(run: EvaluatedRun) -> str:
     """What runs of one arm share; a run whose recipe cannot be known is an arm of its own."""
     if not run.settings:
         return run.name
-    train = {key: value for key, value in run.settings.get("train", {}).items() if key != "seed"}
+    train = run.settings.get("train", {})
+    if isinstance(train, Mapping):
+        train = {key: value for key, value in train.items() if key != "seed"}
     return digest([run.results["recipe"], {**run.settings, "train": train}])
 
 

@@ -67,7 +67,7 @@ def card(run: FinishedRun, place: Place) -> bytes:
     own = {key: run.weights[key] for key in ("kind", "checkpoint", "step")}
     exported = place.kind != "run"
     recipe_file = EXPORTED_RECIPE if exported else "resolved.json"
-    grid = None if results is None else results["grid"]
+    grid = run.grid
     return render(
         "card.md.j2",
         front=Markdown(yaml.safe_dump(front_matter(run, place), sort_keys=False, allow_unicode=True)),

@@ -26,7 +26,8 @@ from gdro_cli.stages.arms import arms
 from gdro_cli.stages.compared import Comparison
 from gdro_cli.stages.comparefiles import csv_table, json_document, page
 from gdro_cli.stages.matching import EvaluatedRun, Gain, match
-from gdro_cli.stages.report import ORDER, RESULTS_KIND, RESULTS_SCHEMA, ordered, training_rows, validation_rows
+from gdro_cli.stages.report import ORDER, ordered, training_rows, validation_rows
+from gdro_cli.stages.resultsfile import read_results
 from gdro_cli.stages.rewards import Measure, Measured, measured
 from gdro_cli.stages.storetimes import read_batches
 from gdro_cli.stages.workspace import runs_folder
@@ -70,15 +71,7 @@ def load_results(run: Path) -> dict[str, Any]:
     path = run / "results.json"
     if not path.is_file():
         raise UserError(f"the run {run} has no results.json: run `gdro eval` with its recipe first")
-    results = RunFolder(run).read_json("results.json")
-    if not isinstance(results, dict) or results.get("kind") != RESULTS_KIND:
-        raise StoreError(f"{path} does not hold results of an evaluation: run `gdro eval` with its recipe again")
-    if results.get("schema") != RESULTS_SCHEMA:
-        raise StoreError(
-            f"{path} has schema {results.get('schema')}, this version reads {RESULTS_SCHEMA}: run `gdro eval` with its"
-            " recipe again"
-        )
-    return results
+    return read_results(RunFolder(run))
 
 
 def differing_protocol(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:

@@ -44,7 +44,8 @@ from gdro_cli.stages.quality import (
     rate_tables,
     signal_measures,
 )
-from gdro_cli.stages.report import RESULTS_KIND, RESULTS_SCHEMA, write_csv, write_report
+from gdro_cli.stages.report import write_csv, write_report
+from gdro_cli.stages.resultsfile import RESULTS_KIND, RESULTS_SCHEMA
 from gdro_cli.stages.rewards import Measure, measures, open_pool, open_table
 from gdro_cli.stages.runs import find_run
 from gdro_cli.stages.sample import fill_store, training_store

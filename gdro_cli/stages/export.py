@@ -156,8 +156,7 @@ def _base(found: FinishedRun) -> PipelineFolder:
 
 def _grid(found: FinishedRun) -> Path | None:
     """The evaluation's picture grid, if it is there."""
-    name = None if found.results is None else found.results["grid"]
-    return None if name is None or not (found.folder.path / name).is_file() else found.folder.path / name
+    return None if found.grid is None or not (found.folder.path / found.grid).is_file() else found.folder.path / found.grid
 
 
 def _write_papers(found: FinishedRun, folder: Path, place: Place) -> None:

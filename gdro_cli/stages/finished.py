@@ -18,10 +18,13 @@ from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.outcome import RunWeights
+from gdro_cli.stages.resultsfile import read_shown
 from gdro_cli.stages.workspace import evaluation_plan
 
 ADAPTER_NOTE = "adapter.json"
 _SCHEMA = 1
+_OF_WEIGHTS = {"kind", "checkpoint", "step"}
+_OF_MODEL = {"path", "pipeline", "family", "dtype"}
 _AGAIN = "run `gdro train` with its recipe, --set and --out (a finished run is not trained again)"
 
 
@@ -47,6 +50,15 @@ class FinishedRun:
     def name(self) -> str:
         """The run's name."""
         return self.folder.path.resolve().name
+
+    @property
+    def grid(self) -> str | None:
+        """The latest evaluation's picture grid, relative to the run; None where it has none inside the run."""
+        name = None if self.results is None else self.results.get("grid")
+        if not isinstance(name, str) or "\0" in name or not name.endswith(".png"):
+            return None
+        inside = (self.folder.path / name).resolve().is_relative_to(self.folder.path.resolve())
+        return name if inside else None
 
     @property
     def adapter_file(self) -> Path:
@@ -85,24 +97,27 @@ def open_finished(path: Path) -> FinishedRun:
         raise PrerequisiteError(f"{path} is no run: name a folder that `gdro train` made (gdro runs lists them)")
     if not (path / ADAPTER_NOTE).is_file() or not (path / LORA_FILE).is_file():
         raise PrerequisiteError(f"the run {path} is not finished, or was finished by an earlier version: {_AGAIN}")
-    note, manifest = folder.read_json(ADAPTER_NOTE), folder.read_json("manifest.json")
+    note, manifest = folder.read_json(ADAPTER_NOTE), folder.read_object("manifest.json")
     try:
         weights, model, call = dict(note["weights"]), dict(note["model"]), dict(note["call"])
-        known = note["schema"] == _SCHEMA and manifest["inputs"] is not None
+        known = note["schema"] == _SCHEMA and isinstance(manifest["inputs"], dict)
         asked = weights["sha256"]
+        complete = weights.keys() >= _OF_WEIGHTS and model.keys() >= _OF_MODEL
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{path / ADAPTER_NOTE} is damaged: {_AGAIN}") from error
+    if not complete:
+        raise StoreError(f"{path / ADAPTER_NOTE} is damaged: {_AGAIN}")
     if not known:
         raise StoreError(f"{path / ADAPTER_NOTE} was written by another version: {_AGAIN}")
     if sha256_file(path / LORA_FILE) != asked:
         raise StoreError(f"{path / LORA_FILE} is not the file that {ADAPTER_NOTE} describes: {_AGAIN}")
     return FinishedRun(
         folder=folder,
-        recipe=build_recipe(folder.read_json("resolved.json"), source=str(path / "resolved.json")),
+        recipe=build_recipe(folder.read_object("resolved.json"), source=str(path / "resolved.json")),
         model=model,
         weights=weights,
         call=call,
         manifest=manifest,
-        environment=folder.read_json("environment.json"),
-        results=folder.read_json("results.json") if (path / "results.json").is_file() else None,
+        environment=folder.read_object("environment.json"),
+        results=read_shown(folder) if (path / "results.json").is_file() else None,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from gdro_cli.errors import StoreError
 from gdro_cli.files import (
     json_lines,
     make_folder,
+    parse_json,
     partial_name,
     remove_tree,
     sha256_file,
@@ -91,14 +91,20 @@ def score_parts(
                 ]
                 write_bytes(path, json_lines(row.to_json() for row in rows))
                 stop.check(f"stopped while scoring; what is done is kept in {place}: run the command again to go on")
-    return [row for path in parts for row in _read(path)]
+    return [row for path, part in parts.items() for row in _read(path, part)]
 
 
-def _read(path: Path) -> list[ScoreRow]:
+def _read(path: Path, part: tuple[PromptPictures, ...]) -> list[ScoreRow]:
+    """The scores of one part, which must be those of its pictures."""
+    damaged = f"{path} is damaged: delete it and run the command again"
     try:
-        return [ScoreRow(**json.loads(line)) for line in path.read_bytes().splitlines()]
-    except (OSError, ValueError, TypeError) as error:
-        raise StoreError(f"{path} is damaged: delete it and run the command again") from error
+        rows = [ScoreRow.from_json(parse_json(line)) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise StoreError(damaged) from error
+    asked = [(entry.prompt.id, index) for entry in part for index in range(len(entry.pictures))]
+    if [(row.prompt_id, row.index) for row in rows] != asked:
+        raise StoreError(damaged)
+    return rows
 
 
 def report(

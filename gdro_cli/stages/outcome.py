@@ -56,6 +56,7 @@ def keep_if_best(
     if path is not None:
         held = load_checkpoint(path)
         comparable = all(held.state.get(key) == state[key] for key in ("measure", "protocol"))
+        comparable = comparable and isinstance(held.state.get("score"), int | float)
         if comparable and (held.state["score"] > score or (held.state["score"] == score and held.step <= row["step"])):
             return False
     save_checkpoint(place, int(row["step"]), tensors=tensors, state=state, keep=1)
@@ -74,13 +75,14 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     if path is None:
         return None
     kept = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
-    last = load_checkpoint(path)
+    needed = ("adapter", "ema")
+    last = load_checkpoint(path, needed=needed)
     if last.step != recipe.train.steps and not (folder.path / STOPPED).is_file():
         raise PrerequisiteError(
             f"the run {folder.path} stands at step {last.step} of {recipe.train.steps}: run `gdro train` with the"
             " same recipe, --set and --out to finish it"
         )
-    chosen = last if kept is None else load_checkpoint(kept)
+    chosen = last if kept is None else load_checkpoint(kept, needed=needed)
     file = (kept or path) / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
     return RunWeights(
         step=chosen.step,

@@ -13,6 +13,8 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from gdro_cli.rewards.base import UnreadableImageError, read_rgb
+
 MISSING: Final = "-"
 """What stands for a number that is not there; a 0 is always a measured 0."""
 PICTURE_SIDE = 256
@@ -92,9 +94,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 def picture(path: Path, *, side: int = PICTURE_SIDE) -> str | None:
     """A picture as a PNG data URI, shrunk to at most ``side`` pixels; None when it is missing or damaged."""
     try:
-        with Image.open(path) as image:
-            shown = image.convert("RGB")
-    except OSError:
+        shown = read_rgb(path)
+    except UnreadableImageError:
         return None
     shown.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()

@@ -20,8 +20,6 @@ from gdro_cli.stages import charts
 from gdro_cli.stages.grid import seen
 from gdro_cli.stages.pages import MISSING, flat, number, picture, render, signed
 
-RESULTS_KIND = "gdro results"
-RESULTS_SCHEMA = 2
 MODELS = ("base", "trained")
 QUALITY = ("alignment", "coherence", "style", "u", "corrected")
 """What a judge adds to a task's measures."""

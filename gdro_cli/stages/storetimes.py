@@ -23,6 +23,8 @@ def batch_of(table: ScoreTable, *, step: int) -> Batch | None:
 def note_batch(folder: RunFolder, batch: Batch | None, *, step: int) -> None:
     """Keep the times of the store that a run learns from after ``step`` steps, beside those of earlier steps."""
     there = folder.read_json(_FILE) if (folder.path / _FILE).is_file() else []
+    if not isinstance(there, list) or not all(isinstance(e, dict) and type(e.get("step")) is int for e in there):
+        raise _damaged(folder)
     known = None if batch is None else (batch.sampling, batch.scoring)
     row = {"step": step, "sampling": known and known[0], "scoring": known and known[1]}
     rows = [*(each for each in there if each["step"] < step), row]
@@ -45,4 +47,8 @@ def read_batches(folder: RunFolder) -> tuple[Batch, ...] | None:
             return None
         return tuple(Batch(int(row["step"]), float(row["sampling"]), float(row["scoring"])) for row in rows)
     except (KeyError, TypeError, ValueError) as error:
-        raise StoreError(f"{folder.path / _FILE} is damaged: delete it, and times are left out") from error
+        raise _damaged(folder) from error
+
+
+def _damaged(folder: RunFolder) -> StoreError:
+    return StoreError(f"{folder.path / _FILE} is damaged: delete it, and times are left out")

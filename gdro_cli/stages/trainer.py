@@ -202,11 +202,12 @@ class Trainer:
         path = self.engine.from_main(lambda: latest_checkpoint(self.folder.path))
         with self.engine.together():
             if path is not None:
-                checkpoint = load_checkpoint(path)
+                checkpoint = load_checkpoint(path, needed=("adapter", "ema", "optimizer"))
                 self.step = checkpoint.step
                 load_lora_state(self.model, checkpoint.tensors["adapter"])
                 self.ema.load(checkpoint.tensors["ema"])
-                restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], checkpoint.state["optimizer"])
+                state = checkpoint.state.get("optimizer", {})
+                restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], state)
             if self.engine.is_main:
                 self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
         return self.step

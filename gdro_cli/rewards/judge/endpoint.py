@@ -12,6 +12,7 @@ import os
 import random
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -29,10 +30,36 @@ _PASSING = frozenset({408, 429})
 _REFUSED = frozenset({401, 403, 404})
 _QUOTED = 200
 """Characters of the endpoint's own message that an error shows."""
+LARGEST_ANSWER = 4 * 2**20
+"""Bytes; no more of an answer is read. One of three lines has a thousandth of that."""
 
 
 class NoAnswerError(Exception):
     """One request that got no usable answer; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What came back."""
+
+    status: int
+    phrase: str
+    retry_after: str | None
+    body: bytes
+    whole: bool
+    """Whether there was no more than ``LARGEST_ANSWER`` of it."""
+
+    @property
+    def good(self) -> bool:
+        """Whether the endpoint did what it was asked for."""
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """The body. Raises ValueError when it is no JSON."""
+        try:
+            return json.loads(self.body)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
 
 
 class Endpoint:
@@ -69,15 +96,15 @@ class Endpoint:
             PrerequisiteError: it cannot be reached, refuses the key, or has other models only.
         """
         try:
-            response = self._client.get(f"{self._url}/models")
+            answer = self._send("GET", "models")
         except httpx2.RequestError as error:
             raise PrerequisiteError(
                 f"the judge's endpoint {self._url} cannot be reached ({describe(error)}): start the server, or correct "
                 f"its base_url"
             ) from None
-        if response.status_code in (401, 403):
-            raise self._refusal(response)
-        names = _model_names(response) if response.is_success else []
+        if answer.status in (401, 403):
+            raise self._refusal(answer)
+        names = _model_names(answer) if answer.good else []
         if names and self._model not in names:
             raise PrerequisiteError(
                 f"the judge's endpoint {self._url} serves {', '.join(names[:5])}, not {self._model}: correct the "
@@ -100,22 +127,20 @@ class Endpoint:
         for attempt in range(self._retries + 1):
             wanted_pause = None
             try:
-                response = self._client.post(
-                    f"{self._url}/chat/completions", content=body, headers={"Content-Type": "application/json"}
-                )
+                answer = self._send("POST", "chat/completions", body)
             except httpx2.TransportError as error:
                 reason = describe(error)
             except httpx2.RequestError as error:
                 raise NoAnswerError(f"the judge's answer cannot be decoded: {describe(error)}") from None
             else:
-                if response.is_success:
-                    return _answer(response)
-                if response.status_code in _REFUSED or response.status_code < 400:
-                    raise self._refusal(response)
-                if response.status_code not in _PASSING and response.status_code < 500:
-                    raise NoAnswerError(f"the judge's endpoint answers {self._told(response)}")
-                reason = f"HTTP {response.status_code}"
-                wanted_pause = retry_after(response.headers.get("Retry-After"))
+                if answer.good:
+                    return _text(answer)
+                if answer.status in _REFUSED or answer.status < 400:
+                    raise self._refusal(answer)
+                if answer.status not in _PASSING and answer.status < 500:
+                    raise NoAnswerError(f"the judge's endpoint answers {self._told(answer)}")
+                reason = f"HTTP {answer.status}"
+                wanted_pause = retry_after(answer.retry_after)
             if attempt < self._retries and stop.wait(pause(attempt, wanted=wanted_pause)):
                 break
         raise NoAnswerError(f"the judge's endpoint gave no answer in {self._retries + 1} attempts, at last {reason}")
@@ -124,17 +149,30 @@ class Endpoint:
         """End the connections."""
         self._client.close()
 
-    def _refusal(self, response: httpx2.Response) -> PrerequisiteError:
+    def _send(self, method: str, place: str, body: bytes | None = None) -> _Answer:
+        """One request; an answer without end is not read to its end."""
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        with self._client.stream(method, f"{self._url}/{place}", content=body, headers=headers) as response:
+            data = bytearray()
+            for part in response.iter_bytes():
+                data += part
+                if len(data) > LARGEST_ANSWER:
+                    break
+            whole = len(data) <= LARGEST_ANSWER
+            after = response.headers.get("Retry-After")
+            return _Answer(response.status_code, response.reason_phrase, after, bytes(data), whole)
+
+    def _refusal(self, response: _Answer) -> PrerequisiteError:
         remedy = {
             401: "set the environment variable that the judge's api_key_env names to a valid key",
             403: "use a key that may use this model",
             404: "correct the judge's model or base_url",
-        }.get(response.status_code, "correct the judge's base_url")
+        }.get(response.status, "correct the judge's base_url")
         return PrerequisiteError(f"the judge's endpoint {self._url} answers {self._told(response)}: {remedy}")
 
-    def _told(self, response: httpx2.Response) -> str:
+    def _told(self, response: _Answer) -> str:
         """Status and the endpoint's own message, without the key."""
-        status = f"{response.status_code} {response.reason_phrase}".strip()
+        status = f"{response.status} {response.phrase}".strip()
         said = _message(response)
         if self._key is not None:
             said = said.replace(self._key, "***")
@@ -199,8 +237,10 @@ def retry_after(value: str | None) -> float | None:
     return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
-def _answer(response: httpx2.Response) -> tuple[str, bool]:
+def _text(response: _Answer) -> tuple[str, bool]:
     """Text of the first choice, and whether it is complete."""
+    if not response.whole:
+        raise NoAnswerError(f"the judge's answer has more than {LARGEST_ANSWER // 2**20} MiB")
     try:
         choices = response.json()["choices"]
         choice = choices[0]
@@ -217,14 +257,14 @@ def _answer(response: httpx2.Response) -> tuple[str, bool]:
     return text, complete
 
 
-def _model_names(response: httpx2.Response) -> list[str]:
+def _model_names(response: _Answer) -> list[str]:
     try:
-        return [str(model["id"]) for model in response.json()["data"]]
+        return [str(model["id"])[:_QUOTED] for model in response.json()["data"]]
     except (ValueError, KeyError, TypeError):
         return []
 
 
-def _message(response: httpx2.Response) -> str:
+def _message(response: _Answer) -> str:
     """What an error's body says, in one line; empty when it says nothing in the known forms."""
     try:
         body = response.json()

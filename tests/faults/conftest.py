@@ -1,0 +1,36 @@
+"""The faults' own modules are found by their names; nothing here needs the network or the user's cache."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "rewards" / "judge"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache folder of the session's own."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GDRO_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def finished_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete store; not to be changed."""
+    import small_store
+
+    return small_store.make(tmp_path_factory.mktemp("stores") / "store")
+
+
+@pytest.fixture
+def store(finished_store: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be used or damaged."""
+    return shutil.copytree(finished_store, tmp_path / "store")
