@@ -66,7 +66,9 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a plain name", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"repeated key {describe(key.value)}", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"repeated key {describe(key.value)}", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 

@@ -79,7 +79,13 @@ class ScoreRow:
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """Read ``to_json`` back. Raises ValueError for anything else."""
-        kinds: dict[str, Any] = {"prompt_id": str, "index": int, "value": int | float | None, "reason": str | None, "details": dict}
+        kinds: dict[str, Any] = {
+            "prompt_id": str,
+            "index": int,
+            "value": int | float | None,
+            "reason": str | None,
+            "details": dict,
+        }
         if not isinstance(value, dict) or value.keys() != kinds.keys():
             raise ValueError(f"a score row has the keys {', '.join(kinds)}")
         for key, kind in kinds.items():

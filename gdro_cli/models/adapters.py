@@ -201,8 +201,10 @@ class Ema:
             StoreError: it belongs to other parameters.
         """
         names = [f"{i:05d}" for i in range(len(self._average))]
-        if {*names, "updates"} != state.keys() or state["updates"].numel() != 1 or any(
-            state[name].shape != average.shape for name, average in zip(names, self._average, strict=True)
+        if (
+            {*names, "updates"} != state.keys()
+            or state["updates"].numel() != 1
+            or any(state[name].shape != average.shape for name, average in zip(names, self._average, strict=True))
         ):
             raise StoreError("the stored average does not fit the adapter: use the rank and targets it was made with")
         self.updates = int(state["updates"])

@@ -129,8 +129,8 @@ def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
         raise _damaged(path / _MANIFEST, "is damaged (its SHA-256 differs)")
     if manifest.get("schema") != SCHEMA:
         raise StoreError(
-            f"checkpoint {path} has schema {str(manifest.get('schema'))[:40]}, this version reads {SCHEMA}: delete it, or"
-            " use the version that wrote it"
+            f"checkpoint {path} has schema {str(manifest.get('schema'))[:40]}, this version reads {SCHEMA}: delete it,"
+            " or use the version that wrote it"
         )
     step, files, names = _contents(path, manifest)
     for name in needed:

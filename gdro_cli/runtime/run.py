@@ -193,7 +193,7 @@ def _row(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or type(value.get("step")) is not int or value["step"] < 0:
         raise ValueError("a row of metrics is an object with a step")
     for key, entry in value.items():
-        if not isinstance(entry, str if key in _TEXTS else int | float | None):
+        if not (isinstance(entry, str) if key in _TEXTS else entry is None or isinstance(entry, int | float)):
             raise ValueError(f"{key} has a value of another kind")
     if value.get("kind") == "validation" and "protocol" not in value:
         raise ValueError("an evaluation point has a protocol")

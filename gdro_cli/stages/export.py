@@ -156,7 +156,9 @@ def _base(found: FinishedRun) -> PipelineFolder:
 
 def _grid(found: FinishedRun) -> Path | None:
     """The evaluation's picture grid, if it is there."""
-    return None if found.grid is None or not (found.folder.path / found.grid).is_file() else found.folder.path / found.grid
+    return (
+        None if found.grid is None or not (found.folder.path / found.grid).is_file() else found.folder.path / found.grid
+    )
 
 
 def _write_papers(found: FinishedRun, folder: Path, place: Place) -> None:

@@ -140,7 +140,8 @@ def read_results(run: RunFolder) -> dict[str, Any]:
 
 
 def _read(run: RunFolder, form: type[_Part], *checks: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
-    results, path = run.read_json("results.json"), str(run.path / "results.json")
+    results: dict[str, Any] = run.read_json("results.json")  # if the first check says so
+    path = str(run.path / "results.json")
     first, *others = checks or (_refuse_other_kind,)
     first(path, results)
     try:

@@ -53,7 +53,7 @@ def outcome(call: Callable[[], object]) -> Outcome:
     said = io.StringIO()
     try:
         call()
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 (as the command line does)
         with contextlib.redirect_stderr(said):
             code = exit_code_of(error, debug=False)
         return Outcome(code, said.getvalue().strip())

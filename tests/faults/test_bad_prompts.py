@@ -19,7 +19,7 @@ def line(**values: Any) -> bytes:
     return json.dumps(values).encode()
 
 
-GOOD = 'a sign that says "A"\n'.encode()
+GOOD = b'a sign that says "A"\n'
 TEXT = [
     Case("nothing", b"", 2, "holds no prompts"),
     Case("one line end", b"\n", 2, "holds no prompts"),

@@ -159,8 +159,12 @@ SETS = [
     Case("tags of a list", "prompts.train.tags=[position]", 2, "prompts.train.tags"),
     Case("weights below zero", "reward.geneval.objective={soft: -1}", 2, "reward.geneval.objective"),
     Case("weights not finite", "reward.geneval.objective={soft: .inf}", 2, "reward.geneval.objective"),
-    Case("user in the judge's address", "judge={kind: unified-reward, model: m, base_url: 'http://u:p@h/v1'}", 2, "key"),
-    Case("query in the judge's address", "judge={kind: unified-reward, model: m, base_url: 'http://h?key=1'}", 2, "key"),
+    Case(
+        "user in the judge's address", "judge={kind: unified-reward, model: m, base_url: 'http://u:p@h/v1'}", 2, "key"
+    ),
+    Case(
+        "query in the judge's address", "judge={kind: unified-reward, model: m, base_url: 'http://h?key=1'}", 2, "key"
+    ),
 ]
 
 

@@ -11,16 +11,14 @@ from typing import Any
 import pytest
 from faulty import Case, check, command, outcome, rows
 
-from gdro_cli.stages import compare
-from gdro_cli.stages.imagefolder import _read
 from gdro_cli.data.imagefolder import PromptPictures
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.stages import compare
+from gdro_cli.stages.imagefolder import _read
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "prompts": 2, "images": 2, "level": 0.95}
 SIDES = {"base": INTERVAL, "trained": INTERVAL, "difference": INTERVAL}
-ROWS = [
-    {"prompt_id": f"{n:012x}", "index": 0, "value": 0.5, "reason": None, "details": {"u": 3.0}} for n in range(2)
-]
+ROWS = [{"prompt_id": f"{n:012x}", "index": 0, "value": 0.5, "reason": None, "details": {"u": 3.0}} for n in range(2)]
 RESULTS: dict[str, Any] = {
     "kind": "gdro results",
     "schema": 2,
@@ -153,7 +151,9 @@ BESIDE = [
     Case("metrics cut in the middle", ("metrics.jsonl", b'{"step"\n{"step": 1}\n'), 4, "line 1 is damaged"),
     Case("metrics of texts", ("metrics.jsonl", b'"a"\n'), 4, "line 1 is damaged"),
     Case("a step up", ("metrics.jsonl", b'{"kind": "validation", "step": "../../x", "protocol": "p"}\n'), 4, "line 1"),
-    Case("a reward of text", ("metrics.jsonl", b'{"kind": "validation", "step": 1, "protocol": "p", "reward": "x"}\n'), 4),
+    Case(
+        "a reward of text", ("metrics.jsonl", b'{"kind": "validation", "step": 1, "protocol": "p", "reward": "x"}\n'), 4
+    ),
     Case("metrics empty", ("metrics.jsonl", b""), 0),
     Case("recipe a list", ("recipe.json", b"[]"), 4, "recipe.json is damaged"),
     Case("recipe cut", ("recipe.json", b"{"), 4, "recipe.json is damaged"),

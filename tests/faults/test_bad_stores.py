@@ -132,7 +132,9 @@ STORES = [
     Case("shard of another schema", edit(SHARD, lambda v: v.update(schema=2)), 4, "another schema than"),
     Case("shard of another number", edit(SHARD, lambda v: v.update(shard=1)), 4, "another shard than"),
     Case("shard names files up", edit(SHARD, lambda v: v["files"].update({"../../../x": 1})), 4, "lists other files"),
-    Case("shard names an absolute file", edit(SHARD, lambda v: v["files"].update({"/etc/passwd": 1})), 4, "other files"),
+    Case(
+        "shard names an absolute file", edit(SHARD, lambda v: v["files"].update({"/etc/passwd": 1})), 4, "other files"
+    ),
     Case("size a text", edit(SHARD, lambda v: v["files"]["index.jsonl"].update(bytes="9")), 4, "index.jsonl has"),
     Case("digest null", edit(SHARD, lambda v: v["files"]["index.jsonl"].update(sha256=None)), 4, "was changed"),
     Case("tensors cut", lambda path: _cut(path / "shards/00000/tensors.safetensors"), 4, "bytes instead of"),

@@ -48,7 +48,10 @@ from gdro_cli.tiny.assets import tiny_model_path
 
 PACKAGE = Path(gdro_cli.__file__).parent
 SCRIPT = "<script>alert(1)</script>"
-HOSTILE = f'{SCRIPT}"><img src=x onerror=alert(2)> [x](javascript:alert(3)) ![p](http://evil/p) `c` **b** $\\frac$ {{{{ 7*7 }}}}'
+HOSTILE = (
+    f'{SCRIPT}"><img src=x onerror=alert(2)> [x](javascript:alert(3)) ![p](http://evil/p) `c` **b** $\\frac$'
+    " {{ 7*7 }}"
+)
 SECRET = "sk-0123456789-not-to-be-seen"
 TOKEN = "hf_0123456789notToBeSeenEither"
 
@@ -151,7 +154,9 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize("name", ["../secret.png", "../../secret.png", "/etc/passwd", "link.png", "a\0.png", "x.html", 7])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "../../secret.png", "/etc/passwd", "link.png", "a\0.png", "x.html", 7]
+)
 def test_results_name_no_picture_outside_of_their_run(name: Any, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "small"
     run.mkdir(parents=True)
@@ -256,7 +261,11 @@ def test_an_ablation_escapes_its_labels() -> None:
     assert chart is not None
     refuse_markup(chart)
     templates = PACKAGE / "stages" / "templates"
-    unescaped = [(path.name, found) for path in templates.iterdir() for found in re.findall(r"\|\s*safe|autoescape", path.read_text())]
+    unescaped = [
+        (path.name, found)
+        for path in templates.iterdir()
+        for found in re.findall(r"\|\s*safe|autoescape", path.read_text())
+    ]
     assert unescaped == [("parts.html.j2", "|safe")]  # the SVG of a chart
 
 

@@ -238,7 +238,7 @@ def test_a_damaged_row_is_named(make_run: Callable[..., Path], tmp_path: Path) -
     del results["images"]["trained"][0]["details"]
     make_run("first", make_results(FIRST))
     make_run("damaged", results)
-    with pytest.raises(StoreError, match="damaged row"):
+    with pytest.raises(StoreError, match=r"damaged at images\.trained\.0\.details"):
         compare.run(["first", "damaged"], workspace=tmp_path)
 
 

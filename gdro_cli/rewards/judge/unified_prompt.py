@@ -38,6 +38,8 @@ MAX_TOKENS = 1024
 
 _QUOTED = 500
 """Characters of an answer that are kept in the details."""
+_LONGEST_LINE = 1000
+"""Characters; a longer line is no axis with its number, and the pattern would take hours over a million blanks."""
 _MARKUP = re.compile(r"[*_`#>|]|\\(?=[()\-])")
 _BULLET = re.compile(r"^\s*(?:[-\u2022]|[0-9]{1,2}[.)])\s+")
 _LINE = re.compile(
@@ -78,7 +80,8 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
     lines = final.splitlines()
     found: dict[str, set[float]] = {axis: set() for axis in AXES}
     for line in lines if complete else lines[:-1]:
-        match = _LINE.fullmatch(_BULLET.sub("", _MARKUP.sub("", line)))
+        text = _MARKUP.sub("", line).strip()
+        match = _LINE.fullmatch(_BULLET.sub("", text)) if len(text) <= _LONGEST_LINE else None
         if match is not None:
             found[match["axis"].lower()].add(float(match["value"]))
     axes: dict[str, float | None] = {}

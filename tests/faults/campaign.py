@@ -1,0 +1,282 @@
+"""Kill jobs at random moments, start them again, and see whether anything was lost or changed.
+
+    python tests/faults/campaign.py --kills 200
+
+Each stage (sample, score, train, eval, ablate) is carried out once undisturbed. Then it begins again and again from
+where the stage before it ended, and is killed (SIGKILL) at random moments until it comes to its end. After each kill
+everything that counts as finished must be whole and still be there; the end must equal the undisturbed one, bit for
+bit. The table tells kills and violations per stage; the exit code is 1 after a violation, 2 when the time was not
+enough. The moments follow from ``--seed``, as far as a machine's speed allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from jobs import PATIENCE, finish, start, write_recipe
+
+STAGES: Mapping[str, Sequence[str]] = {
+    "sample": ["sample"],
+    "score": ["score"],
+    "train": ["train"],
+    "eval": ["eval"],
+    "ablate": ["ablate", "--param", "tau", "--values", "0.05,0.5"],
+}
+SLOWEST_LOOK = 0.01
+"""Seconds between two looks at the workspace."""
+_TIMES = ("seconds", "created")
+
+
+@dataclass
+class Tally:
+    """What became of one stage."""
+
+    kills: int = 0
+    starts: int = 0
+    ends: int = 0
+    """How often it came to its end."""
+    violations: list[str] = field(default_factory=list)
+
+
+# -- what is finished, and what must be the same ----------------------------------------------------------------------
+
+
+def finished_parts(workspace: Path) -> dict[str, str]:
+    """Everything that counts as done: shards of stores and of score tables, by the digests of their manifests."""
+    found = {}
+    for pattern in ("**/shards/[0-9]*/manifest.json", "**/scores/*/[0-9]*.json"):
+        for path in workspace.glob(pattern):
+            found[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def newest_steps(workspace: Path) -> dict[str, int]:
+    """Step of the newest checkpoint of each run."""
+    steps: dict[str, int] = {}
+    for path in workspace.glob("runs/*/checkpoints/step-*"):
+        run = path.parents[1].name
+        steps[run] = max(steps.get(run, 0), int(path.name.rpartition("-")[2]))
+    return steps
+
+
+def broken_parts(workspace: Path) -> Iterator[str]:
+    """Everything that counts as done, but is not whole."""
+    from gdro_cli.errors import StoreError
+    from gdro_cli.runtime.checkpoint import load_checkpoint
+
+    for manifest in workspace.glob("**/shards/[0-9]*/manifest.json"):
+        files = json.loads(manifest.read_bytes())["files"]
+        yield from (
+            f"{manifest.parent / name}" for name, entry in files.items() if not _fits(manifest.parent / name, entry)
+        )
+    for head in workspace.glob("**/scores/*/[0-9]*.json"):
+        if not _fits(head.with_suffix(".jsonl"), json.loads(head.read_bytes())):
+            yield str(head)
+    for folder in workspace.glob("runs/**/checkpoints/step-*"):
+        try:
+            load_checkpoint(folder)
+        except StoreError as error:
+            yield str(error)
+    for path in workspace.rglob("*.json"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            if not path.name.startswith("."):
+                yield str(path)
+
+
+def _fits(path: Path, entry: Mapping[str, Any]) -> bool:
+    if not path.is_file():
+        return False
+    data = path.read_bytes()
+    return len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"]
+
+
+def ends(workspace: Path) -> dict[str, Any]:
+    """What two workspaces share that went through the same stages: bits, but no times."""
+    found: dict[str, Any] = dict(finished_parts(workspace))
+    for pattern in (
+        "runs/*/checkpoints/*/*.safetensors",
+        "runs/*/*.safetensors",
+        "runs/*/best/checkpoints/*/*.safetensors",
+    ):
+        for path in workspace.glob(pattern):
+            found[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in workspace.glob("runs/*/metrics.jsonl"):
+        rows = [_timeless(json.loads(line)) for line in path.read_bytes().splitlines()]
+        found[path.relative_to(workspace).as_posix()] = rows
+    for pattern in ("runs/*/results.json", "ablations/*/ablation.json"):
+        for path in workspace.glob(pattern):
+            found[path.relative_to(workspace).as_posix()] = _timeless(json.loads(path.read_bytes()))
+    return found
+
+
+def _timeless(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _timeless(inner) for key, inner in value.items() if not key.startswith(_TIMES)}
+    return [_timeless(inner) for inner in value] if isinstance(value, list) else value
+
+
+def left_behind(workspace: Path) -> list[str]:
+    """Locks, half checkpoints and half shards, of which a finished job leaves none."""
+    half = {*workspace.rglob("lock"), *workspace.rglob("*.tmp"), *workspace.rglob("shards/.*")}
+    return sorted(path.relative_to(workspace).as_posix() for path in half)
+
+
+# -- moments ----------------------------------------------------------------------------------------------------------
+
+
+def killed(process: subprocess.Popen[str], workspace: Path, moments: random.Random, *, usual: float) -> bool:
+    """Kill the process at a random moment; False when it came to its end before.
+
+    Half of the moments are times; the others come shortly after something has appeared in the workspace, which is
+    when files are being written.
+    """
+    by_time = moments.random() < 0.5
+    wait, changes, pause = moments.uniform(0.2, 1.0) * usual, moments.randint(1, 12), moments.uniform(0, 0.05)
+    began, seen = time.monotonic(), _entries(workspace)
+    while process.poll() is None:
+        if by_time and time.monotonic() - began >= wait:
+            break
+        if not by_time:
+            now = _entries(workspace)
+            changes -= now != seen
+            seen = now
+            if changes <= 0:
+                time.sleep(pause)
+                break
+        if time.monotonic() - began > PATIENCE:
+            process.kill()
+            raise AssertionError(f"{process.args} did not end within {PATIENCE:g} s")
+        time.sleep(SLOWEST_LOOK)
+    process.kill()
+    process.communicate()
+    return process.returncode == -9
+
+
+def _entries(workspace: Path) -> int:
+    return hash(tuple(sorted((str(path), len(files)) for path, _, files in os.walk(workspace))))
+
+
+# -- the campaign -----------------------------------------------------------------------------------------------------
+
+
+class Campaign:
+    """A workspace that nothing disturbed, and copies of it that are killed."""
+
+    def __init__(self, folder: Path, *, seed: int, stages: Sequence[str], deadline: float) -> None:
+        self.folder, self.stages, self.deadline = folder, list(stages), deadline
+        self.moments = random.Random(seed)
+        self.recipe = write_recipe(folder / "small.yaml")
+        self.usual: dict[str, float] = {}
+        self.expected: dict[str, dict[str, Any]] = {}
+        self.tallies = {stage: Tally() for stage in stages}
+
+    def undisturbed(self) -> None:
+        """Every stage once, and what the workspace was before and after it."""
+        workspace = self.folder / "undisturbed"
+        workspace.mkdir()
+        for stage in self.stages:
+            shutil.copytree(workspace, self.folder / f"before-{stage}")
+            began = time.monotonic()
+            code, _, errors = finish(start(STAGES[stage], recipe=self.recipe, workspace=workspace))
+            if code:
+                raise AssertionError(f"undisturbed, {stage} fails: {errors}")
+            self.usual[stage], self.expected[stage] = time.monotonic() - began, ends(workspace)
+
+    def run(self, kills: int) -> None:
+        """As many kills, shared by the stages."""
+        share = -(-kills // len(self.stages))
+        for stage in self.stages:
+            while self.tallies[stage].kills < share and time.monotonic() < self.deadline:
+                self._once(stage, most=share - self.tallies[stage].kills)
+
+    def _once(self, stage: str, *, most: int) -> None:
+        """From the beginning of a stage to its end, with at most so many kills on the way."""
+        tally, workspace = self.tallies[stage], self.folder / "disturbed"
+        shutil.rmtree(workspace, ignore_errors=True)
+        shutil.copytree(self.folder / f"before-{stage}", workspace)
+        done, steps = finished_parts(workspace), newest_steps(workspace)
+        while most > 0:
+            process = start(STAGES[stage], recipe=self.recipe, workspace=workspace)
+            tally.starts += 1
+            if not killed(process, workspace, self.moments, usual=self.usual[stage]):
+                if process.returncode:
+                    tally.violations.append(f"{stage} fails with exit code {process.returncode}")
+                break
+            tally.kills, most = tally.kills + 1, most - 1
+            tally.violations += [f"taken as whole: {part}" for part in broken_parts(workspace)]
+            now, newest = finished_parts(workspace), newest_steps(workspace)
+            tally.violations += [f"lost or made again: {name}" for name in done if now.get(name) != done[name]]
+            tally.violations += [f"steps of {run} lost" for run in steps if newest.get(run, 0) < steps[run]]
+            done, steps = now, newest
+        code, _, errors = finish(start(STAGES[stage], recipe=self.recipe, workspace=workspace))
+        tally.starts, tally.ends = tally.starts + 1, tally.ends + 1
+        if code:
+            tally.violations.append(f"{stage} does not go on: {errors.strip().splitlines()[-1:]}")
+            return
+        got, expected = ends(workspace), self.expected[stage]
+        odd = [name for name in sorted(expected.keys() | got.keys()) if got.get(name) != expected.get(name)]
+        tally.violations += [f"differs from the undisturbed job: {name}" for name in odd]
+        tally.violations += [f"left behind: {name}" for name in left_behind(workspace)]
+
+    @property
+    def kills(self) -> int:
+        return sum(tally.kills for tally in self.tallies.values())
+
+    @property
+    def violations(self) -> list[str]:
+        return [f"{stage}: {each}" for stage, tally in self.tallies.items() for each in tally.violations]
+
+    def table(self) -> str:
+        """Kills and verdicts per stage."""
+        lines = [f"{'stage':8} {'kills':>6} {'starts':>7} {'ends':>5}  verdict"]
+        for stage, tally in self.tallies.items():
+            verdict = f"{len(tally.violations)} violations" if tally.violations else "nothing lost, nothing changed"
+            lines.append(f"{stage:8} {tally.kills:6} {tally.starts:7} {tally.ends:5}  {verdict}")
+        return "\n".join(lines)
+
+
+def main() -> int:
+    """Run a campaign and print its table."""
+    options = argparse.ArgumentParser(description="Kill jobs at random moments and see whether anything is lost.")
+    options.add_argument("--kills", type=int, default=200)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--minutes", type=float, default=180.0, help="begin nothing new after so many")
+    options.add_argument("--stages", default=",".join(STAGES), help="in this order, from an empty folder")
+    asked = options.parse_args()
+    stages = asked.stages.split(",")
+    if not set(stages) <= set(STAGES):
+        options.error(f"stages are {', '.join(STAGES)}")
+    with tempfile.TemporaryDirectory(prefix="gdro-faults-") as folder:
+        deadline = time.monotonic() + 60 * asked.minutes
+        campaign = Campaign(Path(folder), seed=asked.seed, stages=stages, deadline=deadline)
+        campaign.undisturbed()
+        campaign.run(asked.kills)
+    print(campaign.table())
+    print("\n".join(campaign.violations))
+    if campaign.violations:
+        return 1
+    if campaign.kills < asked.kills:
+        print(f"the time was enough for {campaign.kills} of {asked.kills} kills")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

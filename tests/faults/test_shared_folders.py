@@ -1,0 +1,169 @@
+"""Two jobs in one folder, full disks and folders that nobody may write to: one sentence, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import small_store
+import torch
+from faulty import check, command, outcome
+from jobs import finish, start, stop, wait_for, write_recipe
+from PIL import Image
+
+from gdro_cli.data.store import Group
+from gdro_cli.files import write_bytes, write_json, write_tensors
+from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from gdro_cli.runtime.lock import folder_lock
+from gdro_cli.runtime.run import RunFolder
+
+# -- two jobs ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("held", "number"), [("stores/*/lock", signal.SIGTERM), ("runs/*/lock", signal.SIGINT)], ids=["store", "run"]
+)
+def test_a_second_job_is_refused_and_told_by_whom(held: str, number: signal.Signals, tmp_path: Path) -> None:
+    """The first goes on as if nothing had happened, and ends cleanly when it is asked to."""
+    recipe = write_recipe(tmp_path / "small.yaml", train={"steps": 5000, "eval_every": 0, "checkpoint_every": 5000})
+    if held.startswith("stores"):
+        prompts = {"train": {"builtin": "ocr-train", "count": 150}}
+        recipe = write_recipe(recipe, prompts=prompts, sample={"images_per_prompt": 64})
+    workspace = tmp_path / "out"
+    first = start(["train"], recipe=recipe, workspace=workspace)
+    wait_for(first, workspace, held)
+    (lock,) = workspace.glob(held)
+    code, _, errors = finish(start(["train"], recipe=recipe, workspace=workspace))
+    told = errors.strip().splitlines()[-1]
+    assert code == 4, errors
+    assert f"is in use by process {first.pid} on {os.uname().nodename}" in told and f"delete {lock}" in told
+    assert "Traceback" not in errors
+    assert first.poll() is None and lock.exists()
+    stop(first, number)
+    assert not lock.exists()
+
+
+def test_a_lock_is_held_against_another_process_of_this_machine(tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "lock"):
+        check(outcome(lambda: folder_lock(tmp_path / "lock").__enter__()), 4, f"process {os.getpid()} on")
+
+
+# -- full disks -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory; skips where this user may not mount one."""
+    folder.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The operating system refuses to let any file grow beyond ``size`` bytes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def large_group(index: int) -> Group:
+    pictures = [Image.new("RGB", (8, 8))] * 2
+    return Group(small_store.PROMPTS.records[index], torch.ones(2, 100_000), {}, pictures, [1, 2])
+
+
+def weights(size: int) -> dict[str, dict[str, torch.Tensor]]:
+    return {"adapter": {"a": torch.ones(size)}}
+
+
+def test_a_full_disk(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        store = small_store.open_store(disk / "store")
+        run = RunFolder.create_or_open(disk / "run", recipe={}, inputs={}, environment={})
+        save_checkpoint(run.path, 1, tensors=weights(10), state={}, keep=1)
+        before = tree(disk)
+        full = "the disk is full; free some space"
+        check(outcome(lambda: store.write_shard(0, [large_group(0), large_group(1)])), 4, full)
+        check(outcome(lambda: save_checkpoint(run.path, 2, tensors=weights(10**6), state={}, keep=1)), 4, full)
+        check(outcome(lambda: write_bytes(disk / "x", bytes(2 * 10**6))), 4, full)
+        check(outcome(lambda: write_tensors(disk / "x", {"a": torch.ones(10**6)})), 4, full)
+        assert tree(disk) == before
+        assert store.missing_shards() == [0, 1]
+        newest = latest_checkpoint(run.path)
+        assert newest is not None and load_checkpoint(newest).step == 1
+        filler = disk / "filler"
+        with pytest.raises(OSError, match="No space"):
+            filler.write_bytes(bytes(2 * 10**6))
+        check(outcome(lambda: [run.append_metrics({"step": n, "loss": 0.5}) for n in range(10_000)]), 4, full)
+        filler.unlink()
+        again = RunFolder.create_or_open(disk / "run", recipe={}, inputs={}, environment={})
+        steps = [row["step"] for row in again.metrics()]
+        assert steps == list(range(len(steps)))
+        save_checkpoint(run.path, 2, tensors=weights(10), state={}, keep=1)
+
+
+def test_a_full_disk_through_the_command_line(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=16k") as disk:
+        recipe = write_recipe(tmp_path / "small.yaml")
+        found = command("sample", "--recipe", str(recipe), "--out", str(disk / "out"))
+        check(found, 4, "the disk is full")
+        assert not list(disk.rglob("*.partial")) and not list(disk.rglob("lock"))
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
+    """Whoever writes the tensors, the refusal is one sentence."""
+    save_checkpoint(tmp_path, 1, tensors=weights(10), state={}, keep=1)
+    before = tree(tmp_path)
+    with largest_file(2000):
+        found = outcome(lambda: save_checkpoint(tmp_path, 2, tensors=weights(10_000), state={}, keep=1))
+    check(found, 4, "cannot write")
+    assert tree(tmp_path) == before and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
+
+
+# -- folders that are closed ------------------------------------------------------------------------------------------
+
+
+def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=1m") as disk:
+        small_store.make(disk / "store")
+        save_checkpoint(disk / "run", 1, tensors=weights(10), state={}, keep=1)
+        RunFolder.create_or_open(disk / "run", recipe={}, inputs={}, environment={})
+        before = tree(disk)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        store = small_store.open_store(disk / "store")
+        run = RunFolder(disk / "run")
+        closed = "no permission to write there"
+        for attempt in (
+            lambda: store.write_shard(0, [large_group(0), large_group(1)]),
+            lambda: save_checkpoint(run.path, 2, tensors=weights(10), state={}, keep=1),
+            lambda: run.append_metrics({"step": 1}),
+            lambda: write_json(disk / "x.json", {}),
+            lambda: folder_lock(disk / "lock").__enter__(),
+        ):
+            check(outcome(attempt), 4, closed)
+        found = command("sample", "--recipe", "smoke", "--out", str(disk))
+        check(found, 2, "cannot be written")
+        found = command("sample", "--recipe", "smoke", "--out", str(disk / "new"))
+        check(found, 2, "cannot be made")
+        assert tree(disk) == before
