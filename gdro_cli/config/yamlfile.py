@@ -39,11 +39,11 @@ class _Loader(yaml.SafeLoader):
         if kind not in _KINDS:
             raise _refusal(f"the tag {describe(kind)} is not supported", node.start_mark)
         try:
-            return super().construct_object(node, deep=deep)  # type: ignore[no-untyped-call]
+            return super().construct_object(node, deep=deep)
         except (LookupError, ValueError) as error:  # an explicit tag on what it does not fit
             raise _refusal(f"{describe(node.value)} cannot be read as {kind}", node.start_mark) from error
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
         found = _NOT_TEXT.search(node.value) if isinstance(node.value, str) else None
         if found is not None:
             raise _refusal(f"the character U+{ord(found[0]):04X} is not text", node.start_mark)

@@ -93,11 +93,12 @@ def broken_parts(workspace: Path) -> Iterator[str]:
         except StoreError as error:
             yield str(error)
     for path in workspace.rglob("*.json"):
+        if any(part.startswith(".") for part in path.relative_to(workspace).parts):
+            continue  # unfinished, and named so
         try:
             json.loads(path.read_bytes())
         except ValueError:
-            if not path.name.startswith("."):
-                yield str(path)
+            yield str(path)
 
 
 def _fits(path: Path, entry: Mapping[str, Any]) -> bool:
@@ -141,8 +142,10 @@ def left_behind(workspace: Path) -> list[str]:
 # -- moments ----------------------------------------------------------------------------------------------------------
 
 
-def killed(process: subprocess.Popen[str], workspace: Path, moments: random.Random, *, usual: float) -> bool:
-    """Kill the process at a random moment; False when it came to its end before.
+def kill_at_random(
+    process: subprocess.Popen[str], workspace: Path, moments: random.Random, *, usual: float
+) -> str | None:
+    """Kill the process at a random moment; returns what it said when it came to its end before.
 
     Half of the moments are times; the others come shortly after something has appeared in the workspace, which is
     when files are being written.
@@ -165,8 +168,8 @@ def killed(process: subprocess.Popen[str], workspace: Path, moments: random.Rand
             raise AssertionError(f"{process.args} did not end within {PATIENCE:g} s")
         time.sleep(SLOWEST_LOOK)
     process.kill()
-    process.communicate()
-    return process.returncode == -9
+    _, errors = process.communicate()
+    return None if process.returncode == -9 else errors
 
 
 def _entries(workspace: Path) -> int:
@@ -215,9 +218,10 @@ class Campaign:
         while most > 0:
             process = start(STAGES[stage], recipe=self.recipe, workspace=workspace)
             tally.starts += 1
-            if not killed(process, workspace, self.moments, usual=self.usual[stage]):
+            said = kill_at_random(process, workspace, self.moments, usual=self.usual[stage])
+            if said is not None:
                 if process.returncode:
-                    tally.violations.append(f"{stage} fails with exit code {process.returncode}")
+                    tally.violations.append(f"{stage} fails: {said.strip().splitlines()[-1:]}")
                 break
             tally.kills, most = tally.kills + 1, most - 1
             tally.violations += [f"taken as whole: {part}" for part in broken_parts(workspace)]
