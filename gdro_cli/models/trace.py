@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from gdro_cli.core.flow import velocity_error
 from gdro_cli.models.base import Conditioning, FlowModel
@@ -87,6 +87,29 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, *
     return result
 
 
+class _Products(TorchDispatchMode):
+    """Operations by PyTorch's table of them, without its ``FlopCounterMode``, whose hooks on modules keep tensors alive
+    that are gone otherwise.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        count = flop_registry.get(func._overloadpacket)
+        if count is None and func is not torch.ops.prim.device.default:
+            with self:  # a function made of others counts as them
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = func(*args, **kwargs)
+        if count is not None:
+            self.flops += int(count(*args, **kwargs, out_val=result))
+        return result
+
+
 class _Live(TorchDispatchMode):
     """Bytes of the tensors that are alive, storages counted once, without those that were there before."""
 
@@ -120,13 +143,13 @@ class _Live(TorchDispatchMode):
 class Meter:
     """What has been counted so far in a ``metered`` block."""
 
-    def __init__(self, live: _Live, products: FlopCounterMode) -> None:
+    def __init__(self, live: _Live, products: _Products) -> None:
         self._live, self._products = live, products
 
     @property
     def flops(self) -> int:
         """Operations of matrix products, convolutions and attention."""
-        return int(self._products.get_total_flops())
+        return self._products.flops
 
     @property
     def live(self) -> int:
@@ -147,10 +170,7 @@ def metered(there: Iterable[Tensor], *, autocast: torch.dtype | None = None) -> 
         there: tensors that are not counted, such as weights.
         autocast: the lower dtype of CUDA's autocast; None = every tensor in its own dtype.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_AsOnGpu(autocast))
-        products = stack.enter_context(FlopCounterMode(display=False))
-        live = stack.enter_context(_Live(there))
+    with _AsOnGpu(autocast), _Products() as products, _Live(there) as live:
         yield Meter(live, products)
 
 

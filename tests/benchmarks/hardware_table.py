@@ -11,7 +11,7 @@ SMALL_FLUX = ("model.quantization=int8", "model.offload=true", "sample.batch_siz
 ROWS: tuple[tuple[tuple[str, str], int, tuple[str, ...]], ...] = (
     (("flux-ocr", "flux-geneval"), 24, SMALL_FLUX),
     (("flux-ocr", "flux-geneval"), 48, ()),
-    (("flux-ocr", "flux-geneval"), 80, ()),
+    (("flux-ocr", "flux-geneval"), 80, ("train.micro_batch=8",)),
     (("sd35-ocr", "sd35-geneval"), 24, ()),
     (("sd35-ocr", "sd35-geneval"), 48, ("train.micro_batch=8",)),
     (("sd35-ocr", "sd35-geneval"), 80, ("sample.batch_size=32", "train.micro_batch=16")),
