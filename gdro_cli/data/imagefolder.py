@@ -43,8 +43,9 @@ def read_image_folder(folder: Path, *, task: str, classes: Collection[str] | Non
     """
     try:
         numbered = sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
-    except OSError as error:
-        raise UserError(f"the picture folder {folder} cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UserError(f"the picture folder {folder} cannot be read: {reason}") from error
     if not numbered:
         raise UserError(f"{folder} holds no pictures: it needs folders 00000, 00001 ... with {METADATA} and {SAMPLES}/")
     found: dict[str, PromptPictures] = {}

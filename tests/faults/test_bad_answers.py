@@ -62,7 +62,6 @@ TEXTS = [
 
 
 @rows(TEXTS)
-@pytest.mark.timeout(60)
 def test_an_answer(case: Case) -> None:
     judged = read_answer(case.given)
     check_judgement(judged, case)
@@ -123,7 +122,6 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
 
 
 @rows(REPLIES)
-@pytest.mark.timeout(60)
 def test_a_reply(case: Case, server: JudgeServer) -> None:
     server.otherwise = lambda text: case.given
     judge = UnifiedRewardJudge(server.url, MODEL, timeout=20.0, retries=0)
@@ -147,7 +145,6 @@ MODELS = [
 
 
 @rows(MODELS)
-@pytest.mark.timeout(60)
 def test_a_list_of_models(case: Case, server: JudgeServer) -> None:
     server.models = case.given
     check(outcome(UnifiedRewardJudge(server.url, MODEL, timeout=20.0, retries=0).load), case.code, case.words)

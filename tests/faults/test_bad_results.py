@@ -110,7 +110,7 @@ RESULT_FILES: list[Case] = [
     Case("method a text", with_(method="gdro"), 4, "damaged at method"),
     Case("weights without step", with_(weights={"kind": "ema", "checkpoint": "best"}), 4, "damaged at weights.step"),
     Case("failed below 0", with_(failed=-1), 4, "damaged at failed"),
-    Case("no prompts", with_(prompts=[]), 4, "damaged at prompts"),
+    Case("prompts empty", with_(prompts=[]), 4, "damaged at prompts"),
     Case("prompt a text", with_(prompts=["a"]), 4, "damaged at prompts.0"),
     Case("metadata a list", with_(prompts=[RESULTS["prompts"][0] | {"metadata": []}]), 4, "prompts.0.metadata"),
     Case("other prompts", with_(prompts=RESULTS["prompts"][:1]), 4, "damaged at images"),
@@ -133,7 +133,6 @@ RESULT_FILES: list[Case] = [
 
 
 @rows(RESULT_FILES)
-@pytest.mark.timeout(120)
 def test_results(case: Case, pair: Path) -> None:
     """The first run is sound; files of a comparison appear together with it, or not at all."""
     given = case.given
@@ -166,7 +165,6 @@ BESIDE = [
 
 
 @rows(BESIDE)
-@pytest.mark.timeout(120)
 def test_what_lies_beside_results(case: Case, pair: Path) -> None:
     name, data = case.given
     (pair / "runs" / "two" / name).write_bytes(data)

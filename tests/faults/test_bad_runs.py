@@ -137,7 +137,6 @@ def _append(path: Path, data: bytes) -> None:
 
 
 @rows(RUNS)
-@pytest.mark.timeout(60)
 def test_a_run(case: Case, run: Path) -> None:
     case.given(run)
     check(outcome(lambda: use_run(run)), case.code, case.words)
@@ -285,7 +284,6 @@ CHECKPOINTS = [
 
 
 @rows(CHECKPOINTS)
-@pytest.mark.timeout(60)
 def test_a_checkpoint(case: Case, checkpoint: Path) -> None:
     case.given(checkpoint)
     check(outcome(lambda: use_checkpoint(checkpoint)), case.code, case.words)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 from faulty import Case, check, outcome, rows
 from small_store import PROMPTS, use
 
@@ -186,7 +185,6 @@ def _flip(path: Path) -> None:
 
 
 @rows(STORES)
-@pytest.mark.timeout(60)
 def test_a_store(case: Case, store: Path) -> None:
     case.given(store)
     check(outcome(lambda: use(store)), case.code, case.words)
@@ -216,14 +214,12 @@ REFERENCES = [
 
 
 @rows(REFERENCES)
-@pytest.mark.timeout(60)
 def test_a_row_of_reference_errors_that_cannot_be_used_is_left_out(case: Case, store: Path) -> None:
     (folder,) = (store / "references").iterdir()
     (folder / "zz.jsonl").write_bytes(case.given)
     check(outcome(lambda: use(store)), case.code, case.words)
 
 
-@pytest.mark.timeout(60)
 def test_reference_errors_in_a_pipe_or_a_folder_are_left_out(store: Path) -> None:
     (folder,) = (store / "references").iterdir()
     os.mkfifo(folder / "a.jsonl")

@@ -26,6 +26,7 @@ FIRST_PAUSE = 0.5
 """Seconds before the second attempt; every further pause is twice as long."""
 LONGEST_PAUSE = 60.0
 """Seconds; no pause is longer, not even one that the endpoint asks for."""
+_LARGEST_PORT = 65_535
 _PASSING = frozenset({408, 429})
 _REFUSED = frozenset({401, 403, 404})
 _QUOTED = 200
@@ -191,8 +192,11 @@ def check_url(base_url: str) -> str:
         parts = httpx2.URL(base_url)
     except httpx2.InvalidURL:
         parts = httpx2.URL()
-    if parts.scheme not in ("http", "https") or not parts.host or parts.fragment:
-        raise UserError(f"the judge's base_url is {base_url!r}: it must be an address like http://localhost:8000/v1")
+    port = parts.port or 0
+    if parts.scheme not in ("http", "https") or not parts.host or parts.fragment or port > _LARGEST_PORT:
+        raise UserError(
+            f"the judge's base_url is {base_url[:_QUOTED]!r}: it must be an address like http://localhost:8000/v1"
+        )
     return base_url.rstrip("/")
 
 
