@@ -76,9 +76,6 @@ def newest_steps(workspace: Path) -> dict[str, int]:
 
 def broken_parts(workspace: Path) -> Iterator[str]:
     """Everything that counts as done, but is not whole."""
-    from gdro_cli.errors import StoreError
-    from gdro_cli.runtime.checkpoint import load_checkpoint
-
     for manifest in workspace.glob("**/shards/[0-9]*/manifest.json"):
         files = json.loads(manifest.read_bytes())["files"]
         yield from (
@@ -88,10 +85,7 @@ def broken_parts(workspace: Path) -> Iterator[str]:
         if not _fits(head.with_suffix(".jsonl"), json.loads(head.read_bytes())):
             yield str(head)
     for folder in workspace.glob("runs/**/checkpoints/step-*"):
-        try:
-            load_checkpoint(folder)
-        except StoreError as error:
-            yield str(error)
+        yield from _broken_checkpoint(folder)
     for path in workspace.rglob("*.json"):
         if any(part.startswith(".") for part in path.relative_to(workspace).parts):
             continue  # unfinished, and named so
@@ -99,6 +93,16 @@ def broken_parts(workspace: Path) -> Iterator[str]:
             json.loads(path.read_bytes())
         except ValueError:
             yield str(path)
+
+
+def _broken_checkpoint(folder: Path) -> Iterator[str]:
+    from gdro_cli.errors import StoreError
+    from gdro_cli.runtime.checkpoint import load_checkpoint
+
+    try:
+        load_checkpoint(folder)
+    except StoreError as error:
+        yield str(error)
 
 
 def _fits(path: Path, entry: Mapping[str, Any]) -> bool:

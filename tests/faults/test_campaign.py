@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import campaign as script
 import pytest
 from campaign import Campaign, broken_parts, ends, left_behind
 
 KILLS = 3
+JOB = """
+import hashlib, json, sys, time
+from pathlib import Path
+from gdro_cli.files import write_folder
+for number in range(6):
+    folder = Path(sys.argv[1]) / "stores/s/shards" / f"{number:05d}"
+    if (folder / "manifest.json").exists():
+        continue
+    data = bytes([number]) * 1000
+    about = {"files": {"a": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}}
+    if sys.argv[2] == "careful":
+        write_folder(folder, {"a": data, "manifest.json": json.dumps(about).encode()}, last="manifest.json")
+    else:
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps(about))
+        time.sleep(0.2)
+        (folder / "a").write_bytes(data)
+    time.sleep(0.05)
+"""
+"""A job that takes no model; the careless one says that a shard is there before it is."""
 
 
 @pytest.mark.timeout(900)
@@ -37,3 +61,22 @@ def test_the_campaign_sees_damage(store: Path, tmp_path: Path) -> None:
     assert ends(store) != before
     (store / "lock").touch()
     assert left_behind(store) == ["lock"]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("way", ["careful", "careless"])
+def test_the_campaign_tells_a_careful_job_from_a_careless_one(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(arguments: Any, *, recipe: Path, workspace: Path) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", JOB, str(workspace), way]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(script, "start", start)
+    campaign = Campaign(tmp_path, seed=1, stages=["sample"], deadline=time.monotonic() + 200)
+    campaign.undisturbed()
+    campaign.run(8)
+    assert campaign.kills == 8
+    said = "nothing lost, nothing changed" if way == "careful" else "violations"
+    assert said in campaign.table(), campaign.violations
+    assert any("taken as whole" in each for each in campaign.violations) == (way == "careless")
