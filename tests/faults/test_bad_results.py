@@ -36,7 +36,7 @@ RESULTS: dict[str, Any] = {
     "bootstrap": 100,
     "grid": None,
     "prompts": [{"id": f"{n:012x}", "prompt": f"prompt {n}", "target": None, "metadata": {}} for n in range(2)],
-    "images": {"base": ROWS, "trained": ROWS},
+    "images": {"base": ROWS, "trained": copy.deepcopy(ROWS)},  # two, so that one may be changed
 }
 
 
