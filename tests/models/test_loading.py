@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.errors import GdroError, PrerequisiteError, UserError
+from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.tiny.autoencoder import PatchAutoencoder
 
 
 @pytest.fixture
@@ -41,8 +42,11 @@ def test_default_size_is_the_autoencoders(flux_folder: Path) -> None:
 
 
 def test_own_modules_are_loaded_and_foreign_ones_refused(copy: Path) -> None:
+    edit_index(copy, vae=["gdro_cli.tiny.autoencoder", "PatchAutoencoder"])
+    assert PipelineFolder(copy).component_class("vae") is PatchAutoencoder
     edit_index(copy, vae=["gdro_cli.errors", "GdroError"])
-    assert PipelineFolder(copy).component_class("vae") is GdroError
+    with pytest.raises(PrerequisiteError, match=r"GdroError for vae, which the installed gdro_cli\.errors lacks"):
+        PipelineFolder(copy).component_class("vae")
     edit_index(copy, vae=["os", "system"])
     with pytest.raises(UserError, match=r"names os\.system for vae"):
         PipelineFolder(copy).component_class("vae")
