@@ -115,7 +115,7 @@ class _Compared(_Part):
     run: str
     method: _Method
     protocol: dict[str, Any]
-    measures: dict[str, _Measure]
+    measures: Annotated[dict[str, _Measure], Field(min_length=1)]
     verdict: _Verdict | None
     weights: _Weights
     failed: Count

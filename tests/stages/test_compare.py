@@ -155,7 +155,7 @@ def test_geneval_overall_and_corrected_are_means_of_tags(make_run: Callable[...,
 
 def test_what_was_measured_in_one_run_only_has_no_difference(make_run: Callable[..., Path], tmp_path: Path) -> None:
     nothing = make_results([[None, None], [None, None]])
-    nothing["measures"] = {}
+    nothing["measures"] = {"exact": {"base": None, "trained": None, "difference": None}}
     make_run("first", make_results(FIRST))
     make_run("nothing", nothing)
     found = compare.run(["first", "nothing"], workspace=tmp_path)
