@@ -129,10 +129,21 @@ def _finite(text: str) -> float:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], *, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as a safetensors file, whole or not at all. Raises ``StoreError``."""
+    """Write tensors as a safetensors file, whole or not at all; equal ones give equal bytes. Raises ``StoreError``."""
     from safetensors.torch import save
 
-    write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata))
+    data = save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata)
+    write_bytes(path, _in_order(data) if metadata is not None and len(metadata) > 1 else data)
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata in the order of their names; the library's order changes from run to run."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[end:]
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:

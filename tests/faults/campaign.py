@@ -116,9 +116,9 @@ def ends(workspace: Path) -> dict[str, Any]:
     """What two workspaces share that went through the same stages: bits, but no times."""
     found: dict[str, Any] = dict(finished_parts(workspace))
     for pattern in (
-        "runs/*/checkpoints/*/*.safetensors",
         "runs/*/*.safetensors",
-        "runs/*/best/checkpoints/*/*.safetensors",
+        "runs/*/checkpoints/**/*.safetensors",
+        "runs/*/best/checkpoints/**/*.safetensors",
     ):
         for path in workspace.glob(pattern):
             found[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()

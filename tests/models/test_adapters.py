@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from gdro_cli.errors import StoreError, UserError
@@ -91,6 +92,16 @@ def test_diffusers_loads_the_file_and_gives_the_same_velocity(
     theirs = velocity(model, pipe.transformer)
     torch.testing.assert_close(theirs, velocity(model), rtol=1e-5, atol=1e-6)
     assert (theirs - base).abs().mean() > 0.05 * base.std()
+
+
+def test_equal_adapters_are_equal_files(flux_folder: Path, tmp_path: Path) -> None:
+    model = load_flow_model(flux_folder)
+    attach_lora(model, rank=2, alpha=4.0, seed=3)
+    # The library writes two entries of metadata in one order or the other, by chance.
+    assert len({save_lora(model, tmp_path / str(i)).read_bytes() for i in range(12)}) == 1
+    with safe_open(tmp_path / "0" / "pytorch_lora_weights.safetensors", "pt") as file:
+        assert list(file.metadata()) and file.metadata()["format"] == "pt"
+        assert len(file.keys()) == len(lora_state(model))
 
 
 def test_all_linear_reaches_every_linear_layer(flux_folder: Path) -> None:
