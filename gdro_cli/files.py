@@ -14,6 +14,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,7 @@ from gdro_cli.errors import StoreError
 _PARTIAL = ".partial"
 _FLUSHES_AT_ONCE = 16
 """Waiting for the disk file by file made a shard of 128 small images 20 times slower to write."""
+_FORGOTTEN_SECONDS = 3600.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 
@@ -212,6 +214,20 @@ def remove_partials(path: Path) -> None:
     """Remove what processes that died have left of ``path`` under temporary names."""
     for left in path.parent.glob(f".{path.name}.*{_PARTIAL}"):
         remove_tree(left)
+
+
+def remove_forgotten(folder: Path) -> None:
+    """Remove temporary files, in a folder and those right below it, that have lain there for an hour.
+
+    Writing one takes seconds: what is that old was left by a process that died. Whether its number is still in use says
+    nothing on a disk that machines share.
+    """
+    oldest = time.time() - _FORGOTTEN_SECONDS
+    for pattern in (f".*{_PARTIAL}", f"*/.*{_PARTIAL}"):
+        for left in folder.glob(pattern):
+            with contextlib.suppress(OSError):
+                if left.lstat().st_mtime < oldest:
+                    remove_tree(left)
 
 
 def remove_tree(path: Path) -> None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gdro_cli.errors import StoreError
-from gdro_cli.files import cannot_write, parse_json
+from gdro_cli.files import cannot_write, parse_json, remove_forgotten
 
 _TRIES = 5
 """Attempts when other processes take and leave the lock at the same moment."""
@@ -53,6 +53,8 @@ class Owner:
 def folder_lock(path: Path) -> Iterator[None]:
     """Hold the lock file ``path``; a lock whose owner died on this machine is taken over.
 
+    Temporary files that dead processes have left in the folder are removed.
+
     Raises:
         StoreError: another process holds it (the message names it and says how to break the lock), or the folder
             cannot be written to.
@@ -72,6 +74,7 @@ def folder_lock(path: Path) -> Iterator[None]:
     else:
         raise StoreError(f"{path.parent} is being taken by several processes at once: try again")
     try:
+        remove_forgotten(path.parent)
         yield
     finally:
         if _read(path) == mine:

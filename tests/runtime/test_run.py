@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,20 @@ def hold_in_another_process(path: Path) -> subprocess.Popen[str]:
     child = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline() == "held\n"
     return child
+
+
+def test_the_lock_clears_away_what_dead_processes_left_long_ago(tmp_path: Path) -> None:
+    run = open_run(tmp_path)
+    old, below = tmp_path / ".results.json.1234.partial", tmp_path / "validation" / ".step.png.12.partial"
+    new, other = tmp_path / ".results.json.99.partial", tmp_path / "kept.partial"
+    below.parent.mkdir()
+    for path in (old, below, new, other):
+        path.write_text("half")
+    for path in (old, below, other):
+        os.utime(path, (time.time() - 4000,) * 2)
+    with run.lock():
+        assert not old.exists() and not below.exists()
+        assert new.exists() and other.exists()  # being written, perhaps; and a file of someone's own
 
 
 def test_second_process_is_refused_and_a_killed_ones_lock_taken_over(tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""Every method on one task: trained, evaluated and compared, with several training seeds each.
+
+    python tests/benchmarks/head_to_head.py ocr --cores 0,1          # docs/results.md, "Head to head"
+    python tests/benchmarks/head_to_head.py geneval --cores 0,1
+
+It is the commands a user would give, one after the other: ``gdro score`` for the store that the offline methods share,
+``gdro train`` and ``gdro eval`` of each recipe with each seed, ``gdro eval --compare`` of all. Given again it goes on
+where it was stopped. With ``--cores`` one training at a time runs on each named core, on one thread, so that all
+methods are timed alike; reference errors are not shared between trainings (``train.cache_reference=false``), so that
+each pays for its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import queue
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from gdro_cli.config.recipe import load_recipe
+from gdro_cli.stages.evaluate import find_trained
+from gdro_cli.stages.workspace import open_model
+
+METHODS = ("", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
+"""Ends of the recipes' names; the first is GDRO's."""
+
+
+def gdro(arguments: Sequence[str], *, log: Path, core: int | None) -> None:
+    """Run a command, its output into a log; ends the program when it fails."""
+    environment = dict(os.environ) if core is None else {**os.environ, "OMP_NUM_THREADS": "1"}
+    pinned = None if core is None else partial(os.sched_setaffinity, 0, {core})
+    command = [sys.executable, "-m", "gdro_cli", *arguments]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        code = subprocess.run(command, stdout=file, stderr=file, env=environment, preexec_fn=pinned).returncode
+    print(f"{'failed' if code else 'done':7} gdro {' '.join(arguments)}", flush=True)
+    if code:
+        raise SystemExit(f"the log {log} says why")
+
+
+def main() -> None:
+    """Train, evaluate and compare."""
+    options = argparse.ArgumentParser(description="Train, evaluate and compare every method on one task.")
+    options.add_argument("task", choices=("ocr", "geneval"))
+    options.add_argument("--seeds", type=int, default=3, help="trainings of each method (default: 3)")
+    options.add_argument("--methods", default=",".join(METHODS[1:]), help="beside GDRO, which comes first")
+    options.add_argument("--cores", default="", help="numbers of cores, as 0,1; without them one training uses all")
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
+    options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
+    asked = options.parse_args()
+
+    task, out = asked.task, asked.out / asked.task
+    recipes = [task, *(f"{task}-{method}" for method in asked.methods.split(",") if method)]
+    always = ["train.cache_reference=false", *asked.set]
+    cores: queue.Queue[int | None] = queue.Queue()
+    for core in [int(each) for each in asked.cores.split(",") if each] or [None]:
+        cores.put(core)
+
+    def job(recipe: str, seed: int | None, *stages: str) -> list[str]:
+        overrides = always if seed is None else [*always, f"train.seed={seed}"]
+        given = ["--recipe", recipe, "--out", str(out), *(part for each in overrides for part in ("--set", each))]
+        core = cores.get()
+        try:
+            for stage in stages:
+                gdro([stage, *given], log=out / "logs" / f"{recipe}-{seed}.log", core=core)
+        finally:
+            cores.put(core)
+        return overrides
+
+    def found(recipe: str, overrides: Sequence[str]) -> Path:
+        loaded = load_recipe(recipe, overrides=overrides)
+        run = find_trained(loaded, out, model)
+        if run is None:
+            raise SystemExit(f"{out} has no run of {recipe} with {overrides}")
+        return run.path
+
+    model = open_model(load_recipe(task))
+    job(task, None, "score")
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        # Seed by seed, so that a stop leaves whole comparisons, and methods meet the same machine.
+        jobs = [
+            (recipe, pool.submit(job, recipe, seed, "train", "eval"))
+            for seed in range(1, asked.seeds + 1)
+            for recipe in recipes
+        ]
+        runs = [found(recipe, made.result()) for recipe, made in jobs]
+    gdro(["eval", "--compare", *map(str, runs), "--out", str(out)], log=out / "logs" / "compare.log", core=None)
+    print((out / "logs" / "compare.log").read_text())
+
+
+if __name__ == "__main__":
+    main()
