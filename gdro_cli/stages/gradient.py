@@ -34,12 +34,16 @@ def loss_arguments(method: GroupMethod) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class NoisyGroups:
-    """A batch of groups at drawn noise levels, on the model's device; images of a group lie side by side."""
+    """A batch of groups and the noise drawn for it, on the model's device; images of a group lie side by side.
 
-    latents: Tensor
-    """x_sigma [N, ...] in float32."""
-    target: Tensor
-    """Velocity target noise - x0 [N, ...] in float32."""
+    Noisy latents and targets are made part by part: whole, they would be most of what a step holds beside the
+    activations of its micro-batch.
+    """
+
+    clean: Tensor
+    """x0 [N, ...] in float32."""
+    noise: Tensor
+    """[N, ...] in float32, or [B, ...] where the images of a group share theirs."""
     sigma: Tensor
     """[N] float32."""
     conditioning: Conditioning
@@ -51,6 +55,12 @@ class NoisyGroups:
     mask: Tensor
     """[B, K] bool."""
 
+    def at(self, part: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """x_sigma and the velocity target noise - x0 of some of the N images, each [n, ...] in float32."""
+        clean = self.clean[part]
+        noise = self.noise[part] if len(self.noise) == len(self.clean) else self.noise[self.group[part]]
+        return interpolate(clean, noise, self.sigma[part]), velocity_target(clean, noise)
+
 
 def noise_draw(method: GroupMethod, visit: int) -> int:
     """Number of the draw of noise that a group's visit uses: its own, or one of the bank's."""
@@ -58,28 +68,30 @@ def noise_draw(method: GroupMethod, visit: int) -> int:
 
 
 def draw_noise(batch: GroupBatch, method: GroupMethod, *, seed: int) -> tuple[Tensor, Tensor]:
-    """Noise levels [B, K], uniform in [sigma_min, sigma_max), and noise [B, K, ...], both float32 on the CPU.
+    """Noise levels [B, K], uniform in [sigma_min, sigma_max), and noise [B, K or 1, ...], both float32 on the CPU.
 
     With ``share_sigma`` and ``share_noise`` a group has one of each (that lowers the variance of the differences of
     implicit rewards, which are all that the losses see). They depend on (seed, prompt, draw, image), where the draw is
     the group's visit (``noise_draw``), not on the place of the group in the batch or on the number of processes.
     """
     shape = batch.latents.shape
-    sigma, noise = torch.empty(shape[:2]), torch.empty(shape)
+    sigma = torch.empty(shape[:2])
+    noise = torch.empty(shape[0], 1 if method.share_noise else shape[1], *shape[2:])
     for place, (prompt, visit) in enumerate(zip(batch.prompts, batch.visits, strict=True)):
         own = (prompt.id, noise_draw(method, visit))
         for k, image in enumerate(batch.image_indices[place].tolist()):
             level = own if method.share_sigma else (*own, image)
             sigma[place, k] = torch.rand((), generator=generator(seed, "training sigma", *level))
-            name = own if method.share_noise else (*own, image)
-            noise[place, k] = torch.randn(shape[2:], generator=generator(seed, "training noise", *name))
+            if k < noise.shape[1]:
+                name = own if method.share_noise else (*own, image)
+                noise[place, k] = torch.randn(shape[2:], generator=generator(seed, "training noise", *name))
     return method.sigma_min + (method.sigma_max - method.sigma_min) * sigma, noise
 
 
 def noisy_groups(
     model: FlowModel, batch: GroupBatch, method: GroupMethod, *, seed: int, drawn: tuple[Tensor, Tensor] | None = None
 ) -> NoisyGroups:
-    """Bring a batch to its noise levels, on the model's device.
+    """Bring a batch and its noise to the model's device.
 
     Args:
         model: whose device and conditioning it is.
@@ -90,13 +102,10 @@ def noisy_groups(
     """
     sigma, noise = draw_noise(batch, method, seed=seed) if drawn is None else drawn
     b, k = batch.rewards.shape
-    clean = batch.latents.flatten(0, 1).to(model.device, non_blocking=True).float()
-    noise = noise.flatten(0, 1).to(model.device, non_blocking=True)
-    level = sigma.flatten().to(model.device, non_blocking=True)
     return NoisyGroups(
-        latents=interpolate(clean, noise, level),
-        target=velocity_target(clean, noise),
-        sigma=level,
+        clean=batch.latents.flatten(0, 1).to(model.device, non_blocking=True).float(),
+        noise=noise.flatten(0, 1).to(model.device, non_blocking=True),
+        sigma=sigma.flatten().to(model.device, non_blocking=True),
         conditioning=model.batch_conditioning(list(batch.conditioning)),
         group=torch.arange(b, device=model.device).repeat_interleave(k),
         rewards=batch.rewards.to(model.device),
@@ -178,13 +187,14 @@ class GroupGradient:
         """Velocity errors [n] of some of the N images."""
         group = groups.group[part]
         conditioning = {key: value[group] for key, value in groups.conditioning.items()}
+        latents, target = groups.at(part)
         with self.autocast():
             velocity = self.model.velocity(
-                groups.latents[part],
+                latents,
                 groups.sigma[part],
                 conditioning,
                 guidance=self.guidance,
                 height=self.size[0],
                 width=self.size[1],
             )
-        return velocity_error(velocity, groups.target[part], reduction=self.reduction)  # type: ignore[arg-type]
+        return velocity_error(velocity, target, reduction=self.reduction)  # type: ignore[arg-type]

@@ -17,17 +17,24 @@ import os
 import queue
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+from PIL import Image, ImageDraw, ImageFont
+
 from gdro_cli.config.recipe import load_recipe
+from gdro_cli.stages.charts import time_chart
+from gdro_cli.stages.compare import compare
+from gdro_cli.stages.compared import Comparison
 from gdro_cli.stages.evaluate import find_trained
 from gdro_cli.stages.workspace import open_model
 
-METHODS = ("", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
+METHODS = ("fast", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
 """Ends of the recipes' names; the first is GDRO's."""
+PROMPTS, ROW_NAME = 38, 60
+"""Pixels of a sheet of validation pictures above and left of its pictures."""
 
 
 def gdro(arguments: Sequence[str], *, log: Path, core: int | None) -> None:
@@ -43,6 +50,29 @@ def gdro(arguments: Sequence[str], *, log: Path, core: int | None) -> None:
         raise SystemExit(f"the log {log} says why")
 
 
+def sheet_of(found: Comparison, run: str, out: Path) -> Path | None:
+    """The validation pictures of a run at the matched reward."""
+    sheet = next(point.sheet for point in found.matching.points if point.run == run)
+    return None if sheet is None else out / "runs" / run / sheet
+
+
+def draw_grid(place: Path, sheets: Mapping[str, Path | None]) -> None:
+    """One row of the same prompts' pictures per method, below one line of prompts."""
+    drawn = {name: Image.open(sheet) for name, sheet in sheets.items() if sheet is not None}
+    if not drawn:
+        return
+    first = next(iter(drawn.values()))
+    label, row = 90, first.height - PROMPTS
+    whole = Image.new("RGB", (first.width + label - ROW_NAME, PROMPTS + row * len(drawn)), "white")
+    whole.paste(first.crop((ROW_NAME, 0, first.width, PROMPTS)), (label, 0))
+    pen = ImageDraw.Draw(whole)
+    for number, (name, sheet) in enumerate(drawn.items()):
+        top = PROMPTS + number * row
+        whole.paste(sheet.crop((ROW_NAME, PROMPTS, sheet.width, sheet.height)), (label, top))
+        pen.text((4, top + row // 3), name.replace("-", "-\n", 1), fill="black", font=ImageFont.load_default(12))
+    whole.save(place, optimize=True)
+
+
 def main() -> None:
     """Train, evaluate and compare."""
     options = argparse.ArgumentParser(description="Train, evaluate and compare every method on one task.")
@@ -55,7 +85,7 @@ def main() -> None:
     asked = options.parse_args()
 
     task, out = asked.task, asked.out / asked.task
-    recipes = [task, *(f"{task}-{method}" for method in asked.methods.split(",") if method)]
+    recipes = [f"{task}-{method}" for method in (METHODS[0], *asked.methods.split(",")) if method]
     always = ["train.cache_reference=false", *asked.set]
     cores: queue.Queue[int | None] = queue.Queue()
     for core in [int(each) for each in asked.cores.split(",") if each] or [None]:
@@ -79,8 +109,8 @@ def main() -> None:
             raise SystemExit(f"{out} has no run of {recipe} with {overrides}")
         return run.path
 
-    model = open_model(load_recipe(task))
-    job(task, None, "score")
+    model = open_model(load_recipe(recipes[0]))
+    job(recipes[0], None, "score")
     with ThreadPoolExecutor(cores.qsize()) as pool:
         # Seed by seed, so that a stop leaves whole comparisons, and methods meet the same machine.
         jobs = [
@@ -89,8 +119,17 @@ def main() -> None:
             for recipe in recipes
         ]
         runs = [found(recipe, made.result()) for recipe, made in jobs]
-    gdro(["eval", "--compare", *map(str, runs), "--out", str(out)], log=out / "logs" / "compare.log", core=None)
-    print((out / "logs" / "compare.log").read_text())
+    log = out / "logs" / "compare.log"
+    log.unlink(missing_ok=True)
+    gdro(["eval", "--compare", *map(str, runs), "--out", str(out)], log=log, core=None)
+    print(log.read_text())
+    found = compare(runs, at_reward=None, workspace=out)
+    place = out / f"head-to-head-{task}.png"
+    draw_grid(place, {arm.name: sheet_of(found, arm.runs[0], out) for arm in found.arms})
+    chart = time_chart({arm.name: arm.curves for arm in found.arms}, level=found.matching.reward)
+    if chart is not None:
+        place.with_suffix(".svg").write_text(chart)
+    print(f"pictures at the matched reward: {place}; curves: {place.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ from gdro_cli.stages.train import attach_adapter
 from gdro_cli.stages.workspace import open_model, open_prompts, training_plan
 
 ROUNDS = 7
+SIDE = 64
+"""Pixels of the embedded model's pictures."""
+LARGE = 256
+"""Pixels of pictures whose activations take more memory than all else in a step."""
 
 
 def ratio(
@@ -48,10 +52,10 @@ def ratio(
     return a, b, a / b
 
 
-def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int) -> GroupBatch:
+def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int, side: int = SIDE) -> GroupBatch:
     """Groups of noise with random rewards: speed and memory do not depend on what the pictures show."""
     prompts = open_prompts(recipe, recipe.prompts.train).records[:groups]
-    shape = model.latent_shape(height=64, width=64)
+    shape = model.latent_shape(height=side, width=side)
     rewards = torch.rand(groups, k)
     return GroupBatch(
         latents=torch.randn(groups, k, *shape),
@@ -65,14 +69,16 @@ def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int) -> Gr
     )
 
 
-def group_gradient(recipe: Recipe, model: FlowModel, *, one_pass: bool, micro_batch: int | None) -> GroupGradient:
+def group_gradient(
+    recipe: Recipe, model: FlowModel, *, one_pass: bool, micro_batch: int | None, side: int = SIDE
+) -> GroupGradient:
     """The gradient as ``gdro train`` computes it, without accelerate."""
     return GroupGradient(
         model=model,
         loss=loss_arguments(recipe.method),
         reduction=recipe.method.reduction,
         guidance=recipe.sample.guidance,
-        size=(64, 64),
+        size=(side, side),
         micro_batch=micro_batch,
         one_pass=one_pass,
         reference=lambda: reference(model),
@@ -89,6 +95,7 @@ def train_step(recipe: Recipe) -> tuple[float, float, float]:
     gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
     noisy = noisy_groups(model, batch, recipe.method, seed=0)
+    latents, target = noisy.at(slice(None))
     text = {key: value[noisy.group] for key, value in noisy.conditioning.items()}
 
     def ours() -> None:
@@ -97,12 +104,12 @@ def train_step(recipe: Recipe) -> tuple[float, float, float]:
         optimizer.zero_grad()
 
     def forward() -> torch.Tensor:
-        return model.velocity(noisy.latents, noisy.sigma, text, guidance=1.0, height=64, width=64)
+        return model.velocity(latents, noisy.sigma, text, guidance=1.0, height=64, width=64)
 
     def bare() -> None:
         with torch.no_grad(), reference(model):
             forward()
-        (forward() - noisy.target).square().mean().backward()
+        (forward() - target).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -173,19 +180,20 @@ def scoring(recipe: Recipe) -> tuple[float, float, float]:
 
 
 def peak_memory(recipe: Recipe, k: int) -> float:
-    """MB by which one two-pass step in micro-batches of 2 raises the process's memory (in a process of its own)."""
+    """MB by which a two-pass step in micro-batches of 2 raises the memory of a process of its own.
+
+    With pictures of 256 pixels, whose activations are what a step's memory is made of, as they are with real models.
+    """
     command = [sys.executable, __file__, "--memory", str(k)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def measure_memory(recipe: Recipe, k: int) -> None:
-    """Print the rise of the peak over what the process held before the step."""
+    """Print the rise of the peak over what the process held before its first step."""
     model = open_model(recipe)
     attach_adapter(recipe, model)
-    warm = random_batch(recipe, model, groups=1, k=2)
-    gradient = group_gradient(recipe, model, one_pass=False, micro_batch=2)
-    batch = random_batch(recipe, model, groups=1, k=k)
-    gradient(noisy_groups(model, warm, recipe.method, seed=0))  # what is made once: gradients, kernels' own memory
+    gradient = group_gradient(recipe, model, one_pass=False, micro_batch=2, side=LARGE)
+    batch = random_batch(recipe, model, groups=1, k=k, side=LARGE)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present size
     gradient(noisy_groups(model, batch, recipe.method, seed=0))
@@ -197,6 +205,15 @@ def resident(field: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith(field)]
     return int(line.split()[1]) / 1024
+
+
+def help_page() -> tuple[float, float, float]:
+    """``gdro --help`` against a Python that does nothing."""
+
+    def call(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+    return ratio(call("-m", "gdro_cli", "--help"), call("-c", "pass"))
 
 
 def main() -> None:
@@ -211,12 +228,16 @@ def main() -> None:
     rows.append(("sampling / FluxPipeline.__call__", ours, bare, factor))
     ours, bare, factor = scoring(recipe)
     rows.append(("scoring, one worker / two workers", ours, bare, factor))
+    ours, bare, factor = help_page()
+    rows.append(("`gdro --help` / `python -c pass`", ours, bare, factor))
     print("| what | ours | against | ratio |\n|---|---|---|---|")
     for name, a, b, factor in rows:
         print(f"| {name} | {a:.3f} s | {b:.3f} s | {factor:.2f} |")
     small, large = peak_memory(recipe, 2), peak_memory(recipe, 16)
     print(
-        f"| peak memory of a two-pass step, K = 16 / K = 2, micro-batch 2 | {large:.0f} MB | {small:.0f} MB |", end=""
+        f"| peak memory of a two-pass step, K = 16 / K = 2, micro-batch 2, {LARGE} pixels"
+        f" | {large:.0f} MB | {small:.0f} MB |",
+        end="",
     )
     print(f" {large / small:.2f} |")
 

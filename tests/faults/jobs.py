@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -45,11 +45,17 @@ def write_recipe(path: Path, **changes: dict[str, Any]) -> Path:
     return path
 
 
-def start(arguments: Sequence[str], *, recipe: Path, workspace: Path) -> subprocess.Popen[str]:
-    """``gdro`` with these arguments; bits depend on the number of threads, so it has one."""
+def start(
+    arguments: Sequence[str], *, recipe: Path, workspace: Path, output: IO[str] | None = None
+) -> subprocess.Popen[str]:
+    """``gdro`` with these arguments; bits depend on the number of threads, so it has one.
+
+    What it prints goes into ``output``, if that is given.
+    """
     command = [sys.executable, "-m", "gdro_cli", *arguments, "--recipe", str(recipe), "--out", str(workspace)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    streams = {"stdout": output or subprocess.PIPE, "stderr": output or subprocess.PIPE}
+    return subprocess.Popen(command, env=environment, text=True, **streams)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

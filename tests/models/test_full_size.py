@@ -149,8 +149,8 @@ def training_step(model: DiffusersFlow, parameters: list[torch.nn.Parameter]) ->
     images = GROUPS * K
     clean = torch.zeros(images, *model.latent_shape(height=512, width=512))
     groups = NoisyGroups(
-        latents=clean,
-        target=torch.ones_like(clean),
+        clean=clean,
+        noise=torch.ones_like(clean),
         sigma=torch.full((images,), 0.5),
         conditioning={key: torch.zeros(value.shape) for key, value in conditioning(model, GROUPS).items()},
         group=torch.arange(GROUPS).repeat_interleave(K),

@@ -41,7 +41,7 @@ def batch_of(model: FlowModel | None, *, k: int = 3, prompts: tuple[str, ...] = 
 def test_a_group_shares_sigma_and_noise_by_default() -> None:
     sigma, noise = draw_noise(batch_of(None), GdroMethod(name="gdro"), seed=0)
     assert torch.equal(sigma[:, 0], sigma[:, 2])
-    assert torch.equal(noise[:, 0], noise[:, 2])
+    assert noise.shape == (2, 1, 16, 128)
     assert sigma[0, 0] != sigma[1, 0]
     assert not torch.equal(noise[0, 0], noise[1, 0])
 
@@ -51,6 +51,22 @@ def test_each_image_has_its_own_when_asked() -> None:
     sigma, noise = draw_noise(batch_of(None), method, seed=0)
     assert len(set(sigma.flatten().tolist())) == 6
     assert not torch.equal(noise[0, 0], noise[0, 1])
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_noisy_latents_and_targets_part_by_part(shared: bool, make_recipe: Callable[..., Recipe]) -> None:
+    method = GdroMethod(name="gdro", share_noise=shared)
+    model = open_model(make_recipe())
+    batch = batch_of(model)
+    sigma, noise = draw_noise(batch, method, seed=0)
+    groups = noisy_groups(model, batch, method, seed=0)
+    for part in (slice(1, 5), torch.tensor([5, 0])):
+        latents, target = groups.at(part)
+        for place, image in enumerate(torch.arange(6)[part].tolist()):
+            group, k = divmod(image, 3)
+            clean, own = batch.latents[group, k], noise[group, 0 if shared else k]
+            torch.testing.assert_close(latents[place], (1 - sigma[group, k]) * clean + sigma[group, k] * own)
+            torch.testing.assert_close(target[place], own - clean)
 
 
 def test_noise_follows_the_prompt_not_the_place_in_the_batch() -> None:
