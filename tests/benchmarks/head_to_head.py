@@ -19,8 +19,10 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Event, Lock
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -86,18 +88,26 @@ def main() -> None:
 
     task, out = asked.task, asked.out / asked.task
     recipes = [f"{task}-{method}" for method in (METHODS[0], *asked.methods.split(",")) if method]
-    always = ["train.cache_reference=false", *asked.set]
     cores: queue.Queue[int | None] = queue.Queue()
     for core in [int(each) for each in asked.cores.split(",") if each] or [None]:
         cores.put(core)
 
+    # The first evaluation also draws and scores what the base model makes of the held-out prompts; others wait for it.
+    first, evaluated = Lock(), Event()
+
     def job(recipe: str, seed: int | None, *stages: str) -> list[str]:
-        overrides = always if seed is None else [*always, f"train.seed={seed}"]
+        online = load_recipe(recipe).online_method is not None
+        overrides = [*asked.set, *([] if online else ["train.cache_reference=false"])]
+        overrides += [] if seed is None else [f"train.seed={seed}"]
         given = ["--recipe", recipe, "--out", str(out), *(part for each in overrides for part in ("--set", each))]
         core = cores.get()
         try:
             for stage in stages:
-                gdro([stage, *given], log=out / "logs" / f"{recipe}-{seed}.log", core=core)
+                alone = stage == "eval" and not evaluated.is_set()
+                with first if alone else nullcontext():
+                    gdro([stage, *given], log=out / "logs" / f"{recipe}-{seed}.log", core=core)
+                if stage == "eval":
+                    evaluated.set()
         finally:
             cores.put(core)
         return overrides
