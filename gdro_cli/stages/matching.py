@@ -69,19 +69,21 @@ class Matching:
 
 
 def match(runs: Sequence[EvaluatedRun], *, at_reward: float | None) -> Matching:
-    """Find each run's evaluation point nearest to a reward, among points of one protocol.
+    """Find each run's evaluation point nearest to a reward, among points of one protocol, after its first step.
 
     Of several protocols that one counts which most runs share, and of these the first run's latest. Of two points as
     near the earlier is taken. By default the reward is the lowest of the runs' highest: all of them came that far.
     """
-    held = [{str(p["protocol"]) for p in run.points if p.get("reward") is not None} for run in runs]
-    shared = Counter(name for names in held for name in names)
-    order = [str(p["protocol"]) for run in runs for p in reversed(run.points) if p.get("reward") is not None]
+    measured = [[p for p in run.points if p.get("reward") is not None] for run in runs]
+    shared = Counter(name for own in measured for name in {str(p["protocol"]) for p in own})
+    order = [str(p["protocol"]) for own in measured for p in reversed(own)]
     protocol = max(order, key=lambda name: shared[name], default=None)
     if protocol is None or shared[protocol] < 2:
         why = "no two runs have evaluation points of one protocol, so none are matched"
         return Matching(None, None, tuple(_matched(run, None) for run in runs), why)
-    points = [[p for p in run.points if p["protocol"] == protocol and p.get("reward") is not None] for run in runs]
+    points = [[p for p in own if p["protocol"] == protocol] for own in measured]
+    # Not the untrained model, which is the same for all, unless a run has nothing else.
+    points = [[p for p in own if p["step"]] or own for own in points]
     reward = min(max(float(p["reward"]) for p in own) for own in points if own) if at_reward is None else at_reward
     nearest = [min(own, key=lambda p: abs(float(p["reward"]) - reward)) if own else None for own in points]
     left = [run.name for run, own in zip(runs, points, strict=True) if not own]

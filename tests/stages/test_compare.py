@@ -283,6 +283,15 @@ def test_a_reward_can_be_given_and_the_earlier_of_equal_points_is_taken(
     assert [each.step for each in found.matching.points] == [10, 15]
 
 
+def test_the_untrained_model_is_no_match_unless_there_is_nothing_else(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    make_run("fast", make_results(FIRST), points=FAST)
+    make_run("slow", make_results(OTHER), points=SLOW[:1])
+    found = compare.run(["fast", "slow"], at_reward=0.31, workspace=tmp_path)
+    assert [each.step for each in found.matching.points] == [10, 0]
+
+
 def test_only_points_of_one_protocol_are_matched(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """The first run went on under the new protocol; the other knows the old one, the third none."""
     later = [point(30, 0.6, protocol="new"), point(40, 0.65, protocol="new")]
