@@ -125,7 +125,7 @@ def test_one_pass_needs_the_group_in_one_forward() -> None:
             " method.prompts_per_round says how many.",
         ),
         ("train.group_gradient=two_pass", "has no meaning for the online method 'flow-grpo': remove it."),
-        ("method.updates_per_round=193", "method.updates_per_round: 193 is more than the 192 images of a round."),
+        ("method.updates_per_round=97", "method.updates_per_round: 97 is more than the 96 images of a round."),
         ("method.train_sample_steps=1", "method.train_sample_steps: must be at least 2, not 1."),
         ("method.timestep_fraction=0", "method.timestep_fraction: must be greater than 0, not 0."),
         ("method.advantage_std=globl", "method.advantage_std: must be 'global' or 'group', not 'globl'"),

@@ -54,7 +54,7 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: 
 
 
 def test_unknown_recipe_names_the_shipped_ones() -> None:
-    with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: .*geneval, ocr, ocr-dance-grpo, ocr-dpo"):
+    with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: .*geneval, .*ocr, ocr-dance-grpo, ocr-dpo"):
         load_recipe("orc")
 
 
