@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -79,6 +79,12 @@ def folder_lock(path: Path) -> Iterator[None]:
     finally:
         if _read(path) == mine:
             path.unlink(missing_ok=True)
+
+
+def clear_stale(path: Path) -> None:
+    """Remove the lock of a dead owner from a folder in which nothing is left to do; one that is only read keeps it."""
+    with suppress(OSError, StoreError):
+        _remove_stale(path)
 
 
 def _remove_stale(path: Path) -> None:

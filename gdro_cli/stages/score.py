@@ -17,7 +17,7 @@ from gdro_cli.errors import StoreError
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
-from gdro_cli.runtime.lock import folder_lock
+from gdro_cli.runtime.lock import clear_stale, folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.rewards import open_pool, open_table
 from gdro_cli.stages.sample import fill_store, own_part, training_store
@@ -93,6 +93,8 @@ def score_missing(
     """
     missing = engine.from_main(table.missing_shards)
     if not missing:
+        if engine.is_main:
+            clear_stale(table.path / "lock")
         return 0
     store, own = table.store, engine.share(missing)
     todo = sum(len(store.shards[number]) for number in own) * store.images_per_prompt

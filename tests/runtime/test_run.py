@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gdro_cli.errors import StoreError
-from gdro_cli.runtime.lock import Owner
+from gdro_cli.runtime.lock import Owner, clear_stale
 from gdro_cli.runtime.run import RunFolder
 
 RECIPE = {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": (0.9, 0.999)}}
@@ -131,6 +131,20 @@ def test_the_lock_clears_away_what_dead_processes_left_long_ago(tmp_path: Path) 
     with run.lock():
         assert not old.exists() and not below.exists()
         assert new.exists() and other.exists()  # being written, perhaps; and a file of someone's own
+
+
+def test_only_a_dead_owners_lock_is_cleared_where_nothing_is_left_to_do(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    clear_stale(lock)  # none is there
+    child = hold_in_another_process(lock)
+    try:
+        clear_stale(lock)
+        assert lock.exists()
+    finally:
+        child.kill()
+        child.wait()
+    clear_stale(lock)
+    assert not lock.exists()
 
 
 def test_second_process_is_refused_and_a_killed_ones_lock_taken_over(tmp_path: Path) -> None:
