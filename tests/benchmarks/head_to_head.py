@@ -31,11 +31,12 @@ from gdro_cli.stages.charts import time_chart
 from gdro_cli.stages.compare import compare
 from gdro_cli.stages.compared import Comparison
 from gdro_cli.stages.evaluate import find_trained
+from gdro_cli.stages.grid import LINE, MARGIN
 from gdro_cli.stages.workspace import open_model
 
 METHODS = ("fast", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
 """Ends of the recipes' names; the first is GDRO's."""
-PROMPTS, ROW_NAME = 38, 60
+PROMPTS, ROW_NAME = 2 * LINE + MARGIN, 60
 """Pixels of a sheet of validation pictures above and left of its pictures."""
 
 
@@ -86,6 +87,12 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
     asked = options.parse_args()
 
+    unknown = {each for each in asked.methods.split(",") if each} - set(METHODS[1:])
+    if unknown:
+        options.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(METHODS[1:])}")
+    if not all(each.isdecimal() for each in asked.cores.split(",") if each):
+        options.error(f"--cores {asked.cores}: give numbers of cores, as 0,1")
+
     task, out = asked.task, asked.out / asked.task
     recipes = [f"{task}-{method}" for method in (METHODS[0], *asked.methods.split(",")) if method]
     cores: queue.Queue[int | None] = queue.Queue()
@@ -112,7 +119,7 @@ def main() -> None:
             cores.put(core)
         return overrides
 
-    def found(recipe: str, overrides: Sequence[str]) -> Path:
+    def run_of(recipe: str, overrides: Sequence[str]) -> Path:
         loaded = load_recipe(recipe, overrides=overrides)
         run = find_trained(loaded, out, model)
         if run is None:
@@ -128,7 +135,7 @@ def main() -> None:
             for seed in range(1, asked.seeds + 1)
             for recipe in recipes
         ]
-        runs = [found(recipe, made.result()) for recipe, made in jobs]
+        runs = [run_of(recipe, made.result()) for recipe, made in jobs]
     log = out / "logs" / "compare.log"
     log.unlink(missing_ok=True)
     gdro(["eval", "--compare", *map(str, runs), "--out", str(out)], log=log, core=None)
