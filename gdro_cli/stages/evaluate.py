@@ -270,21 +270,53 @@ def report(
     protocol: dict[str, Any],
 ) -> EvalResult:
     """Compare the two models, and write results.json, the CSV, the picture grid and report.html into the run."""
-    rated = {name: rate_tables(recipe, t.rewards, t.judgements) for name, t in (("base", base), ("trained", trained))}
+    tables = {"base": base, "trained": trained}
+    rated = {name: rate_tables(recipe, each.rewards, each.judgements) for name, each in tables.items()}
     before, after = rated["base"], rated["trained"]
-    comparisons = tuple(compared([*measures(recipe), *quality_measures(recipe)], before, after, recipe))
-    signals = tuple(compared(signal_measures(recipe), before, after, recipe))
-    found = pair_verdict(recipe, before, after)
-    digests = [base.rewards.digest, trained.rewards.digest, recipe.eval.bootstrap]
-    digests += [table.digest for table in (base.judgements, trained.judgements) if table is not None]
-    out = folder.path / "evaluations" / f"results-{digest(digests)}"
-    grid = draw_grid(out.with_suffix(".png"), base.rewards, trained.rewards, prompts=recipe.eval.grid_prompts)
     protocol = protocol | {
         "reward": dict(base.rewards.provenance),
         "judge": None if base.judgements is None else dict(base.judgements.provenance),
     }
-    name = protocol_name(recipe, protocol, prompts=len(before.prompts))
+    out = folder.path / "evaluations" / f"results-{_identity(tables.values(), recipe)}"
+    result = EvalResult(
+        comparisons=tuple(compared([*measures(recipe), *quality_measures(recipe)], before, after, recipe)),
+        signals=tuple(compared(signal_measures(recipe), before, after, recipe)),
+        verdict=pair_verdict(recipe, before, after),
+        protocol=protocol_name(recipe, protocol, prompts=len(before.prompts)),
+        failed=before.failed + after.failed,
+        unjudged=before.unjudged + after.unjudged,
+        seen=seen_before(recipe),
+        step=weights.step,
+        results=folder.path / "results.json",
+        page=folder.path / "report.html",
+        grid=draw_grid(out.with_suffix(".png"), base.rewards, trained.rewards, prompts=recipe.eval.grid_prompts),
+    )
     results = {
+        **_head(result, recipe, folder, weights, protocol),
+        "prompts": [prompt.to_json() for prompt in before.prompts],
+        "images": {name: _image_rows(rated[name], tables[name].rewards, workspace) for name in tables},
+    }
+    write_json(out.with_suffix(".json"), results)  # one per evaluation
+    folder.write_json(result.results.name, results)  # the latest
+    write_csv(folder.path / "results.csv", results)
+    metrics, resolved = folder.metrics(), recipe.resolved()
+    write_report(result.page, results, metrics, workspace=workspace, recipe=resolved, environment=environment())
+    if (folder.path / ADAPTER_NOTE).is_file():  # an earlier version's run has none before its next `gdro train`
+        write_card(folder.path)
+    return result
+
+
+def _identity(tables: Iterable[_Tables], recipe: Recipe) -> str:
+    """Of one evaluation: what was scored and judged, and how intervals are made of it."""
+    scored = [table for each in tables for table in (each.rewards, each.judgements)]
+    return digest([recipe.eval.bootstrap, *(None if table is None else table.digest for table in scored)])
+
+
+def _head(
+    result: EvalResult, recipe: Recipe, folder: RunFolder, weights: RunWeights, protocol: dict[str, Any]
+) -> dict[str, Any]:
+    """results.json without its prompts and images."""
+    return {
         "kind": RESULTS_KIND,
         "schema": RESULTS_SCHEMA,
         "recipe": recipe.name,
@@ -292,42 +324,22 @@ def report(
         "method": recipe.method.model_dump(mode="json"),
         "run": folder.path.name,
         "protocol": protocol,
-        "protocol_name": name,
+        "protocol_name": result.protocol,
         "weights": {
             "kind": recipe.eval.weights,
             "checkpoint": weights.checkpoint,
             "step": weights.step,
             "chosen_by": weights.chosen_by,
         },
-        "measures": {c.name: c.to_json() for c in comparisons},
-        "signals": {c.name: c.to_json() for c in signals},
-        "verdict": {"level": found.level, "reasons": list(found.reasons)},
-        "failed": before.failed + after.failed,
-        "unjudged": before.unjudged + after.unjudged,
-        "seen": (seen := seen_before(recipe)),
+        "measures": {c.name: c.to_json() for c in result.comparisons},
+        "signals": {c.name: c.to_json() for c in result.signals},
+        "verdict": {"level": result.verdict.level, "reasons": list(result.verdict.reasons)},
+        "failed": result.failed,
+        "unjudged": result.unjudged,
+        "seen": result.seen,
         "bootstrap": recipe.eval.bootstrap,
-        "grid": None if grid is None else str(grid.relative_to(folder.path)),
-        "prompts": [prompt.to_json() for prompt in before.prompts],
-        "images": {
-            name: _image_rows(each, tables.rewards, workspace)
-            for (name, each), tables in zip(rated.items(), (base, trained), strict=True)
-        },
+        "grid": None if result.grid is None else str(result.grid.relative_to(folder.path)),
     }
-    write_json(out.with_suffix(".json"), results)  # one per evaluation
-    path = folder.write_json("results.json", results)  # the latest
-    write_csv(folder.path / "results.csv", results)
-    page = write_report(
-        folder.path / "report.html",
-        results,
-        folder.metrics(),
-        workspace=workspace,
-        recipe=recipe.resolved(),
-        environment=environment(),
-    )
-    if (folder.path / ADAPTER_NOTE).is_file():  # an earlier version's run has none before its next `gdro train`
-        write_card(folder.path)
-    failed, unjudged = before.failed + after.failed, before.unjudged + after.unjudged
-    return EvalResult(comparisons, signals, found, name, failed, unjudged, seen, weights.step, path, page, grid)
 
 
 def seen_before(recipe: Recipe) -> int:

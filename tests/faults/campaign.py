@@ -212,6 +212,8 @@ class Campaign:
         for stage in self.stages:
             while self.tallies[stage].kills < share and time.monotonic() < self.deadline:
                 self._once(stage, most=share - self.tallies[stage].kills)
+                done, wrong = self.tallies[stage].kills, len(self.tallies[stage].violations)
+                print(f"{stage}: {done} of {share} kills, {wrong} violations", file=sys.stderr, flush=True)
 
     def _once(self, stage: str, *, most: int) -> None:
         """From the beginning of a stage to its end, with at most so many kills on the way."""
