@@ -64,7 +64,7 @@ def elsewhere(job: Job, *, dry_run: bool, num_processes: int = 1) -> bool:
         from gdro_cli.cli.tables import print_plan
         from gdro_cli.stages.plan import describe
 
-        print_plan(job.stage, describe(job.recipe, job.stage, job.workspace))
+        print_plan(job.stage, describe(job.recipe, job.stage, job.workspace, world=num_processes))
         return True
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         _writable(job.workspace)

@@ -9,6 +9,7 @@ and one in ``METHODS``.
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -137,6 +138,11 @@ class OnlineMethod(AnyMethod):
     def steps_per_round(self) -> int:
         """Optimizer steps of a round."""
         return self.updates_per_round * self.inner_epochs
+
+    @property
+    def trained_sample_steps(self) -> int:
+        """How many of an image's ``train_sample_steps - 1`` stochastic sampling steps are trained."""
+        return max(1, math.floor(self.timestep_fraction * (self.train_sample_steps - 1) + 1e-9))  # 0.6 * 5 is 3
 
 
 class FlowGrpoMethod(OnlineMethod):

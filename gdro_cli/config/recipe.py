@@ -74,11 +74,6 @@ class Recipe(StrictModel):
         return self._base_dir
 
     @property
-    def model_path(self) -> str:
-        """``model.path``: ``tiny``, a hub id, or a folder, absolute if it exists."""
-        return self.model.path
-
-    @property
     def eval_steps(self) -> int:
         """Euler steps of the evaluation: ``eval.steps``, else ``sample.steps``."""
         return self.sample.steps if self.eval.steps is None else self.eval.steps

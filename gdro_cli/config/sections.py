@@ -34,9 +34,9 @@ class ModelSection(StrictModel):
     path: str = Field("tiny", min_length=1)
     """`tiny` is the model inside the package; else a diffusers folder or a hub id such as `org/name`.
     A relative folder is looked up beside the recipe first, then in the current folder."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights. `auto`: bfloat16 on CUDA, float32 on CPU. LoRA weights are always
-    float32."""
+    float32. There is no float16: the gradients of a mean over so many numbers are too small for it."""
     max_sequence_length: int | None = Field(None, ge=1)
     """Text tokens per prompt, 1 or more. Nothing: the model family's own length."""
     sharding: Literal["none", "fsdp"] = "none"
@@ -127,8 +127,8 @@ class SampleSection(StrictModel):
     evaluations alone."""
     guidance: float = Field(1.0, ge=0)
     """Guidance scale g, 0 or more. An input of models made for one (FLUX.1-dev), in training, too. Classifier-free
-    guidance for SD3, Qwen-Image, Z-Image and FLUX.2-klein-base: v_uncond + g (v_cond - v_uncond), in sampling only, for
-    g above 1. Models without guidance ignore it."""
+    guidance for SD3, Qwen-Image, Z-Image and FLUX.2-klein-base: v_uncond + g (v_cond - v_uncond) for g above 1, in
+    sampling and in online methods; training on stored groups has none. Models without guidance ignore it."""
     height: int | None = Field(None, ge=8)
     """Image height in pixels; set both or neither of height and width. Nothing: the model's own size."""
     width: int | None = Field(None, ge=8)
@@ -214,7 +214,8 @@ class JudgeSection(StrictModel):
     retries: int = Field(4, ge=0)
     """How often a request that failed is repeated. 0 or more."""
     max_failed_share: float = Field(0.05, ge=0, le=1)
-    """Share of images without a judgement from which `gdro eval` refuses. 0 to 1."""
+    """Share of images that may lack a judgement before `gdro eval` refuses, and up to which an evaluation point may be
+    the best one. 0 to 1."""
 
 
 class LoraSection(StrictModel):
@@ -303,7 +304,7 @@ class TrainSection(StrictModel):
     cache_reference: bool = True
     """Keep the reference's velocity errors beside the store, so that no later training of the same draws computes them
     again: the other values of an ablation, or this one where `method.noise_bank` repeats draws. Changes speed, not the
-    result. No effect with `model.sharding: fsdp`. Not for online methods."""
+    result (by rounding with a `noise_bank`). No effect with `model.sharding: fsdp`. Not for online methods."""
     prefetch: bool = True
     """Draw the next step's groups and noise while a step is computed. Changes speed, not the result. Not for online
     methods."""
@@ -325,8 +326,10 @@ class EvalSection(StrictModel):
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of the adapter are evaluated: their moving average or the raw ones."""
     checkpoint: Literal["best", "last"] = "best"
-    """Of which step: the evaluation point with the best corrected score on the validation prompts (the best reward
-    where there is no judge), or the end of the training. Without evaluation points both are the end."""
+    """Of which step: the evaluation point with the best corrected score on the validation prompts (where there is no
+    judge, with the best headline measure: the OCR reward, or GenEval's overall accuracy), or the end of the training.
+    A point of which more is missing than `reward.max_failed_share` or `judge.max_failed_share` is no candidate. Without
+    evaluation points both are the end."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples over prompts behind each 95 % confidence interval. 100 or more."""
     grid_prompts: int = Field(8, ge=0)

@@ -113,22 +113,3 @@ def euler_step(x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor |
     state = as_float(x)
     step = _sigma_like(sigma_next, state) - _sigma_like(sigma, state)
     return (state + step * as_float(v)).to(x.dtype)
-
-
-def denoised(x: Tensor, v: Tensor, sigma: Tensor | float) -> Tensor:
-    """Estimate the clean latents from one velocity: ``x0 = x_sigma - sigma * v``.
-
-    Args:
-        x: latents [N, ...] at ``sigma``.
-        v: velocity there, same shape.
-        sigma: noise level, a scalar or [N].
-
-    Returns:
-        Clean latents [N, ...], at least float32.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
-    _same_shape("denoised", x, v)
-    state = as_float(x)
-    return state - _sigma_like(sigma, state) * as_float(v)

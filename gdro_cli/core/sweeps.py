@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-Point = Mapping[str, Any]
+from gdro_cli.core.points import MissingLimits, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,23 +67,18 @@ def curve(runs: Sequence[Sequence[Point]], measure: str) -> tuple[CurvePoint, ..
     return tuple(found)
 
 
-def is_fair(point: Point, *, max_failed_share: float) -> bool:
-    """Whether so few pictures lack a reward or u that the point may be compared with others."""
-    missing = max(int(point["failed"]), int(point.get("unjudged", 0)))
-    return missing <= max_failed_share * (int(point["images"]) + int(point["failed"]))
-
-
-def figures(points: Sequence[Point], *, reward: str, measure: str, max_failed_share: float) -> RunFigures:
-    """The last point and the peaks of one run; the untrained model, step 0, is no candidate, nor is an unfair point.
+def figures(points: Sequence[Point], *, reward: str, measure: str, limits: MissingLimits) -> RunFigures:
+    """The last point and the peaks of one run; the untrained model, step 0, is no candidate for a peak, nor is a point
+    of which too much is missing.
 
     Args:
         points: the run's evaluation points.
         reward: the measure that stands for the reward.
         measure: the deciding measure.
-        max_failed_share: share of pictures without a reward or u up to which a point is fair.
+        limits: how much may be missing of a peak.
     """
     trained = sorted((point for point in points if point["step"] > 0), key=lambda point: int(point["step"]))
-    fair = [point for point in trained if is_fair(point, max_failed_share=max_failed_share)]
+    fair = [point for point in trained if limits.allow(point)]
     return RunFigures(
         final=trained[-1] if trained else None,
         peak_reward=_highest(fair, reward),

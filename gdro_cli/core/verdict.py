@@ -18,13 +18,9 @@ class Change:
     """One quantity of the base model, and how training changed it on the same prompts and noise."""
 
     base: Interval
+    trained: Interval
     difference: Interval
-    """The paired difference trained - base."""
-
-    @property
-    def trained(self) -> float:
-        """Mean of the trained model."""
-        return self.base.mean + self.difference.mean
+    """The paired difference trained - base, over the pictures that have the quantity on both sides."""
 
     @property
     def rose(self) -> bool:
@@ -147,8 +143,8 @@ def _collapsed_quality(u: Change | None, limits: Limits) -> list[str]:
     reasons = []
     if u.difference.high < -limits.u_fall_collapsed:
         reasons.append(f"{_told('u', u)}: all of the interval is beyond a fall of {limits.u_fall_collapsed:g}.")
-    if u.fell and u.trained < limits.u_floor:
-        reasons.append(f"{_told('u', u)}, to {u.trained:.2f}, below the floor of {limits.u_floor:g}.")
+    if u.fell and u.trained.mean < limits.u_floor:
+        reasons.append(f"{_told('u', u)}, to {u.trained.mean:.2f}, below the floor of {limits.u_floor:g}.")
     return reasons
 
 

@@ -15,11 +15,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from gdro_cli.config.base import digest
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import Detail, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
+from gdro_cli.files import sha256
 
 MAX_REDRAWS = 16
 """Draws of K images until one has spread; with one odd image of 16 and K = 6, none has in 1 of 1,800 visits.
@@ -37,6 +39,11 @@ class GroupCounts:
     no_spread: int
     """Groups with k scores or more that all lie within ``min_spread``: they hold no order to learn."""
 
+    @property
+    def dropped_share(self) -> float:
+        """Share of the groups that cannot be trained on."""
+        return 1 - self.eligible / self.total
+
 
 @dataclass(frozen=True, slots=True)
 class GroupBatch:
@@ -49,8 +56,6 @@ class GroupBatch:
     mask: Tensor
     """[B, K] bool, True where there is a reward (everywhere, as only scored images are drawn)."""
     prompts: tuple[PromptRecord, ...]
-    prompt_indices: Tensor
-    """[B] int64 places in ``store.prompts``."""
     image_indices: Tensor
     """[B, K] int64 places of the images in their groups."""
     conditioning: tuple[dict[str, Tensor], ...]
@@ -66,7 +71,6 @@ class GroupBatch:
             rewards=self.rewards[own],
             mask=self.mask[own],
             prompts=self.prompts[own],
-            prompt_indices=self.prompt_indices[own],
             image_indices=self.image_indices[own],
             conditioning=self.conditioning[own],
             visits=self.visits[own],
@@ -136,6 +140,11 @@ class GroupDataset:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @property
+    def digest(self) -> str:
+        """Of all that decides which groups and images are drawn together."""
+        return digest([self.k, self.min_spread, list(self.prompt_indices), sha256(self.rewards.numpy().tobytes())])
+
     def draw(self, step: int, *, groups: int, seed: int) -> GroupBatch:
         """The ``groups`` groups of step ``step`` (from 0): a function of the arguments alone.
 
@@ -157,7 +166,6 @@ class GroupDataset:
             rewards=rewards,
             mask=rewards.isfinite(),
             prompts=tuple(self.prompts[group] for group in chosen),
-            prompt_indices=torch.tensor([self.prompt_indices[group] for group in chosen]),
             image_indices=images,
             conditioning=tuple(self.conditioning[group] for group in chosen),
             visits=tuple(epoch for epoch, _ in visits),

@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from gdro_cli.config.base import DIGEST_LENGTH, digest
+from gdro_cli.config.base import digest
 
 _QUOTED = re.compile('"([^"]*)"|[\u201c\u201d\u201e\u201f]([^\u201c\u201d\u201e\u201f]*)[\u201c\u201d\u201e\u201f]')
-_ID = re.compile(f"[0-9a-f]{{{DIGEST_LENGTH}}}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +91,3 @@ def quoted_text(prompt: str) -> str | None:
     if found is None:
         return None
     return found.group(1) if found.group(1) is not None else found.group(2)
-
-
-def is_prompt_id(value: str) -> bool:
-    """Whether ``value`` has the form of a prompt id, and so is safe as part of a file name."""
-    return _ID.fullmatch(value) is not None

@@ -70,7 +70,7 @@ def attach_lora(
     )
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone, where peft draws
         transformer.add_adapter(config, adapter_name=_ADAPTER)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:

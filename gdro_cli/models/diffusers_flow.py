@@ -28,9 +28,9 @@ FAMILIES: dict[str, type[DiffusersFlow]] = {
 }
 """Pipeline class in ``model_index.json`` -> family. A new family is one file and one row here."""
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+DtypeName = Literal["auto", "float32", "bfloat16"]
 
 
 def load_flow_model(

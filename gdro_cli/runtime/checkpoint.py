@@ -111,6 +111,11 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def checkpoint_step(path: Path) -> int:
+    """The step of a checkpoint's folder, by its name."""
+    return int(path.name.rpartition("-")[2])
+
+
 def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint, every file against its digest; files that its manifest does not name are left alone.
 

@@ -17,7 +17,7 @@ from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.sharding import shard_frozen
 from gdro_cli.runtime.team import Team
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16"]
 
 _PROJECT = "gdro"
 PATIENCE = timedelta(hours=6)
@@ -67,11 +67,6 @@ class Engine(Team):
     def local_world(self) -> int:
         """How many processes there are on this machine."""
         return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        with _connection():
-            self._accelerator.wait_for_everyone()
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the engine's precision inside the block."""

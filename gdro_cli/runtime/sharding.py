@@ -43,8 +43,3 @@ def shard_frozen(module: nn.Module, device: torch.device) -> nn.Module:
             part.unshard()
             part.reshard()
     return module
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether ``shard_frozen`` has made the module."""
-    return isinstance(module, FSDPModule)

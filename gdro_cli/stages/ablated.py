@@ -9,12 +9,12 @@ from typing import Any
 
 from gdro_cli.config.sweep import Cell, Sweep
 from gdro_cli.core.sweeps import CurvePoint, RunFigures, Spread, best, curve, figures, spread, training_seconds
-from gdro_cli.runtime.checkpoint import latest_checkpoint
+from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.progress import clock_time
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.cells import Outcome, Place, outcome
 from gdro_cli.stages.pages import MISSING, number
-from gdro_cli.stages.rewards import measures
+from gdro_cli.stages.rewards import measures, missing_limits
 
 Point = Mapping[str, Any]
 FIGURES: Mapping[str, str] = {
@@ -197,8 +197,7 @@ def collect(sweep: Sweep, places: tuple[Place, ...], folder: Path) -> Ablation:
     reward = headline if sweep.trains_on_another else "reward"
     cells = []
     for count, (place, own) in enumerate(zip(places, points, strict=True)):
-        share = sweep.recipe.reward.max_failed_share
-        chosen = figures(own, reward=reward, measure=measure, max_failed_share=share)
+        chosen = figures(own, reward=reward, measure=measure, limits=missing_limits(sweep.recipe))
         values = {
             "final_reward": _value(chosen.final, reward),
             "peak_reward": _value(chosen.peak_reward, reward),
@@ -222,7 +221,7 @@ def kept_step(each: CellResult) -> int | None:
     """Step of the weights that a cell's run stands for: its best point or its end, as the recipe says."""
     best_point = latest_checkpoint(each.run / "best") if each.cell.recipe.eval.checkpoint == "best" else None
     newest = best_point or latest_checkpoint(each.run)
-    return None if newest is None else int(newest.name.rpartition("-")[2])
+    return None if newest is None else checkpoint_step(newest)
 
 
 def _value(point: Point | None, name: str) -> float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,9 @@ from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import make_folder, storage_errors, write_json
 from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
-from gdro_cli.runtime.checkpoint import latest_checkpoint
+from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
+from gdro_cli.runtime.lock import clear_stale
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages import train
@@ -53,7 +54,7 @@ class Place:
     def step(self) -> int:
         """Step of the newest checkpoint; 0 where there is none."""
         newest = latest_checkpoint(self.run)
-        return 0 if newest is None else int(newest.name.rpartition("-")[2])
+        return 0 if newest is None else checkpoint_step(newest)
 
     @property
     def trained(self) -> bool:
@@ -154,6 +155,7 @@ def carry_out(
             else:
                 told += f": {cell.label}, seed {cell.seed}"
             if place.finished:
+                clear_stale(place.run / "lock")
                 reporter.say(f"{told}: was finished already ({place.run.name})")
                 came_to = Outcome("finished")
             else:
@@ -201,8 +203,10 @@ def measure_end(place: Place, reporter: Reporter) -> None:
         validation = Validation.open(recipe, model, open_engine(recipe), place.run, stack)
         stack.enter_context(applied(recipe, model, weights))
         validation.know_base(lambda: reference(model))
-        for step in (0, weights.step):
-            if measured := validation.measure(step):
+        for step, attached in ((0, reference(model)), (weights.step, nullcontext())):
+            with attached:
+                measured = validation.measure(step)
+            if measured is not None:
                 folder.append_metrics({"kind": "validation", "step": step, **measured[0]})
 
 

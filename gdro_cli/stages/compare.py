@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.base import Difference, differences, digest
+from gdro_cli.config.sections import JudgeSection, RewardSection
 from gdro_cli.config.suggest import similar
 from gdro_cli.core.geneval import TAGS
+from gdro_cli.core.points import MissingLimits
 from gdro_cli.core.scores import Interval
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
@@ -132,19 +134,31 @@ def _open(runs: Sequence[Path]) -> tuple[EvaluatedRun, ...]:
         results, folder = load_results(path), RunFolder(path)
         own = path.resolve().name
         settings = folder.recipe if (path / "recipe.json").is_file() else {}
-        metrics = folder.metrics()
+        metrics, limits = folder.metrics(), _limits(settings)
+        points = validation_rows(metrics)
         opened.append(
             EvaluatedRun(
                 name=own if names[own] == 1 else str(path),
                 path=path,
                 results=results,
-                points=tuple(validation_rows(metrics)),
+                points=tuple(point for point in points if limits.allow(point)),
                 rows=tuple(training_rows(metrics)),
                 batches=read_batches(folder),
                 settings=settings,
+                left_out=tuple(int(point["step"]) for point in points if not limits.allow(point)),
             )
         )
     return tuple(opened)
+
+
+def _limits(settings: Mapping[str, Any]) -> MissingLimits:
+    """How much may be missing of a run's evaluation points, by its recipe; the defaults where that cannot be known."""
+    shares = []
+    for name, section in (("reward", RewardSection()), ("judge", JudgeSection())):
+        own = settings.get(name)
+        value = own.get("max_failed_share") if isinstance(own, Mapping) else None
+        shares.append(float(value) if isinstance(value, int | float) else section.max_failed_share)
+    return MissingLimits(*shares)
 
 
 def _refuse_differing(runs: Sequence[EvaluatedRun]) -> None:

@@ -31,6 +31,7 @@ from gdro_cli.models.diffusers_flow import DtypeName
 from gdro_cli.models.family import decoded_at_once
 from gdro_cli.models.trace import Update, Work, trace_forward, trace_update, whole_update, whole_work
 from gdro_cli.stages.rollout import policy_guidance
+from gdro_cli.stages.shares import images_per_process, takes_one_pass
 from gdro_cli.stages.workspace import EMBEDDED, model_folder, open_prompts
 
 Targets = tuple[str, ...] | Literal["auto", "all-linear"]
@@ -117,14 +118,15 @@ def _text(shape: Shape) -> dict[str, tuple[int, ...]]:
 
 
 class Estimate:
-    """The needs of a recipe on one GPU. Everything is counted when it is asked for.
+    """The needs of a recipe: memory of one GPU, operations of the whole job. All is counted when it is asked for.
 
     Args:
         recipe: of the job.
+        world: how many processes share it, each with a GPU.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, *, world: int = 1) -> None:
+        self.recipe, self.world = recipe, world
         section = recipe.model
         dtype: DtypeName = section.dtype
         if dtype == "auto" and (torch.cuda.is_available() or section.path != EMBEDDED):
@@ -198,18 +200,15 @@ class Estimate:
         """Images whose activations training keeps at once, in one process."""
         train, online = self.recipe.train, self.recipe.online_method
         if online is not None:
-            part = math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round)
+            part = math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round / self.world)
             return min(train.micro_batch or part, part)
-        images = train.groups_per_step * self.recipe.group_method.k
+        images = images_per_process(self.recipe, self.world)
         return min(train.micro_batch or images, images) if self.two_pass else images
 
     @property
     def two_pass(self) -> bool:
         """Whether training computes the images' weights first (stored groups only)."""
-        train = self.recipe.train
-        images = train.groups_per_step * self.recipe.group_method.k
-        fits = train.micro_batch is None or images <= train.micro_batch
-        return train.group_gradient == "two_pass" or (train.group_gradient == "auto" and not fits)
+        return not takes_one_pass(self.recipe, self.world)
 
     def update(self, *, checkpointing: bool | None = None) -> Update:
         """A micro-batch's forward and backward pass, with the recipe's gradient checkpointing unless it is given."""
@@ -282,7 +281,6 @@ class Estimate:
             raise TypeError(f"{self.recipe.method.name} is no online method")
         rounds = math.ceil(self.recipe.train.steps / method.steps_per_round)
         images = rounds * method.prompts_per_round * method.group_size
-        trained = max(1, int(method.timestep_fraction * (method.train_sample_steps - 1) + 1e-9))
         each = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
         drawn = self.drawing_flops(images, steps=method.train_sample_steps, passes=self.passes)
-        return drawn, images * method.inner_epochs * trained * self.passes * each
+        return drawn, images * method.inner_epochs * method.trained_sample_steps * self.passes * each

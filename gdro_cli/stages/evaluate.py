@@ -375,5 +375,4 @@ def compared(wanted: Iterable[Measure], base: Rated, trained: Rated, recipe: Rec
     for measure in wanted:
         if comparable(measure, base, trained):
             found = change(measure, base, trained, samples=samples)
-            trained_interval = trained.values(measure).interval(samples=samples)
-            yield Comparison(measure.name, found.base, trained_interval, found.difference)
+            yield Comparison(measure.name, found.base, found.trained, found.difference)

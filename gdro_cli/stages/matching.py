@@ -23,13 +23,15 @@ class EvaluatedRun:
     path: Path
     results: Mapping[str, Any]
     points: tuple[Mapping[str, Any], ...]
-    """Its evaluation points, as metrics hold them."""
+    """Its evaluation points, as metrics hold them, but for those of which too much is missing."""
     rows: tuple[Mapping[str, Any], ...]
     """Its training steps, as metrics hold them."""
     batches: tuple[Batch, ...] | None
     """The stores it learnt from; None where their times are not known."""
     settings: Mapping[str, Any]
     """The recipe it was made from; empty when it cannot be known."""
+    left_out: tuple[int, ...] = ()
+    """Steps of the evaluation points of which too much is missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +89,14 @@ def match(runs: Sequence[EvaluatedRun], *, at_reward: float | None) -> Matching:
     reward = min(max(float(p["reward"]) for p in own) for own in points if own) if at_reward is None else at_reward
     nearest = [min(own, key=lambda p: abs(float(p["reward"]) - reward)) if own else None for own in points]
     left = [run.name for run, own in zip(runs, points, strict=True) if not own]
-    note = f"no evaluation points of this protocol: {', '.join(left)}" if left else ""
-    return Matching(reward, protocol, tuple(map(_matched, runs, nearest)), note)
+    notes = [f"no evaluation points of this protocol: {', '.join(left)}"] if left else []
+    notes += [
+        f"left out of {run.name}, since too many pictures have no reward or judgement:"
+        f" {'step' if len(run.left_out) == 1 else 'steps'} {', '.join(map(str, run.left_out))}"
+        for run in runs
+        if run.left_out
+    ]
+    return Matching(reward, protocol, tuple(map(_matched, runs, nearest)), "; ".join(notes))
 
 
 def _matched(run: EvaluatedRun, point: Mapping[str, Any] | None) -> MatchedPoint:

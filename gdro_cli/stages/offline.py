@@ -2,8 +2,9 @@
 
 What differs from the GDRO paper (arXiv 2601.02036): the reference is the same transformer with its adapter off, never a
 second copy; the group gradient may be computed in two passes, which is exact and needs the memory of one micro-batch;
-sigma and noise are drawn from named streams, so a resumed run continues bit-exactly on the CPU. Everything else follows
-the recipe, and the recipe's header says where its numbers come from.
+sigma and noise are drawn from named streams, so a resumed run continues bit-exactly on the CPU; K images of a group are
+drawn again until their rewards differ (``GroupDataset.draw``); sigma and noise are shared within a group. Everything
+else follows the recipe, and the recipe's header says where its numbers come from.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.dataset import GroupBatch, GroupDataset
 from gdro_cli.data.references import Place, ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
-from gdro_cli.errors import UserError
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ahead import Ahead
 from gdro_cli.stages.gradient import (
@@ -36,6 +37,7 @@ from gdro_cli.stages.gradient import (
     noisy_groups,
 )
 from gdro_cli.stages.rewards import trained_detail
+from gdro_cli.stages.shares import check_shares, takes_one_pass
 from gdro_cli.stages.storetimes import batch_of, note_batch
 from gdro_cli.stages.trainer import StepGradient
 from gdro_cli.stages.workspace import image_size, precision
@@ -50,31 +52,22 @@ def training_set(recipe: Recipe, table: ScoreTable) -> GroupDataset:
     return dataset
 
 
-def check_shares(recipe: Recipe, world: int) -> None:
-    """Raises UserError where ``world`` processes cannot have as many groups of a step each."""
-    if recipe.train.groups_per_step % world:
-        raise UserError(
-            f"train.groups_per_step is {recipe.train.groups_per_step}, which {world} processes cannot share"
-            " equally: choose a multiple"
-        )
-
-
 class GroupSteps:
     """Each step draws groups from the store; a ``StepSource``."""
 
     shown: Mapping[str, str] = {"loss": "loss", "implicit_accuracy": "accuracy", "top1_error_gap": "top1_gap"}
     remedy = "lower train.lr or method.beta"
 
-    def __init__(self, recipe: Recipe, model: FlowModel, table: ScoreTable, engine: Engine) -> None:
+    def __init__(self, recipe: Recipe, model: FlowModel, table: ScoreTable, engine: Engine, reporter: Reporter) -> None:
         section, method = recipe.train, recipe.group_method
         check_shares(recipe, engine.world)
         model.release_encoders()
         model.release_decoder()
         self.recipe, self.model, self.table, self.engine = recipe, model, table, engine
         self.dataset = training_set(recipe, table)
+        if self.dataset.counts.dropped_share:
+            reporter.say(_told(self.dataset))
         self.method = method
-        images = section.groups_per_step // engine.world * method.k
-        fits = section.micro_batch is None or images <= section.micro_batch
         self._gradient = GroupGradient(
             model=model,
             loss=loss_arguments(method),
@@ -82,7 +75,7 @@ class GroupSteps:
             guidance=recipe.sample.guidance,
             size=image_size(recipe, model),
             micro_batch=section.micro_batch,
-            one_pass=section.group_gradient == "one_pass" or (section.group_gradient == "auto" and fits),
+            one_pass=takes_one_pass(recipe, engine.world),
             reference=lambda: reference(model),
             autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
@@ -116,7 +109,8 @@ class GroupSteps:
         batch, drawn = self._ahead.take(step)
         groups = noisy_groups(self.model, batch, self.method, seed=self.recipe.train_seed, drawn=drawn)
         output = self._gradient(groups, self._reference_errors(batch, groups))
-        return StepGradient(averages(self.engine, {"loss": output.loss, **output.metrics}))
+        metrics = averages(self.engine, {"loss": output.loss, **output.metrics})
+        return StepGradient({**metrics, "dropped_groups_share": self.dataset.counts.dropped_share})
 
     def close(self) -> None:
         """End the thread that draws ahead."""
@@ -151,18 +145,34 @@ class GroupSteps:
         ]
 
     def _reference_settings(self) -> dict[str, Any]:
-        """What reference errors depend on beside the store; the batches, too, so that they are the same bit for bit."""
+        """What reference errors depend on beside the store.
+
+        Also which images are computed together, so that known errors are the same bit for bit; but with a bank of noise
+        an image meets its draws in changing company, and they are the same up to rounding.
+        """
         recipe, method = self.recipe, self.method
-        keys = ("reduction", "share_noise", "share_sigma", "sigma_min", "sigma_max", "noise_bank", "k")
+        keys = ("reduction", "share_noise", "share_sigma", "sigma_min", "sigma_max", "noise_bank")
         return {
             "seed": recipe.train_seed,
             "guidance": recipe.sample.guidance,
             "method": {key: getattr(method, key) for key in keys},
+            "draws": self.dataset.digest,
             "batches": [recipe.train.groups_per_step, recipe.train.micro_batch, self.engine.world],
             "device": self.engine.device.type,
             "precision": precision(recipe),
             "compute": [recipe.model.compile, recipe.model.attention],
         }
+
+
+def _told(dataset: GroupDataset) -> str:
+    """Which groups are not trained on."""
+    counts = dataset.counts
+    reasons = {
+        f"with no spread of rewards above {dataset.min_spread:g}": counts.no_spread,
+        f"with fewer than {dataset.k} scored images": counts.too_few_scores,
+    }
+    left_out = ", ".join(f"{count} {why}" for why, count in reasons.items() if count)
+    return f"{counts.eligible} of {counts.total} groups can be trained on; left out: {left_out}"
 
 
 def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:

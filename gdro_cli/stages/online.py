@@ -25,7 +25,7 @@ from gdro_cli.core.policy import clipped_surrogate, group_advantages, group_std
 from gdro_cli.core.sde import log_prob, step_kl
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.scores import ScoreRow
-from gdro_cli.errors import StoreError, UserError
+from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
 from gdro_cli.rewards.pool import ScoringPool
@@ -34,6 +34,7 @@ from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.rewards import open_pool, trained_detail
 from gdro_cli.stages.rollout import Drawn, Policy, Rollout, policy_guidance, prompts_of_round, roll_out, trained_steps
+from gdro_cli.stages.shares import check_shares
 from gdro_cli.stages.trainer import StepGradient
 from gdro_cli.stages.workspace import image_size, open_prompts
 
@@ -69,11 +70,7 @@ class OnlineSteps:
         method = recipe.online_method
         if method is None:
             raise TypeError(f"{recipe.method.name} is no online method")
-        if method.prompts_per_round % engine.world:
-            raise UserError(
-                f"method.prompts_per_round is {method.prompts_per_round}, which {engine.world} processes cannot share"
-                " equally: choose a multiple"
-            )
+        check_shares(recipe, engine.world)
         self.recipe, self.model, self.engine, self.method = recipe, model, engine, method
         self.seed = recipe.train_seed
         self.prompts = open_prompts(recipe, recipe.prompts.train).records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import sha256_file
-from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from gdro_cli.files import sha256_file, storage_errors
+from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
 
 STOPPED = "stopped.json"
@@ -62,6 +63,18 @@ def keep_if_best(
     save_checkpoint(place, int(row["step"]), tensors=tensors, state=state, keep=1)
     folder.write_json("best/best.json", {"step": int(row["step"]), measure: score})
     return True
+
+
+def forget_best_after(folder: RunFolder, step: int) -> None:
+    """Delete the kept weights of an evaluation point that a run which goes on from ``step`` has not come to.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
+    path = latest_checkpoint(best_folder(folder))
+    if path is not None and checkpoint_step(path) > step:
+        with storage_errors(best_folder(folder)):
+            shutil.rmtree(best_folder(folder))
 
 
 def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gdro_cli.config.methods import OnlineMethod
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.flow import Reduction
+from gdro_cli.core.implicit import equivalent_beta
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.blank import open_folder
@@ -21,6 +23,7 @@ from gdro_cli.stages.needs import evaluation_time, sampling_needs, training_need
 from gdro_cli.stages.refresh import steps_per_round
 from gdro_cli.stages.rollout import policy_guidance
 from gdro_cli.stages.runs import run_path
+from gdro_cli.stages.shares import check_shares, images_per_process, takes_one_pass
 from gdro_cli.stages.workspace import (
     image_size,
     model_folder,
@@ -37,17 +40,19 @@ from gdro_cli.stages.workspace import (
 PIXEL_BYTES = 1.6  # a PNG of a generated picture, per pixel: measured on a store of the embedded model
 
 
-def describe(recipe: Recipe, stage: str, workspace: Path) -> list[tuple[str, str]]:
-    """Lines about ``stage`` (sample, score, train or eval) as (what, how much).
+def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> list[tuple[str, str]]:
+    """Lines about ``stage`` (sample, score, train or eval) as (what, how much), carried out by ``world`` processes.
 
     Raises:
-        UserError: prompts cannot be used.
+        UserError: prompts cannot be used, or the processes cannot share a training step.
         PrerequisiteError: the model is missing.
     """
     if stage != "train" and stage != "eval":
         refuse_online(recipe, stage)
+    if stage == "train":
+        check_shares(recipe, world)
     folder = open_folder(model_folder(recipe))
-    estimate = Estimate(recipe)
+    estimate = Estimate(recipe, world=world)
     here = not isinstance(folder, PublishedFolder)
     model: FlowModel = open_model(recipe, folder=folder) if here else estimate.model.flow
     height, width = image_size(recipe, model)
@@ -65,7 +70,7 @@ def describe(recipe: Recipe, stage: str, workspace: Path) -> list[tuple[str, str
     if stage == "score":
         return rows
     rows += [_encodings(recipe, estimate), *sampling_needs(estimate)]
-    return rows + _training(recipe, workspace) + training_needs(estimate) if stage == "train" else rows
+    return rows + _training(recipe, model, workspace, world) + training_needs(estimate) if stage == "train" else rows
 
 
 def _encodings(recipe: Recipe, estimate: Estimate) -> tuple[str, str]:
@@ -120,8 +125,7 @@ def _online(
     recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: Path, here: bool
 ) -> list[tuple[str, str]]:
     train = recipe.train
-    images, stochastic = method.prompts_per_round * method.group_size, method.train_sample_steps - 1
-    trained = max(1, int(method.timestep_fraction * stochastic + 1e-9))
+    images = method.prompts_per_round * method.group_size
     rounds = math.ceil(train.steps / method.steps_per_round)
     height, width = image_size(recipe, model)
     values = math.prod(model.latent_shape(height=height, width=width)) * method.train_sample_steps
@@ -132,7 +136,10 @@ def _online(
         ("method", f"{method.name}, clip range {method.clip_range:g}, KL weight {method.beta_kl:g}"),
         ("prompts", f"{len(open_prompts(recipe, recipe.prompts.train))}"),
         ("round", f"{method.prompts_per_round} prompts x {method.group_size} = {images} images, sampled and scored"),
-        ("sampling", f"{method.train_sample_steps} steps, of which {trained} are trained in each image"),
+        (
+            "sampling",
+            f"{method.train_sample_steps} steps, of which {method.trained_sample_steps} are trained in each image",
+        ),
         ("guidance", _guidance(model, guidance, online=True)),
         ("updates", f"{method.updates_per_round} x {method.inner_epochs} optimizer steps per round"),
         ("steps", f"{train.steps}, so {rounds} rounds and {rounds * images} images"),
@@ -141,22 +148,27 @@ def _online(
     ]
 
 
-def _training(recipe: Recipe, workspace: Path) -> list[tuple[str, str]]:
+def _training(recipe: Recipe, model: FlowModel, workspace: Path, world: int) -> list[tuple[str, str]]:
     train, method = recipe.train, recipe.group_method
-    images = train.groups_per_step * method.k
-    micro = train.micro_batch or images
-    two_pass = train.group_gradient == "two_pass" or (train.group_gradient == "auto" and images > micro)
+    images, own = train.groups_per_step * method.k, images_per_process(recipe, world)
+    micro = min(train.micro_batch or own, own)
+    height, width = image_size(recipe, model)
+    other: Reduction = "sum" if method.reduction == "mean" else "mean"
+    dims = math.prod(model.latent_shape(height=height, width=width))
+    same = equivalent_beta(method.beta, latent_dims=dims, given=method.reduction, wanted=other)
+    shared = f", {own} in each of {world} processes" if world > 1 else ""
     return [
         ("runs", str(runs_folder(workspace))),
         (
             "method",
-            f"{method.name}, K {method.k}, beta {method.beta:g} ({method.reduction}), gamma {method.gamma:g}",
+            f"{method.name}, K {method.k}, beta {method.beta:g} (errors are a {method.reduction} over {dims} numbers;"
+            f" for a {other} it would be {same:.3g}), gamma {method.gamma:g}",
         ),
         (
             "step",
-            f"{train.groups_per_step} groups x {method.k} = {images} images in micro-batches of {micro}",
+            f"{train.groups_per_step} groups x {method.k} = {images} images{shared}, in micro-batches of {micro}",
         ),
-        ("gradient", "two passes" if two_pass else "one pass"),
+        ("gradient", "one pass" if takes_one_pass(recipe, world) else "two passes"),
         ("steps", f"{train.steps}, so {train.steps * images} images with policy and reference"),
         *_rounds(recipe),
         ("checkpoints", f"every {train.checkpoint_every} steps, the last {train.keep_checkpoints} are kept"),

@@ -142,9 +142,11 @@ def signal_measures(recipe: Recipe) -> tuple[Measure, ...]:
 
 
 def change(measure: Measure, base: Rated, trained: Rated, *, samples: int) -> Change:
-    """The base's interval of one measure and the paired difference."""
+    """Both models' intervals of one measure and the paired difference."""
     before, after = base.values(measure), trained.values(measure)
-    return Change(before.interval(samples=samples), after.gain(before, samples=samples))
+    return Change(
+        before.interval(samples=samples), after.interval(samples=samples), after.gain(before, samples=samples)
+    )
 
 
 def pair_verdict(recipe: Recipe, base: Rated, trained: Rated) -> Verdict:

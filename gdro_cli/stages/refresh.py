@@ -62,7 +62,7 @@ class RefreshedSteps:
     def __init__(self, recipe: Recipe, model: FlowModel, table: ScoreTable, engine: Engine, reporter: Reporter) -> None:
         self.recipe, self.model, self.engine, self.reporter = recipe, model, engine, reporter
         self._number = 0
-        self._steps: GroupSteps | None = GroupSteps(recipe, model, table, engine)
+        self._steps: GroupSteps | None = GroupSteps(recipe, model, table, engine, reporter)
         self._run: _Open | None = None
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
@@ -86,7 +86,8 @@ class RefreshedSteps:
         if number != self._number or self._steps is None:
             self._close()
             self._steps = None  # frees its images before others are loaded
-            self._steps = GroupSteps(self.recipe, self.model, self._table(number, step, stop), self.engine)
+            table = self._table(number, step, stop)
+            self._steps = GroupSteps(self.recipe, self.model, table, self.engine, self.reporter)
             self._number = number
         return True
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.geneval import TAGS, VOCABULARIES
+from gdro_cli.core.points import MissingLimits
 from gdro_cli.core.scores import Interval, bootstrap_ci, paired_bootstrap
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import Detail, ScoreRow, ScoreTable
@@ -54,6 +55,11 @@ _MEASURES = {
 def measures(recipe: Recipe) -> tuple[Measure, ...]:
     """What an evaluation of the recipe's task reports; the task's headline first."""
     return _MEASURES[recipe.prompts.task]
+
+
+def missing_limits(recipe: Recipe) -> MissingLimits:
+    """How much may be missing of an evaluation point that is compared with others."""
+    return MissingLimits(recipe.reward.max_failed_share, recipe.judge.max_failed_share)
 
 
 @dataclass(frozen=True, slots=True)

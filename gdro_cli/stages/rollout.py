@@ -6,7 +6,6 @@ and restarts change nothing but rounding.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -138,12 +137,11 @@ def roll_out(policy: Policy, drawn: Sequence[Drawn], conditioning: Sequence[Cond
 def trained_steps(method: OnlineMethod, drawn: Sequence[Drawn], *, seed: int) -> Tensor:
     """Which stochastic steps of each image are trained, in random order [N, M]."""
     stochastic = method.train_sample_steps - 1
-    count = max(1, math.floor(method.timestep_fraction * stochastic + 1e-9))  # 0.6 * 5 is 3
     orders = [
         torch.randperm(stochastic, generator=generator(seed, "trained steps", name.prompt.id, name.visit, name.image))
         for name in drawn
     ]
-    return torch.stack(orders)[:, :count]
+    return torch.stack(orders)[:, : method.trained_sample_steps]
 
 
 def prompts_of_round(

@@ -18,11 +18,12 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.card import write_card
 from gdro_cli.stages.inputs import expected_inputs, make_inputs, run_inputs
-from gdro_cli.stages.offline import GroupSteps, check_shares
+from gdro_cli.stages.offline import GroupSteps
 from gdro_cli.stages.online import OnlineSteps
 from gdro_cli.stages.outcome import STOPPED, best_folder
 from gdro_cli.stages.refresh import RefreshedSteps
 from gdro_cli.stages.runs import find_run, learnt_from, open_run, run_path
+from gdro_cli.stages.shares import check_shares
 from gdro_cli.stages.trainer import StepSource, Trainer, attach_adapter, has_ended, learning_rate, train_loop
 from gdro_cli.stages.validate import Validation
 from gdro_cli.stages.workspace import open_engine, open_model
@@ -120,4 +121,4 @@ def _open_source(
     store, table = make_inputs(recipe, workspace, model, engine, reporter, stop)
     if recipe.train.rounds > 1:
         return RefreshedSteps(recipe, model, table, engine, reporter), run_inputs(store, table)
-    return GroupSteps(recipe, model, table, engine), run_inputs(store, table)
+    return GroupSteps(recipe, model, table, engine, reporter), run_inputs(store, table)

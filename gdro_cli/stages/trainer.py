@@ -36,8 +36,8 @@ from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.finished import note_adapter
-from gdro_cli.stages.outcome import STOPPED, evaluated_weights, keep_if_best
-from gdro_cli.stages.rewards import measures
+from gdro_cli.stages.outcome import STOPPED, evaluated_weights, forget_best_after, keep_if_best
+from gdro_cli.stages.rewards import measures, missing_limits
 from gdro_cli.stages.validate import Validation
 
 
@@ -118,6 +118,8 @@ class Trainer:
         self.step = 0
         self.collapse: dict[str, Any] | None = None
         """Where and why the training is to end early."""
+        self.best = -1
+        """Step of the evaluation point whose weights were kept last, by the main process."""
 
     def update(self) -> tuple[StepGradient, float]:
         """One optimizer step; returns what its source tells, and the gradient's norm before clipping."""
@@ -162,10 +164,16 @@ class Trainer:
             f"step {self.step}: validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],"
             f"{more} {row['images']} images" + ("" if found is None else f", {found.level}")
         )
-        if self.step and validation.is_fair(row):
+        if self.step and not missing_limits(self.recipe).allow(row):
+            reporter.say(
+                f"step {self.step}: {row['failed']} pictures have no reward, {row.get('unjudged', 0)} no judgement,"
+                " more than reward.max_failed_share or judge.max_failed_share: this point is no candidate for the best"
+            )
+        elif self.step:
             tensors = {"adapter": lora_state(self.model), "ema": self.ema.state()}
             measure = headline if validation.judges is None else "corrected"
-            keep_if_best(self.folder, {"step": self.step, **row}, measure=measure, tensors=tensors)
+            if keep_if_best(self.folder, {"step": self.step, **row}, measure=measure, tensors=tensors):
+                self.best = self.step
         if not self.recipe.train.stop_on_collapse or found is None or found.level != "collapsed":
             return False
         self.collapse = {"step": self.step, "reasons": list(found.reasons)}
@@ -210,6 +218,7 @@ class Trainer:
                 restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], state)
             if self.engine.is_main:
                 self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
+                forget_best_after(self.folder, self.step)
         return self.step
 
     def export(self) -> None:
@@ -273,6 +282,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             stop.requested = engine.any(stop.requested)
             safe = source.can_go_on_after(step)
             due = due or step % section.checkpoint_every == 0 or source.needs_weights_of(step)
+            due = due or (point and engine.any(trainer.best == step))  # so that a later start goes on from there
             if last or ended or (safe and (due or stop.requested)):
                 trainer.save()
                 due = False

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -204,12 +204,6 @@ class Validation:
         row |= {"unjudged": rated.unjudged} if rated.judged else {}
         seconds = time.perf_counter() - began + (self.base_seconds if known else 0.0)
         return row | {"seconds": seconds}, found
-
-    def is_fair(self, row: Mapping[str, float | int | str]) -> bool:
-        """Whether so few pictures failed that the point may be compared with others."""
-        images = len(self.prompts) * self.plan.images_per_prompt
-        missing = max(int(row["failed"]), int(row.get("unjudged", 0)))
-        return missing <= self.recipe.reward.max_failed_share * images
 
     def look(self, *, step: int) -> Rated | None:
         """Sample, all processes together, and score and judge in the main one; None in the others."""

@@ -63,7 +63,6 @@ def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int, side:
         rewards=rewards,
         mask=torch.ones_like(rewards, dtype=torch.bool),
         prompts=prompts,
-        prompt_indices=torch.arange(groups),
         image_indices=torch.arange(k).expand(groups, k),
         conditioning=tuple(model.encode([prompt.prompt for prompt in prompts])),
         visits=(0,) * groups,

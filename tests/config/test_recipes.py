@@ -198,8 +198,8 @@ def test_paths_are_looked_up_beside_the_recipe_that_names_them_first(
 def test_a_local_model_folder_becomes_absolute_and_a_hub_id_stays(tmp_path: Path) -> None:
     (tmp_path / "flux").mkdir()
     recipe = write(tmp_path, "r.yaml", "extends: ocr\nmodel: {path: flux}\n")
-    assert load_recipe(recipe).model_path == str(tmp_path / "flux")
-    assert load_recipe(recipe, overrides=["model.path=org/name"]).model_path == "org/name"
+    assert load_recipe(recipe).model.path == str(tmp_path / "flux")
+    assert load_recipe(recipe, overrides=["model.path=org/name"]).model.path == "org/name"
 
 
 # --- --set ---------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.core.sweeps import Spread, best, curve, figures, is_fair, spread, training_seconds
+from gdro_cli.core.points import MissingLimits
+from gdro_cli.core.sweeps import Spread, best, curve, figures, spread, training_seconds
 
 
 def point(step: int, reward: float | None, **more: Any) -> dict[str, Any]:
@@ -39,18 +40,12 @@ def test_peaks_leave_out_the_untrained_model_and_what_is_unfair() -> None:
         point(6, 0.6, corrected=1.0),
         point(8, 0.4),
     ]
-    found = figures(points[::-1], reward="reward", measure="corrected", max_failed_share=0.3)
+    found = figures(points[::-1], reward="reward", measure="corrected", limits=MissingLimits(0.3, 0.3))
     assert found.final is points[4]
     assert found.peak_reward is points[3]
     assert found.peak is points[2]  # of equal ones the earliest
-    nothing = figures(points[:1], reward="reward", measure="corrected", max_failed_share=0.3)
+    nothing = figures(points[:1], reward="reward", measure="corrected", limits=MissingLimits(0.3, 0.3))
     assert (nothing.final, nothing.peak_reward, nothing.peak) == (None, None, None)
-
-
-def test_a_point_is_fair_up_to_the_share_itself() -> None:
-    """2 of 10 pictures have no reward."""
-    row = point(2, 0.5, failed=2)
-    assert is_fair(row, max_failed_share=0.2) and not is_fair(row, max_failed_share=0.19)
 
 
 def test_the_best_has_every_seed_and_equals_are_both_named() -> None:

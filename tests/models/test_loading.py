@@ -107,7 +107,7 @@ def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
 
 
 def test_unknown_dtype(flux_folder: Path) -> None:
-    with pytest.raises(UserError, match="choose auto, float32, bfloat16, float16"):
+    with pytest.raises(UserError, match="choose auto, float32, bfloat16"):
         load_flow_model(flux_folder, dtype="float8")  # type: ignore[arg-type]
 
 

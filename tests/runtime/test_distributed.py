@@ -33,7 +33,6 @@ engine.sum_gradients(parameters)
 norm = engine.clip(parameters, 0.1)
 names = engine.gather_objects([f"{engine.rank}:{i}" for i in range(engine.rank + 1)])
 total = engine.sum(torch.tensor([1.0, engine.rank]))
-engine.barrier()
 result = {"world": engine.world, "main": engine.is_main, "norm": norm, "names": names, "total": total.tolist(),
           "grad": layer.weight.grad.tolist(), "unused": None if unused.grad is None else unused.grad.tolist()}
 with open(f"{sys.argv[1]}/{engine.rank}.json", "w") as stream:

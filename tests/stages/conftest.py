@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from gdro_cli.stages.finished import note_adapter
 from gdro_cli.stages.outcome import RunWeights
 from gdro_cli.stages.trainer import attach_adapter
 from gdro_cli.stages.workspace import open_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rewards" / "judge"))  # the judge's test server, by its name
 
 SMALL: dict[str, Any] = {
     "name": "small",

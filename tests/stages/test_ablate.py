@@ -28,7 +28,7 @@ from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import ablate, evaluate, train
 from gdro_cli.stages.ablated import collect
-from gdro_cli.stages.cells import places
+from gdro_cli.stages.cells import measure_end, places
 from gdro_cli.stages.workspace import open_model
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
@@ -243,6 +243,38 @@ def test_only_keys_of_the_store_make_more_than_one(make_recipe: MakeRecipe, tmp_
     assert len(set(stores(make_recipe(), "k", "2,3,4"))) == 1
     assert len(set(stores(make_recipe(eval={"steps": 3}), "sample.steps", "2,3,4"))) == 3
     assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_cell_loses_the_lock_of_a_dead_process(
+    done: Done, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """One that was killed after its last checkpoint and before it let go."""
+    workspace = shutil.copytree(done[0], tmp_path / "workspace")
+    (place,) = places(plan_sweep(make_recipe(), ["tau"], ["0.5"]), workspace, open_model(make_recipe()))
+    lock = place.run / "lock"
+    dying = "import os, sys; from pathlib import Path; from gdro_cli.runtime.lock import folder_lock\n"
+    dying += "with folder_lock(Path(sys.argv[1])): os._exit(9)"
+    subprocess.run([sys.executable, "-c", dying, str(lock)], check=False)
+    assert place.finished and lock.exists()
+    ablate.run(plan_sweep(make_recipe(), ["tau"], ["0.5"]), workspace, quiet)
+    assert not lock.exists()
+
+
+def test_the_untrained_model_is_measured_without_the_adapter(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """A run without evaluation points, whose base model's rows are known, but not its sheet of pictures."""
+    shutil.copytree(finished[0] / "stores", tmp_path / "stores")
+    recipe = make_recipe(train={"eval_every": 0, "steps": 3, "lr": 0.03})
+    run = train.run(recipe, tmp_path, quiet).run.path
+    for _ in range(2):
+        (place,) = places(plan_sweep(recipe, ["tau"], [str(recipe.method.tau)]), tmp_path, open_model(recipe))
+        measure_end(place, quiet)
+        (run / "validation" / "step-000000.png").unlink()
+    first, trained, again, last = rows_of(run, "validation")
+    quality = [[row[name] for name in ("reward", "u", "corrected")] for row in (first, again, trained, last)]
+    assert quality[0] == pytest.approx(quality[1]) and quality[2] == pytest.approx(quality[3])
+    assert quality[0] != pytest.approx(quality[2])
 
 
 class _Listener(Reporter):

@@ -292,6 +292,18 @@ def test_the_untrained_model_is_no_match_unless_there_is_nothing_else(
     assert [each.step for each in found.matching.points] == [10, 0]
 
 
+def test_points_of_which_too_much_is_missing_are_left_out(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    """One picture of 100 was scored at step 40 and has all of the reward; at step 30 one of 100 was not."""
+    lucky = point(40, 1.0, images=1, failed=99)
+    make_run("fast", make_results(FIRST), points=[*FAST, point(30, 0.95, images=99, failed=1), lucky])
+    make_run("slow", make_results(OTHER), points=[*SLOW, point(40, 0.54, images=9, failed=0, unjudged=1)])
+    found = compare.run(["fast", "slow"], at_reward=1.0, workspace=tmp_path)
+    assert [each.step for each in found.matching.points] == [30, 20]
+    assert found.matching.note == "; ".join(
+        f"left out of {name}, since too many pictures have no reward or judgement: step 40" for name in ("fast", "slow")
+    )
+
+
 def test_only_points_of_one_protocol_are_matched(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """The first run went on under the new protocol; the other knows the old one, the third none."""
     later = [point(30, 0.6, protocol="new"), point(40, 0.65, protocol="new")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from judge_server import MODEL, JudgeServer, lines, says
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 
 from gdro_cli.config.recipe import Recipe
@@ -22,6 +25,9 @@ from gdro_cli.runtime.checkpoint import latest_checkpoint
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, train
 from gdro_cli.stages.outcome import STOPPED, best_folder
+from gdro_cli.stages.rewards import open_table
+from gdro_cli.stages.sample import training_store
+from gdro_cli.stages.workspace import open_model
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]
@@ -119,6 +125,91 @@ def test_the_base_model_is_measured_once(finished: Finished, make_recipe: MakeRe
     assert (third["step"], third["images"]) == (4, 4) and third["protocol"] != first["protocol"]
     assert len(json_of(base)["rows"]) == 4 and json_of(base)["protocol"] == third["protocol"]
     assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": third["corrected"]}
+
+
+def test_a_best_point_has_a_checkpoint_of_its_own(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """A run that is stopped goes on from there or later, so its best weights are always of its own past."""
+    shutil.copytree(finished[0] / "stores", tmp_path / "stores")
+    recipe = make_recipe(train={"steps": 6, "eval_every": 1, "checkpoint_every": 6, "lr": 3e-3})
+    run = train.run(recipe, tmp_path, quiet).run.path
+    records, best = [], -100.0
+    for point in points_of(run)[1:]:
+        if point["corrected"] > best:
+            records, best = [*records, point["step"]], point["corrected"]
+    kept = sorted(int(path.name[-6:]) for path in (run / "checkpoints").iterdir())
+    assert kept == sorted({*records, 6}) and json_of(run / "best" / "best.json")["step"] == records[-1]
+
+
+def test_a_best_point_beyond_where_a_run_goes_on_is_forgotten(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """Its checkpoint is lost, and the run goes on without evaluation points: it ends with its last weights."""
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / finished[1].run.path.name
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    again = train.run(make_recipe(train={"eval_every": 0}), tmp_path, quiet)
+    assert again.run.path == run and again.resumed_from == 3
+    assert not (run / "best").exists() and "weights kept" not in again.summary
+
+
+class Listener(Reporter):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        super().__init__(Console(quiet=True))
+        self.said: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+@pytest.mark.parametrize("allowed", [0.4, 0.6])
+def test_a_point_without_judgements_is_no_candidate(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: float
+) -> None:
+    """Half of the answers make no sense: more than 0.4 allows, not more than 0.6."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    shutil.copytree(finished[0] / "stores", tmp_path / "stores")
+    listener, answers = Listener(), itertools.count()
+    server = JudgeServer()
+    server.otherwise = lambda text: says(lines(3, 3, 3) if next(answers) % 2 else "no idea")
+    judge = {"kind": "unified-reward", "base_url": server.url, "model": MODEL, "retries": 0, "concurrency": 1}
+    try:
+        recipe = make_recipe(judge={**judge, "max_failed_share": allowed})
+        run = train.run(recipe, tmp_path, listener).run.path
+    finally:
+        server.close()
+    assert [row["unjudged"] for row in points_of(run)] == [1, 1]
+    told = [text for text in listener.said if "no candidate" in text]
+    assert (run / "best").exists() == (allowed > 0.5) == (not told)
+    assert told in (
+        [],
+        [
+            "step 4: 0 pictures have no reward, 1 no judgement, more than reward.max_failed_share or"
+            " judge.max_failed_share: this point is no candidate for the best"
+        ],
+    )
+
+
+def test_groups_that_are_not_trained_on_are_told_and_counted(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0] / "stores", tmp_path / "stores")
+    recipe = make_recipe()
+    table = open_table(recipe, training_store(recipe, tmp_path, open_model(recipe))[0])
+    listener = Listener()
+    rewards = [[row.value for row in table.rows()][4 * place : 4 * place + 4] for place in range(4)]
+    spreads = sorted(max(group) - min(group) for group in rewards)
+    limit = (spreads[1] + spreads[2]) / 2  # two of the four groups lie within
+    run = train.run(make_recipe(method={"min_spread": limit}, train={"eval_every": 0}), tmp_path, listener).run
+    (told,) = [text for text in listener.said if "can be trained on" in text]
+    assert told == f"2 of 4 groups can be trained on; left out: 2 with no spread of rewards above {limit:g}"
+    assert [row["dropped_groups_share"] for row in run.metrics()] == [0.5] * 4
+    equal = sum(spread == 0 for spread in spreads)
+    shares = [row["dropped_groups_share"] for row in finished[1].run.metrics() if row["kind"] == "train"]
+    assert shares == [equal / 4] * 4
 
 
 def test_the_page_names_every_key_of_the_results(finished: Finished) -> None:

@@ -31,7 +31,6 @@ def batch_of(model: FlowModel | None, *, k: int = 3, prompts: tuple[str, ...] = 
         rewards=rewards,
         mask=torch.ones(count, k, dtype=torch.bool),
         prompts=tuple(PromptRecord.of(prompt) for prompt in prompts),
-        prompt_indices=torch.arange(count),
         image_indices=torch.arange(k).expand(count, k),
         conditioning=tuple(model.encode(prompts)) if model else ({},) * count,
         visits=(0,) * count,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
-from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError
+from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
@@ -221,8 +222,26 @@ def test_too_many_failed_images_are_refused(make_recipe: MakeRecipe, quiet: Repo
 def test_dry_run_counts_and_makes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = dict(plan.describe(make_recipe(), "train", tmp_path))
     assert rows["samples"] == "4 prompts x 4 = 16 images; nothing is there yet"
-    assert rows["step"] == "2 groups x 3 = 6 images in micro-batches of 6"
+    assert rows["step"] == "2 groups x 3 = 6 images, in micro-batches of 6"
     assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_tells_what_each_of_several_processes_does(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Six images in micro-batches of three take two passes; three images of two processes each take one."""
+    recipe = make_recipe(train={"micro_batch": 3})
+    alone, shared = (dict(plan.describe(recipe, "train", tmp_path, world=world)) for world in (1, 2))
+    assert (alone["gradient"], shared["gradient"]) == ("two passes", "one pass")
+    assert shared["step"] == "2 groups x 3 = 6 images, 3 in each of 2 processes, in micro-batches of 3"
+    with pytest.raises(UserError, match="train.groups_per_step is 2, which 3 processes cannot share equally"):
+        plan.describe(recipe, "train", tmp_path, world=3)
+
+
+def test_dry_run_tells_beta_in_the_other_convention(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The beta of a sum is smaller by the count of the latent values."""
+    recipe = make_recipe(method={"beta": 12.0})
+    dims = math.prod(open_model(recipe).latent_shape(height=64, width=64))
+    told = dict(plan.describe(recipe, "train", tmp_path))["method"]
+    assert f"beta 12 (errors are a mean over {dims} numbers; for a sum it would be {12 / dims:.3g})" in told
 
 
 def test_a_stop_while_sampling_keeps_finished_shards(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:

@@ -15,7 +15,16 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.rewards.base import ImageSource
 from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward, u_axes
 from gdro_cli.stages.evaluate import seen_before
-from gdro_cli.stages.quality import Rated, comparable, joined, pair_verdict, quality_measures, rate, signal_measures
+from gdro_cli.stages.quality import (
+    Rated,
+    change,
+    comparable,
+    joined,
+    pair_verdict,
+    quality_measures,
+    rate,
+    signal_measures,
+)
 from gdro_cli.stages.rewards import Measure
 
 MakeRecipe = Callable[..., Recipe]
@@ -158,6 +167,13 @@ def test_a_missing_axis_costs_one_picture_and_is_counted(ocr: Recipe) -> None:
     interval = corrected.interval(samples=100)
     assert (interval.mean, interval.images) == (pytest.approx((1.2 - 0.3 + 0.2) / 3), 3)
     assert found.values(Measure("reward")).interval(samples=100).images == 4
+
+
+def test_a_mean_is_over_what_the_model_has_and_a_difference_over_what_both_have(ocr: Recipe) -> None:
+    """u of the base 4 and 2, of the trained model 4 and missing: means 3 and 4, and no difference on the shared one."""
+    base, trained = (rated(ocr, {A: [(1.0, 4.0), (1.0, u)]}) for u in (2.0, None))
+    found = change(measure_of(ocr, "u"), base, trained, samples=100)
+    assert (found.base.mean, found.trained.mean, found.difference.mean) == (3.0, 4.0, 0.0)
 
 
 def test_a_missing_reward_costs_the_corrected_score_of_one_picture(ocr: Recipe) -> None:

@@ -68,6 +68,28 @@ def test_kept_reference_errors_and_drawing_ahead_change_no_bit(
     assert passes[12:] == [0, 0, 0, 0, 6, 6, 6, 6]
 
 
+@pytest.mark.parametrize(
+    "other", [{"method": {"min_spread": 0.2}}, {"train": {"shuffle_rewards": True}}], ids=["min_spread", "shuffled"]
+)
+def test_other_draws_of_the_same_images_share_no_errors(
+    finished: Finished,
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    quiet: Reporter,
+    passes: list[int],
+    other: dict[str, dict[str, Any]],
+) -> None:
+    """Images in other company have errors that differ by rounding, so a training that met them before is no help."""
+    out = fresh_workspace(finished, tmp_path)
+    train.run(make_recipe(train={"eval_every": 0}), out, quiet)
+    del passes[:]
+    method, section = other.get("method", {}), other.get("train", {})
+    kept = adapter(train.run(make_recipe(method=method, train={"eval_every": 0} | section), out, quiet))
+    assert passes == [6, 6, 6, 6]
+    shutil.rmtree(out / "runs")
+    assert same(kept, adapter(train.run(make_recipe(method=method, train=PLAIN | section), out, quiet)))
+
+
 def test_a_bank_of_noise_repeats_its_draws(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter, passes: list[int]
 ) -> None:

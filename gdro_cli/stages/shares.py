@@ -1,0 +1,30 @@
+"""How the processes of a job share a training step on stored groups, and whether each takes it in one pass."""
+
+from __future__ import annotations
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.errors import UserError
+
+
+def check_shares(recipe: Recipe, world: int) -> None:
+    """Raises UserError where ``world`` processes cannot have as many groups (online: prompts of a round) each."""
+    online = recipe.online_method
+    key, count = (
+        ("train.groups_per_step", recipe.train.groups_per_step)
+        if online is None
+        else ("method.prompts_per_round", online.prompts_per_round)
+    )
+    if count % world:
+        raise UserError(f"{key} is {count}, which {world} processes cannot share equally: choose a multiple")
+
+
+def images_per_process(recipe: Recipe, world: int) -> int:
+    """Images of an optimizer step that each of ``world`` processes learns from."""
+    return recipe.train.groups_per_step // world * recipe.group_method.k
+
+
+def takes_one_pass(recipe: Recipe, world: int) -> bool:
+    """Whether a process keeps the activations of all its images of a step at once."""
+    train = recipe.train
+    fits = train.micro_batch is None or images_per_process(recipe, world) <= train.micro_batch
+    return train.group_gradient == "one_pass" or (train.group_gradient == "auto" and fits)
