@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,7 +28,23 @@ class ComputeOptions:
     compile: bool = False
     """Compile its repeated blocks with ``torch.compile``, when they are first used."""
     attention: Attention = "auto"
-    """Which kernels compute attention; ``auto`` leaves it to diffusers (PyTorch's own choice)."""
+    """Which kernels compute attention; ``auto`` is ``native``, PyTorch's own choice."""
+
+
+_TALKATIVE = "diffusers.models.modeling_utils"
+"""Warns, every time, that choosing kernels is experimental."""
+
+
+@contextmanager
+def _quiet(name: str) -> Iterator[None]:
+    """Keep a logger's warnings back inside the block."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def prepare_transformer(module: Any, options: ComputeOptions) -> nn.Module:
@@ -38,15 +57,15 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> nn.Module:
         PrerequisiteError: the package of the kernels is not installed.
         UserError: the transformer's class names no repeated blocks.
     """
-    if options.attention != "auto":
-        name = options.attention
-        try:
+    # Also for `auto`: diffusers keeps the kernels that were set last for all models of the process.
+    name = "native" if options.attention == "auto" else options.attention
+    try:
+        with _quiet(_TALKATIVE):
             module.set_attention_backend(f"_{name}" if name.startswith(_PRIVATE) else name)
-        except (RuntimeError, ImportError) as error:
-            raise PrerequisiteError(
-                f"model.attention {name} cannot be used here ({error}): install what it needs, or set"
-                " model.attention=auto"
-            ) from error
+    except (RuntimeError, ImportError) as error:
+        raise PrerequisiteError(
+            f"model.attention {name} cannot be used here ({error}): install what it needs, or set model.attention=auto"
+        ) from error
     if options.compile:
         try:
             module.compile_repeated_blocks()

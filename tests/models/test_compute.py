@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from diffusers.models.modeling_utils import ModelMixin
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.models.compute import ComputeOptions, prepare_transformer
@@ -27,6 +27,14 @@ def test_attention_kernels_give_the_same_velocity(attention: Any, flux_folder: P
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
+def test_kernels_of_one_model_are_not_those_of_the_next(flux_folder: Path) -> None:
+    """diffusers remembers the last choice for all models of the process; `auto` is no choice, but PyTorch's own."""
+    for attention, name in (("native_math", "_native_math"), ("auto", "native")):
+        model = load_flow_model(flux_folder, compute=ComputeOptions(attention=attention))  # type: ignore[arg-type]
+        layers: list[Any] = [module for module in model.transformer.modules() if hasattr(module, "processor")]
+        assert {layer.processor._attention_backend.value for layer in layers} == {name}
+
+
 def test_kernels_of_a_package_that_is_missing(flux_folder: Path) -> None:
     model = load_flow_model(flux_folder, compute=ComputeOptions(attention="flash_3"))
     with pytest.raises(
@@ -43,9 +51,8 @@ def test_only_the_repeated_blocks_are_compiled(flux_folder: Path) -> None:
 
 
 def test_a_transformer_without_repeated_blocks_says_so() -> None:
-    class Odd(nn.Linear):
-        def compile_repeated_blocks(self) -> None:
-            raise ValueError("`_repeated_blocks` attribute is empty.")
+    class Odd(ModelMixin):
+        """Names none."""
 
     with pytest.raises(UserError, match=r"model\.compile has no effect on this transformer \(Odd\)"):
-        prepare_transformer(Odd(1, 1), ComputeOptions(compile=True))
+        prepare_transformer(Odd(), ComputeOptions(compile=True))

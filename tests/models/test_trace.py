@@ -12,6 +12,7 @@ from gdro_cli.core.flow import velocity_error
 from gdro_cli.core.footprint import Weights
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.blank import blank_component, blank_model, count_weights
+from gdro_cli.models.compute import ComputeOptions, prepare_transformer
 from gdro_cli.models.diffusers_flow import DtypeName, flow_of
 from gdro_cli.models.family import DiffusersFlow
 from gdro_cli.models.published import PublishedFolder
@@ -58,6 +59,7 @@ def open_small(name: str, device: str, dtype: DtypeName = "float32") -> tuple[Di
         module = module.to_empty(device=device)
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
+    module = prepare_transformer(module, ComputeOptions())  # kernels that another test has chosen keep more
     flow.transformer = module.to(flow.dtype).requires_grad_(False)
     return flow, attach_lora(flow, rank=4, alpha=4)
 
