@@ -28,6 +28,7 @@ _FLUSHES_AT_ONCE = 16
 _FORGOTTEN_SECONDS = 3600.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 def sha256(data: bytes) -> str:
@@ -77,6 +78,8 @@ def _explain(path: Path, error: OSError) -> str:
         )
     if error.errno in _NO_PERMISSION:
         return f"cannot write {path}: no permission to write there; choose another folder or change its permissions"
+    if error.errno == errno.ELOOP:
+        return f"cannot write {path}: it is a link that leads elsewhere; delete it and run the command again"
     reason = error.strerror or str(error)
     return f"cannot write {path}: {reason[:1].lower()}{reason[1:]}; check the folder and run the command again"
 
@@ -96,6 +99,21 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
 
 
+def append_bytes(path: Path, data: bytes) -> None:
+    """Add ``data`` to the end of a file, made if it is missing, never through a link. Raises ``StoreError``."""
+    with storage_errors(path):
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINK, 0o666)
+        with os.fdopen(handle, "ab") as stream:
+            stream.write(data)
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Raise ``StoreError`` if one of the paths is a link: what is written there would leave its folder."""
+    for path in paths:
+        if path.is_symlink():
+            raise StoreError(f"{path} is a link that leaves its folder: delete it and run the command again")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all. Raises ``StoreError``."""
     write_bytes(path, json_bytes(value))
@@ -111,10 +129,11 @@ def parse_json(data: str | bytes) -> Any:
     """The value of a JSON text that this tool could have written.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or holds a number that is not finite.
+        ValueError: it is no JSON, nested too deeply, or holds a number that is not finite or an integer of more than 64
+            bits.
     """
     try:
-        return json.loads(data, parse_constant=_not_finite, parse_float=_finite)
+        return json.loads(data, parse_constant=_not_finite, parse_float=_finite, parse_int=small_integer)
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
 
@@ -126,6 +145,14 @@ def _not_finite(name: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
+def small_integer(text: str) -> int:
+    """The integer, if 64 bits hold it; for ``json.loads``. Raises ValueError."""
+    value = int(text)
+    if abs(value) >= 2**64:
         raise ValueError(f"{text[:20]} is too large a number")
     return value
 
@@ -256,7 +283,8 @@ def sync_folder(folder: Path) -> None:
 
 
 def _write_through(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # its name can be foreseen, and what lies there may be a link
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK, 0o666), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

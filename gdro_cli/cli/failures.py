@@ -52,8 +52,10 @@ def _print(message: str, *, label: str = "Error", style: str = "red") -> None:
     from rich.console import Console
     from rich.text import Text
 
+    from gdro_cli.runtime.terminal import printable
+
     rank = os.environ.get("RANK", "0")
     parts = [label, "" if rank == "0" else f"(process {rank})"]
     head = " ".join(part for part in parts if part)
     text = f"{head}: {message}" if head else message[:1].upper() + message[1:]
-    Console(stderr=True, highlight=False).print(Text(text, style=style), soft_wrap=True)
+    Console(stderr=True, highlight=False).print(Text(printable(text), style=style), soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ import typer
 from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption
 from gdro_cli.errors import UserError
 from gdro_cli.files import parse_json
+from gdro_cli.runtime.terminal import printable
 
 recipes = typer.Typer(
     help="List, show and check recipes, and explain their keys.",
@@ -50,6 +52,7 @@ def show(
     resolved = load_recipe(recipe, overrides=overrides or ()).resolved()
     if as_json:
         text = json.dumps(resolved, indent=2, ensure_ascii=False)
+        text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)  # a terminal would obey them
     else:
         import yaml
 
@@ -73,7 +76,7 @@ def check(
         except UserError as error:
             faults.append(str(error))
         else:
-            typer.echo(f"{name}: correct (digest {recipe.digest()})")
+            typer.echo(f"{printable(name)}: correct (digest {recipe.digest()})")
     if faults:
         raise UserError("\n".join(faults))
 

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gdro_cli.runtime.terminal import printable
+
 if TYPE_CHECKING:
     from gdro_cli.core.scores import Interval
     from gdro_cli.core.verdict import Verdict
@@ -73,7 +75,7 @@ def print_ablation(result: AblationResult) -> None:
     print_table(f"Ablation of {found.sweep.title}, validation prompts", *found.cell_table)
     if len(found.sweep.seeds) > 1:
         print_table("Over seeds (mean and lowest to highest)", *found.seed_table)
-    Console(highlight=False).print(Text(found.summary()), soft_wrap=not Console().is_terminal)
+    Console(highlight=False).print(Text(printable(found.summary())), soft_wrap=not Console().is_terminal)
     print_result("Ablation", result.summary)
 
 
@@ -86,11 +88,13 @@ def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
 def print_table(title: str, columns: list[str], rows: Iterable[list[str]], *, header: bool = True) -> None:
     """A titled table of plain text: nothing in it is read as markup. Off a terminal no line is cut."""
     console = Console(highlight=False)
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, show_header=header, pad_edge=False)
+    table = Table(
+        title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, show_header=header, pad_edge=False
+    )
     for column in columns:
-        table.add_column(Text(column), overflow="fold")
+        table.add_column(Text(printable(column)), overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     if not console.is_terminal:
         console.width = WIDEST
         console.width = console.measure(table).maximum

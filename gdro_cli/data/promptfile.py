@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from gdro_cli.core.geneval import parse_task
 from gdro_cli.data.records import PromptRecord, quoted_text
 from gdro_cli.errors import UserError
+from gdro_cli.files import small_integer
 
 MAX_FILE_BYTES = 256 * 2**20
 """A larger file is not a prompt file: half a million long prompts fit."""
@@ -124,7 +125,7 @@ def _parse_text(line: str) -> tuple[str, str | None, dict[str, Any]]:
 
 def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
     try:
-        value = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        value = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_int=small_integer)
         json.dumps(value, allow_nan=False)
     except json.JSONDecodeError as error:
         raise _BadLineError(f"it is not JSON ({error.msg.lower()} at character {error.pos + 1})") from error

@@ -22,7 +22,7 @@ from torch import Tensor
 from gdro_cli.config.base import digest
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
-from gdro_cli.files import json_lines, make_folder, parse_json, reading, storage_errors, write_json
+from gdro_cli.files import append_bytes, json_lines, make_folder, parse_json, reading, write_json
 
 _KIND = "gdro reference errors"
 _FOLDER = "references"
@@ -73,8 +73,7 @@ class ReferenceErrors:
             return
         self._known |= new
         rows = ({"prompt": p, "draw": d, "image": i, "error": error} for (p, d, i), error in new.items())
-        with storage_errors(self._own), self._own.open("ab") as file:
-            file.write(json_lines(rows))
+        append_bytes(self._own, json_lines(rows))
 
 
 def _read(path: Path) -> dict[Place, float]:

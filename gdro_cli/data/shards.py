@@ -12,7 +12,6 @@ touched.
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import stat
@@ -120,7 +119,7 @@ class Shard:
         Raises ShardDamageError.
         """
         try:
-            value = json.loads((self.folder / MANIFEST).read_bytes())
+            value = parse_json((self.folder / MANIFEST).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

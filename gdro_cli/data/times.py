@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gdro_cli.files import json_lines, parse_json, storage_errors
+from gdro_cli.files import append_bytes, json_lines, parse_json
 
 _FILE = "times.jsonl"
 
@@ -24,9 +24,7 @@ def add_time(folder: Path, shard: int, seconds: float, *, processes: int = 1) ->
     Raises:
         StoreError: the file cannot be written.
     """
-    path = folder / _FILE
-    with storage_errors(path), path.open("ab") as stream:
-        stream.write(json_lines([{"shard": shard, "seconds": seconds, "processes": processes}]))
+    append_bytes(folder / _FILE, json_lines([{"shard": shard, "seconds": seconds, "processes": processes}]))
 
 
 def total_time(folder: Path, *, shards: int) -> float | None:

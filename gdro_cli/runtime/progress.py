@@ -11,6 +11,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.text import Text
 
+from gdro_cli.runtime.terminal import printable
+
 _EVERY = 10.0
 """Seconds between plain lines."""
 
@@ -79,7 +81,7 @@ class Reporter:
         """Tell one sentence, above the bars if there are any."""
         if not self._quiet:
             console = self._bars.console if self._bars is not None else self._console
-            console.print(escape(self.prefix + text), soft_wrap=True)
+            console.print(Text(printable(self.prefix + text)), soft_wrap=True)
 
     @contextmanager
     def track(self, label: str, total: int, unit: str, *, done: int = 0) -> Iterator[Tracker]:

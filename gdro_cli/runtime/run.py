@@ -19,7 +19,16 @@ from typing import Any
 
 from gdro_cli.config.base import differences
 from gdro_cli.errors import StoreError
-from gdro_cli.files import json_lines, make_folder, parse_json, reading, storage_errors, write_bytes, write_json
+from gdro_cli.files import (
+    append_bytes,
+    json_lines,
+    make_folder,
+    parse_json,
+    reading,
+    refuse_links,
+    write_bytes,
+    write_json,
+)
 from gdro_cli.runtime.lock import folder_lock
 
 SCHEMA = 1
@@ -55,10 +64,12 @@ class RunFolder:
             environment: what ``environment()`` gives; it may change between sittings.
 
         Raises:
-            StoreError: the folder belongs to another recipe or other inputs, is damaged, or cannot be written to.
+            StoreError: the folder belongs to another recipe or other inputs, is damaged, holds a link, or cannot be
+                written to.
         """
         run = cls(Path(path))
         make_folder(run.path)
+        refuse_links(each for folder in (run.path, run.path / "best") for each in folder.glob("*"))
         asked = {"recipe": _plain(recipe), "inputs": _plain(inputs)}
         if (run.path / "manifest.json").exists():
             manifest = run.read_object("manifest.json")
@@ -140,8 +151,7 @@ class RunFolder:
         """
         if not isinstance(row.get("step"), int):
             raise ValueError("a row of metrics needs an integer 'step'")
-        with storage_errors(self.metrics_path), self.metrics_path.open("ab") as stream:
-            stream.write(json_lines([row]))
+        append_bytes(self.metrics_path, json_lines([row]))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all rows; a last line that was cut off by a crash is left out.

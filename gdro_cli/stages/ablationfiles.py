@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +12,7 @@ from gdro_cli.files import json_bytes, write_bytes
 from gdro_cli.stages import charts
 from gdro_cli.stages.ablated import FIGURES, Ablation, CellResult, kept_step
 from gdro_cli.stages.ablationpictures import Pictures
+from gdro_cli.stages.csvtable import csv_bytes
 from gdro_cli.stages.pages import MISSING, flat, number, picture, render
 
 ABLATION_KIND = "gdro ablation"
@@ -149,12 +148,10 @@ def _json(value: Any) -> dict[str, Any] | None:
 
 def csv_table(found: Ablation) -> bytes:
     """One line per cell and evaluation point; a cell without points has one line. What is missing is empty."""
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow([*(axis.key for axis in found.sweep.axes), "seed", "run", "state", "step", *_POINT])
+    table: list[list[Any]] = [[*(axis.key for axis in found.sweep.axes), "seed", "run", "state", "step", *_POINT]]
     for each in found.cells:
         values = [value if isinstance(value, str) else json.dumps(value) for value in each.cell.values]
         head = [*values, each.cell.seed, each.run.name, each.outcome.state]
         for point in each.points or ({},):
-            out.writerow([*head, point.get("step", ""), *(point.get(name, "") for name in _POINT)])
-    return text.getvalue().encode()
+            table.append([*head, point.get("step"), *(point.get(name) for name in _POINT)])
+    return csv_bytes(table)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +13,7 @@ from gdro_cli.files import json_bytes
 from gdro_cli.stages import charts
 from gdro_cli.stages.arms import arms_table, times_table
 from gdro_cli.stages.compared import Comparison
+from gdro_cli.stages.csvtable import csv_bytes
 from gdro_cli.stages.matching import EvaluatedRun, MatchedPoint
 from gdro_cli.stages.pages import MISSING, flat, picture, render, signed
 from gdro_cli.stages.report import weights_text
@@ -123,22 +122,19 @@ def json_document(found: Comparison, runs: Sequence[EvaluatedRun]) -> bytes:
 
 def csv_table(found: Comparison) -> bytes:
     """The comparison as one long table: what ``kind`` of number of which measure and run; missing ones are empty."""
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["kind", "measure", "run", "step", "mean", "low", "high", "prompts", "images"])
+    table: list[list[Any]] = [["kind", "measure", "run", "step", "mean", "low", "high", "prompts", "images"]]
     for gain in found.gains:
-        out.writerow(["trained", gain.measure, gain.run, "", *_cells(gain.trained)])
+        table.append(["trained", gain.measure, gain.run, "", *_cells(gain.trained)])
         if gain.run != found.runs[0]:
-            out.writerow(["difference to first", gain.measure, gain.run, "", *_cells(gain.difference)])
+            table.append(["difference to first", gain.measure, gain.run, "", *_cells(gain.difference)])
     for point in found.matching.points:
         for name, value in point.values.items():
-            cells = ["" if each is None else each for each in (point.step, value)]
-            out.writerow(["matched reward", name, point.run, *cells, "", "", "", ""])
+            table.append(["matched reward", name, point.run, point.step, value, "", "", "", ""])
     for arm in found.arms:
         for name, costs in (("training", arm.costs), ("to matched reward", arm.costs_to_reward)):
             for kind, seconds in () if costs is None else asdict(costs).items():
-                out.writerow([f"seconds, {name}", kind, arm.name, "", seconds, "", "", "", ""])
-    return text.getvalue().encode()
+                table.append([f"seconds, {name}", kind, arm.name, "", seconds, "", "", "", ""])
+    return csv_bytes(table)
 
 
 def _cells(value: Interval | None) -> list[Any]:

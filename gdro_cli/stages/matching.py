@@ -104,5 +104,5 @@ def _matched(run: EvaluatedRun, point: Mapping[str, Any] | None) -> MatchedPoint
         return MatchedPoint(run.name, None, dict.fromkeys(POINT_VALUES), None, None)
     sheet = f"validation/step-{point['step']:06d}.png"
     values = {name: point.get(name) for name in POINT_VALUES}
-    there = (run.path / sheet).is_file()
+    there = (run.path / sheet).is_file() and (run.path / sheet).resolve().is_relative_to(run.path.resolve())
     return MatchedPoint(run.name, point["step"], values, point.get("verdict"), sheet if there else None)

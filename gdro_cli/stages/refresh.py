@@ -12,9 +12,11 @@ later in the round finds the store by name.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from safetensors.torch import save
@@ -23,6 +25,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.seeds import seed_for
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
+from gdro_cli.errors import StoreError
 from gdro_cli.files import sha256
 from gdro_cli.models.adapters import Ema
 from gdro_cli.models.base import FlowModel
@@ -37,6 +40,7 @@ from gdro_cli.stages.storetimes import batch_of, note_batch
 from gdro_cli.stages.trainer import StepGradient
 from gdro_cli.stages.workspace import SamplingPlan, open_prompts, open_store, store_identity, training_plan
 
+_STORE = re.compile(r"[a-z0-9][a-z0-9-]*")
 ROUNDS = "rounds"
 """Folder of a run's own stores."""
 
@@ -112,9 +116,7 @@ class RefreshedSteps:
         first = number * steps_per_round(self.recipe)
         name = f"round-{number + 1:02d}.json"
         if step > first:  # its weights are gone, but its store was complete
-            return self.engine.from_main(
-                lambda: open_table(self.recipe, GroupStore.open(folder.path / ROUNDS / _held(folder, name)))
-            )
+            return self.engine.from_main(lambda: open_table(self.recipe, GroupStore.open(_held(folder, name))))
         table = self.engine.from_main(lambda: open_table(self.recipe, self._store(plan, folder, ema)))
         with ema.applied():
             fill_and_score(
@@ -146,6 +148,11 @@ class RefreshedSteps:
         return open_store(self.recipe, folder.path / ROUNDS, identity, prompts, plan)
 
 
-def _held(folder: RunFolder, name: str) -> str:
-    """The name of a round's store. Raises StoreError where the file is missing or damaged."""
-    return str(folder.read_json(f"{ROUNDS}/{name}")["store"])
+def _held(folder: RunFolder, name: str) -> Path:
+    """Where a round's store lies. Raises StoreError where the file is missing or damaged, or leads out of the run."""
+    about = folder.read_object(f"{ROUNDS}/{name}")
+    held = str(about.get("store"))
+    path = folder.path / ROUNDS / held
+    if not _STORE.fullmatch(held) or path.is_symlink():
+        raise StoreError(f"{folder.path / ROUNDS / name} names no store of this run: delete the run and train it again")
+    return path

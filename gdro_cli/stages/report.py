@@ -5,8 +5,6 @@ The page draws no conclusion of its own: the verdict and the intervals are those
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from gdro_cli.core.geneval import TAGS
 from gdro_cli.core.verdict import LIMITS
 from gdro_cli.files import write_bytes
 from gdro_cli.stages import charts
+from gdro_cli.stages.csvtable import csv_bytes
 from gdro_cli.stages.grid import seen
 from gdro_cli.stages.pages import MISSING, flat, number, picture, render, signed
 
@@ -168,20 +167,13 @@ def write_csv(path: Path, results: Mapping[str, Any]) -> Path:
     detection = ["detections"] if any("detections" in row["details"] for _, row in rows) else []
     details = [*known, *sorted(there - set(known))]
     prompts = {prompt["id"]: prompt["prompt"] for prompt in results["prompts"]}
-    text = io.StringIO()
-    out = csv.writer(text, lineterminator="\n")
-    out.writerow(["model", "prompt_id", "index", "prompt", "value", *details, *detection, "reason", "file"])
+    table = [["model", "prompt_id", "index", "prompt", "value", *details, *detection, "reason", "file"]]
     for model, row in rows:
-        cells = [_cell(row["details"].get(name)) for name in details]
-        cells += [_cell(_detections(row)) for _ in detection]
-        head = [model, row["prompt_id"], row["index"], prompts[row["prompt_id"]], _cell(row["value"])]
-        out.writerow([*head, *cells, _cell(row["reason"]), _cell(row.get("file"))])
-    write_bytes(path, text.getvalue().encode())
+        head = [model, row["prompt_id"], row["index"], prompts[row["prompt_id"]], row["value"]]
+        cells = [row["details"].get(name) for name in details] + [_detections(row) for _ in detection]
+        table.append([*head, *cells, row["reason"], row.get("file")])
+    write_bytes(path, csv_bytes(table))
     return path
-
-
-def _cell(value: Any) -> Any:
-    return "" if value is None else int(value) if isinstance(value, bool) else value
 
 
 def _detections(row: Row) -> str | None:

@@ -6,7 +6,6 @@ Measured with the weights that would be exported. Settings may be chosen by thes
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -22,7 +21,7 @@ from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
-from gdro_cli.files import write_bytes, write_json
+from gdro_cli.files import parse_json, write_bytes, write_json
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.distributed import Engine
@@ -259,7 +258,7 @@ def _write_base(path: Path, protocol: str, base: Rated) -> None:
 
 def _read_base(path: Path, protocol: str, prompts: PromptSet) -> Rated | None:
     try:
-        held: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        held: dict[str, Any] = parse_json(path.read_bytes())
         if held["protocol"] != protocol:
             return None
         rows = tuple(ScoreRow(**row) for row in held["rows"])

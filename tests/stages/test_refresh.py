@@ -111,6 +111,26 @@ def test_a_lost_store_of_a_round_is_one_sentence(
         train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
 
 
+@pytest.mark.parametrize("name", ["../../../elsewhere", "/", ".", "", None, "a\x00b"])
+def test_a_round_names_no_store_outside_of_its_run(
+    name: str | None,
+    straight: tuple[Path, train.TrainResult],
+    make_recipe: MakeRecipe,
+    tmp_path: Path,
+    quiet: Reporter,
+) -> None:
+    shutil.copytree(straight[0], tmp_path / "out")
+    run = tmp_path / "out" / "runs" / straight[1].run.path.name
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    (round_file,) = run.glob("rounds/*.json")
+    about = json.loads(round_file.read_text())
+    shutil.copytree(run / "rounds" / about["store"], tmp_path / "elsewhere", ignore=shutil.ignore_patterns("scores"))
+    round_file.write_text(json.dumps(about | {"store": name}))
+    with pytest.raises(StoreError, match="names no store of this run"):
+        train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+    assert not (tmp_path / "elsewhere" / "scores").exists()
+
+
 def test_one_round_is_the_training_that_it_always_was(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     assert "rounds" not in learnt_from(make_recipe())["train"]
     assert learnt_from(make_recipe(**ROUNDS))["train"]["rounds"] == 2
