@@ -16,6 +16,7 @@ replace more:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ RECIPE_FOLDERS = (
 #: Keys that say something about one recipe only.
 _OWN_KEYS = ("name", "description")
 _PROMPT_SPLITS = ("train", "validation", "eval")
+#: What no key has in it.
+_KEY_ENDS = re.compile(r"[\s:=]")
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -101,8 +104,9 @@ def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         key, separator, text = override.partition("=")
         parts = key.strip().split(".")
-        if not separator or not all(parts):
-            raise UserError(f"--set {describe(override)} must look like key=value, for example --set method.tau=0.1.")
+        if not separator or not all(parts) or _KEY_ENDS.search(key.strip()):
+            told = describe(_KEY_ENDS.split(override.strip(), maxsplit=1)[0])  # what follows may be a secret
+            raise UserError(f"--set {told} must look like key=value, for example --set method.tau=0.1.")
         if parts[0] == "extends":
             raise UserError("--set cannot change `extends`: name the other recipe with --recipe.")
         if len(parts) > MAX_NESTING:

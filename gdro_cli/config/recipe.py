@@ -14,6 +14,7 @@ from gdro_cli.config.base import StrictModel, digest
 from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, override_layer, shipped_recipes
 from gdro_cli.config.methods import GdroMethod, GroupMethod, Method, OnlineMethod
 from gdro_cli.config.sections import (
+    MOST_SEED,
     EvalSection,
     JudgeSection,
     ModelSection,
@@ -31,9 +32,9 @@ class Recipe(StrictModel):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
     """Name of the recipe, used in folder names. Letters, digits, `.`, `_`, `-`. Left out: the file's name."""
-    description: str = ""
-    """One line for `gdro recipes`."""
-    seed: int = Field(0, ge=0)
+    description: str = Field("", max_length=2000)
+    """One line for `gdro recipes`. At most 2000 letters."""
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     """Seed of everything random except the evaluation (`eval.seed`), built-in prompts, and a training that has its own
     (`train.seed`). 0 or more."""
     model: ModelSection = ModelSection()

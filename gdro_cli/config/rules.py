@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
-from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource, SampleSection, TrainSection
+from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, MOST, PromptSource, SampleSection, TrainSection
 from gdro_cli.config.suggest import similar, similar_key
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ STORED_ONLY = {
     "train.cache_reference": None,
     "train.prefetch": None,
 }
+_VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,10 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
-    if isinstance(recipe.method, OnlineMethod):
+    large = [key for key, value in recipe.method if isinstance(value, int) and value > MOST]
+    if large:
+        yield from (Problem(f"method.{key}", f"must be at most {MOST}") for key in large)
+    elif isinstance(recipe.method, OnlineMethod):
         yield from _online(recipe, recipe.method)
     else:
         yield from _stored(recipe, recipe.method)
@@ -211,10 +216,8 @@ def _geneval(recipe: Recipe) -> Iterator[Problem]:
 
 def _judge(recipe: Recipe) -> Iterator[Problem]:
     judge = recipe.judge
-    if judge.base_url is not None and ("@" in judge.base_url or "?" in judge.base_url):
-        yield Problem(
-            "judge.base_url", "must not hold a name, a key or a query: name the key's variable in api_key_env"
-        )
+    for key in ("base_url", "api_key_env"):
+        yield from _secret(f"judge.{key}", getattr(judge, key), path=f"judge.{key}")
     takes = {"unified-reward": ("base_url", "model"), "unified-reward-local": ("model",)}.get(judge.kind, ())
     for key in ("base_url", "model"):
         given = getattr(judge, key) is not None
@@ -224,13 +227,32 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"judge.{key}", f"has no meaning for the judge {judge.kind!r}: remove it", ("judge.kind",))
 
 
+def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
+    """What may be a secret in a value of the judge's; the sentence does not say it again."""
+    if key not in ("judge.base_url", "judge.api_key_env") or value is None:
+        return
+    if not isinstance(value, str):
+        yield Problem(path, "must be text")
+    elif key == "judge.base_url" and re.search("[@?#;]", value):
+        yield Problem(path, "must not hold a name, a key or a query: name the key's variable in judge.api_key_env")
+    elif key == "judge.api_key_env" and not _VARIABLE.fullmatch(value):
+        yield Problem(
+            path,
+            "must be the name of an environment variable (letters, digits and '_'), not the key itself: put the key"
+            " into a variable such as JUDGE_API_KEY and name that",
+        )
+
+
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
     from gdro_cli.config.fields import field_names
     from gdro_cli.config.sweep import full_key
 
     for name, values in recipe.ablation.items():
         path = f"ablation.{name}"
-        if full_key(name) is None:
+        key = full_key(name)
+        if key is None:
             yield Problem(path, f"there is no recipe key {name!r}{similar_key(name, field_names())}")
         if not values:
             yield Problem(path, "needs at least one value")
+        for value in values:
+            yield from _secret(key or name, value, path=path)

@@ -23,6 +23,13 @@ BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {
 #: The kinds of GenEval prompts.
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
+#: Upper bounds of whole numbers, far above what any job needs: of optimizer steps, seeds, sizes and other counts.
+MOST_STEPS = 10_000_000
+MOST_SEED = 2**63 - 1
+MOST_RANK = 65_536
+MOST_PIXELS = 65_536
+MOST = 1_000_000
+
 Objective = Literal["soft", "strict", "accuracy"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -37,7 +44,7 @@ class ModelSection(StrictModel):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights. `auto`: bfloat16 on CUDA, float32 on CPU. LoRA weights are always
     float32. There is no float16: the gradients of a mean over so many numbers are too small for it."""
-    max_sequence_length: int | None = Field(None, ge=1)
+    max_sequence_length: int | None = Field(None, ge=1, le=MOST)
     """Text tokens per prompt, 1 or more. Nothing: the model family's own length."""
     sharding: Literal["none", "fsdp"] = "none"
     """How several processes hold the frozen transformer: `none`, each has all of it; `fsdp`, each has a part of every
@@ -82,17 +89,17 @@ class PromptSource(StrictModel):
     """Name of a set that the tool draws itself: `ocr-train`, `ocr-validation` or `ocr-test`; for GenEval
     `geneval-train` and so on (the embedded model's shapes) or `geneval-coco-train` and so on (COCO's classes). `gdro
     prompts NAME` prints one."""
-    count: int | None = Field(None, ge=1)
+    count: int | None = Field(None, ge=1, le=MOST)
     """Number of prompts, 1 or more: the first so many. Nothing: all of a file, one per word of a built-in OCR set, or
     as many of a built-in GenEval set as there can be with every tag in full proportion to its weight (the official
     553 of `geneval-coco-test`)."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=MOST_SEED)
     """Which draw of a built-in set. 0 or more. Has no effect on a file, so it must stay 0 there."""
     two_line_share: float = Field(0.0, ge=0, le=1)
     """Share of a built-in OCR set whose signs carry two words, one above the other. 0 to 1."""
-    min_letters: int = Field(4, ge=1)
+    min_letters: int = Field(4, ge=1, le=MOST)
     """Letters of the shortest word of a built-in OCR set. 1 or more, at most `max_letters`."""
-    max_letters: int = Field(6, ge=1)
+    max_letters: int = Field(6, ge=1, le=MOST)
     """Letters of the longest word of a built-in OCR set. At least `min_letters`."""
     tags: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Weight of each tag in a built-in GenEval set, such as `{position: 7, counting: 5}`: 0 or more, not all 0; a tag
@@ -119,23 +126,23 @@ class PromptsSection(StrictModel):
 class SampleSection(StrictModel):
     """How the groups are made: deterministic (ODE) Euler sampling from the untrained model."""
 
-    images_per_prompt: int = Field(16, ge=2)
+    images_per_prompt: int = Field(16, ge=2, le=MOST)
     """Images of each training prompt kept in the store (the stored group). 2 or more. Paper: 16. Not for online
     methods."""
-    steps: int = Field(8, ge=1)
+    steps: int = Field(8, ge=1, le=MOST)
     """Euler steps from noise to image. 1 or more. Online methods have their own number, and take this one for
     evaluations alone."""
     guidance: float = Field(1.0, ge=0)
     """Guidance scale g, 0 or more. An input of models made for one (FLUX.1-dev), in training, too. Classifier-free
     guidance for SD3, Qwen-Image, Z-Image and FLUX.2-klein-base: v_uncond + g (v_cond - v_uncond) for g above 1, in
     sampling and in online methods; training on stored groups has none. Models without guidance ignore it."""
-    height: int | None = Field(None, ge=8)
+    height: int | None = Field(None, ge=8, le=MOST_PIXELS)
     """Image height in pixels; set both or neither of height and width. Nothing: the model's own size."""
-    width: int | None = Field(None, ge=8)
+    width: int | None = Field(None, ge=8, le=MOST_PIXELS)
     """Image width in pixels."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(32, ge=1, le=MOST)
     """Images per forward pass of sampling. 1 or more. Changes speed and memory, not which images come out."""
-    prompts_per_shard: int = Field(8, ge=1)
+    prompts_per_shard: int = Field(8, ge=1, le=MOST)
     """Groups per shard of the store. 1 or more. An interruption costs at most one shard."""
     image_format: Literal["png", "webp"] = "png"
     """Format of the stored images, both lossless."""
@@ -182,7 +189,7 @@ class RewardSection(StrictModel):
 
     kind: Literal["ocr", "geneval"] = "ocr"
     """Which reward; must be the one of `prompts.task`."""
-    workers: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    workers: Annotated[int, Field(ge=1, le=MOST)] | Literal["auto"] = "auto"
     """Scoring processes, 1 or more. `auto`: one per CPU core that may be used; for mask2former and clip, one."""
     max_failed_share: float = Field(0.02, ge=0, le=1)
     """Share of images that may fail to be scored before `gdro score` or `gdro eval` refuses. 0 to 1. A failed image has
@@ -201,17 +208,17 @@ class JudgeSection(StrictModel):
     OpenAI-compatible endpoint (vLLM, SGLang); `unified-reward-local`: the same model in this process, through
     transformers; `none`: no judge, no corrected score. `auto`: embedded for the embedded model, none for others."""
     base_url: str | None = Field(None, min_length=1)
-    """Address of the endpoint, up to `/v1`. For `unified-reward`."""
+    """Address of the endpoint, up to `/v1`, without a name, a key or a query. For `unified-reward`."""
     model: str | None = Field(None, min_length=1)
     """`unified-reward`: name under which the endpoint serves the model. `unified-reward-local`: its folder, or the hub
     id of one that has been fetched."""
     api_key_env: str | None = Field(None, min_length=1)
     """Name of the environment variable with the endpoint's key, if it wants one. The key itself is never stored."""
-    concurrency: int = Field(8, ge=1)
+    concurrency: int = Field(8, ge=1, le=MOST)
     """Requests at a time. 1 or more."""
     timeout: float = Field(120.0, gt=0)
     """Seconds that one request may take. Above 0."""
-    retries: int = Field(4, ge=0)
+    retries: int = Field(4, ge=0, le=MOST)
     """How often a request that failed is repeated. 0 or more."""
     max_failed_share: float = Field(0.05, ge=0, le=1)
     """Share of images that may lack a judgement before `gdro eval` refuses, and up to which an evaluation point may be
@@ -221,7 +228,7 @@ class JudgeSection(StrictModel):
 class LoraSection(StrictModel):
     """The trained low-rank adapter."""
 
-    rank: int = Field(32, ge=1)
+    rank: int = Field(32, ge=1, le=MOST_RANK)
     """Rank of the update. 1 or more. Paper: 32."""
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank (by alpha / sqrt(rank) with `rslora`). Above 0."""
@@ -244,9 +251,9 @@ class EmaSection(StrictModel):
 class TrainSection(StrictModel):
     """Optimisation of the adapter on stored, scored groups."""
 
-    steps: int = Field(300, ge=1)
+    steps: int = Field(300, ge=1, le=MOST_STEPS)
     """Optimizer steps. 1 or more."""
-    groups_per_step: int = Field(8, ge=1)
+    groups_per_step: int = Field(8, ge=1, le=MOST)
     """Groups per optimizer step, over all processes together. 1 or more. A step sees this times `method.k`
     images. Not for online methods."""
     lr: float = Field(3e-4, gt=0)
@@ -254,7 +261,7 @@ class TrainSection(StrictModel):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Course of the learning rate after the warm-up: `constant`, or falling to 0, which it would reach one step after
     the last."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Steps over which the learning rate rises linearly from 0. 0 or more, at most `steps`."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay of AdamW. 0 or more."""
@@ -267,10 +274,10 @@ class TrainSection(StrictModel):
     bitsandbytes)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """The gradient's norm is clipped to this. Above 0."""
-    micro_batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1, le=MOST)
     """Images per forward pass in one process, 1 or more. Nothing: all images of the step. Changes memory and
     speed, not the gradient. For online methods an image is one at one sampling step."""
-    rounds: int = Field(1, ge=1)
+    rounds: int = Field(1, ge=1, le=MOST_STEPS)
     """Rounds of equally many steps, 1 or more, at most `steps`. In every round after the first the groups are sampled
     and scored anew, with the adapter's average as it is then; the reference stays the base model. Not for online
     methods."""
@@ -278,14 +285,14 @@ class TrainSection(StrictModel):
     """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first
     and needs memory for `micro_batch` images only; the gradients are equal. `auto`: one pass where all images of the
     step fit into `micro_batch`. Not for online methods."""
-    checkpoint_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(50, ge=1, le=MOST_STEPS)
     """Steps between checkpoints. 1 or more; the last step always has one. With online methods a checkpoint waits for
     the end of its round."""
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, le=MOST_STEPS)
     """Checkpoints kept; older ones are deleted. 1 or more."""
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(1, ge=1, le=MOST_STEPS)
     """Steps between rows of metrics.jsonl. 1 or more."""
-    eval_every: int = Field(0, ge=0)
+    eval_every: int = Field(0, ge=0, le=MOST_STEPS)
     """Steps between evaluation points on the validation prompts; 0 = none."""
     trackers: Annotated[tuple[Tracker, ...], Field(strict=False)] = ()
     """Experiment trackers that get the metrics, by accelerate's names; metrics.jsonl is always written."""
@@ -293,7 +300,7 @@ class TrainSection(StrictModel):
     """The trained adapter."""
     ema: EmaSection = EmaSection()
     """Moving average of the adapter."""
-    seed: int | None = Field(None, ge=0)
+    seed: int | None = Field(None, ge=0, le=MOST_SEED)
     """Seed of the training alone: the adapter's start, which groups and images are drawn, sigma and noise. 0 or more.
     Nothing: `seed`. The images of the store and their scores stay those of `seed`."""
     stop_on_collapse: bool = False
@@ -315,13 +322,13 @@ class TrainSection(StrictModel):
 class EvalSection(StrictModel):
     """How `gdro eval` and the evaluation points measure a model."""
 
-    images_per_prompt: int = Field(2, ge=1)
+    images_per_prompt: int = Field(2, ge=1, le=MOST)
     """Images per held-out prompt in `gdro eval`. 1 or more."""
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MOST)
     """Euler steps, 1 or more. Nothing: as in `sample`."""
     guidance: float | None = Field(None, ge=0)
     """Guidance scale, 0 or more. Nothing: as in `sample`."""
-    seed: int = Field(1000, ge=0)
+    seed: int = Field(1000, ge=0, le=MOST_SEED)
     """Seed of the evaluation's noise. 0 or more. Base and trained model get the same noise."""
     weights: Literal["ema", "raw"] = "ema"
     """Which weights of the adapter are evaluated: their moving average or the raw ones."""
@@ -330,9 +337,9 @@ class EvalSection(StrictModel):
     judge, with the best headline measure: the OCR reward, or GenEval's overall accuracy), or the end of the training.
     A point of which more is missing than `reward.max_failed_share` or `judge.max_failed_share` is no candidate. Without
     evaluation points both are the end."""
-    bootstrap: int = Field(2000, ge=100)
+    bootstrap: int = Field(2000, ge=100, le=MOST)
     """Resamples over prompts behind each 95 % confidence interval. 100 or more."""
-    grid_prompts: int = Field(8, ge=0)
+    grid_prompts: int = Field(8, ge=0, le=MOST)
     """Prompts shown in the picture grid, base above trained; 0 = no grid."""
-    validation_images_per_prompt: int = Field(1, ge=1)
+    validation_images_per_prompt: int = Field(1, ge=1, le=MOST)
     """Images per validation prompt at the evaluation points during training. 1 or more."""

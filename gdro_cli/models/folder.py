@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.files import sha256_file
@@ -28,6 +29,10 @@ _LIBRARIES = ("diffusers", "transformers")
 _OWN = "gdro_cli."
 _COMPONENT = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_ASKS_FOR_CODE = re.compile(r"Auto[A-Z]\w*|\w*Pipeline\w*", re.ASCII)
+"""Classes that open whatever class a file names, also one whose code lies in the folder."""
+_ATTENTION = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
+"""What a configuration may name as an implementation. Other names are kernels, which are code from the Hub."""
 _LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
 """Repositories whose files the Hub gives out after their licence has been accepted; the beginnings of their ids."""
 _HASH_THREADS = 4
@@ -83,10 +88,18 @@ class PipelineFolder:
 
         Raises:
             PrerequisiteError: the file is missing or broken.
+            UserError: it asks for kernels from elsewhere.
         """
         if self._repo is not None:
             self._fetch([f"{name}/{file}"])
-        return _read_json(self._root / name / file, what=f"component {name} of model {self.path}")
+        found = _read_json(self._root / name / file, what=f"component {name} of model {self.path}")
+        foreign = next((kernel for kernel in _implementations(found) if kernel not in _ATTENTION), None)
+        if foreign is not None:
+            raise UserError(
+                f"{file} of component {name} of model {self.path} names the implementation {foreign[:60]!r}, "
+                f"but only {', '.join(_ATTENTION)} are used: take that entry out of the file"
+            )
+        return found
 
     def load(self, name: str, *, dtype: torch.dtype | None = None, quantization: Any = None) -> Any:
         """Load a component by the class that ``model_index.json`` names.
@@ -98,21 +111,31 @@ class PipelineFolder:
 
         Raises:
             PrerequisiteError: the component is absent, incomplete or broken.
-            UserError: its class comes from a library that is not loaded.
+            UserError: its class comes from a library that is not loaded, or is of another kind of component.
         """
         from safetensors import SafetensorError
 
         cls = self.component_class(name)
+        if issubclass(cls, nn.Module) != (dtype is not None):
+            kinds = ("a network", "no network") if dtype is None else ("no network", "a network")
+            raise UserError(
+                f"model {self.path} names {cls.__name__} for {name}, which is {kinds[0]}, but {name} must be "
+                f"{kinds[1]}: fetch the pipeline folder again"
+            )
         if self._repo is not None:
             self._fetch([f"{name}/*"])
         # weights come as safetensors or not at all: the libraries would also read pickles that lie beside them
         options: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "use_safetensors": True}
+        if self._from_transformers(name):
+            options |= dict(trust_remote_code=False)  # else they ask on standard input
+            if dtype is not None:
+                self.config(name)
         if quantization is not None:
             options["quantization_config"] = quantization
         try:
-            with _no_bars():
+            with _quietly():
                 return cls.from_pretrained(str(self._root / name), local_files_only=True, **options)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise PrerequisiteError(
                 f"component {name} of model {self.path} cannot be loaded ({reason}): fetch the folder again"
@@ -132,6 +155,25 @@ class PipelineFolder:
             found |= {f.relative_to(self._root).as_posix(): f for f in there}
         return found
 
+    def own_files(self) -> dict[str, Path]:
+        """``files`` and ``licence_files``, all of which lie in the folder itself: to be given away with a copy of it.
+
+        Raises:
+            PrerequisiteError: one is a link that leads out of the folder, or cannot be fetched.
+        """
+        # in the Hub's cache a snapshot's files are links to the blobs beside it
+        snapshot = self._root.resolve()
+        cached = snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--")
+        inside = snapshot.parent.parent if cached else snapshot
+        found = {**self.files(), **self.licence_files()}
+        for name, path in found.items():
+            if not path.resolve().is_relative_to(inside):
+                raise PrerequisiteError(
+                    f"{name} of model {self.path} is a link that leads out of the folder: put the file itself there, "
+                    "or fetch the pipeline folder again"
+                )
+        return found
+
     def licence_files(self) -> dict[str, Path]:
         """Licences and notices that lie beside the index, fetched where needed: name -> file."""
         if self._repo is not None:
@@ -149,7 +191,7 @@ class PipelineFolder:
 
         Raises:
             PrerequisiteError: the pipeline has no such component, or the installed library no such class.
-            UserError: the class comes from a library that is not loaded.
+            UserError: the class comes from a library that is not loaded, or would choose another one by itself.
         """
         entry = dict(self._entries()).get(name)
         if entry is None:
@@ -160,9 +202,16 @@ class PipelineFolder:
                 f"model {self.path} names {library}.{class_name} for {name}, "
                 "but only classes of diffusers, transformers and gdro_cli are loaded"
             )
+        if _ASKS_FOR_CODE.fullmatch(class_name):
+            raise UserError(
+                f"model {self.path} names {library}.{class_name} for {name}, which can run code of the folder: "
+                f"name the component's own class in {_INDEX}"
+            )
         try:
             cls = getattr(importlib.import_module(library), class_name)
             cls.from_pretrained  # noqa: B018 (whether there is one)
+            if not isinstance(cls, type):
+                raise AttributeError(class_name)
             return cls
         except (ImportError, AttributeError) as error:
             raise PrerequisiteError(
@@ -189,6 +238,9 @@ class PipelineFolder:
             sums = list(pool.map(sha256_file, files.values()))
         lines = sorted(f"{name} {digest}\n" for name, digest in zip(files, sums, strict=True))
         return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+    def _from_transformers(self, name: str) -> bool:
+        return dict(self._entries())[name][0] == "transformers"
 
     def _entries(self) -> Iterator[tuple[str, tuple[str, str]]]:
         for name, value in self._index.items():
@@ -231,18 +283,33 @@ class PipelineFolder:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
-    """Keep transformers from drawing a bar per component, which lasts milliseconds and breaks up our own bars."""
+def _quietly() -> Iterator[None]:
+    """Keep transformers from drawing bars, which break up our own, and from asking whether code may be run."""
+    from transformers import dynamic_module_utils
     from transformers.utils import logging
 
-    if not logging.is_progress_bar_enabled():
-        yield
-        return
+    bars, patience = logging.is_progress_bar_enabled(), dynamic_module_utils.TIME_OUT_REMOTE_CODE
     logging.disable_progress_bar()
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds to wait for a yes: some classes open others by themselves
     try:
         yield
     finally:
-        logging.enable_progress_bar()
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _implementations(config: dict[str, Any]) -> Iterator[str]:
+    """Every name, at any depth, under a key such as ``attn_implementation``."""
+    waiting: list[tuple[Any, bool]] = [(config, False)]
+    while waiting:
+        value, named = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(part, named or "_implementation" in key) for key, part in value.items()]
+        elif isinstance(value, list):
+            waiting += [(part, named) for part in value]
+        elif named and isinstance(value, str):
+            yield value
 
 
 def _read_json(path: Path, *, what: str) -> dict[str, Any]:

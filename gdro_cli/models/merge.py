@@ -76,9 +76,11 @@ def read_adapter(path: Path) -> Adapter:
         layers = sorted({name.removeprefix(_TRANSFORMER).rsplit(".lora_", 1)[0] for name in tensors})
         names = {layer: [f"{_TRANSFORMER}{layer}.lora_{side}.weight" for side in "AB"] for layer in layers}
         pairs = {layer: (tensors.pop(a), tensors.pop(b)) for layer, (a, b) in names.items()}
-    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError, SafetensorError) as error:
         raise StoreError(odd) from error
-    if tensors or not pairs or any(len(a) != rank or b.shape[1] != rank for a, b in pairs.values()):
+    if tensors or not pairs or not (rank >= 1 and math.isfinite(alpha)):
+        raise StoreError(odd)
+    if not all(a.ndim == b.ndim == 2 and len(a) == b.shape[1] == rank for a, b in pairs.values()):
         raise StoreError(odd)
     return Adapter(alpha / (math.sqrt(rank) if rooted else rank), pairs)
 
@@ -92,13 +94,13 @@ def merge_into(base: PipelineFolder, adapter: Adapter, target: Path) -> Merged:
         target: an existing, empty folder.
 
     Raises:
-        PrerequisiteError: the base is incomplete, cannot be fetched, or is another model.
+        PrerequisiteError: the base is incomplete, cannot be fetched, links to files elsewhere, or is another model.
         UserError: its weights are quantised.
         StoreError: the disk refuses.
     """
-    files, merged, left = base.files(), Merged(), dict(adapter.pairs)
+    files, merged, left = base.own_files(), Merged(), dict(adapter.pairs)
     weights = _weight_files(base, files)
-    for name, path in {**files, **base.licence_files()}.items():
+    for name, path in files.items():
         place = target / name
         with storage_errors(place):
             place.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,8 @@ _DECODE_ERRORS = (
 )
 # Pillow goes by a file's content and would hand some formats to other programs.
 _FORMATS = ("PNG", "WEBP", "JPEG")
+MOST_PIXELS = 2**25
+"""Larger pictures are not decoded: a small file can stand for many gigabytes of pixels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +104,18 @@ def read_rgb(source: ImageSource) -> Image.Image:
     """Decode an image to RGB. Raises ``UnreadableImageError``."""
     try:
         if isinstance(source, Image.Image):
-            return source.convert("RGB")
+            return _small(source).convert("RGB")
         with Image.open(source, formats=_FORMATS) as image:
-            return image.convert("RGB")
+            return _small(image).convert("RGB")
     except _DECODE_ERRORS as error:
         where = "" if isinstance(source, Image.Image) else f" {source}"
         raise UnreadableImageError(f"the image{where} cannot be decoded: {_first_line(error)}") from error
+
+
+def _small(image: Image.Image) -> Image.Image:
+    if image.width * image.height > MOST_PIXELS:
+        raise UnreadableImageError(f"the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
+    return image
 
 
 def describe(error: BaseException) -> str:

@@ -6,6 +6,7 @@ It holds what was trained, how, from what, with which results, and how to load i
 from __future__ import annotations
 
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ EXPORTED_RECIPE = "recipe.yaml"
 EXPORTED_GRID = "pictures.png"
 _VERSIONS = ("gdro_cli", "torch", "diffusers", "transformers", "peft", "accelerate")
 _PROMPT = "a prompt"
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
 _METHODS = {
     "gdro": "GDRO (Group-level Direct Reward Optimization, arXiv 2601.02036)",
     "rank": "the rank loss of the GDRO paper (arXiv 2601.02036)",
@@ -124,7 +126,9 @@ def loading_code(run: FinishedRun, place: Place) -> str:
 
 
 def _on_hub(run: FinishedRun) -> bool:
-    return "commit" in run.model and run.recipe.model.path != EMBEDDED
+    path = run.model["path"]
+    known = isinstance(path, str) and _HUB_ID.fullmatch(path) is not None
+    return known and "commit" in run.model and run.recipe.model.path != EMBEDDED
 
 
 def _base_name(run: FinishedRun) -> str:

@@ -56,6 +56,8 @@ class Export:
         for folder in (self.adapter, self.merge):
             if folder is not None:
                 refuse_used(folder, what="export")
+                if folder.resolve() == Path.cwd():
+                    raise UserError(f"{folder} is the folder that you are in, which cannot be replaced: name a new one")
         if self.push is not None:
             hub.check_name(self.push)
 
@@ -130,7 +132,7 @@ def _folder_to_push(asked: Export) -> Iterator[Path]:
 
 
 def _write_adapter(found: FinishedRun, folder: Path, *, name: str | None) -> None:
-    with new_folder(folder) as unfinished:
+    with new_folder(folder.resolve()) as unfinished:
         shutil.copyfile(found.adapter_file, unfinished / LORA_FILE)
         _write_papers(found, unfinished, Place("adapter", name))
 
@@ -143,7 +145,7 @@ def _write_merged(found: FinishedRun, folder: Path, *, name: str | None) -> Merg
             f"the model {base.path} is not the one that the run {found.name} was trained on: its files have changed;"
             " put the old ones back, or export with --adapter"
         )
-    with new_folder(folder) as unfinished:
+    with new_folder(folder.resolve()) as unfinished:
         merged = merge_into(base, read_adapter(found.adapter_file), unfinished)
         _write_papers(found, unfinished, Place("merged", name, merged.rounding))
     return merged
@@ -156,9 +158,7 @@ def _base(found: FinishedRun) -> PipelineFolder:
 
 def _grid(found: FinishedRun) -> Path | None:
     """The evaluation's picture grid, if it is there."""
-    return (
-        None if found.grid is None or not (found.folder.path / found.grid).is_file() else found.folder.path / found.grid
-    )
+    return None if found.grid is None else found.folder.path / found.grid
 
 
 def _write_papers(found: FinishedRun, folder: Path, place: Place) -> None:

@@ -6,6 +6,8 @@ model, with which digest, and how the pipeline is called. It is written last, so
 
 from __future__ import annotations
 
+import keyword
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.files import sha256_file
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.base import FlowModel
+from gdro_cli.models.diffusers_flow import FAMILIES
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.outcome import RunWeights
 from gdro_cli.stages.resultsfile import read_shown
@@ -25,6 +28,7 @@ ADAPTER_NOTE = "adapter.json"
 _SCHEMA = 1
 _OF_WEIGHTS = {"kind", "checkpoint", "step"}
 _OF_MODEL = {"path", "pipeline", "family", "dtype"}
+_DTYPES = ("float32", "bfloat16")
 _AGAIN = "run `gdro train` with its recipe, --set and --out (a finished run is not trained again)"
 
 
@@ -55,7 +59,9 @@ class FinishedRun:
     def grid(self) -> str | None:
         """The latest evaluation's picture grid, relative to the run; None where it has none inside the run."""
         name = None if self.results is None else self.results.get("grid")
-        if not isinstance(name, str) or "\0" in name or not name.endswith(".png"):
+        if not isinstance(name, str) or "\0" in name or ":" in name or not name.endswith(".png"):
+            return None
+        if not os.path.isfile(self.folder.path / name):  # unlike Path's own, it takes any text
             return None
         inside = (self.folder.path / name).resolve().is_relative_to(self.folder.path.resolve())
         return name if inside else None
@@ -109,6 +115,9 @@ def open_finished(path: Path) -> FinishedRun:
         raise StoreError(f"{path / ADAPTER_NOTE} is damaged: {_AGAIN}")
     if not known:
         raise StoreError(f"{path / ADAPTER_NOTE} was written by another version: {_AGAIN}")
+    strange = _strange(model, call)
+    if strange is not None:
+        raise StoreError(f"{path / ADAPTER_NOTE} is damaged: it names no {strange} that this version knows; {_AGAIN}")
     if sha256_file(path / LORA_FILE) != asked:
         raise StoreError(f"{path / LORA_FILE} is not the file that {ADAPTER_NOTE} describes: {_AGAIN}")
     return FinishedRun(
@@ -118,6 +127,25 @@ def open_finished(path: Path) -> FinishedRun:
         weights=weights,
         call=call,
         manifest=manifest,
-        environment=folder.read_object("environment.json"),
+        environment=_environment(folder),
         results=read_shown(folder) if (path / "results.json").is_file() else None,
     )
+
+
+def _strange(model: Mapping[str, Any], call: Mapping[str, Any]) -> str | None:
+    """What in the note cannot be put into code and pages."""
+    texts = all(isinstance(model[key], str) for key in _OF_MODEL)
+    family = FAMILIES.get(model["pipeline"]) if texts else None
+    if family is None or model["family"] != family.family:
+        return "pipeline and family"
+    if model["dtype"] not in _DTYPES:
+        return "number format"
+    names = all(isinstance(key, str) and key.isidentifier() and not keyword.iskeyword(key) for key in call)
+    return None if names else "argument of the pipeline"
+
+
+def _environment(folder: RunFolder) -> dict[str, Any]:
+    found = folder.read_object("environment.json")
+    if isinstance(found.get("packages", {}), dict) and isinstance(found.get("devices", []), list):
+        return found
+    raise StoreError(f"{folder.path / 'environment.json'} is damaged at packages or devices: {_AGAIN}")

@@ -12,6 +12,7 @@ import yaml
 
 from gdro_cli.config.base import differences
 from gdro_cli.config.recipe import Recipe, load_recipe, shipped_recipes
+from gdro_cli.config.sweep import full_key
 from gdro_cli.errors import UserError
 from gdro_cli.stages.workspace import EMBEDDED
 
@@ -20,7 +21,11 @@ ADDRESS = "https://judge.invalid/v1"
 _FILES = ("prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir")
 _FILES_OR_IDS = ("model.path", "reward.geneval.detector_model", "reward.geneval.colour_model", "judge.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_PATHS_IN_TEXT = re.compile(r"(?<![\w/.:])(?:~|[A-Za-z]:|/)[\w.~+-]*(?:[/\\][\w.+~ -]*[\w.+~-])+")
+# A path begins after no letter, and not with the host of an address but file's; no name is longer than 255 letters.
+_PATHS_IN_TEXT = re.compile(
+    r"(?<![\w/.~])(?:~|[A-Za-z]:|(?<=[Ff][Ii][Ll][Ee]:)//[\w.-]{1,255}|(?!(?<=:)//[^/])/{1,4})"
+    r"[\w.~+-]{0,255}(?:[/\\][\w.+~ -]{0,255}[\w.+~-])+"
+)
 _MOST_CHANGES = 12
 """With more changed keys a recipe file is easier to read than a command."""
 _OWN = ("name", "description", "ablation")
@@ -80,6 +85,8 @@ def _public(value: Any, path: str) -> Any:
         return [_public(inner, path) for inner in value]
     if not isinstance(value, str):
         return value
+    if path.startswith("ablation."):
+        path = full_key(path.removeprefix("ablation.")) or path
     if path == "judge.base_url":
         return ADDRESS
     local = path in _FILES or (path in _FILES_OR_IDS and not is_hub_id(value))

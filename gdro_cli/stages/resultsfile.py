@@ -14,6 +14,9 @@ RESULTS_KIND = "gdro results"
 RESULTS_SCHEMA = 2
 _MOST_SAMPLES = 1_000_000
 
+_LONGEST_NAME = 1000
+
+Name = Annotated[str, Field(max_length=_LONGEST_NAME)]
 Count = Annotated[int, Field(ge=0)]
 
 
@@ -36,13 +39,13 @@ class _Sides(_Part):
 
 
 class _Verdict(_Part):
-    level: str | None
+    level: Name | None
     reasons: list[str]
 
 
 class _Weights(_Part):
-    kind: str
-    checkpoint: str
+    kind: Name
+    checkpoint: Name
     step: Count
 
 
@@ -53,12 +56,12 @@ class _Text(_Part):
 class _Shown(_Part):
     """What a model card tells."""
 
-    measures: dict[str, _Sides]
-    signals: dict[str, _Sides]
+    measures: dict[Name, _Sides]
+    signals: dict[Name, _Sides]
     verdict: _Verdict | None
     weights: _Weights
     protocol: dict[str, Any]
-    protocol_name: str
+    protocol_name: Name
     failed: Count
     unjudged: Count
     seen: Count
@@ -104,18 +107,18 @@ class _Images(_Part):
 
 
 class _Method(_Part):
-    name: str
+    name: Name
 
 
 class _Compared(_Part):
     """What a comparison reads."""
 
-    recipe: str
-    task: str
-    run: str
+    recipe: Name
+    task: Name
+    run: Name
     method: _Method
     protocol: dict[str, Any]
-    measures: Annotated[dict[str, _Measure], Field(min_length=1)]
+    measures: Annotated[dict[Name, _Measure], Field(min_length=1)]
     verdict: _Verdict | None
     weights: _Weights
     failed: Count

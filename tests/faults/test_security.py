@@ -120,7 +120,7 @@ def test_no_source_trusts_code_from_elsewhere() -> None:
     """No code of a model's repository, no kernels from the Hub, no shell."""
     words = {"trust_remote_code", "use_kernels", "get_kernel", "load_custom", "custom_pipeline", "os.system"}
     for path in sorted(PACKAGE.rglob("*.py")):
-        text = path.read_text()
+        text = path.read_text().replace("trust_remote_code=False", "")
         assert not [word for word in words if word in text], path
         assert "shell=True" not in text and "import kernels" not in text, path
     from gdro_cli.config.sections import ModelSection

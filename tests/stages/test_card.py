@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -58,7 +59,10 @@ def split(page: bytes) -> tuple[dict[str, Any], str]:
 
 @pytest.fixture(scope="module")
 def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("runs") / "small-0123", results=results())
+    path = make_run(tmp_path_factory.mktemp("runs") / "small-0123", results=results())
+    (path / "evaluations").mkdir()
+    (path / "evaluations" / "results-0.png").write_bytes(b"picture")
+    return path
 
 
 def test_a_card_says_what_was_trained_with_which_results_and_from_what(run: Path) -> None:
@@ -194,6 +198,9 @@ def test_commands_name_a_shipped_recipe_and_its_changes_or_the_file() -> None:
 
 def test_paths_in_text() -> None:
     assert without_paths("see /home/me/a.txt; ~/b/c.md, C:\\d\\e") == "see a.txt; c.md, e"
+    assert without_paths("file:///home/me/x/y data:/home/me/y/z file://host/a/b me@host:/a/c") == (
+        "file:y data:z file:b me@host:c"
+    )
     same = "and/or 3/4 of black-forest-labs/FLUX.1-dev, https://huggingface.co/x/y"
     assert without_paths(same) == same
 
@@ -224,3 +231,34 @@ def test_loading_code_calls_the_pipeline_as_the_evaluation_did(run: Path) -> Non
     code = loading_code(open_finished(run), Place())
     assert "height=64, max_sequence_length=26, num_inference_steps=3, width=64" in code
     assert "tiny_model_path()" in code
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("model", {"pipeline": "FluxPipeline\nimport os"}),
+        ("model", {"pipeline": ["FluxPipeline"]}),
+        ("model", {"family": []}),
+        ("model", {"path": 5}),
+        ("model", {"dtype": "float32); print('x'"}),
+        ("call", {"x=print('x'), y": 1}),
+        ("call", {"lambda": 1}),
+    ],
+)
+def test_a_note_puts_no_code_into_the_card(run: Path, tmp_path: Path, part: str, change: dict[str, Any]) -> None:
+    """Class, number format and arguments of a received run are known ones."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    note = json.loads((copy / ADAPTER_NOTE).read_text())
+    note[part] |= change
+    (copy / ADAPTER_NOTE).write_text(json.dumps(note))
+    with pytest.raises(StoreError, match=r"adapter\.json is damaged: it names no"):
+        open_finished(copy)
+
+
+@pytest.mark.parametrize("environment", [{"packages": []}, {"devices": 5}, {"devices": None}, {"packages": None}])
+def test_a_damaged_environment_is_a_sentence(run: Path, tmp_path: Path, environment: dict[str, Any]) -> None:
+    """Packages that are no section and devices that are no list."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "environment.json").write_text(json.dumps(environment))
+    with pytest.raises(StoreError, match=r"environment\.json is damaged at packages or devices"):
+        open_finished(copy)

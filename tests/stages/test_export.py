@@ -221,3 +221,15 @@ def test_a_hub_that_refuses_or_is_away_is_one_sentence(
     with pytest.raises(PrerequisiteError, match=r"the push to me/model failed \(\w*Connect\w*\)") as away:
         run(Export(NAME, push="me/model"), workspace, QUIET)
     assert all(TOKEN not in str(error.value) for error in (refused, away))
+
+
+def test_the_folder_one_is_in_is_refused(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a name that leads through another folder is the folder that it leads to."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match="the folder that you are in"):
+        run(Export(NAME, adapter=Path()), workspace, QUIET)
+    (tmp_path / "there" / "inner").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "inner")
+    run(Export(NAME, adapter=Path("../link")), workspace, QUIET)
+    assert (tmp_path / "there" / "inner" / LORA).is_file() and (tmp_path / "link").is_symlink()

@@ -81,7 +81,13 @@ class ModelFiles:
         Raises:
             PrerequisiteError: the weights are missing, broken or not those of this model.
         """
-        model, info = self._from_pretrained(cls, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+        model, info = self._from_pretrained(
+            cls,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            attn_implementation="sdpa" if cls._supports_sdpa else "eager",  # the files might name kernels of the Hub
+        )
         # transformers would go on with random numbers for weights that the file lacks
         missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
         if missing:
@@ -101,8 +107,8 @@ class ModelFiles:
             self._fetch([*_SMALL, _WEIGHTS])
         try:
             with _quiet():
-                return cls.from_pretrained(str(self._root), local_files_only=True, **options)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+                return cls.from_pretrained(str(self._root), local_files_only=True, trust_remote_code=False, **options)
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise PrerequisiteError(
                 f"the model {self.name} cannot be loaded ({describe(error)}): {self._remedy()}"
             ) from error
@@ -110,7 +116,7 @@ class ModelFiles:
     def _read_config(self) -> dict[str, Any]:
         try:
             value = json.loads((self._root / _CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise PrerequisiteError(f"{_CONFIG} of the model {self.name} cannot be read: {self._remedy()}") from error
         if not isinstance(value, dict):
             raise PrerequisiteError(f"{_CONFIG} of the model {self.name} is not a JSON object: {self._remedy()}")

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,6 +34,8 @@ _QUOTED = 200
 """Characters of the endpoint's own message that an error shows."""
 LARGEST_ANSWER = 4 * 2**20
 """Bytes; no more of an answer is read. One of three lines has a thousandth of that."""
+_SHORTEST_SECRET = 8
+"""Characters; an answer holds a shorter key, such as the ``EMPTY`` of a server without keys, by chance."""
 
 
 class NoAnswerError(Exception):
@@ -71,7 +74,7 @@ class Endpoint:
         model: name of the model there.
         key: sent as bearer token; ``None`` for none.
         connections: requests that may be under way at a time.
-        timeout: seconds for connecting, and again for each silence while an answer is awaited.
+        timeout: seconds for connecting, for the first silence, and for the whole of a request once it is answered.
         retries: further attempts after the first.
     """
 
@@ -82,8 +85,11 @@ class Endpoint:
         self._model = model
         self._key = key
         self._retries = retries
+        self._timeout = timeout
+        # compressed, a small answer could be a large one
+        headers = {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         self._client = httpx2.Client(
-            headers={} if key is None else {"Authorization": f"Bearer {key}"},
+            headers=headers,
             timeout=httpx2.Timeout(timeout, pool=None),
             limits=httpx2.Limits(max_connections=connections),
         )
@@ -100,13 +106,13 @@ class Endpoint:
             answer = self._send("GET", "models")
         except httpx2.RequestError as error:
             raise PrerequisiteError(
-                f"the judge's endpoint {self._url} cannot be reached ({describe(error)}): start the server, or correct "
-                f"its base_url"
+                f"the judge's endpoint {self._url} cannot be reached ({self._hidden(describe(error))}): start the "
+                "server, or correct its base_url"
             ) from None
         if answer.status in (401, 403):
             raise self._refusal(answer)
-        names = _model_names(answer) if answer.good else []
-        if names and self._model not in names:
+        names = [self._hidden(name)[:_QUOTED] for name in _model_names(answer)] if answer.good else []
+        if names and self._hidden(self._model)[:_QUOTED] not in names:
             raise PrerequisiteError(
                 f"the judge's endpoint {self._url} serves {', '.join(names[:5])}, not {self._model}: correct the "
                 f"judge's model or base_url"
@@ -130,12 +136,14 @@ class Endpoint:
             try:
                 answer = self._send("POST", "chat/completions", body)
             except httpx2.TransportError as error:
-                reason = describe(error)
+                reason = self._hidden(describe(error))
             except httpx2.RequestError as error:
-                raise NoAnswerError(f"the judge's answer cannot be decoded: {describe(error)}") from None
+                raise NoAnswerError(f"the judge's answer cannot be decoded: {self._hidden(describe(error))}") from None
             else:
                 if answer.good:
-                    return _text(answer)
+                    text, complete = _text(answer)
+                    secret = self._key is not None and len(self._key) >= _SHORTEST_SECRET
+                    return (self._hidden(text) if secret else text), complete
                 if answer.status in _REFUSED or answer.status < 400:
                     raise self._refusal(answer)
                 if answer.status not in _PASSING and answer.status < 500:
@@ -151,14 +159,22 @@ class Endpoint:
         self._client.close()
 
     def _send(self, method: str, place: str, body: bytes | None = None) -> _Answer:
-        """One request; an answer without end is not read to its end."""
+        """One request; an answer without end, in size or in time, is not read to its end."""
         headers = {} if body is None else {"Content-Type": "application/json"}
+        deadline = time.monotonic() + self._timeout
         with self._client.stream(method, f"{self._url}/{place}", content=body, headers=headers) as response:
+            encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+            if encoding not in ("", "identity"):
+                raise httpx2.DecodingError("it is compressed, which was not asked for", request=response.request)
             data = bytearray()
-            for part in response.iter_bytes():
+            for part in response.iter_raw():
                 data += part
                 if len(data) > LARGEST_ANSWER:
                     break
+                if time.monotonic() > deadline:
+                    raise httpx2.ReadTimeout(
+                        f"the answer is not complete after {self._timeout:g} seconds", request=response.request
+                    )
             whole = len(data) <= LARGEST_ANSWER
             after = response.headers.get("Retry-After")
             return _Answer(response.status_code, response.reason_phrase, after, bytes(data), whole)
@@ -173,27 +189,29 @@ class Endpoint:
 
     def _told(self, response: _Answer) -> str:
         """Status and the endpoint's own message, without the key."""
-        status = f"{response.status} {response.phrase}".strip()
-        said = _message(response)
-        if self._key is not None:
-            said = said.replace(self._key, "***")
-        return f"{status} ({said[:_QUOTED]})" if said else status
+        status = self._hidden(f"{response.status} {response.phrase}".strip())[:_QUOTED]
+        said = self._hidden(_message(response))[:_QUOTED]
+        return f"{status} ({said})" if said else status
+
+    def _hidden(self, text: str) -> str:
+        """A text of the endpoint's without the key, which it may say back; to be used before the text is cut."""
+        return text if self._key is None else text.replace(self._key, "***")
 
 
 def check_url(base_url: str) -> str:
     """The address without a slash at its end. Raises UserError for one that is not like http://localhost:8000/v1."""
-    if "@" in base_url or "?" in base_url:
+    if any(mark in base_url for mark in "@?#;"):
         # it may hold a secret, so it is not shown
         raise UserError(
-            "the judge's base_url holds a user name, a password or a query: give the bare address, and name the "
-            "environment variable with the API key as api_key_env"
+            "the judge's base_url holds a user name, a password, a query or a fragment: it must be an address like "
+            "http://localhost:8000/v1, and api_key_env the name of the environment variable with the API key"
         )
     try:
         parts = httpx2.URL(base_url)
     except httpx2.InvalidURL:
         parts = httpx2.URL()
     port = parts.port or 0
-    if parts.scheme not in ("http", "https") or not parts.host or parts.fragment or port > _LARGEST_PORT:
+    if parts.scheme not in ("http", "https") or not parts.host or port > _LARGEST_PORT:
         raise UserError(
             f"the judge's base_url is {base_url[:_QUOTED]!r}: it must be an address like http://localhost:8000/v1"
         )
@@ -234,11 +252,11 @@ def retry_after(value: str | None) -> float | None:
         return float(value)
     try:
         when = parsedate_to_datetime(value)
-    except ValueError:
+        if when.tzinfo is None:
+            when = when.replace(tzinfo=UTC)
+        return max(0.0, (when - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return None
-    if when.tzinfo is None:
-        when = when.replace(tzinfo=UTC)
-    return max(0.0, (when - datetime.now(UTC)).total_seconds())
 
 
 def _text(response: _Answer) -> tuple[str, bool]:
@@ -263,7 +281,7 @@ def _text(response: _Answer) -> tuple[str, bool]:
 
 def _model_names(response: _Answer) -> list[str]:
     try:
-        return [str(model["id"])[:_QUOTED] for model in response.json()["data"]]
+        return [str(model["id"]) for model in response.json()["data"]]
     except (ValueError, KeyError, TypeError):
         return []
 

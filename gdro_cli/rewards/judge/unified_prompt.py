@@ -40,11 +40,12 @@ _QUOTED = 500
 """Characters of an answer that are kept in the details."""
 _LONGEST_LINE = 1000
 """Characters; a longer line is no axis with its number, and the pattern would take hours over a million blanks."""
+_SHOWN_SCORES = 3
 _MARKUP = re.compile(r"[*_`#>|]|\\(?=[()\-])")
-_BULLET = re.compile(r"^\s*(?:[-\u2022]|[0-9]{1,2}[.)])\s+")
+_BULLET = re.compile(r"^\s*+(?:[-\u2022]|[0-9]{1,2}[.)])\s++")
 _LINE = re.compile(
-    rf"\s*(?P<axis>{'|'.join(AXES)})\s+score\s*(?:\(\s*1\s*[-\u2013]\s*5\s*\)\s*)?:\s*"
-    r"(?P<value>-?[0-9]+(?:\.[0-9]+)?)(?:\s*/\s*5)?\s*\.?\s*",
+    rf"\s*+(?P<axis>{'|'.join(AXES)})\s++score\s*+(?:\(\s*+1\s*+[-\u2013]\s*+5\s*+\)\s*+)?+:\s*+"
+    r"(?P<value>-?[0-9]++(?:\.[0-9]++)?+)(?:\s*+/\s*+5)?+\s*+\.?+\s*+",
     re.IGNORECASE,
 )
 
@@ -100,7 +101,9 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
 def _problem(axis: str, values: set[float]) -> str:
     if not values:
         return f"has no {axis} score"
-    numbers = " and ".join(f"{value:g}" for value in sorted(values))
+    numbers = " and ".join(f"{value:g}" for value in sorted(values)[:_SHOWN_SCORES])
+    if len(values) > _SHOWN_SCORES:
+        numbers += f" and {len(values) - _SHOWN_SCORES} more"
     if len(values) > 1:
         return f"has different {axis} scores ({numbers})"
     return f"has a {axis} score of {numbers}, which is not between {LOWEST:g} and {HIGHEST:g}"

@@ -44,7 +44,7 @@ class UnifiedRewardJudge:
         api_key_env: environment variable with the API key; ``None`` for an endpoint that wants none. The key is read
             when the judge is loaded and is in no pickle, provenance or message.
         concurrency: requests under way at a time.
-        timeout: seconds for connecting, and again for each silence while an answer is awaited.
+        timeout: seconds for connecting, for the first silence, and for the whole of a request once it is answered.
         retries: further attempts after one without an answer; after the last one the judgement is missing.
         template: the text that goes with an image, with ``{caption}`` where its prompt goes.
 

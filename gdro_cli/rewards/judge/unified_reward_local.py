@@ -11,6 +11,7 @@ One image is judged at a time. A server with vLLM or SGLang is many times as fas
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -122,20 +123,24 @@ class UnifiedRewardLocal:
 
     def _load(self) -> _Loaded:
         from safetensors import SafetensorError
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
+        from transformers import AutoModelForImageTextToText, AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         folder, loader = str(self._folder), cast(Any, AutoModelForImageTextToText)
         try:
-            kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-            if kind not in KINDS:
-                raise UserError(f"the judge's model {self._name} is a {kind}; it must be one of {', '.join(KINDS)}")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self._check_kind()
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
             network, info = loader.from_pretrained(
-                folder, dtype=self._dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+                folder,
+                dtype=self._dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                attn_implementation="sdpa",  # the files might name kernels of the Hub
             )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise PrerequisiteError(
                 f"the judge's model {self._name} cannot be loaded ({describe(error)}): fetch all of its files again"
             ) from error
@@ -148,6 +153,14 @@ class UnifiedRewardLocal:
                 f"the judge's model {self._name} has no chat template: fetch all of its files again"
             )
         return _Loaded(network.eval().requires_grad_(False).to(self._device), tokenizer, processor)
+
+    def _check_kind(self) -> None:
+        config = json.loads((self._folder / "config.json").read_text(encoding="utf-8"))
+        kind = config.get("model_type") if isinstance(config, dict) else None
+        if kind not in KINDS:
+            raise UserError(
+                f"the judge's model {self._name} is a {str(kind)[:60]}; it must be one of {', '.join(KINDS)}"
+            )
 
     def _digest(self) -> str:
         files = sorted({file for pattern in _FILES for file in self._folder.glob(pattern)})

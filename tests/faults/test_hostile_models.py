@@ -1,0 +1,410 @@
+"""Model folders, adapters and endpoints made to do harm: to run code, to read other files, to tell the key, to hang."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faulty import check, outcome
+from judge_server import MODEL, JudgeServer, Reply, fails, says
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPModel
+
+from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.merge import Adapter, merge_into, read_adapter
+from gdro_cli.rewards.geneval.pretrained import ModelFiles
+from gdro_cli.rewards.judge.base import Judgement
+from gdro_cli.rewards.judge.endpoint import check_url, retry_after
+from gdro_cli.rewards.judge.unified_prompt import read_answer
+from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
+from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
+from gdro_cli.rewards.ocr_models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
+from gdro_cli.tiny.assets import tiny_model_path
+
+SECRET = "sk-0123456789-not-to-be-seen"
+PICTURE = Image.new("RGB", (8, 8))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A copy of the embedded model, to be made hostile."""
+    return Path(shutil.copytree(tiny_model_path(), tmp_path / "model"))
+
+
+@pytest.fixture
+def flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What hostile code would leave; somebody says yes to every question."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
+    return tmp_path / "flag"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
+    monkeypatch.setenv("GDRO_TEST_KEY", SECRET)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
+    made = JudgeServer()
+    yield made
+    made.close()
+
+
+def edit(path: Path, **entries: Any) -> None:
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | entries))
+
+
+def evil(folder: Path, flag: Path, **config: Any) -> None:
+    """A folder with code of its own, which every Auto class is pointed to."""
+    folder.mkdir(exist_ok=True)
+    (folder / "evil.py").write_text(f"open({str(flag)!r}, 'w').close()\nclass Evil: pass\n")
+    places: dict[str, Any] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "evil.Evil")
+    places |= {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    edit(folder / "config.json", auto_map=places, **config)
+    edit(folder / "tokenizer_config.json", auto_map=places, tokenizer_class="Evil")
+
+
+# -- code of a model folder -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("transformers", "AutoTokenizer"),
+        ("transformers", "AutoConfig"),
+        ("transformers", "AutoProcessor"),
+        ("diffusers", "AutoModel"),
+        ("diffusers", "DiffusionPipeline"),
+        ("diffusers", "FluxPipeline"),
+        ("diffusers", "ModularPipeline"),
+        ("diffusers", "ModularPipelineBlocks"),
+    ],
+)
+def test_a_class_that_would_choose_another_is_refused(library: str, name: str, model: Path, flag: Path) -> None:
+    """Whatever standard input says."""
+    evil(model / "tokenizer", flag, model_type="evil")
+    edit(model / "model_index.json", tokenizer=[library, name])
+    check(outcome(lambda: PipelineFolder(model).load("tokenizer")), 2, "can run code of the folder")
+    assert not flag.exists()
+
+
+@pytest.mark.parametrize("name", ["CLIPProcessor", "RagTokenizer", "PreTrainedTokenizerFast"])
+def test_a_class_that_opens_others_by_itself_runs_no_code(name: str, model: Path, flag: Path) -> None:
+    """Some classes of transformers call the Auto classes, and not all pass on what they were told."""
+    evil(model / "tokenizer", flag, model_type="evil")
+    edit(model / "tokenizer" / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
+    edit(model / "model_index.json", tokenizer=["transformers", name])
+    outcome(lambda: PipelineFolder(model).load("tokenizer"))
+    assert not flag.exists()
+
+
+def test_autoencoders_are_no_auto_classes(model: Path) -> None:
+    """They only begin with the same letters."""
+    edit(model / "model_index.json", vae=["diffusers", "AutoencoderKL"])
+    assert PipelineFolder(model).component_class("vae").__name__ == "AutoencoderKL"
+
+
+@pytest.mark.parametrize("kind", ["evil", "qwen3_vl"])
+def test_the_local_judge_runs_no_code_of_its_model(kind: str, tmp_path: Path, flag: Path) -> None:
+    """Neither of a kind of its own nor under the name of a known one."""
+    evil(tmp_path / "judge", flag, model_type=kind)
+    (tmp_path / "judge" / "model.safetensors").write_bytes(b"")
+    found = outcome(UnifiedRewardLocal(tmp_path / "judge").load)
+    check(found, 2 if kind == "evil" else 3, "is a evil" if kind == "evil" else "cannot be loaded")
+    assert not flag.exists()
+
+
+def test_the_local_judge_with_a_nested_configuration(tmp_path: Path) -> None:
+    """It is read before anything else."""
+    (tmp_path / "config.json").write_text('{"a":' * 3000 + "1" + "}" * 3000)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    check(outcome(UnifiedRewardLocal(tmp_path).load), 3, "cannot be loaded")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        {"text_config": {"attn_implementation": {"": "evil/kernel"}}},
+    ],
+)
+def test_a_configuration_names_no_kernels(entries: dict[str, Any], model: Path) -> None:
+    """They are code from the Hub."""
+    edit(model / "text_encoder" / "config.json", **entries)
+    found = outcome(lambda: PipelineFolder(model).load("text_encoder", dtype=torch.float32))
+    check(found, 2, "take that entry out of the file")
+
+
+def test_a_reward_model_names_no_kernels(tmp_path: Path) -> None:
+    """The implementation is the tool's choice."""
+    config = CLIPModel.config_class(
+        text_config={"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        | {"num_attention_heads": 1},
+        vision_config={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        | {"image_size": 8, "patch_size": 8},
+        projection_dim=8,
+    )
+    CLIPModel(config).save_pretrained(tmp_path)
+    edit(tmp_path / "config.json", attn_implementation="evil/kernel")
+    files = ModelFiles(tmp_path, key="reward.some_model", kind="clip", needs=())
+    assert files.load_model(CLIPModel, device="cpu").config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("part", "entry", "source"),
+    [
+        ("scheduler", ["diffusers", "FluxTransformer2DModel"], "transformer"),
+        ("tokenizer", ["transformers", "CLIPTextModel"], "text_encoder"),
+    ],
+)
+def test_a_pickle_beside_a_part_without_weights_is_not_read(
+    part: str, entry: list[str], source: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network in the place of a tokenizer or a scheduler would be loaded without the word safetensors."""
+    read: list[Any] = []
+    monkeypatch.setattr(torch, "load", lambda *args, **options: read.append(args))
+    edit(model / "model_index.json", **{part: entry})
+    shutil.copy(model / source / "config.json", model / part / "config.json")
+    for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
+        (model / part / name).write_bytes(pickle.dumps({}))
+    check(outcome(lambda: PipelineFolder(model).load(part)), 2, "must be no network")
+    assert not read
+
+
+# -- files elsewhere --------------------------------------------------------------------------------------------------
+
+ADAPTER = Adapter(1.0, {})
+
+
+def merge(model: Path, target: Path) -> Callable[[], object]:
+    target.mkdir()
+    return lambda: merge_into(PipelineFolder(model), ADAPTER, target)
+
+
+@pytest.mark.parametrize("name", ["tokenizer/notes.txt", "tokenizer_2", "LICENSE"])
+def test_a_merge_copies_nothing_that_a_link_leads_to(name: str, model: Path, tmp_path: Path) -> None:
+    """A file, a whole folder, or a licence."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text(SECRET)
+    place = model / name
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.symlink_to(secret if name == "tokenizer_2" else secret / "key")
+    check(outcome(merge(model, tmp_path / "merged")), 3, "leads out of the folder")
+    assert not list((tmp_path / "merged").iterdir())
+
+
+def test_links_of_the_hub_s_cache_lead_to_its_own_blobs_only(model: Path, tmp_path: Path) -> None:
+    """A snapshot is a folder of links."""
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (repository / "blobs").mkdir()
+    shutil.move(model, snapshot)
+    config = snapshot / "tokenizer" / "tokenizer_config.json"
+    config.rename(repository / "blobs" / "1")
+    config.symlink_to(Path("../../../blobs/1"))
+    check(outcome(merge(snapshot, tmp_path / "good")), 0)
+    assert not (tmp_path / "good/tokenizer/tokenizer_config.json").is_symlink()
+    (tmp_path / "secret").write_text(SECRET)
+    config.unlink()
+    config.symlink_to(tmp_path / "secret")
+    check(outcome(merge(snapshot, tmp_path / "bad")), 3, "leads out of the folder")
+
+
+# -- files that break their reader ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        '{"transformer.r": 0, "transformer.lora_alpha": 1, "transformer.use_rslora": false}',
+        '{"transformer.r": -1, "transformer.lora_alpha": 1, "transformer.use_rslora": true}',
+        '{"transformer.r": Infinity, "transformer.lora_alpha": 1, "transformer.use_rslora": false}',
+        '{"transformer.r": 1, "transformer.lora_alpha": NaN, "transformer.use_rslora": false}',
+        '{"transformer.r": 1, "transformer.lora_alpha": 1%s, "transformer.use_rslora": false}' % ("0" * 400),
+        '{"a":' * 3000 + "1" + "}" * 3000,
+    ],
+    ids=["zero", "below", "infinite", "nan", "huge", "nested"],
+)
+def test_an_adapter_s_metadata_that_is_no_scale(metadata: str, tmp_path: Path) -> None:
+    """Each is one sentence."""
+    rank = 0 if '"transformer.r": 0' in metadata else 1
+    tensors = {"transformer.x.lora_A.weight": torch.ones(rank, 2), "transformer.x.lora_B.weight": torch.ones(2, rank)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": metadata})
+    check(outcome(lambda: read_adapter(tmp_path / "a.safetensors")), 4, "is no adapter")
+
+
+def test_a_reward_model_s_nested_configuration(tmp_path: Path) -> None:
+    """Python gives up before the end."""
+    for name in ("preprocessor_config.json", "model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "config.json").write_text('{"a":' * 2000 + "1" + "}" * 2000)
+    check(outcome(lambda: ModelFiles(tmp_path, key="reward.some_model", kind="clip")), 3, "config.json of the model")
+
+
+def bomb() -> str:
+    levels = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 9))
+    return f"a0: &a0 [x]\n{levels}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        bomb(),
+        "a: &a {x: 1}\nb: {<<: *a}\n",
+        "a: &a [*a]\n",
+        "a: " + "[" * 5000,
+        "\n".join(" " * n + "a:" for n in range(1200)),
+        "a: " + "9" * 5000,
+        "#" * 2_000_000,
+    ],
+    ids=["aliases", "merge", "itself", "brackets", "deep", "number", "long"],
+)
+def test_an_ocr_model_s_configuration_that_grows(text: str, tmp_path: Path) -> None:
+    """Refused at once."""
+    models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160)
+    for found in (models.detection, models.recognition):
+        shutil.copytree(found.path, tmp_path / found.name)
+    (tmp_path / RECOGNITION_MODEL / "inference.yml").write_text(text)
+    began = time.monotonic()
+    options: dict[str, Any] = {"recognition_width": 320, "model_dir": tmp_path}
+    found_out = outcome(lambda: find_models(DETECTION_MODEL, RECOGNITION_MODEL, **options))
+    check(found_out, 3, "give the model's own file")
+    assert time.monotonic() - began < 20
+
+
+def test_an_ocr_model_s_configuration_with_the_aliases_of_the_official_ones(tmp_path: Path) -> None:
+    """PaddleOCR's own files name the shapes for TensorRT once and refer to them."""
+    models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160)
+    for found in (models.detection, models.recognition):
+        shutil.copytree(found.path, tmp_path / found.name)
+    config = tmp_path / DETECTION_MODEL / "inference.yml"
+    config.write_text(f"Hpi:\n  paddle: &id001\n    x: [1]\n  tensorrt: *id001\n{config.read_text()}")
+    found_models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160, model_dir=tmp_path)
+    assert found_models.detection.path == tmp_path / DETECTION_MODEL
+
+
+# -- endpoints --------------------------------------------------------------------------------------------------------
+
+
+class RawServer:
+    """Sends bytes as they are, one piece after another, to whoever connects."""
+
+    def __init__(self, pieces: list[bytes], *, pause: float = 0.0) -> None:
+        self._pieces, self._pause = pieces, pause
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            with connection:
+                connection.recv(65_536)
+                try:
+                    for piece in self._pieces:
+                        connection.sendall(piece)
+                        time.sleep(self._pause)
+                except OSError:
+                    continue
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def judge(url: str, **options: Any) -> UnifiedRewardJudge:
+    return UnifiedRewardJudge(url, MODEL, api_key_env="GDRO_TEST_KEY", **{"timeout": 10.0, "retries": 0, **options})
+
+
+def one(server: JudgeServer, reply: Reply) -> Judgement:
+    server.replies.append(reply)
+    return judge(server.url).judge([PICTURE], ["a"])[0]
+
+
+def test_the_key_is_in_no_model_s_name(server: JudgeServer) -> None:
+    """Also where the name is cut in its middle."""
+    server.models = Reply(json.dumps({"data": [{"id": f"{'x' * n} {SECRET}"} for n in (0, 185)]}).encode())
+    found = outcome(judge(server.url).load)
+    check(found, 3, "serves")
+    assert "sk-" not in found.message and "***" in found.message
+
+
+@pytest.mark.parametrize("line", [f"HTTP/1.1 401 bad {SECRET}\r\nContent-Length: 0\r\n\r\n", f"X {SECRET}\r\n\r\n"])
+def test_the_key_is_in_no_status_line(line: str, server: JudgeServer) -> None:
+    """Neither in a reason phrase nor in what is no status line."""
+    raw = RawServer([line.encode()])
+    found = outcome(judge(raw.url).load)
+    raw.close()
+    check(found, 3)
+    assert "sk-" not in found.message
+
+
+def test_the_key_is_in_no_judgement(server: JudgeServer) -> None:
+    """An answer and an error's body, which are stored."""
+    for reply in (says(f"{'x' * 490} {SECRET}"), fails(400, message=f"{'x' * 190} {SECRET}")):
+        assert "sk-" not in str(one(server, reply))
+
+
+def test_a_short_key_does_not_change_answers(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be a word that says that there is none."""
+    monkeypatch.setenv("GDRO_TEST_KEY", "Score")
+    assert judge(server.url).judge([PICTURE], ["a"])[0].reason is None
+
+
+@pytest.mark.parametrize("address", [f"http://h/v1#{SECRET}", f"http://h/v1;key={SECRET}", f"ftp://h/v1;{SECRET}"])
+def test_an_address_with_a_key_behind_it(address: str) -> None:
+    """It is refused and not shown."""
+    found = outcome(lambda: check_url(address))
+    check(found, 2, "base_url")
+    assert SECRET not in found.message
+
+
+def test_an_answer_that_drips_in_is_not_awaited(server: JudgeServer) -> None:
+    """Each byte comes in time, but the last never does."""
+    raw = RawServer([b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 100], pause=0.2)
+    began = time.monotonic()
+    found = outcome(judge(raw.url, timeout=1.0).load)
+    assert time.monotonic() - began < 5
+    raw.close()
+    check(found, 3, "not complete after 1 seconds")
+
+
+def test_an_answer_that_is_compressed_is_not_opened(server: JudgeServer) -> None:
+    """A few bytes could be gigabytes."""
+    reason = one(server, Reply(b"", headers={"Content-Encoding": "gzip, gzip"})).reason
+    assert reason is not None and "compressed" in reason
+
+
+@pytest.mark.parametrize("year", ["99999999999", "9" * 30, "9" * 5000])
+def test_a_pause_until_an_absurd_year(year: str) -> None:
+    """No pause is asked for."""
+    assert retry_after(f"Mon, 01 Jan {year} 00:00:00 GMT") is None
+
+
+def test_an_answer_with_many_scores_has_a_short_reason() -> None:
+    """Three of them are shown."""
+    reason = read_answer("\n".join(f"Style Score (1-5): 1.{n:05d}" for n in range(20_000))).reason
+    assert reason is not None and len(reason) < 300 and "and 19997 more" in reason
+
+
+def test_an_answer_of_blanks_is_read_at_once() -> None:
+    """The pattern gives up where it stands."""
+    began = time.monotonic()
+    for line in (f"Style Score:{' ' * 900}x", f"Style Score: 3{' ' * 900}x", f"Style{' ' * 450}Score{' ' * 450}x"):
+        assert read_answer("\n".join([line] * 4000)).axes["style"] is None
+    assert time.monotonic() - began < 10

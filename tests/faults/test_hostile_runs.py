@@ -1,0 +1,139 @@
+"""Recipes and runs of strangers: secrets in odd places, markup and links, numbers and texts beyond all measure."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from faulty import check, command, outcome
+from PIL import Image
+from test_bad_results import RESULTS
+from test_security import finished_run
+
+from gdro_cli.config.recipe import Recipe, load_recipe
+from gdro_cli.rewards.base import MOST_PIXELS, UnreadableImageError, read_rgb
+from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.card import Place, card
+from gdro_cli.stages.public import public_recipe, without_paths
+from gdro_cli.stages.resultsfile import read_results
+
+SECRET = "SECRET-0123"
+JUDGE = ("judge.kind=unified-reward", "judge.model=m", "judge.base_url=http://h/v1")
+HUGE = "9" * 400
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (f'ablation={{judge.base_url: ["http://user:{SECRET}@host/v1"]}}', "ablation.judge.base_url: must not hold"),
+        (f'ablation={{judge.base_url: [["http://user:{SECRET}@host/v1"]]}}', "must be text"),
+        (f"ablation={{judge.api_key_env: [sk-{SECRET}]}}", "must be the name of an environment variable"),
+        (f"judge.base_url=http://host/v1?key={SECRET}", "must not hold"),
+        (f"judge.base_url=http://host/v1#{SECRET}", "must not hold"),
+        (f"judge.base_url=http://host/v1;key={SECRET}", "must not hold"),
+        (f"judge.api_key_env=sk-{SECRET}", "must be the name of an environment variable"),
+        (f"judge.api_key_env=hf_{SECRET.replace('-', '')}", "must be the name of an environment variable"),
+        (f"judge.base_url http://u:{SECRET}@h", "--set 'judge.base_url' must look like key=value"),
+        (f"judge.base_url http://u:{SECRET}@h?a=b", "--set 'judge.base_url' must look like key=value"),
+        (f"judge.base_url:http://u:{SECRET}@h", "--set 'judge.base_url' must look like key=value"),
+        (f"judge..base_url=http://u:{SECRET}@h", "must look like key=value"),
+    ],
+)
+def test_a_secret_in_a_recipe_is_refused_and_not_said_again(override: str, words: str) -> None:
+    """Wherever an address or a key's variable can be given."""
+    found = outcome(lambda: load_recipe("smoke", overrides=[*JUDGE, override]))
+    check(found, 2, words)
+    assert "SECRET" not in found.message
+
+
+def test_a_key_s_variable_is_accepted() -> None:
+    """Also one of the Hub's, in capitals."""
+    for name in ("JUDGE_API_KEY", "_key2", "HF_TOKEN"):
+        assert load_recipe("smoke", overrides=[*JUDGE, f"judge.api_key_env={name}"]).judge.api_key_env == name
+
+
+def test_an_ablation_s_addresses_and_paths_stay_here() -> None:
+    """They are hidden as the keys' own values are."""
+    values = "{judge.base_url: [http://inner.host/v1], prompts.train.file: [hidden/p.txt], model.path: [./hidden/m]}"
+    shown = public_recipe(load_recipe("smoke", overrides=[f"ablation={values}"]))["ablation"]
+    assert "inner.host" not in json.dumps(shown) and "hidden" not in json.dumps(shown)
+
+
+def test_a_base_model_s_name_is_a_link_only_where_it_is_a_hub_id(tmp_path: Path) -> None:
+    """Markup in the name of a model stays text, and names no base model."""
+    recipe = load_recipe("smoke", overrides=["model.path=/nowhere/x"])
+    evil = "x) <script>alert(1)</script> [y](javascript:alert(1)"
+    run = replace(finished_run(tmp_path), recipe=recipe)
+    page = card(replace(run, model={**run.model, "path": evil, "commit": "abc"}), Place()).decode()
+    prose = page.partition("## How to load it")[0]
+    assert "](https://huggingface.co" not in prose and "<script" not in prose.replace("\\<script", "")
+    assert "](javascript" not in prose and "base_model" not in page
+
+
+def test_a_grid_is_a_picture_in_the_run(tmp_path: Path) -> None:
+    """Not an address, not a file that is missing."""
+    (tmp_path / "a.png").write_bytes(b"picture")
+    assert finished_run(tmp_path, grid="a.png").grid == "a.png"
+    for name in ("https://evil.example/track.png", "missing.png", "x" * 9999 + ".png", "\ud800.png"):
+        assert finished_run(tmp_path, grid=name).grid is None
+
+
+@pytest.mark.parametrize("text", ["~" * 100_000, "-~" * 50_000, "/" * 100_000, "/a " * 33_000, "file:" * 20_000])
+def test_paths_are_found_in_a_moment(text: str) -> None:
+    """In a description that was made to take minutes."""
+    start = time.perf_counter()
+    without_paths(text)
+    assert time.perf_counter() - start < 5
+
+
+def test_a_description_has_an_end() -> None:
+    """At most 2000 letters."""
+    check(outcome(lambda: load_recipe("smoke", overrides=[f"description={'x' * 2001}"])), 2, "at most 2000 letters")
+
+
+def whole_numbers(recipe: Recipe) -> list[str]:
+    """The keys of a recipe that are whole numbers, or nothing in place of one."""
+    from gdro_cli.config.fields import describe_fields
+
+    own = {f"method.{key}" for key in type(recipe.method).model_fields}
+    numbers = [doc.path for doc in describe_fields() if "whole number" in doc.type]
+    return [path for path in numbers if not path.startswith("method.") or path in own]
+
+
+@pytest.mark.parametrize("name", ["smoke", "ocr-flow-grpo", "ocr-dance-grpo"])
+def test_every_whole_number_has_an_upper_bound(name: str) -> None:
+    """Numbers of 400 digits would overflow somewhere later."""
+    keys = whole_numbers(load_recipe(name))
+    assert {"seed", "train.steps", "train.seed"} < set(keys) and len(keys) > 30
+    for key in keys:
+        found = outcome(lambda key=key: load_recipe(name, overrides=[f"{key}={HUGE}"]))  # type: ignore[misc]
+        check(found, 2, f"{key}: must be at most")
+
+
+def test_a_dry_run_of_a_number_beyond_all_measure_is_a_sentence(tmp_path: Path) -> None:
+    """The command line says so, too."""
+    found = command("train", "--recipe", "smoke", "--set", f"train.steps={HUGE}", "--dry-run", "--out", str(tmp_path))
+    check(found, 2, "train.steps: must be at most")
+
+
+@pytest.mark.parametrize("key", ["recipe", "task", "run", "method"])
+def test_results_with_endless_names_are_damaged(key: str, tmp_path: Path) -> None:
+    """A comparison would wrap them for minutes."""
+    results: dict[str, Any] = copy.deepcopy(RESULTS)
+    results[key] = {"name": "x" * 200_000} if key == "method" else "x" * 200_000
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    check(outcome(lambda: read_results(RunFolder(tmp_path))), 4, f"damaged at {key}")
+
+
+def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
+    """It has no score, with the reason."""
+    side = int(MOST_PIXELS**0.5) + 1
+    Image.new("1", (side, side)).save(tmp_path / "large.png")
+    for source in (tmp_path / "large.png", Image.open(tmp_path / "large.png")):
+        with pytest.raises(UnreadableImageError, match=f"{side} x {side} pixels, more than 33,554,432"):
+            read_rgb(source)
