@@ -53,6 +53,11 @@ class _Text(_Part):
     prompt: str
 
 
+class _Pictures(_Part):
+    base: list[dict[str, Any]]
+    trained: list[dict[str, Any]]
+
+
 class _Shown(_Part):
     """What a model card tells."""
 
@@ -66,7 +71,7 @@ class _Shown(_Part):
     unjudged: Count
     seen: Count
     prompts: list[_Text]
-    images: dict[str, list[dict[str, Any]]]
+    images: _Pictures
 
 
 class _Interval(_Part):
