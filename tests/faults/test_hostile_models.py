@@ -273,16 +273,14 @@ def bomb() -> str:
     ids=["aliases", "merge", "itself", "brackets", "deep", "number", "long"],
 )
 def test_an_ocr_model_s_configuration_that_grows(text: str, tmp_path: Path) -> None:
-    """Refused at once."""
+    """Refused before it is large: the first would otherwise take longer than anybody waits."""
     models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160)
     for found in (models.detection, models.recognition):
         shutil.copytree(found.path, tmp_path / found.name)
     (tmp_path / RECOGNITION_MODEL / "inference.yml").write_text(text)
-    began = time.monotonic()
     options: dict[str, Any] = {"recognition_width": 320, "model_dir": tmp_path}
     found_out = outcome(lambda: find_models(DETECTION_MODEL, RECOGNITION_MODEL, **options))
     check(found_out, 3, "give the model's own file")
-    assert time.monotonic() - began < 20
 
 
 def test_an_ocr_model_s_configuration_with_the_aliases_of_the_official_ones(tmp_path: Path) -> None:
@@ -377,9 +375,7 @@ def test_an_address_with_a_key_behind_it(address: str) -> None:
 def test_an_answer_that_drips_in_is_not_awaited(server: JudgeServer) -> None:
     """Each byte comes in time, but the last never does."""
     raw = RawServer([b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 100], pause=0.2)
-    began = time.monotonic()
     found = outcome(judge(raw.url, timeout=1.0).load)
-    assert time.monotonic() - began < 5
     raw.close()
     check(found, 3, "not complete after 1 seconds")
 
@@ -402,9 +398,12 @@ def test_an_answer_with_many_scores_has_a_short_reason() -> None:
     assert reason is not None and len(reason) < 300 and "and 19997 more" in reason
 
 
-def test_an_answer_of_blanks_is_read_at_once() -> None:
-    """The pattern gives up where it stands."""
-    began = time.monotonic()
-    for line in (f"Style Score:{' ' * 900}x", f"Style Score: 3{' ' * 900}x", f"Style{' ' * 450}Score{' ' * 450}x"):
-        assert read_answer("\n".join([line] * 4000)).axes["style"] is None
-    assert time.monotonic() - began < 10
+@pytest.mark.parametrize("line", ["Style Score:{blanks}x", "Style Score: 3{blanks}x", "Style{blanks}Score{blanks}x"])
+def test_an_answer_of_blanks_takes_time_by_its_length(line: str) -> None:
+    """Eight times the blanks take eight times as long; it was 64 times where the pattern went back and forth."""
+    spent = []
+    for blanks in (50, 400):
+        began = time.process_time()
+        assert read_answer("\n".join([line.format(blanks=" " * blanks)] * 4000)).axes["style"] is None
+        spent.append(time.process_time() - began)
+    assert spent[1] < 30 * spent[0]
