@@ -36,6 +36,11 @@ def _known(error: Exception) -> GdroError | None:
     """The error as one of ours; the operating system's refusals are the user's to mend, too."""
     if isinstance(error, GdroError):
         return error
+    if _is_out_of_memory(error):
+        return PrerequisiteError(
+            "There is not enough memory: lower sample.batch_size, train.micro_batch or the pictures' size (--dry-run"
+            " tells what is needed), and run the same command again."
+        )
     if not isinstance(error, OSError):
         return None
     where = error.filename if error.filename is not None else "a file"
@@ -43,9 +48,18 @@ def _known(error: Exception) -> GdroError | None:
         return UserError(f"{where}: {error.strerror}: change its permissions or name another --out.")
     if error.errno in _FULL:
         return StoreError(f"The disk is full ({where}): make room and run the same command again to go on.")
+    if error.errno == errno.ENAMETOOLONG:
+        return UserError(f"The name {str(where)[:60]!r}... is too long for a file: choose a shorter one.")
     if error.errno == errno.EMFILE:
         return PrerequisiteError("Too many open files: raise the limit (ulimit -n) and run the same command again.")
     return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Python's, CUDA's (whose class is not imported for this) or that of PyTorch on the CPU, which has no class."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _print(message: str, *, label: str = "Error", style: str = "red") -> None:

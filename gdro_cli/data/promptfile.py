@@ -25,6 +25,8 @@ MAX_PROMPT_CHARS = 4_000
 """Far more than any text encoder reads (FLUX: 512 tokens)."""
 MAX_PROBLEMS = 10
 """How many bad lines one message lists."""
+_DEEPEST = 50
+"""Lists and objects in each other; several hundred cannot be passed on to scoring processes."""
 _MAX_KEYS = 8
 """How many keys of a line it lists."""
 
@@ -127,6 +129,8 @@ def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
     try:
         value = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_int=small_integer)
         json.dumps(value, allow_nan=False)
+        if _depth(value) > _DEEPEST:
+            raise RecursionError
     except json.JSONDecodeError as error:
         raise _BadLineError(f"it is not JSON ({error.msg.lower()} at character {error.pos + 1})") from error
     except RecursionError as error:
@@ -152,6 +156,12 @@ def _listed(value: Mapping[str, Any]) -> str:
     keys = [key if len(key) <= 40 else f"{key[:37]}..." for key in sorted(value)]
     shown = ", ".join(keys[:_MAX_KEYS]) + (", ..." if len(keys) > _MAX_KEYS else "")
     return shown if shown.isprintable() and shown else repr(shown) if shown else "no keys"
+
+
+def _depth(value: Any) -> int:
+    """How many objects and lists lie in each other."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
 
 
 def _texts(value: Any) -> Iterator[str]:

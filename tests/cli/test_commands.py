@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from gdro_cli.cli.app import main
 from gdro_cli.cli.failures import exit_code_of
@@ -241,6 +242,10 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x: Read-only file system"),
         (OSError(errno.ENOSPC, "No space left on device"), 4, "The disk is full"),
         (OSError(errno.EMFILE, "Too many open files"), 3, "Too many open files"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999), 2, "xxx'... is too long for a file"),
+        (MemoryError(), 3, "not enough memory: lower sample.batch_size"),
+        (torch.OutOfMemoryError("CUDA out of memory."), 3, "not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 3, "not enough memory"),
         (ZeroDivisionError("division\nby zero"), 1, "Unexpected ZeroDivisionError: division by zero. This is a defect"),
         (KeyError("x"), 1, "--debug"),
     ],
