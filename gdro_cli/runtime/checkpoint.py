@@ -2,7 +2,8 @@
 
 ``<run>/checkpoints/step-000100/`` holds one safetensors file per name, ``state.json``, whatever ``extra`` writes (the
 adapter in diffusers' format), and ``manifest.json`` with the SHA-256 of each. The folder is filled under another name
-and renamed when it is complete and on the disk.
+and renamed when it is complete and on the disk. One that it replaces keeps another name until then, by which
+``mend_checkpoints`` finds it if the process was killed in between.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ _NAME = re.compile(r"step-(\d{6,})")
 _FILE = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*")
 _MANIFEST = "manifest.json"
 _STATE = "state.json"
+_REPLACED = ".replaced.tmp"
 _SCALES = ("absmax", "qmap")
 """Beginnings of the names of what an 8-bit optimizer keeps per block of a parameter, in a shape of its own."""
 
@@ -82,14 +85,14 @@ def save_checkpoint(
         raise ValueError("keep must be at least 1")
     home = folder / "checkpoints"
     make_folder(home)
-    _remove_leftovers(home)
+    mend_checkpoints(folder)
     final = home / f"step-{step:06d}"
     unfinished = home / f".{final.name}.{os.getpid()}.tmp"
     try:
         unfinished.mkdir()
         _fill(unfinished, step=step, tensors=tensors, state=state, extra=extra)
         if final.exists():
-            os.rename(final, home / f".{final.name}.{os.getpid()}.old.tmp")
+            os.rename(final, home / f".{final.name}{_REPLACED}")
         os.rename(unfinished, final)
         sync_folder(home)
         others = [path for _, path in _checkpoints(home) if path != final]
@@ -101,8 +104,23 @@ def save_checkpoint(
     except OSError as error:
         raise cannot_write(home, error) from error
     finally:
-        _remove_leftovers(home)
+        mend_checkpoints(folder)
     return final
+
+
+def mend_checkpoints(folder: Path) -> None:
+    """Delete what a killed process left unfinished in a run folder, and put back a checkpoint that it was replacing.
+
+    The run's lock guarantees that nobody else is writing.
+    """
+    home = folder / "checkpoints"
+    for path in home.glob(f".step-*{_REPLACED}"):
+        place = home / path.name.removeprefix(".").removesuffix(_REPLACED)
+        if not os.path.lexists(place):
+            with suppress(OSError):
+                os.rename(path, place)
+    for path in home.glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -127,7 +145,7 @@ def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
         StoreError: a file is missing or changed; the message names it.
     """
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
     manifest = _read_json(path / _MANIFEST)
     if not isinstance(manifest, dict) or manifest.pop("sha256", None) != _digest(manifest):
@@ -151,7 +169,9 @@ def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
     for name in names:
         file = path / f"{name}.safetensors"
         try:
-            tensors[name] = load_file(file)
+            tensors[name] = load(file.read_bytes())  # by its bytes: the library takes no path that is not UTF-8
+        except OSError as error:
+            raise _damaged(file, "cannot be read") from error
         except SafetensorError as error:
             raise _damaged(file, "holds no tensors") from error
     state = _read_json(path / _STATE)
@@ -274,12 +294,6 @@ def _checkpoints(home: Path) -> list[tuple[int, Path]]:
         return []
     found = [(_NAME.fullmatch(path.name), path) for path in home.iterdir() if path.is_dir()]
     return sorted((int(match[1]), path) for match, path in found if match)
-
-
-def _remove_leftovers(home: Path) -> None:
-    """Delete what a killed process left unfinished; the run's lock guarantees that nobody else is writing."""
-    for path in home.glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _read_json(path: Path) -> Any:

@@ -30,7 +30,7 @@ from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages import train
 from gdro_cli.stages.evaluate import applied
 from gdro_cli.stages.inputs import expected_inputs
-from gdro_cli.stages.outcome import STOPPED, evaluated_weights
+from gdro_cli.stages.outcome import early_end, evaluated_weights
 from gdro_cli.stages.report import validation_rows
 from gdro_cli.stages.runs import run_path
 from gdro_cli.stages.validate import Protocol, Validation, validation_protocol
@@ -59,7 +59,7 @@ class Place:
     @property
     def trained(self) -> bool:
         """Whether the training is over and its adapter written."""
-        over = self.step >= self.cell.recipe.train.steps or (self.run / STOPPED).is_file()
+        over = self.step >= self.cell.recipe.train.steps or early_end(self.run) is not None
         return over and (self.run / "pytorch_lora_weights.safetensors").is_file()
 
     @property
@@ -132,7 +132,7 @@ def outcome(folder: Path, number: int, place: Place) -> Outcome:
             return held
     if not place.finished:
         return Outcome("unfinished")
-    return Outcome("ended early" if (place.run / STOPPED).is_file() else "finished")
+    return Outcome("ended early" if early_end(place.run) is not None else "finished")
 
 
 def carry_out(

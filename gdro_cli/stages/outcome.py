@@ -17,7 +17,7 @@ from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint, load
 from gdro_cli.runtime.run import RunFolder
 
 STOPPED = "stopped.json"
-"""Says at which step and why a run ended before its last one."""
+"""Says at which step and why a run ended before its last one; see ``early_end``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,18 @@ class RunWeights:
     """Measure, score and validation protocol by which the best point was chosen; None for the last step."""
     identity: str
     """Names the weights that the recipe evaluates: ``ema`` or ``raw``, and their digest."""
+
+
+def early_end(run: Path) -> int | None:
+    """The step at which a run ended before its last one; None if it did not.
+
+    A note of a step whose checkpoint is no longer the newest says nothing: the run goes on from the newest.
+    """
+    newest = latest_checkpoint(run)
+    if newest is None or not (run / STOPPED).is_file():
+        return None
+    step = checkpoint_step(newest)
+    return step if RunFolder(run).read_object(STOPPED).get("step") == step else None
 
 
 def keep_if_best(
@@ -90,7 +102,7 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     kept = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
     needed = ("adapter", "ema")
     last = load_checkpoint(path, needed=needed)
-    if last.step != recipe.train.steps and not (folder.path / STOPPED).is_file():
+    if last.step != recipe.train.steps and early_end(folder.path) is None:
         raise PrerequisiteError(
             f"the run {folder.path} stands at step {last.step} of {recipe.train.steps}: run `gdro train` with the"
             " same recipe, --set and --out to finish it"

@@ -20,11 +20,11 @@ from gdro_cli.stages.card import write_card
 from gdro_cli.stages.inputs import expected_inputs, make_inputs, run_inputs
 from gdro_cli.stages.offline import GroupSteps
 from gdro_cli.stages.online import OnlineSteps
-from gdro_cli.stages.outcome import STOPPED, best_folder
+from gdro_cli.stages.outcome import STOPPED, best_folder, early_end
 from gdro_cli.stages.refresh import RefreshedSteps
 from gdro_cli.stages.runs import find_run, learnt_from, open_run, run_path
 from gdro_cli.stages.shares import check_shares
-from gdro_cli.stages.trainer import StepSource, Trainer, attach_adapter, has_ended, learning_rate, train_loop
+from gdro_cli.stages.trainer import StepSource, Trainer, attach_adapter, learning_rate, train_loop
 from gdro_cli.stages.validate import Validation
 from gdro_cli.stages.workspace import open_engine, open_model
 
@@ -66,8 +66,8 @@ class TrainResult:
         best = latest_checkpoint(best_folder(self.run))
         if best is not None:
             rows["weights kept"] = f"those of step {load_checkpoint(best).step}, the best evaluation point"
-        if (self.run.path / STOPPED).is_file():
-            rows["training"] = "ended early, the pictures had collapsed (stopped.json)"
+        if early_end(self.run.path) is not None:
+            rows["training"] = f"ended early, the pictures had collapsed ({STOPPED})"
         rows["adapter"] = str(self.run.path / "pytorch_lora_weights.safetensors")
         return rows
 
@@ -91,7 +91,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
             trainer = Trainer(recipe, model, source, folder, engine)
             start = trainer.resume()
             with ExitStack() as stack:
-                left = not has_ended(folder, recipe, start)
+                left = not trainer.ended
                 with engine.together():
                     pool = source.open(stack, folder, trainer.ema) if left else None
                     watch = left and recipe.train.eval_every > 0

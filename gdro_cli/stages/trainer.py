@@ -20,6 +20,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import TrainSection
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.errors import StoreError
+from gdro_cli.files import storage_errors
 from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
 from gdro_cli.models.base import FlowModel
 from gdro_cli.rewards.pool import ScoringPool
@@ -27,6 +28,7 @@ from gdro_cli.runtime.checkpoint import (
     flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
+    mend_checkpoints,
     restore_optimizer,
     save_checkpoint,
 )
@@ -36,7 +38,7 @@ from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.finished import note_adapter
-from gdro_cli.stages.outcome import STOPPED, evaluated_weights, forget_best_after, keep_if_best
+from gdro_cli.stages.outcome import STOPPED, best_folder, early_end, evaluated_weights, forget_best_after, keep_if_best
 from gdro_cli.stages.rewards import measures, missing_limits
 from gdro_cli.stages.validate import Validation
 
@@ -117,7 +119,11 @@ class Trainer:
         self.ema = Ema(self.parameters, section.ema.rate, section.ema.max_decay)
         self.step = 0
         self.collapse: dict[str, Any] | None = None
-        """Where and why the training is to end early."""
+        """Where and why the training is to end early; known to the main process."""
+        self.saved = -1
+        """Step of the newest checkpoint."""
+        self.ended = False
+        """Whether ``resume`` found that nothing is left to do."""
         self.best = -1
         """Step of the evaluation point whose weights were kept last, by the main process."""
 
@@ -181,10 +187,13 @@ class Trainer:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of the present step; all processes wait for it."""
+        """Write a checkpoint of the present step, if it has none; all processes wait for it."""
+        if self.saved == self.step:
+            return
         with self.engine.together():
             if self.engine.is_main:
                 self._write_checkpoint()
+        self.saved = self.step
 
     def _write_checkpoint(self) -> None:
         """The checkpoint, with the adapter in diffusers' format beside it."""
@@ -199,7 +208,7 @@ class Trainer:
             self.folder.path,
             self.step,
             tensors={"adapter": lora_state(self.model), "ema": self.ema.state(), "optimizer": tensors},
-            state={"optimizer": state},
+            state={"optimizer": state} | ({} if self.collapse is None else {"collapse": self.collapse}),
             extra=add_adapters,
             keep=self.recipe.train.keep_checkpoints,
         )
@@ -207,11 +216,12 @@ class Trainer:
     def resume(self) -> int:
         """Restore the newest checkpoint, if there is one, in all processes, and return its step."""
         # One process looks: on a shared disk another might not see yet what the main one sees.
-        path = self.engine.from_main(lambda: latest_checkpoint(self.folder.path))
+        path = self.engine.from_main(self._newest)
         with self.engine.together():
             if path is not None:
                 checkpoint = load_checkpoint(path, needed=("adapter", "ema", "optimizer"))
-                self.step = checkpoint.step
+                self.step = self.saved = checkpoint.step
+                self.collapse = checkpoint.state.get("collapse")
                 load_lora_state(self.model, checkpoint.tensors["adapter"])
                 self.ema.load(checkpoint.tensors["ema"])
                 state = checkpoint.state.get("optimizer", {})
@@ -219,7 +229,25 @@ class Trainer:
             if self.engine.is_main:
                 self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
                 forget_best_after(self.folder, self.step)
+                self._note_end()
+        self.ended = self.engine.from_main(
+            lambda: self.step >= self.recipe.train.steps or early_end(self.folder.path) is not None
+        )
         return self.step
+
+    def _newest(self) -> Path | None:
+        """The newest checkpoint, after what a killed process left behind is mended."""
+        for folder in (self.folder.path, best_folder(self.folder)):
+            mend_checkpoints(folder)
+        return latest_checkpoint(self.folder.path)
+
+    def _note_end(self) -> None:
+        """Make the note of an early end agree with the newest checkpoint."""
+        if self.collapse is not None:
+            self.folder.write_json(STOPPED, self.collapse)
+        elif early_end(self.folder.path) is None:
+            with storage_errors(self.folder.path):
+                (self.folder.path / STOPPED).unlink(missing_ok=True)
 
     def export(self) -> None:
         """Put the adapter that is evaluated where ``pipe.load_lora_weights(run)`` finds it, and say what it is."""
@@ -245,15 +273,10 @@ def learning_rate(section: TrainSection, step: int) -> float:
     return section.lr
 
 
-def has_ended(folder: RunFolder, recipe: Recipe, step: int) -> bool:
-    """Whether a run that stands at ``step`` has nothing left to do."""
-    return step >= recipe.train.steps or (folder.path / STOPPED).is_file()
-
-
 def train_loop(trainer: Trainer, validation: Validation | None, reporter: Reporter, stop: StopFlag) -> None:
     """All remaining steps: get a gradient, one update, log; now and then validate and save."""
     section, engine, folder, source = trainer.recipe.train, trainer.engine, trainer.folder, trainer.source
-    if has_ended(folder, trainer.recipe, trainer.step):
+    if trainer.ended:
         return
     if validation is not None and trainer.step == 0:
         trainer.validate(validation, reporter)

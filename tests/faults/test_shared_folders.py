@@ -116,6 +116,8 @@ def test_a_full_disk(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No space"):
             filler.write_bytes(bytes(2 * 10**6))
         check(outcome(lambda: [run.append_metrics({"step": n, "loss": 0.5}) for n in range(10_000)]), 4, full)
+        check(outcome(lambda: folder_lock(disk / "lock").__enter__()), 4, full)
+        assert not (disk / "lock").exists()
         filler.unlink()
         again = RunFolder.create_or_open(disk / "run", recipe={}, inputs={}, environment={})
         steps = [row["step"] for row in again.metrics()]

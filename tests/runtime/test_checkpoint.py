@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from gdro_cli.runtime.checkpoint import (
     flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
+    mend_checkpoints,
     restore_optimizer,
     save_checkpoint,
 )
@@ -66,6 +70,40 @@ def test_a_step_can_be_saved_again(tmp_path: Path) -> None:
     save(tmp_path, 5)
     assert load_checkpoint(path).step == 5
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from gdro_cli.runtime.checkpoint import save_checkpoint
+rename, count = os.rename, 0
+def dying(source, target):
+    global count
+    count += 1
+    if count == int(sys.argv[2]):
+        os._exit(9)
+    rename(source, target)
+os.rename = dying
+save_checkpoint(Path(sys.argv[1]), 5, tensors={}, state={"note": "second"}, keep=1)
+"""
+
+
+@pytest.mark.parametrize("moment", [1, 2, 3])
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(tmp_path: Path, moment: int) -> None:
+    """Before it is moved aside; when there is none of that name; when there are both."""
+    save(tmp_path, 5)
+    found = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), str(moment)], check=False)
+    assert found.returncode == (9 if moment < 3 else 0)
+    mend_checkpoints(tmp_path)
+    newest = latest_checkpoint(tmp_path)
+    assert newest is not None and load_checkpoint(newest).state["note"] == ("ü" if moment < 3 else "second")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000005"]
+
+
+def test_a_path_that_is_no_text(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    held = load_checkpoint(save(folder, 5))
+    assert torch.equal(held.tensors["lora"]["a"], TENSORS["lora"]["a"])
 
 
 def test_crash_while_writing_leaves_the_older_checkpoint(tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sweep import plan_sweep
 from gdro_cli.core.corrected import corrected_score
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.runtime.checkpoint import latest_checkpoint
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, train
+from gdro_cli.stages.cells import places
 from gdro_cli.stages.outcome import STOPPED, best_folder
 from gdro_cli.stages.rewards import open_table
 from gdro_cli.stages.sample import training_store
@@ -294,6 +296,63 @@ def test_a_run_that_ended_early_is_not_continued(
     assert again.run.path == first.run.path
     assert first.run.metrics_path.read_text() == before
     assert "collapsed" in again.summary["training"]
+
+
+def timeless(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+@pytest.fixture
+def destroyed_copy(destroyed: tuple[Path, train.TrainResult], tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the workspace, and the run in it without what is written after the last checkpoint."""
+    workspace = shutil.copytree(destroyed[0], tmp_path / "copy")
+    run = workspace / "runs" / destroyed[1].run.path.name
+    (run / "pytorch_lora_weights.safetensors").unlink()
+    return workspace, run
+
+
+def test_a_kill_before_the_note_of_the_end_does_not_move_it(
+    destroyed_copy: tuple[Path, Path], make_recipe: MakeRecipe, quiet: Reporter
+) -> None:
+    workspace, run = destroyed_copy
+    before, note = (run / "metrics.jsonl").read_text(), (run / STOPPED).read_bytes()
+    (run / STOPPED).unlink()
+    again = train.run(make_recipe(**DESTROYED), workspace, quiet)
+    assert (run / STOPPED).read_bytes() == note and (run / "metrics.jsonl").read_text() == before
+    assert again.resumed_from == json_of(run / STOPPED)["step"] and "collapsed" in again.summary["training"]
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_a_note_without_its_checkpoint_ends_nothing(
+    destroyed_copy: tuple[Path, Path], destroyed: tuple[Path, train.TrainResult], make_recipe: MakeRecipe
+) -> None:
+    """The user deleted the last checkpoint, as a message about damage says: the run goes on, to the same end."""
+    workspace, run = destroyed_copy
+    last = latest_checkpoint(run)
+    assert last is not None
+    shutil.rmtree(last)
+    recipe = make_recipe(**DESTROYED)
+    (place,) = places(plan_sweep(recipe, ["gamma"], ["0.0"]), workspace, open_model(recipe))
+    assert place.run == run and not place.trained
+    again = train.run(recipe, workspace, Listener())
+    assert again.resumed_from < json_of(run / STOPPED)["step"]
+    assert timeless(run) == timeless(destroyed[1].run.path)
+    assert (run / STOPPED).read_bytes() == (destroyed[1].run.path / STOPPED).read_bytes()
+    files = [folder / last.name / "ema.safetensors" for folder in (last.parent, destroyed[1].run.path / "checkpoints")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_what_a_kill_left_of_checkpoints_goes_when_the_run_is_opened(
+    destroyed_copy: tuple[Path, Path], make_recipe: MakeRecipe, quiet: Reporter
+) -> None:
+    workspace, run = destroyed_copy
+    left = [run / place / ".step-000009.77.tmp" for place in ("checkpoints", "best/checkpoints")]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "adapter.safetensors").write_bytes(b"half")
+    train.run(make_recipe(**DESTROYED), workspace, quiet)
+    assert not any(folder.exists() for folder in left)
 
 
 def test_a_destroyed_model_can_be_evaluated(

@@ -301,6 +301,11 @@ def test_a_stop_while_a_round_is_drawn_keeps_the_rounds_before(
         train_loop(trainer, None, quiet, stop)
     path = latest_checkpoint(trainer.folder.path)
     assert path is not None and load_checkpoint(path).step == 2
+    written, again = path.stat(), trainer_of(recipe, tmp_path, Brightness())
+    assert again.resume() == 2
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        train_loop(again, None, quiet, stop)
+    assert path.stat() == written  # not replaced by itself
 
 
 # --- around it -------------------------------------------------------------------------------------------------

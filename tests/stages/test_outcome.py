@@ -14,7 +14,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.outcome import STOPPED, best_folder, evaluated_weights, keep_if_best
+from gdro_cli.stages.outcome import STOPPED, best_folder, early_end, evaluated_weights, keep_if_best
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -162,6 +162,18 @@ def test_a_run_that_ended_early_is_finished(run: RunFolder, make_recipe: MakeRec
     best, last = (evaluated_weights(run, make_recipe(eval={"checkpoint": name})) for name in ("best", "last"))
     assert best is not None and last is not None
     assert (best.step, last.step) == (1, 3)
+
+
+@pytest.mark.parametrize("note", [{"step": 4}, {"step": 2}, {"step": "3"}, {}])
+def test_a_note_of_another_step_ends_nothing(run: RunFolder, make_recipe: MakeRecipe, note: dict[str, Any]) -> None:
+    checkpoint(run, 3)
+    assert early_end(run.path) is None
+    run.write_json(STOPPED, {"step": 3})
+    assert early_end(run.path) == 3
+    run.write_json(STOPPED, note)
+    assert early_end(run.path) is None
+    with pytest.raises(PrerequisiteError, match="stands at step 3 of 4"):
+        evaluated_weights(run, make_recipe())
 
 
 def test_a_damaged_best_point_is_named(run: RunFolder, make_recipe: MakeRecipe) -> None:
