@@ -28,6 +28,8 @@ _FLUSHES_AT_ONCE = 16
 _FORGOTTEN_SECONDS = 3600.0
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_SECOND_NAME = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""How disks answer on which a file cannot have two names."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -97,6 +99,31 @@ def write_bytes(path: Path, data: bytes) -> None:
             with contextlib.suppress(OSError):
                 partial.unlink()
             raise
+
+
+def write_new_bytes(path: Path, data: bytes) -> bool:
+    """Write ``data`` if nothing has that name: of several processes that write it at once, one does.
+
+    Returns False, and leaves what is there, if there is something. Raises ``StoreError``.
+    """
+    partial = partial_name(path)
+    with storage_errors(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_through(partial, data)
+            try:
+                os.link(partial, path)
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in _NO_SECOND_NAME or os.path.lexists(path):
+                    raise
+                os.replace(partial, path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+    return True
 
 
 def append_bytes(path: Path, data: bytes) -> None:

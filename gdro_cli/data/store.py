@@ -21,7 +21,7 @@ from gdro_cli.config.base import canonical_json, differences, digest
 from gdro_cli.data.records import PromptRecord, PromptSet
 from gdro_cli.data.shards import Group, ImageFormat, Shard, ShardDamageError, StoredGroup, StoredImage
 from gdro_cli.errors import StoreError
-from gdro_cli.files import parse_json, sha256, write_json
+from gdro_cli.files import json_bytes, parse_json, refuse_links, sha256, write_new_bytes
 
 __all__ = ["Group", "GroupStore", "ImageFormat", "StoredGroup", "StoredImage"]
 
@@ -73,23 +73,23 @@ class GroupStore:
         """
         if not prompts.records or images_per_prompt < 1 or prompts_per_shard < 1:
             raise ValueError("a store needs prompts, images per prompt and prompts per shard")
-        if os.path.exists(path / _MANIFEST):  # False, not an error, where the folder cannot be entered
-            store = cls.open(path, command=command)
-            asked = _described(identity, prompts.records, images_per_prompt, image_format)
-            store._refuse_other(asked)
-            return store
-        names = [record.id for record in prompts.records]
-        content: dict[str, Any] = {
-            "kind": _KIND,
-            "schema": STORE_SCHEMA,
-            "identity": _as_json(identity),
-            "images_per_prompt": images_per_prompt,
-            "image_format": image_format,
-            "prompts": [record.to_json() for record in prompts.records],
-            "shards": [names[first : first + prompts_per_shard] for first in range(0, len(names), prompts_per_shard)],
-        }
-        write_json(path / _MANIFEST, content | {"digest": digest(content)})
-        return cls.open(path, command=command)
+        manifest = path / _MANIFEST
+        if not os.path.exists(manifest):  # False, not an error, where the folder cannot be entered
+            names = [record.id for record in prompts.records]
+            content: dict[str, Any] = {
+                "kind": _KIND,
+                "schema": STORE_SCHEMA,
+                "identity": _as_json(identity),
+                "images_per_prompt": images_per_prompt,
+                "image_format": image_format,
+                "prompts": [record.to_json() for record in prompts.records],
+                "shards": [names[i : i + prompts_per_shard] for i in range(0, len(names), prompts_per_shard)],
+            }
+            if not write_new_bytes(manifest, json_bytes(content | {"digest": digest(content)})):
+                refuse_links([manifest])  # else another process has made the store just now
+        store = cls.open(path, command=command)
+        store._refuse_other(_described(identity, prompts.records, images_per_prompt, image_format))
+        return store
 
     @classmethod
     def open(cls, path: Path, *, command: str = "gdro sample") -> Self:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +92,52 @@ def test_writing_again_gives_the_same_bytes(store: GroupStore, make_group: Make)
 def test_reopening_with_the_same_identity_whatever_the_shard_size(store: GroupStore, open_store: Open) -> None:
     again = open_store(prompts_per_shard=5)
     assert again == store and again.missing_shards() == []
+
+
+FIRST_START = """
+import sys, time
+from pathlib import Path
+from gdro_cli.data.records import PromptRecord, PromptSet
+from gdro_cli.data.store import GroupStore
+folder, size, turns = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+prompts = PromptSet.of([PromptRecord.of(str(n), target="X") for n in range(6)])
+for turn in range(turns):
+    (folder / f"{turn}-{size}").touch()
+    while not (folder / f"{turn}").exists():
+        pass
+    store = GroupStore.create_or_open(
+        folder / f"{turn}", identity={}, prompts=prompts, images_per_prompt=2, prompts_per_shard=size
+    )
+    print(store.digest)
+"""
+
+
+def test_of_several_first_starts_one_divides_the_store(tmp_path: Path) -> None:
+    """At the same moment, each with another ``sample.prompts_per_shard``: all go on with the same shards."""
+    turns, sizes = 60, (1, 2, 3)
+    racing = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_START, str(tmp_path), str(size), str(turns)], stdout=subprocess.PIPE, text=True
+        )
+        for size in sizes
+    ]
+    for turn in range(turns):
+        while not all((tmp_path / f"{turn}-{size}").exists() for size in sizes):
+            assert all(each.poll() in (None, 0) for each in racing)
+            time.sleep(0.001)
+        (tmp_path / str(turn)).mkdir()
+    told = [each.communicate()[0].split() for each in racing]
+    kept = [GroupStore.open(tmp_path / str(turn)).digest for turn in range(turns)]
+    assert told == [kept] * len(sizes)
+    assert {path.name for turn in range(turns) for path in (tmp_path / str(turn)).iterdir()} == {"manifest.json"}
+
+
+def test_a_manifest_that_is_a_link_to_nothing(open_store: Open, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="manifest.json is a link that leaves its folder: delete it"):
+        open_store()
+    assert not (tmp_path / "nowhere").exists()
 
 
 @pytest.mark.parametrize(
