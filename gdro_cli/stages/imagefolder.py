@@ -13,7 +13,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
 from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.scores import ScoreRow, ScoreTable
-from gdro_cli.errors import StoreError
+from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import (
     json_lines,
     make_folder,
@@ -25,6 +25,7 @@ from gdro_cli.files import (
     write_bytes,
     write_json,
 )
+from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
@@ -73,9 +74,15 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) ->
 def score_parts(
     recipe: Recipe, entries: tuple[PromptPictures, ...], place: Path, *, reporter: Reporter, stop: StopFlag
 ) -> list[ScoreRow]:
-    """The score of every picture, in order; parts that an earlier call has finished are read."""
+    """The score of every picture, in order; parts that an earlier call has finished are read.
+
+    Raises:
+        Interrupted: a stop was asked for; finished parts are kept, and the one that is being scored if it is done
+            within ``STOP_GRACE`` seconds.
+    """
     parts = {place / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
     missing = [path for path in parts if not path.exists()]
+    stopped = f"stopped while scoring; what is done is kept in {place}: run the command again to go on"
     if missing:
         total = sum(len(entry.pictures) for path in missing for entry in parts[path])
         with open_pool(recipe) as pool, reporter.track("scoring", total=total, unit="images") as progress:
@@ -84,13 +91,16 @@ def score_parts(
                     (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.pictures)
                 ]
                 files, prompts = [file for *_, file in asked], [prompt for prompt, *_ in asked]
-                scores = pool.score(files, prompts, on_scored=progress.advance)
+                try:
+                    scores = pool.score(files, prompts, on_scored=progress.advance, stop=lambda: stop.requested)
+                except ScoringStopped as error:
+                    raise Interrupted(stopped) from error
                 rows = [
                     ScoreRow(prompt.id, index, score.value, score.reason, score.details)
                     for (prompt, index, _), score in zip(asked, scores, strict=True)
                 ]
                 write_bytes(path, json_lines(row.to_json() for row in rows))
-                stop.check(f"stopped while scoring; what is done is kept in {place}: run the command again to go on")
+                stop.check(stopped)
     return [row for path, part in parts.items() for row in _read(path, part)]
 
 
