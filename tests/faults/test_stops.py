@@ -106,3 +106,24 @@ def test_scoring_a_folder_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, m
         os.kill(os.getpid(), signal.SIGTERM)
         imagefolder.run(recipe, tmp_path / "out", QUIET, folder=folder)
     assert not list(tmp_path.glob("out/folders/*/*"))
+
+
+@pytest.mark.timeout(600)
+def test_the_end_of_an_evaluation_is_whole_or_told_as_interrupted(tmp_path: Path) -> None:
+    """Stopped while the report is written, of which the picture grid comes first."""
+    recipe = write_recipe(tmp_path / "small.yaml", train={"steps": 2, "eval_every": 0})
+    workspace, pictures = tmp_path / "out", tmp_path / "pictures"
+    code, _, errors = finish(start(["train"], recipe=recipe, workspace=workspace))
+    assert code == 0, errors
+    process = start(["eval", "--export", str(pictures)], recipe=recipe, workspace=workspace)
+    wait_for(process, workspace, "runs/*/evaluations/results-*.png")
+    process.send_signal(signal.SIGTERM)
+    code, _, errors = finish(process)
+    assert code in (0, 130) and "Traceback" not in errors, errors
+    assert pictures.exists() == (code == 0)
+    if code:
+        assert "Stopped while the pictures were written" in errors and "command again to go on" in errors
+    assert list(workspace.glob("runs/*/report.html")) and not list(workspace.rglob("lock"))
+    assert not list(tmp_path.glob(".*"))
+    code, _, errors = finish(start(["eval"], recipe=recipe, workspace=workspace))
+    assert code == 0, errors
