@@ -119,7 +119,7 @@ def run(asked: Export, workspace: Path, reporter: Reporter) -> dict[str, str]:
 
 def _run(asked: Export, workspace: Path, reporter: Reporter, stop: StopFlag) -> dict[str, str]:
     found = open_finished(find_run_folder(asked.run, workspace))
-    nothing = "stopped before anything was written: run the command again"
+    nothing = "stopped before anything was exported: run the command again"
     if asked.push is not None:
         with _ending_at_once(stop, nothing):
             hub.check_login()

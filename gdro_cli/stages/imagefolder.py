@@ -71,7 +71,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) ->
     make_folder(place)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop, folder_lock(place / "lock"):
         rows = score_parts(recipe, entries, place, reporter=reporter, stop=stop)
-    return report(recipe, folder, entries, rows, place, version)
+        return report(recipe, folder, entries, rows, place, version)
 
 
 def score_parts(

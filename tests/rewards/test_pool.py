@@ -260,6 +260,24 @@ def test_workers_end_when_the_parent_is_killed(state: str, tmp_path: Path) -> No
     assert not any(_runs(pid) for pid in pids)
 
 
+UNCLOSED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from breaking_rewards import WidthReward
+from gdro_cli.rewards.pool import ScoringPool
+if __name__ == "__main__":
+    pool = ScoringPool(WidthReward(), workers=1).__enter__()
+    sys.exit(7)
+"""
+
+
+def test_a_program_that_never_closes_its_pool_ends_all_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "unclosed.py"
+    script.write_text(UNCLOSED)
+    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 7
+
+
 def _runs(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
