@@ -144,6 +144,21 @@ def test_a_merge_ends_where_it_is_asked_to(flux_folder: Path, adapter_file: Path
     assert [path.name for path in tmp_path.iterdir()] == ["whole"]
 
 
+def test_ctrl_c_inside_the_library_is_not_told_as_damage(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
+    """It comes out as an error of the library's; a file without weights stands for it."""
+    shutil.copytree(flux_folder, tmp_path / "base")
+    (tmp_path / "base" / "transformer" / WEIGHTS).write_text("no weights")
+    base, calls = PipelineFolder(tmp_path / "base"), iter(range(1000))
+    before = list(base.own_files()).index(f"transformer/{WEIGHTS}")
+
+    def stop() -> None:
+        if next(calls) > before:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted, match="stopped"):
+        merge_into(base, read_adapter(adapter_file), tmp_path / "merged", check=stop)
+
+
 def test_paths_that_are_not_utf_8(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
     """The library opens none: an adapter is read all the same, a model is one sentence."""
     odd = tmp_path / os.fsdecode(b"caf\xe9")
