@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -245,7 +246,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     partial = partial_name(path)
     with storage_errors(path):
         try:
-            remove_tree(partial)
+            remove_abandoned(path)
             partial.mkdir(parents=True)
             yield partial
             for each in [*partial.rglob("*"), partial]:
@@ -265,9 +266,37 @@ def partial_name(path: Path) -> Path:
 
 
 def remove_partials(path: Path) -> None:
-    """Remove what processes that died have left of ``path`` under temporary names."""
-    for left in path.parent.glob(f".{path.name}.*{_PARTIAL}"):
+    """Remove what processes that died have left of ``path`` under temporary names, where a lock keeps others out."""
+    for left in _partials(path):
         remove_tree(left)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove what is left of ``path`` under the temporary names of processes that no longer run here, and of this one.
+
+    For what no lock guards: another process of this machine that is writing the same keeps its own.
+    """
+    for left in _partials(path):
+        number = left.name.removesuffix(_PARTIAL).rpartition(".")[2]
+        if left == partial_name(path) or (number.isdecimal() and not _runs(int(number))):
+            remove_tree(left)
+
+
+def _partials(path: Path) -> list[Path]:
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"))
+
+
+def _runs(number: int) -> bool:
+    """Whether a process of this machine has that number; outside POSIX, where asking would end it, any may."""
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def remove_forgotten(folder: Path) -> None:

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from pathlib import Path
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import UserError
-from gdro_cli.files import partial_name, remove_tree, storage_errors
+from gdro_cli.files import partial_name, remove_abandoned, storage_errors
 
 METADATA = "metadata.jsonl"
 SAMPLES = "samples"
@@ -39,10 +41,10 @@ def read_image_folder(folder: Path, *, task: str, classes: Collection[str] | Non
         classes: the classes that prompts may ask for; None allows any.
 
     Raises:
-        UserError: there is nothing of that layout, or a prompt has no pictures or bad metadata.
+        UserError: there is nothing of that layout, a link leads nowhere, or a prompt has no pictures or bad metadata.
     """
     try:
-        numbered = sorted(path for path in folder.iterdir() if path.name.isdigit() and path.is_dir())
+        numbered = sorted(path for path in folder.iterdir() if path.name.isdigit() and _is_folder(path))
     except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(f"the picture folder {folder} cannot be read: {reason}") from error
@@ -67,10 +69,22 @@ def read_image_folder(folder: Path, *, task: str, classes: Collection[str] | Non
 
 
 def _pictures(folder: Path) -> tuple[Path, ...]:
+    """The pictures in a folder; one that cannot be read is never left out, which would change what is measured."""
     if not folder.is_dir():
         return ()
-    shown = (path for path in folder.iterdir() if not path.name.startswith("."))
-    return tuple(sorted(path for path in shown if path.suffix.lower() in _PICTURES and path.is_file()))
+    shown = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = tuple(path for path in shown if path.suffix.lower() in _PICTURES and not _is_folder(path))
+    for path in pictures:
+        if not path.is_file():
+            raise UserError(f"{path} is no regular file: put the picture itself there, or delete it")
+    return pictures
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is one. Raises UserError for a link that leads nowhere: nobody knows what is missing there."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path} is a link that leads nowhere: put there what it should lead to, or delete it")
+    return path.is_dir()
 
 
 def write_image_folder(folder: Path, entries: Iterable[PromptPictures]) -> int:
@@ -84,7 +98,7 @@ def write_image_folder(folder: Path, entries: Iterable[PromptPictures]) -> int:
     partial = partial_name(folder)
     with storage_errors(folder):
         try:
-            remove_tree(partial)
+            remove_abandoned(folder)
             partial.mkdir(parents=True)
             count = 0
             for count, entry in enumerate(entries, start=1):
@@ -103,13 +117,37 @@ def write_image_folder(folder: Path, entries: Iterable[PromptPictures]) -> int:
 
 
 def refuse_used(folder: Path, *, what: str = "pictures") -> None:
-    """Raises UserError when pictures (or what else is written) would be mixed with what is in the folder."""
+    """Check, before any work, that a folder can be made or filled.
+
+    Raises:
+        UserError: what is written would be mixed with what is there, or the folder cannot be made where it should be.
+    """
+    refused = f"{folder} is no folder that {what} can be written to"
     try:
         used = folder.exists() and any(folder.iterdir())
+        above = Path(os.path.realpath(folder)).parent
+        while not os.path.lexists(above):
+            above = above.parent
+        if not stat.S_ISDIR(above.stat().st_mode):
+            raise UserError(f"{refused}: {above} is not a folder; name another one")
     except OSError as error:
-        raise UserError(f"{folder} is no folder that {what} can be written to: {error.strerror or error}") from error
+        if not folder.is_absolute() and not _in_a_folder():
+            raise UserError(
+                "the folder that you are in has been deleted: change to another and run the command again"
+            ) from error
+        raise UserError(f"{refused}: {error.strerror or error}; name another one") from error
     if used:
         raise UserError(f"{folder} is not empty: name a new folder for the {what}")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{refused}: no permission to write in {above}; name another one or change its permissions")
+
+
+def _in_a_folder() -> bool:
+    """Whether the process's working folder is still there."""
+    try:
+        return os.path.isdir(os.getcwd())
+    except OSError:
+        return False
 
 
 def metadata_line(prompt: PromptRecord) -> str:

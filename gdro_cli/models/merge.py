@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,13 +65,15 @@ def read_adapter(path: Path) -> Adapter:
     Raises:
         StoreError: the file is damaged or no such adapter.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     odd = f"{path} is no adapter that gdro_cli wrote: run `gdro train` with the run's recipe again"
     try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["lora_adapter_metadata"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (no mapping)
+        data = path.read_bytes()  # the library opens no path that is not UTF-8
+        tensors = {name: value.float() for name, value in load(data).items()}
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        about = json.loads(header["__metadata__"]["lora_adapter_metadata"])
         rank, alpha = int(about[f"{_TRANSFORMER}r"]), float(about[f"{_TRANSFORMER}lora_alpha"])
         rooted = bool(about[f"{_TRANSFORMER}use_rslora"])
         layers = sorted({name.removeprefix(_TRANSFORMER).rsplit(".lora_", 1)[0] for name in tensors})
@@ -85,27 +88,34 @@ def read_adapter(path: Path) -> Adapter:
     return Adapter(alpha / (math.sqrt(rank) if rooted else rank), pairs)
 
 
-def merge_into(base: PipelineFolder, adapter: Adapter, target: Path) -> Merged:
+def merge_into(
+    base: PipelineFolder, adapter: Adapter, target: Path, *, check: Callable[[], None] = lambda: None
+) -> Merged:
     """Write the base's files into ``target`` with the adapter in the transformer's weights.
 
     Args:
         base: the pipeline that the adapter was trained on.
         adapter: what is added.
         target: an existing, empty folder.
+        check: called before each file and each matrix; what it raises ends the merge.
 
     Raises:
         PrerequisiteError: the base is incomplete, cannot be fetched, links to files elsewhere, or is another model.
-        UserError: its weights are quantised.
+        UserError: its weights are quantised, or the library for weights can open the one or the other path not at all.
         StoreError: the disk refuses.
     """
     files, merged, left = base.own_files(), Merged(), dict(adapter.pairs)
     weights = _weight_files(base, files)
+    for name in sorted(weights):
+        refuse_undecodable(files[name])
+        refuse_undecodable(target / name)
     for name, path in files.items():
+        check()
         place = target / name
         with storage_errors(place):
             place.parent.mkdir(parents=True, exist_ok=True)
             if name in weights:
-                _merge_file(path, place, adapter.scale, left, merged)
+                _merge_file(path, place, adapter.scale, left, merged, check)
             elif not (name.startswith("transformer/") and name.endswith(_WEIGHT_ENDINGS)):
                 shutil.copyfile(path, place)
     if left:
@@ -114,6 +124,18 @@ def merge_into(base: PipelineFolder, adapter: Adapter, target: Path) -> Merged:
             " it is not the model that the run was trained on"
         )
     return merged
+
+
+def refuse_undecodable(path: Path) -> None:
+    """Raise UserError for a path that is not UTF-8: the library for weights does not open it."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        shown = os.fsencode(path).decode(errors="backslashreplace")
+        raise UserError(
+            f"{shown} is no path that weights can be read from or written to, because it is not UTF-8: rename the"
+            " folder or name another"
+        ) from error
 
 
 def _weight_files(base: PipelineFolder, files: Mapping[str, Path]) -> set[str]:
@@ -134,7 +156,14 @@ def _weight_files(base: PipelineFolder, files: Mapping[str, Path]) -> set[str]:
     return names
 
 
-def _merge_file(path: Path, place: Path, scale: float, left: dict[str, tuple[Tensor, Tensor]], merged: Merged) -> None:
+def _merge_file(
+    path: Path,
+    place: Path,
+    scale: float,
+    left: dict[str, tuple[Tensor, Tensor]],
+    merged: Merged,
+    check: Callable[[], None],
+) -> None:
     """Copy one file of weights, changed by the pairs in ``left`` that belong to it; they are taken out of it."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
@@ -144,8 +173,10 @@ def _merge_file(path: Path, place: Path, scale: float, left: dict[str, tuple[Ten
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
+        check()  # Ctrl-C inside the library is such an error, too
         raise PrerequisiteError(f"{path} holds no weights ({error}): fetch the pipeline folder again") from error
     for name, weight in tensors.items():
+        check()
         layer = name.removesuffix(".weight")
         if layer == name or layer not in left:
             continue
@@ -162,4 +193,5 @@ def _merge_file(path: Path, place: Path, scale: float, left: dict[str, tuple[Ten
     try:
         save_file(tensors, place, metadata=metadata)
     except SafetensorError as error:  # how the library tells of a full disk
+        check()
         raise StoreError(f"cannot write {place} ({error}): free some space and run the command again") from error

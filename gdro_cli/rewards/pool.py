@@ -8,11 +8,15 @@ state when they are imported, and can crash; none of that touches the parent.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import math
 import multiprocessing
 import os
 import pickle
 import signal
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +27,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gdro_cli.errors import GdroError, PrerequisiteError
+from gdro_cli.errors import GdroError, Interrupted, PrerequisiteError
 from gdro_cli.rewards.base import (
     ImageSource,
     PromptLike,
@@ -40,9 +44,19 @@ ATTEMPTS = 2
 """How often an image is tried before it is missing."""
 DEATHS_IN_A_ROW = 6
 """Workers that die with no image scored in between, after which scoring ends: it is not the images then."""
+STOP_GRACE = 5.0
+"""Seconds that scoring may still take when a stop is asked for: what is nearly done is not thrown away, and what hangs
+(an endpoint without an answer, a large model that loads) holds nobody up."""
+_LOOK_SECONDS = 0.2
 _STOP_SECONDS = 5.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+"""Both reach every process of a group, where the parent alone decides what they mean."""
 _CONNECTION_LOST = (EOFError, BrokenPipeError, ConnectionResetError)
+
+
+class ScoringStopped(Interrupted):
+    """A stop was asked for, and the images were not finished in time; those who know what is kept say it better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +107,8 @@ class ScoringPool:
 
     Use it as a context manager: the workers start (and load, in the background) on entry and are gone on
     exit, also after an error. A worker that dies is replaced, and its images are tried once more, one by one;
-    an image that fails again is missing with a reason. Workers ignore Ctrl-C, which is the parent's to
-    handle, and end by themselves when the parent is gone.
+    an image that fails again is missing with a reason. Workers ignore Ctrl-C and SIGTERM, which are the
+    parent's to handle, and end by themselves when the parent is gone.
 
     Args:
         reward: a reward that is not loaded yet; it is pickled and sent to the workers.
@@ -112,9 +126,18 @@ class ScoringPool:
         self._workers: list[_Worker] = []
 
     def __enter__(self) -> Self:
-        """Start the workers; they load while the caller goes on."""
-        for _ in range(self._count):
-            self._workers.append(_start(self._reward, self._threads))
+        """Start the workers; they load while the caller goes on.
+
+        Raises:
+            PrerequisiteError: the operating system refuses one; the others are gone then.
+        """
+        atexit.register(self.close)  # before multiprocessing's own end, which waits for daemons that ignore its SIGTERM
+        try:
+            for _ in range(self._count):
+                self._workers.append(_start(self._reward, self._threads))
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -129,13 +152,16 @@ class ScoringPool:
         prompts: Sequence[PromptLike],
         *,
         on_scored: Callable[[int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> list[Score]:
         """Score ``images[i]`` (an image, or the path of one) for ``prompts[i]``; the order is kept.
 
-        ``on_scored`` is called with the number of images that have just been finished. An error or an
-        interruption closes the pool.
+        ``on_scored`` is called with the number of images that have just been finished. ``stop`` tells whether a
+        stop has been asked for; ``STOP_GRACE`` seconds later the scoring is given up. An error or an interruption
+        closes the pool.
 
         Raises:
+            ScoringStopped: ``stop`` has said so.
             UserError: a prompt cannot be scored with any image.
             PrerequisiteError: the workers cannot load the reward.
             ValueError: not as many prompts as images, or the pool is not open.
@@ -145,7 +171,7 @@ class ScoringPool:
         if not self._workers:
             raise ValueError("the pool is not open: use it in a `with` statement")
         try:
-            batch = _Batch(images, prompts, largest_chunk=self._largest_chunk, on_scored=on_scored)
+            batch = _Batch(images, prompts, largest_chunk=self._largest_chunk, on_scored=on_scored, stop=stop)
             return batch.run(self._workers, self._replace)
         except BaseException:
             self.close()
@@ -155,18 +181,19 @@ class ScoringPool:
         """End the workers at once; they hold nothing that could be lost."""
         for worker in self._workers:
             worker.pipe.close()
-            worker.process.terminate()
+            worker.process.kill()  # they ignore what is gentler
         for worker in self._workers:
-            worker.process.join(_STOP_SECONDS)
-            if worker.process.is_alive():
-                worker.process.kill()
-                worker.process.join()
+            worker.process.join()
         self._workers = []
+        atexit.unregister(self.close)
 
     def _replace(self, worker: _Worker) -> int | None:
         """Start another worker in the place of one that died; returns the exit code of the dead one."""
         worker.pipe.close()
         worker.process.join(_STOP_SECONDS)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
         fresh = _start(self._reward, self._threads)
         code = worker.process.exitcode
         worker.process, worker.pipe, worker.ready, worker.chunk = fresh.process, fresh.pipe, False, None
@@ -183,11 +210,14 @@ class _Batch:
         *,
         largest_chunk: int,
         on_scored: Callable[[int], None] | None,
+        stop: Callable[[], bool] | None,
     ) -> None:
         self._largest_chunk = largest_chunk
         self._images = images
         self._prompts = prompts
         self._on_scored = on_scored
+        self._stop = stop
+        self._give_up_at = math.inf
         self._scores: list[Score | None] = [None] * len(images)
         self._waiting: deque[_Chunk] = deque()
         self._deaths_in_a_row = 0
@@ -204,10 +234,21 @@ class _Batch:
             busy = [worker for worker in workers if worker.chunk is not None or not worker.ready]
             if not self._waiting and not any(worker.chunk for worker in workers):
                 return [score for score in self._scores if score is not None]
-            answering = connection.wait([worker.pipe for worker in busy])
+            self._give_up_in_time()
+            answering = connection.wait(
+                [worker.pipe for worker in busy], timeout=None if self._stop is None else _LOOK_SECONDS
+            )
             for worker in busy:
                 if worker.pipe in answering:
                     self._receive(worker, replace)
+
+    def _give_up_in_time(self) -> None:
+        """Raise ``ScoringStopped`` when a stop was asked for a while ago."""
+        now = time.monotonic()
+        if self._stop is not None and self._give_up_at == math.inf and self._stop():
+            self._give_up_at = now + STOP_GRACE
+        if now >= self._give_up_at:
+            raise ScoringStopped("stopped while images were scored: run the command again to go on")
 
     def _send(self, worker: _Worker) -> None:
         """Give an idle worker its next chunk; images that cannot be decoded here are not sent."""
@@ -282,9 +323,20 @@ def _start(reward: Reward, threads: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(reward, theirs), daemon=True, name="gdro-scoring")
-    with _interrupts_held_back(), _threads_of_a_child(threads):
-        process.start()
-    theirs.close()
+    try:
+        with _signals_held_back(), _threads_of_a_child(threads):
+            process.start()
+    except BaseException as error:
+        ours.close()
+        if process.pid is not None:
+            process.kill()
+        if isinstance(error, OSError):
+            raise PrerequisiteError(
+                f"a scoring worker cannot be started ({error.strerror or error}): try fewer workers (reward.workers)"
+            ) from error
+        raise
+    finally:
+        theirs.close()
     return _Worker(process, ours)
 
 
@@ -306,13 +358,16 @@ def _threads_of_a_child(threads: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Start a child with SIGINT blocked, so that Ctrl-C cannot hit it before it ignores the signal."""
+def _signals_held_back() -> Iterator[None]:
+    """Start a child with its signals blocked, so that none can hit it before it ignores them.
+
+    One that comes for this process in the meantime is delivered afterwards.
+    """
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    resource_tracker.ensure_running()  # starting it, as the first process does, would unblock the signal
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    resource_tracker.ensure_running()  # starting it, as the first process does, would unblock the signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
     finally:
@@ -321,7 +376,9 @@ def _interrupts_held_back() -> Iterator[None]:
 
 def _work(reward: Reward, pipe: Connection) -> None:
     """A worker's life: load, then answer chunks until the parent closes the pipe or is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     with contextlib.suppress(*_CONNECTION_LOST):
         try:
             reward.load()
@@ -331,6 +388,14 @@ def _work(reward: Reward, pipe: Connection) -> None:
         pipe.send(_Ready())
         while True:
             pipe.send(_answer(reward, pipe.recv_bytes()))
+
+
+def _end_with_parent() -> None:
+    """End at once when the parent is gone: a reward that hangs would not notice, and SIGTERM is ignored here."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _answer(reward: Reward, message: bytes) -> list[Score] | _Failure:

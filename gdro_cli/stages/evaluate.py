@@ -148,15 +148,19 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | N
         with applied(recipe, model, weights):
             trained = evaluation.measure(folder.path / "evaluations", weights=weights.identity)
 
-    def conclude() -> EvalResult:
-        with folder.lock():
-            result = report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
-        if export is not None:
-            write_pictures(export, {"base": base.rewards, "trained": trained.rewards})
-        return result
+        def conclude() -> EvalResult:
+            stop.check("stopped before the report was written; all pictures are scored: run the command again to go on")
+            with folder.lock():
+                result = report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
+            if export is not None:
+                stopped = f"stopped while the pictures were written, and nothing of {export} is left; the report is in"
+                stopped = f"{stopped} {result.page}: run the command again to go on"
+                pictures = {"base": base.rewards, "trained": trained.rewards}
+                write_pictures(export, pictures, check=lambda: stop.check(stopped))
+            return result
 
-    result = engine.from_main(conclude)
-    engine.end()
+        result = engine.from_main(conclude)
+        engine.end()
     return result
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdro_cli.data.imagefolder import refuse_used
-from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.files import new_folder, storage_errors
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.merge import Merged, merge_into, read_adapter
+from gdro_cli.models.merge import Merged, merge_into, read_adapter, refuse_undecodable
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import hub
 from gdro_cli.stages.card import CARD, EXPORTED_GRID, EXPORTED_RECIPE, Place, card
@@ -46,20 +47,32 @@ class Export:
         """Raise UserError for what makes no sense, before any work."""
         if self.adapter is None and self.merge is None and self.push is None:
             raise UserError("say what to export: --adapter DIR, --merge DIR or --push OWNER/NAME")
-        if self.adapter is not None and self.merge is not None:
-            if self.push is not None:
-                raise UserError("--push uploads one folder: give --adapter or --merge with it, not both")
-            if self.adapter.resolve() == self.merge.resolve():
-                raise UserError("--adapter and --merge name the same folder: name two")
+        if self.adapter is not None and self.merge is not None and self.push is not None:
+            raise UserError("--push uploads one folder: give --adapter or --merge with it, not both")
         if self.public and self.push is None:
             raise UserError("--public says who may see what is pushed: it goes with --push OWNER/NAME")
         for folder in (self.adapter, self.merge):
             if folder is not None:
                 refuse_used(folder, what="export")
-                if folder.resolve() == Path.cwd():
+                if _is_here(folder):
                     raise UserError(f"{folder} is the folder that you are in, which cannot be replaced: name a new one")
+        if self.adapter is not None and self.merge is not None:
+            one, other = self.adapter.resolve(), self.merge.resolve()
+            if one == other:
+                raise UserError("--adapter and --merge name the same folder: name two")
+            if one.is_relative_to(other) or other.is_relative_to(one):
+                raise UserError("--adapter and --merge name one folder inside the other: name two beside each other")
+        if self.merge is not None:
+            refuse_undecodable(self.merge.resolve())
         if self.push is not None:
             hub.check_name(self.push)
+
+
+def _is_here(folder: Path) -> bool:
+    try:
+        return folder.resolve() == Path.cwd()
+    except FileNotFoundError:  # one that was deleted is not the one that is named
+        return False
 
 
 def describe(asked: Export, workspace: Path) -> list[tuple[str, str]]:
@@ -97,27 +110,64 @@ def run(asked: Export, workspace: Path, reporter: Reporter) -> dict[str, str]:
         UserError: the request makes no sense, or a folder is not empty.
         PrerequisiteError: the run is not finished, the base model is missing or another, or the Hub cannot be used.
         StoreError: a file is damaged, or the disk refuses.
+        Interrupted: stopped by the user; a folder that was not finished is gone.
     """
     asked.check()
+    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
+        return _run(asked, workspace, reporter, stop)
+
+
+def _run(asked: Export, workspace: Path, reporter: Reporter, stop: StopFlag) -> dict[str, str]:
     found = open_finished(find_run_folder(asked.run, workspace))
+    nothing = "stopped before anything was exported: run the command again"
     if asked.push is not None:
-        hub.check_login()
-        is_public = hub.make_repository(asked.push, public=asked.public)
+        with _ending_at_once(stop, nothing):
+            hub.check_login()
+            is_public = hub.make_repository(asked.push, public=asked.public)
     rows = {"run": found.name, "adapter": weights_text(found.weights)}
     with _folder_to_push(asked) as pushed:
         if asked.adapter is not None or asked.merge is None:
+            stop.check(nothing)
             _write_adapter(found, asked.adapter or pushed, name=asked.push)
         if asked.merge is not None:
+            again = f"run the command again{'' if asked.adapter is None else ' without --adapter, which is done'}"
+            stopped = f"stopped while merging, and nothing of {asked.merge} is left: {again}"
             reporter.say("merging the adapter into a copy of the base model")
-            merged = _write_merged(found, asked.merge, name=asked.push)
+            merged = _write_merged(found, asked.merge, name=asked.push, stop=stop, stopped=stopped)
             rows["merged"] = f"{merged.layers} layers; {100 * merged.rounding:.2g} % of the update is rounded away"
         written = [str(folder) for folder in (asked.adapter, asked.merge) if folder is not None]
         rows |= {"folder": ", ".join(written)} if written else {}
         if asked.push is not None:
             reporter.say(f"uploading to {asked.push}")
-            rows["repository"] = hub.upload(pushed, asked.push, message=f"{found.name}, by gdro_cli")
+            with _ending_at_once(stop, f"stopped before all was uploaded to {asked.push}: {_upload_again(asked)}"):
+                rows["repository"] = hub.upload(pushed, asked.push, message=f"{found.name}, by gdro_cli")
             rows["visible to"] = "all" if is_public else "you (private)"
     return rows
+
+
+def _upload_again(asked: Export) -> str:
+    kept = asked.merge or asked.adapter
+    return "run the command again" if kept is None else f"{kept} is whole, `hf upload {asked.push} {kept}` goes on"
+
+
+@contextmanager
+def _ending_at_once(stop: StopFlag, message: str) -> Iterator[None]:
+    """For what takes long and leaves nothing half made, like a transfer: the first signal ends it, with this message.
+
+    Raises:
+        Interrupted: a stop was requested, here or before.
+    """
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    stop.check(message)
+    try:
+        with StopFlag(on_request=interrupt) as at_once:
+            at_once.check(message)
+            yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(message) from error
 
 
 @contextmanager
@@ -137,8 +187,11 @@ def _write_adapter(found: FinishedRun, folder: Path, *, name: str | None) -> Non
         _write_papers(found, unfinished, Place("adapter", name))
 
 
-def _write_merged(found: FinishedRun, folder: Path, *, name: str | None) -> Merged:
-    base = _base(found)
+def _write_merged(found: FinishedRun, folder: Path, *, name: str | None, stop: StopFlag, stopped: str) -> Merged:
+    with _ending_at_once(stop, stopped):  # may fetch the model, and reads all of it
+        base = _base(found)
+        base.own_files()
+        base.identity  # noqa: B018 (kept from now on)
     told = {key: found.model.get(key) for key in base.identity if key != "path"}
     if told != {key: value for key, value in base.identity.items() if key != "path"}:
         raise PrerequisiteError(
@@ -146,7 +199,8 @@ def _write_merged(found: FinishedRun, folder: Path, *, name: str | None) -> Merg
             " put the old ones back, or export with --adapter"
         )
     with new_folder(folder.resolve()) as unfinished:
-        merged = merge_into(base, read_adapter(found.adapter_file), unfinished)
+        adapter = read_adapter(found.adapter_file)
+        merged = merge_into(base, adapter, unfinished, check=lambda: stop.check(stopped))
         _write_papers(found, unfinished, Place("merged", name, merged.rounding))
     return merged
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,23 +14,26 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
 from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.scores import ScoreRow, ScoreTable
-from gdro_cli.errors import StoreError
+from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import (
     json_lines,
     make_folder,
     parse_json,
     partial_name,
-    remove_tree,
+    remove_abandoned,
+    sha256,
     sha256_file,
     storage_errors,
     write_bytes,
     write_json,
 )
+from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.rewards import known_classes, measured, measures, open_pool, open_reward
 
+_LONGEST_LINE = 2**24
 PART = 8  # prompts scored between two files; an interruption costs at most one part
 RESULTS_SCHEMA = 1
 
@@ -67,15 +71,21 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) ->
     make_folder(place)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop, folder_lock(place / "lock"):
         rows = score_parts(recipe, entries, place, reporter=reporter, stop=stop)
-    return report(recipe, folder, entries, rows, place, version)
+        return report(recipe, folder, entries, rows, place, version)
 
 
 def score_parts(
     recipe: Recipe, entries: tuple[PromptPictures, ...], place: Path, *, reporter: Reporter, stop: StopFlag
 ) -> list[ScoreRow]:
-    """The score of every picture, in order; parts that an earlier call has finished are read."""
+    """The score of every picture, in order; parts that an earlier call has finished are read.
+
+    Raises:
+        Interrupted: a stop was asked for; finished parts are kept, and the one that is being scored if it is done
+            within ``STOP_GRACE`` seconds.
+    """
     parts = {place / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
-    missing = [path for path in parts if not path.exists()]
+    missing = [path for path in parts if not path.exists() or _lacks_digest(path)]
+    stopped = f"stopped while scoring; what is done is kept in {place}: run the command again to go on"
     if missing:
         total = sum(len(entry.pictures) for path in missing for entry in parts[path])
         with open_pool(recipe) as pool, reporter.track("scoring", total=total, unit="images") as progress:
@@ -84,21 +94,43 @@ def score_parts(
                     (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.pictures)
                 ]
                 files, prompts = [file for *_, file in asked], [prompt for prompt, *_ in asked]
-                scores = pool.score(files, prompts, on_scored=progress.advance)
+                try:
+                    scores = pool.score(files, prompts, on_scored=progress.advance, stop=lambda: stop.requested)
+                except ScoringStopped as error:
+                    raise Interrupted(stopped) from error
                 rows = [
                     ScoreRow(prompt.id, index, score.value, score.reason, score.details)
                     for (prompt, index, _), score in zip(asked, scores, strict=True)
                 ]
-                write_bytes(path, json_lines(row.to_json() for row in rows))
-                stop.check(f"stopped while scoring; what is done is kept in {place}: run the command again to go on")
+                write_bytes(path, part_bytes(rows))
+                stop.check(stopped)
     return [row for path, part in parts.items() for row in _read(path, part)]
 
 
+def part_bytes(rows: list[ScoreRow]) -> bytes:
+    """The file of one part: a line with the SHA-256 of the rest, and one line per score."""
+    lines = json_lines(row.to_json() for row in rows)
+    return json_lines([{"sha256": sha256(lines)}]) + lines
+
+
+def _lacks_digest(path: Path) -> bool:
+    """Whether an earlier version wrote the part, which nobody can tell from one that was changed since."""
+    try:
+        with path.open("rb") as file:
+            ScoreRow.from_json(parse_json(file.readline(_LONGEST_LINE)))
+    except (OSError, ValueError):
+        return False  # what else may be wrong with it, ``_read`` says
+    return True
+
+
 def _read(path: Path, part: tuple[PromptPictures, ...]) -> list[ScoreRow]:
-    """The scores of one part, which must be those of its pictures."""
+    """The scores of one part, which must be what was written and those of its pictures."""
     damaged = f"{path} is damaged: delete it and run the command again"
     try:
-        rows = [ScoreRow.from_json(parse_json(line)) for line in path.read_bytes().splitlines()]
+        head, _, lines = path.read_bytes().partition(b"\n")
+        if parse_json(head) != {"sha256": sha256(lines)}:
+            raise StoreError(damaged)
+        rows = [ScoreRow.from_json(parse_json(line)) for line in lines.splitlines()]
     except (OSError, ValueError) as error:
         raise StoreError(damaged) from error
     asked = [(entry.prompt.id, index) for entry in part for index in range(len(entry.pictures))]
@@ -145,8 +177,10 @@ def report(
     return FolderResult(found, failed, path)
 
 
-def write_pictures(folder: Path, tables: dict[str, ScoreTable]) -> None:
+def write_pictures(folder: Path, tables: dict[str, ScoreTable], *, check: Callable[[], None] = lambda: None) -> None:
     """Write the pictures of each table's store in the official layout into a folder of its name; all or nothing.
+
+    ``check`` is called before each prompt; what it raises ends the writing.
 
     Raises:
         UserError: ``folder`` is there already and not empty.
@@ -157,15 +191,21 @@ def write_pictures(folder: Path, tables: dict[str, ScoreTable]) -> None:
     partial = partial_name(folder)
     with storage_errors(folder):
         try:
-            remove_tree(partial)
+            remove_abandoned(folder)
             for name, table in tables.items():
-                write_image_folder(partial / name, _entries(table))
+                write_image_folder(partial / name, _checked(_entries(table), check))
             if folder.exists():
                 folder.rmdir()
             partial.rename(folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _checked(entries: list[PromptPictures], check: Callable[[], None]) -> Iterator[PromptPictures]:
+    for entry in entries:
+        check()
+        yield entry
 
 
 def _entries(table: ScoreTable) -> list[PromptPictures]:

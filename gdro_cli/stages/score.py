@@ -13,8 +13,8 @@ from pathlib import Path
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
 from gdro_cli.data.times import add_time
-from gdro_cli.errors import StoreError
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.errors import Interrupted, StoreError
+from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import clear_stale, folder_lock
@@ -87,7 +87,8 @@ def score_missing(
     without a single score for an outage: it is not kept, but asked again next time.
 
     Raises:
-        Interrupted: between two shards; finished ones are kept.
+        Interrupted: a stop was asked for; finished shards are kept, and the one that is being scored if it is done
+            within ``STOP_GRACE`` seconds.
         StoreError: another job is filling the table.
         EndedElsewhere: one of these was raised in another process.
     """
@@ -103,11 +104,15 @@ def score_missing(
     def score_shard(number: int) -> None:
         began = time.perf_counter()
         images = store.images(number)
-        scores = pool.score(
-            [image.path for image in images],
-            [image.prompt for image in images],
-            on_scored=progress.advance,
-        )
+        try:
+            scores = pool.score(
+                [image.path for image in images],
+                [image.prompt for image in images],
+                on_scored=progress.advance,
+                stop=lambda: stop.requested,
+            )
+        except ScoringStopped as error:
+            raise Interrupted(stopped) from error
         rows = [
             ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
             for image, score in zip(images, scores, strict=True)

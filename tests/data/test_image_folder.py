@@ -174,7 +174,22 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert sorted(used.rglob("*")) == before
     with pytest.raises(UserError, match="is no folder that pictures can be written to"):
         refuse_used(tmp_path / "p.png")
-    refuse_used(tmp_path / "not there")
+    refuse_used(tmp_path / "not there" / "deep")
+    for below in (tmp_path / "p.png" / "out", tmp_path / "p.png" / "deep" / "out"):
+        with pytest.raises(UserError, match=r"is no folder that .*p\.png is not a folder; name another one"):
+            refuse_used(below)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(UserError, match="is no folder that pictures can be written to"):
+        refuse_used(tmp_path / "loop" / "out")
+
+
+def test_a_relative_name_needs_a_folder_to_be_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="the folder that you are in has been deleted"):
+        refuse_used(Path("out"))
+    refuse_used(tmp_path / "out")
 
 
 def test_nothing_is_left_half_written(tmp_path: Path) -> None:

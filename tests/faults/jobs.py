@@ -46,16 +46,16 @@ def write_recipe(path: Path, **changes: dict[str, Any]) -> Path:
 
 
 def start(
-    arguments: Sequence[str], *, recipe: Path, workspace: Path, output: IO[str] | None = None
+    arguments: Sequence[str], *, recipe: Path, workspace: Path, output: IO[str] | None = None, own_group: bool = False
 ) -> subprocess.Popen[str]:
     """``gdro`` with these arguments; bits depend on the number of threads, so it has one.
 
-    What it prints goes into ``output``, if that is given.
+    What it prints goes into ``output``, if that is given. ``own_group`` makes it the first of a group of processes.
     """
     command = [sys.executable, "-m", "gdro_cli", *arguments, "--recipe", str(recipe), "--out", str(workspace)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     streams = {"stdout": output or subprocess.PIPE, "stderr": output or subprocess.PIPE}
-    return subprocess.Popen(command, env=environment, text=True, **streams)
+    return subprocess.Popen(command, env=environment, text=True, process_group=0 if own_group else None, **streams)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -99,7 +99,10 @@ PLACES = [
     Case("no samples", "words", 2, "holds no pictures"),
     Case("two prompts", "two", 2, "holds 2 prompts"),
     Case("metadata is a folder", "nested", 2, "is not a regular file"),
-    Case("a pipe for a picture", "pipe", 2, "holds no pictures"),
+    Case("a pipe for a picture", "pipe", 2, "0000.png is no regular file"),
+    Case("a link to no picture", "gone", 2, "0001.png is a link that leads nowhere"),
+    Case("a link to no folder", "less", 2, "1 is a link that leads nowhere"),
+    Case("a link to itself", "loop", 2, "0001.png is a link that leads nowhere"),
     Case("no UTF-8", "latin", 2, "line 1: byte"),
     Case("name with a NUL", "a\0b", 2, "cannot be read"),
     Case("name of 300 letters", "x" * 300, 2, "cannot be read"),
@@ -118,6 +121,14 @@ def test_a_picture_folder(case: Case, tmp_path: Path) -> None:
     (tmp_path / "pipe" / "0" / "samples").mkdir(parents=True)
     (tmp_path / "pipe" / "0" / "metadata.jsonl").write_bytes(METADATA)
     os.mkfifo(tmp_path / "pipe" / "0" / "samples" / "0000.png")
+    for name in ("gone", "less", "loop"):
+        samples = tmp_path / name / "0" / "samples"
+        samples.mkdir(parents=True)
+        (samples / "0000.png").write_bytes(GOOD)
+        (samples.parent / "metadata.jsonl").write_bytes(METADATA)
+    (tmp_path / "gone" / "0" / "samples" / "0001.png").symlink_to("nowhere.png")
+    (tmp_path / "less" / "1").symlink_to("nowhere")
+    (tmp_path / "loop" / "0" / "samples" / "0001.png").symlink_to("0001.png")
     (tmp_path / "latin" / "0").mkdir(parents=True)
     (tmp_path / "latin" / "0" / "metadata.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
     check(outcome(lambda: read_image_folder(tmp_path / case.given, task="ocr")), case.code, case.words)

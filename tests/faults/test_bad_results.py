@@ -13,6 +13,7 @@ from faulty import Case, check, command, outcome, rows
 
 from gdro_cli.data.imagefolder import PromptPictures
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.files import sha256
 from gdro_cli.stages import compare
 from gdro_cli.stages.imagefolder import _read
 
@@ -179,15 +180,27 @@ def test_the_command_line_says_the_same(pair: Path) -> None:
 
 
 PROMPT = PromptRecord.of("a sign", target="A")
-SOUND = json.dumps({"prompt_id": PROMPT.id, "index": 0, "value": 0.5, "reason": None, "details": {}}).encode()
+ROW = json.dumps({"prompt_id": PROMPT.id, "index": 0, "value": 0.5, "reason": None, "details": {}}).encode()
+
+
+def part(rows: bytes) -> bytes:
+    """The file of a part whose rows are as they were written."""
+    return json.dumps({"sha256": sha256(rows)}).encode() + b"\n" + rows
+
+
 PARTS = [
-    Case("sound", SOUND, 0),
+    Case("sound", part(ROW), 0),
     Case("empty", b"", 4, "is damaged"),
-    Case("cut", SOUND[:-3], 4, "is damaged"),
-    Case("twice", SOUND + b"\n" + SOUND, 4, "is damaged"),
-    Case("another prompt", SOUND.replace(PROMPT.id.encode(), b"../../x"), 4, "is damaged"),
-    Case("another image", SOUND.replace(b'"index": 0', b'"index": 1'), 4, "is damaged"),
-    Case("a value of text", SOUND.replace(b"0.5", b'"a"'), 4, "is damaged"),
+    Case("no rows", part(b""), 4, "is damaged"),
+    Case("cut", part(ROW)[:-3], 4, "is damaged"),
+    Case("cut before it was written", part(ROW[:-3]), 4, "is damaged"),
+    Case("twice", part(ROW + b"\n" + ROW), 4, "is damaged"),
+    Case("another prompt", part(ROW.replace(PROMPT.id.encode(), b"../../x")), 4, "is damaged"),
+    Case("another image", part(ROW.replace(b'"index": 0', b'"index": 1')), 4, "is damaged"),
+    Case("a value of text", part(ROW.replace(b"0.5", b'"a"')), 4, "is damaged"),
+    Case("another value since", part(ROW).replace(b"0.5", b"0.9"), 4, "is damaged"),
+    Case("another digest", part(ROW).replace(b"sha256", b"sha512"), 4, "is damaged"),
+    Case("a row for a digest", ROW + b"\n" + ROW, 4, "is damaged"),
     Case("brackets", b"[" * 100_000, 4, "is damaged"),
     Case("a number", b"3", 4, "is damaged"),
     Case("no UTF-8", b"\xff", 4, "is damaged"),
@@ -198,8 +211,8 @@ PARTS = [
 def test_a_part_of_a_scored_folder(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "00000.jsonl"
     path.write_bytes(case.given)
-    part = (PromptPictures(PROMPT, (tmp_path / "0000.png",)),)
-    check(outcome(lambda: _read(path, part)), case.code, case.words)
+    entries = (PromptPictures(PROMPT, (tmp_path / "0000.png",)),)
+    check(outcome(lambda: _read(path, entries)), case.code, case.words)
 
 
 CASES = [*RESULT_FILES, *BESIDE, *PARTS]

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from faulty import check, command, outcome
 from jobs import finish, start, stop, wait_for, write_recipe
 from PIL import Image
 
+from gdro_cli.data.imagefolder import PromptPictures, refuse_used, write_image_folder
 from gdro_cli.data.store import Group
-from gdro_cli.files import write_bytes, write_json, write_tensors
+from gdro_cli.files import new_folder, write_bytes, write_json, write_tensors
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.imagefolder import write_pictures
 
 # -- two jobs ---------------------------------------------------------------------------------------------------------
 
@@ -53,6 +55,43 @@ def test_a_second_job_is_refused_and_told_by_whom(held: str, number: signal.Sign
 def test_a_lock_is_held_against_another_process_of_this_machine(tmp_path: Path) -> None:
     with folder_lock(tmp_path / "lock"):
         check(outcome(lambda: folder_lock(tmp_path / "lock").__enter__()), 4, f"process {os.getpid()} on")
+
+
+# -- what the dead have left ------------------------------------------------------------------------------------------
+
+
+def made(folder: Path) -> None:
+    with new_folder(folder) as unfinished:
+        (unfinished / "file").touch()
+
+
+def exported(folder: Path) -> None:
+    picture = folder.parent / "source" / "0000.png"
+    picture.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(picture)
+    write_image_folder(folder, [PromptPictures(small_store.PROMPTS.records[0], (picture,))])
+
+
+def evaluated(folder: Path) -> None:
+    store = small_store.open_store(small_store.make(folder.parent / "source"))
+    write_pictures(folder, {"base": small_store.open_table(store)})
+
+
+@pytest.mark.parametrize("write", [made, exported, evaluated])
+@pytest.mark.parametrize("name", ["out", "out[1-9]*"])
+def test_half_folders_of_the_dead_go_and_those_of_the_living_stay(
+    name: str, write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """A killed export leaves its folder; the next one of the same name, which is no pattern, takes it away."""
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = [f".{name}.{dead.pid}.partial", f".{name}.{os.getpid()}.partial"]
+    others = [f".{name}.{os.getppid()}.partial", f".{name}.notes.partial", f".out3.{dead.pid}.partial"]
+    for each in (*left, *others):
+        (tmp_path / each).mkdir()
+        (tmp_path / each / "file").touch()
+    write(tmp_path / name)
+    assert {path.name for path in tmp_path.iterdir()} - {"source"} == {name, *others}
 
 
 # -- full disks -------------------------------------------------------------------------------------------------------
@@ -156,6 +195,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
         store = small_store.open_store(disk / "store")
         run = RunFolder(disk / "run")
         closed = "no permission to write there"
+        check(outcome(lambda: refuse_used(disk / "deep" / "export")), 2, "no permission to write in")
         for attempt in (
             lambda: store.write_shard(0, [large_group(0), large_group(1)]),
             lambda: save_checkpoint(run.path, 2, tensors=weights(10), state={}, keep=1),

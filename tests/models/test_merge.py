@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gdro_cli.errors import PrerequisiteError, StoreError, UserError
+from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.files import new_folder
 from gdro_cli.models.adapters import attach_lora, save_lora
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
@@ -121,6 +123,57 @@ def test_another_base_is_refused(
     (tmp_path / "merged").mkdir()
     with pytest.raises(error, match=words):
         merge_into(base, read_adapter(adapter_file), tmp_path / "merged")
+
+
+def test_a_merge_ends_where_it_is_asked_to(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
+    """Between two files or two matrices; what is half made goes."""
+    base, adapter = PipelineFolder(flux_folder), read_adapter(adapter_file)
+    calls: list[int] = []
+    (tmp_path / "whole").mkdir()
+    merge_into(base, adapter, tmp_path / "whole", check=lambda: calls.append(0))
+    tensors = load_file(flux_folder / "transformer" / WEIGHTS)
+    assert len(calls) == len(base.own_files()) + len(tensors)
+
+    def stop() -> None:
+        calls.pop()
+        if len(calls) < 5:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted), new_folder(tmp_path / "merged") as unfinished:
+        merge_into(base, adapter, unfinished, check=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]
+
+
+def test_ctrl_c_inside_the_library_is_not_told_as_damage(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
+    """It comes out as an error of the library's; a file without weights stands for it."""
+    shutil.copytree(flux_folder, tmp_path / "base")
+    (tmp_path / "base" / "transformer" / WEIGHTS).write_text("no weights")
+    base, calls = PipelineFolder(tmp_path / "base"), iter(range(1000))
+    before = list(base.own_files()).index(f"transformer/{WEIGHTS}")
+
+    def stop() -> None:
+        if next(calls) > before:
+            raise Interrupted("stopped")
+
+    with pytest.raises(Interrupted, match="stopped"):
+        merge_into(base, read_adapter(adapter_file), tmp_path / "merged", check=stop)
+
+
+def test_paths_that_are_not_utf_8(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
+    """The library opens none: an adapter is read all the same, a model is one sentence."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    shutil.copyfile(adapter_file, odd / "adapter")
+    adapter = read_adapter(odd / "adapter")
+    assert adapter.pairs.keys() == set(LAYERS)
+    told = r"caf\\xe9.* is no path that weights can be .* rename the folder or name another"
+    with pytest.raises(UserError, match=told):
+        merge_into(PipelineFolder(flux_folder), adapter, odd / "merged")
+    shutil.copytree(flux_folder, odd / "base")
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(UserError, match=told):
+        merge_into(PipelineFolder(odd / "base"), adapter, tmp_path / "merged")
+    assert not (odd / "merged").exists() and not list((tmp_path / "merged").iterdir())
 
 
 def test_other_files_are_no_adapters(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:

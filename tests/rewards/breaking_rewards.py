@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from gdro_cli.rewards.base import ImageSource, PromptLike, Score, UnreadableImag
 KILLS = 13
 RAISES = 17
 KILLS_ONCE = 19
+HANGS = 23
 WITHOUT_TARGET = "no target"
 
 
@@ -45,6 +48,10 @@ class WidthReward:
             raise RuntimeError("seventeen")
         if width == KILLS or (width == KILLS_ONCE and self._first_time()):
             os.kill(os.getpid(), signal.SIGKILL)
+        if width == HANGS:
+            assert self._marks is not None
+            (self._marks / "hangs").touch()
+            time.sleep(3600)
         return Score(float(width), None, {"pid": os.getpid()})
 
     def _first_time(self) -> bool:
@@ -80,3 +87,17 @@ class DiesWhileLoading(WidthReward):
 
     def load(self) -> None:
         os._exit(3)
+
+
+class StartsOnce(WidthReward):
+    """The operating system refuses its second process; unpickled in a worker, it has been started."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._started = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._started:
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        self._started = True
+        return self.__dict__

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 from breaking_rewards import (
+    HANGS,
     KILLS,
     KILLS_ONCE,
     RAISES,
     WITHOUT_TARGET,
     DiesWhileLoading,
+    StartsOnce,
     ThreadsReward,
     Unloadable,
     WidthReward,
@@ -25,7 +27,8 @@ from breaking_rewards import (
 from ocr_signs import Prompt, ask, sign
 from PIL import Image
 
-from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
+from gdro_cli.rewards import pool as pool_module
 from gdro_cli.rewards.base import ImageSource
 from gdro_cli.rewards.ocr import OcrReward
 from gdro_cli.rewards.pool import ScoringPool, usable_cores
@@ -165,44 +168,88 @@ def test_an_interruption_of_the_parent_ends_the_workers() -> None:
     pool = ScoringPool(WidthReward(), workers=2)
     with pytest.raises(KeyboardInterrupt), pool:
         pool.score(images, prompts(images), on_scored=interrupt)
-    assert [child for child in multiprocessing.active_children() if child.name == "gdro-scoring"] == []
+    assert workers_left() == []
+
+
+def workers_left() -> list[multiprocessing.process.BaseProcess]:
+    return [child for child in multiprocessing.active_children() if child.name == "gdro-scoring"]
+
+
+def test_a_worker_that_cannot_be_started_takes_the_others_with_it() -> None:
+    with pytest.raises(PrerequisiteError, match=r"cannot be started \(Resource .*\): try fewer workers"):
+        ScoringPool(StartsOnce(), workers=2).__enter__()
+    assert workers_left() == []
+
+
+def test_a_stop_cuts_a_reward_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for when the reward hangs already; the worker is gone, and so is the pool."""
+    monkeypatch.setattr(pool_module, "STOP_GRACE", 0.1)
+    images = widths(100, HANGS)
+    with ScoringPool(WidthReward(tmp_path), workers=1) as pool:
+        with pytest.raises(Interrupted, match="run the command again"):
+            pool.score(images, prompts(images), stop=(tmp_path / "hangs").exists)
+        assert workers_left() == []
+        with pytest.raises(ValueError, match="not open"):
+            pool.score(images, prompts(images))
+    assert (tmp_path / "hangs").exists()
+
+
+def test_a_stop_lets_end_what_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "STOP_GRACE", 120.0)
+    images = widths(100, 101)
+    with ScoringPool(WidthReward(), workers=1) as pool:
+        scores = pool.score(images, prompts(images), stop=lambda: True)
+    assert [score.value for score in scores] == [100.0, 101.0]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
-def test_workers_ignore_ctrl_c() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_workers_ignore_what_stops_the_parent(number: signal.Signals) -> None:
     images = widths(*range(100, 110))
     with ScoringPool(WidthReward(), workers=2) as pool:
-        for child in multiprocessing.active_children():  # as early as can be: while they start
-            if child.name == "gdro-scoring" and child.pid is not None:
-                os.kill(child.pid, signal.SIGINT)
+        started = {child.pid for child in workers_left()}
+        for pid in started:  # as early as can be: while they start
+            assert pid is not None
+            os.kill(pid, number)
         pids = {score.details["pid"] for score in pool.score(images, prompts(images))}
         for pid in pids:
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, number)
         scores = pool.score(images, prompts(images))
-    assert {score.details["pid"] for score in scores} <= pids | {score.details["pid"] for score in scores}
+    assert {score.details["pid"] for score in scores} <= started and pids <= started
     assert [score.value for score in scores] == [float(width) for width in range(100, 110)]
 
 
 ORPHANS = """
-import multiprocessing, os, signal, sys
+import multiprocessing, os, signal, sys, threading, time
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from breaking_rewards import WidthReward
+from breaking_rewards import HANGS, WidthReward
 from PIL import Image
 from gdro_cli.rewards.pool import ScoringPool
+marks, width = Path(sys.argv[2]), HANGS if sys.argv[3] == "hanging" else 5
 class P: prompt, target, metadata = "p", "A", {}
+def kill():
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+def kill_later():
+    while not (marks / "hangs").exists():
+        time.sleep(0.05)
+    kill()
 if __name__ == "__main__":
-    with ScoringPool(WidthReward(), workers=2) as pool:
-        pool.score([Image.new("RGB", (5, 5))] * 8, [P()] * 8)
-        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
+    with ScoringPool(WidthReward(marks), workers=2) as pool:
+        threading.Thread(target=kill_later).start()
+        pool.score([Image.new("RGB", (width, 5))] * 8, [P()] * 8)
+        kill()
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
-def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("state", ["idle", "hanging"])
+def test_workers_end_when_the_parent_is_killed(state: str, tmp_path: Path) -> None:
+    """Also those in the middle of a reward that never returns."""
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
-    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path), state]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
@@ -211,6 +258,24 @@ def test_workers_end_when_the_parent_is_killed(tmp_path: Path) -> None:
     while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(_runs(pid) for pid in pids)
+
+
+UNCLOSED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from breaking_rewards import WidthReward
+from gdro_cli.rewards.pool import ScoringPool
+if __name__ == "__main__":
+    pool = ScoringPool(WidthReward(), workers=1).__enter__()
+    sys.exit(7)
+"""
+
+
+def test_a_program_that_never_closes_its_pool_ends_all_the_same(tmp_path: Path) -> None:
+    script = tmp_path / "unclosed.py"
+    script.write_text(UNCLOSED)
+    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    assert subprocess.run(command, timeout=60, check=False).returncode == 7
 
 
 def _runs(pid: int) -> bool:

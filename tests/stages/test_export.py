@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
+import os
 import shutil
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from gdro_cli.cli.app import main
 from gdro_cli.config.recipe import load_recipe
-from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.export import Export, describe, run
+from gdro_cli.stages.export import Export, _ending_at_once, describe, run
 from gdro_cli.stages.finished import ADAPTER_NOTE
 from gdro_cli.tiny.assets import tiny_model_path
 
@@ -124,6 +130,10 @@ def test_a_merge_that_fails_leaves_nothing(workspace: Path, tmp_path: Path) -> N
         ([NAME], "say what to export: --adapter DIR, --merge DIR or --push OWNER/NAME"),
         ([NAME, "--adapter", "a", "--merge", "./a"], "name the same folder"),
         ([NAME, "--adapter", "a", "--merge", "b", "--push", "me/x"], "--push uploads one folder"),
+        ([NAME, "--adapter", "a", "--merge", "a/b"], "name one folder inside the other: name two"),
+        ([NAME, "--adapter", "a/b", "--merge", "a"], "name one folder inside the other: name two"),
+        ([NAME, "--adapter", f"{__file__}/a"], "is no folder that export can be written to"),
+        ([NAME, "--merge", os.fsdecode(b"caf\xe9")], "because it is not UTF-8"),
         ([NAME, "--adapter", "a", "--public"], "it goes with --push"),
         ([NAME, "--push", "x"], "--push x is no repository of the Hub: write OWNER/NAME"),
         ([NAME, "--push", "me/../x"], "is no repository of the Hub"),
@@ -145,6 +155,44 @@ def test_requests_that_make_no_sense_are_one_sentence(
     assert leaving.value.code == 2
     assert words in err and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+class SendsSignal(io.StringIO):
+    """A terminal that sends this process SIGTERM when it is told certain words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self._words = words
+
+    def write(self, text: str) -> int:
+        if self._words in text:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().write(text)
+
+
+def test_a_stop_leaves_no_half_export_and_tells_how_to_go_on(workspace: Path, tmp_path: Path) -> None:
+    terminal = SendsSignal("merging the adapter")
+    asked = Export(NAME, adapter=tmp_path / "adapter", merge=tmp_path / "merged")
+    with pytest.raises(Interrupted) as ended:
+        run(asked, workspace, Reporter(Console(file=terminal, width=200)))
+    assert str(ended.value) == (
+        f"stopped while merging, and nothing of {tmp_path / 'merged'} is left: run the command again without --adapter,"
+        " which is done"
+    )
+    assert STOPPING in terminal.getvalue()
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    run(Export(NAME, merge=tmp_path / "merged"), workspace, QUIET)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_ends_a_transfer_at_once(number: signal.Signals) -> None:
+    with StopFlag() as stop:
+        with pytest.raises(Interrupted, match="go on like this"), _ending_at_once(stop, "go on like this"):
+            os.kill(os.getpid(), number)
+            time.sleep(3600)
+        assert stop.requested
+        with pytest.raises(Interrupted, match="nor begun"), _ending_at_once(stop, "nor begun"):
+            raise AssertionError("it was begun")
 
 
 # --- the Hub -------------------------------------------------------------------------------------------------
@@ -221,6 +269,31 @@ def test_a_hub_that_refuses_or_is_away_is_one_sentence(
     with pytest.raises(PrerequisiteError, match=r"the push to me/model failed \(\w*Connect\w*\)") as away:
         run(Export(NAME, push="me/model"), workspace, QUIET)
     assert all(TOKEN not in str(error.value) for error in (refused, away))
+
+
+def test_a_stop_during_the_upload_says_what_is_there(
+    workspace: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    terminal = Reporter(Console(file=SendsSignal("uploading to"), width=200))
+    with pytest.raises(Interrupted, match=r"stopped before all was uploaded to me/model: run the command again$"):
+        run(Export(NAME, push="me/model"), workspace, terminal)
+    kept = tmp_path / "kept"
+    with pytest.raises(Interrupted, match=rf"{kept} is whole, `hf upload me/model {kept}` goes on"):
+        run(Export(NAME, adapter=kept, push="me/model"), workspace, terminal)
+    assert (kept / LORA).is_file() and not hub.files.get("me/model")
+
+
+def test_where_the_working_folder_has_been_deleted(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="the folder that you are in has been deleted: change to another"):
+        run(Export(NAME, adapter=Path("adapter")), workspace, QUIET)
+    run(Export(NAME, adapter=tmp_path / "adapter"), workspace, QUIET)
+    assert (tmp_path / "adapter" / LORA).is_file()
 
 
 def test_the_folder_one_is_in_is_refused(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,129 @@
+"""A stop is heard wherever a job is: while workers start, and while they hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import small_store
+import torch
+from jobs import finish, start, wait_for, write_recipe
+from PIL import Image
+
+from gdro_cli.config.recipe import load_recipe
+from gdro_cli.data.imagefolder import PromptPictures, write_image_folder
+from gdro_cli.data.scores import ScoreTable
+from gdro_cli.data.store import Group
+from gdro_cli.errors import Interrupted
+from gdro_cli.rewards import pool as pool_module
+from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.runtime.distributed import make_engine
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages import imagefolder, score
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))
+from breaking_rewards import HANGS, WidthReward
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("later", [0.0, 0.5], ids=["at once", "while they import"])
+def test_workers_that_start_leave_a_stop_of_the_whole_group_to_the_parent(later: float, tmp_path: Path) -> None:
+    """As a terminal, a container or a batch system stops a job: all its processes get the signal."""
+    recipe, workspace = write_recipe(tmp_path / "small.yaml", reward={"workers": 2}), tmp_path / "out"
+    process = start(["score"], recipe=recipe, workspace=workspace, own_group=True)
+    wait_for(process, workspace, "stores/*/scores/*/lock")
+    time.sleep(later)
+    os.killpg(process.pid, signal.SIGTERM)
+    code, _, errors = finish(process)
+    assert code == 130, errors
+    assert "Traceback" not in errors and "command again to go on" in errors
+    assert not list(workspace.rglob("lock"))
+    assert left_in_group(process.pid) == []
+
+
+def left_in_group(number: int) -> list[str]:
+    """The processes that are in the group, after a while for those that see that the others are gone."""
+    deadline = time.monotonic() + 20
+    while True:
+        found = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(maxsplit=2) for line in found.splitlines()]
+        left = [row[2] for row in rows if int(row[0]) == number and not row[1].startswith("Z")]
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(0.1)
+
+
+def stop_when(path: Path) -> threading.Thread:
+    """Send this process SIGTERM once ``path`` is there."""
+
+    def wait() -> None:
+        while not path.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_scoring_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished shard is kept, the one that hangs is not; a later call scores it."""
+    monkeypatch.setattr(pool_module, "STOP_GRACE", 0.1)
+    store = small_store.open_store(tmp_path / "store")
+    for number, width in enumerate((8, HANGS)):
+        pictures = [Image.new("RGB", (width, 8))] * 2
+        store.write_shard(
+            number, [Group(each, torch.ones(2, 3), {}, pictures, [1, 2]) for each in store.shards[number]]
+        )
+    table = ScoreTable.create_or_open(store, "width", provenance={"reward": "width"})
+    waiting = stop_when(tmp_path / "hangs")
+    with StopFlag() as stop, pytest.raises(Interrupted) as ended:
+        pool = ScoringPool(WidthReward(tmp_path), workers=1)
+        score.score_missing(table, pool, make_engine(), reporter=QUIET, stop=stop)
+    waiting.join()
+    assert str(ended.value) == (
+        f"stopped while scoring; finished shards are kept in {table.path}: run the command again to go on"
+    )
+    assert table.missing_shards() == [1]
+    assert not (table.path / "lock").exists()
+
+
+def test_scoring_a_folder_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "STOP_GRACE", 0.0)
+    recipe, folder = load_recipe(str(write_recipe(tmp_path / "small.yaml"))), tmp_path / "pictures"
+    (tmp_path / "0000.png").write_bytes(b"")
+    write_image_folder(folder, [PromptPictures(small_store.PROMPTS.records[0], (tmp_path / "0000.png",))])
+    with StopFlag(), pytest.raises(Interrupted, match="stopped while scoring; what is done is kept in"):
+        os.kill(os.getpid(), signal.SIGTERM)
+        imagefolder.run(recipe, tmp_path / "out", QUIET, folder=folder)
+    assert not list(tmp_path.glob("out/folders/*/*"))
+
+
+@pytest.mark.timeout(600)
+def test_the_end_of_an_evaluation_is_whole_or_told_as_interrupted(tmp_path: Path) -> None:
+    """Stopped while the report is written, of which the picture grid comes first."""
+    recipe = write_recipe(tmp_path / "small.yaml", train={"steps": 2, "eval_every": 0})
+    workspace, pictures = tmp_path / "out", tmp_path / "pictures"
+    code, _, errors = finish(start(["train"], recipe=recipe, workspace=workspace))
+    assert code == 0, errors
+    process = start(["eval", "--export", str(pictures)], recipe=recipe, workspace=workspace)
+    wait_for(process, workspace, "runs/*/evaluations/results-*.png")
+    process.send_signal(signal.SIGTERM)
+    code, _, errors = finish(process)
+    assert code in (0, 130) and "Traceback" not in errors, errors
+    assert pictures.exists() == (code == 0)
+    if code:
+        assert "Stopped while the pictures were written" in errors and "command again to go on" in errors
+    assert list(workspace.glob("runs/*/report.html")) and not list(workspace.rglob("lock"))
+    assert not list(tmp_path.glob(".*"))
+    code, _, errors = finish(start(["eval"], recipe=recipe, workspace=workspace))
+    assert code == 0, errors
