@@ -30,6 +30,7 @@ from gdro_cli.stages.judging import open_judge, open_judge_pool
 from gdro_cli.stages.quality import Rated, joined, pair_verdict, quality_measures, rate
 from gdro_cli.stages.rewards import Measure, measures, open_pool, open_reward, trained_detail
 from gdro_cli.stages.sample import decode_images, sample_images
+from gdro_cli.stages.scoring import score_drawn, why_none
 from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
 
 FOLDER = "validation"
@@ -228,12 +229,13 @@ class Validation:
         def rows(pool: ScoringPool) -> list[ScoreRow]:
             return [
                 ScoreRow(prompt.id, index, score.value, score.reason, score.details)
-                for (prompt, index), score in zip(asked, pool.score(pictures, texts), strict=True)
+                for (prompt, index), score in zip(asked, score_drawn(pool, pictures, texts), strict=True)
             ]
 
         scored = rows(self.rewards)
         if all(row.value is None for row in scored):
-            raise StoreError(f"none of the {len(scored)} validation images could be scored: mend the reward engine")
+            why = why_none(row.reason for row in scored)
+            raise StoreError(f"none of the {len(scored)} validation images could be scored {why}")
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
         full = [joined(self.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
         if shown := self.prompts.records[: self.recipe.eval.grid_prompts]:
