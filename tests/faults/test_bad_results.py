@@ -48,7 +48,7 @@ def pair(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(RESULTS))
         (folder / "recipe.json").write_text(json.dumps({"name": "small", "train": {"steps": 4}}))
-        point = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5}
+        point = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5, "prompts": 2, "images": 2}
         (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
     return tmp_path
 
@@ -153,6 +153,7 @@ BESIDE = [
     Case(
         "a reward of text", ("metrics.jsonl", b'{"kind": "validation", "step": 1, "protocol": "p", "reward": "x"}\n'), 4
     ),
+    Case("a row without a kind", ("metrics.jsonl", b'{"step": 1, "seconds": 1.0}\n'), 4, "line 1 is damaged"),
     Case("metrics empty", ("metrics.jsonl", b""), 0),
     Case("recipe a list", ("recipe.json", b"[]"), 4, "recipe.json is damaged"),
     Case("recipe cut", ("recipe.json", b"{"), 4, "recipe.json is damaged"),
