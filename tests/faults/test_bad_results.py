@@ -13,8 +13,10 @@ from faulty import Case, check, command, outcome, rows
 
 from gdro_cli.data.imagefolder import PromptPictures
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages import compare
 from gdro_cli.stages.imagefolder import _read
+from gdro_cli.stages.resultsfile import read_shown
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "prompts": 2, "images": 2, "level": 0.95}
 SIDES = {"base": INTERVAL, "trained": INTERVAL, "difference": INTERVAL}
@@ -179,6 +181,34 @@ def test_the_command_line_says_the_same(pair: Path) -> None:
     check(found, 4, "does not hold results")
 
 
+def trained(*without: str, **changes: Any) -> Change:
+    """Another interval of the trained model."""
+    interval = {name: value for name, value in {**INTERVAL, **changes}.items() if name not in without}
+    return with_(measures={"reward": SIDES | {"trained": interval}})
+
+
+SHOWN = [
+    Case("sound", with_(), 0),
+    Case("without counts", trained("prompts", "images", "level"), 0),
+    Case("nothing measured", trained(mean=None, low=None, high=None), 0),
+    *(Case(f"without {name}", trained(name), 4, f"reward.trained.{name}") for name in ("mean", "low", "high")),
+    Case("low a text", trained(low="0.4"), 4, "reward.trained.low"),
+    Case("high true", trained(high=True), 4, "reward.trained.high"),
+    Case("a number", with_(measures={"reward": SIDES | {"base": 3}}), 4, "reward.base"),
+    Case(
+        "of a signal", with_(signals={"dark_share": SIDES | {"base": {"mean": 0.5}}}), 4, "signals.dark_share.base.low"
+    ),
+]
+
+
+@rows(SHOWN)
+def test_what_a_card_shows(case: Case, tmp_path: Path) -> None:
+    results = copy.deepcopy(RESULTS | {"protocol_name": "p", "seen": 0})
+    case.given(results)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    check(outcome(lambda: read_shown(RunFolder(tmp_path))), case.code, case.words)
+
+
 PROMPT = PromptRecord.of("a sign", target="A")
 SOUND = json.dumps({"prompt_id": PROMPT.id, "index": 0, "value": 0.5, "reason": None, "details": {}}).encode()
 PARTS = [
@@ -203,4 +233,4 @@ def test_a_part_of_a_scored_folder(case: Case, tmp_path: Path) -> None:
     check(outcome(lambda: _read(path, part)), case.code, case.words)
 
 
-CASES = [*RESULT_FILES, *BESIDE, *PARTS]
+CASES = [*RESULT_FILES, *BESIDE, *SHOWN, *PARTS]
