@@ -144,7 +144,18 @@ RUNS = [
     Case("times cut", put("stores.json", b"["), 4, "stores.json is damaged"),
     Case("times of texts", put("stores.json", b'["a"]'), 4, "stores.json is damaged"),
     Case("times without step", put("stores.json", b'[{"sampling": 1}]'), 4, "stores.json is damaged"),
-    Case("times with a text", put("stores.json", b'[{"step": 0, "sampling": "x", "scoring": 1}]'), 0),
+    *(
+        Case(
+            f"a time of {name}",
+            put("stores.json", b'[{"step": 0, "sampling": %s, "scoring": 1}]' % name.encode()),
+            4,
+            "stores.json is damaged: delete it",
+        )
+        for name in ('"x"', '"1.5"', '"inf"', "true", "-1", "1e99", "[1]", "{}")
+    ),
+    Case("a time too few", put("stores.json", b'[{"step": 0, "sampling": 1}]'), 4, "stores.json is damaged: delete it"),
+    Case("times at step true", put("stores.json", b'[{"step": true, "sampling": 1, "scoring": 1}]'), 4, "is damaged"),
+    Case("a time that is not known", put("stores.json", b'[{"step": 0, "sampling": null, "scoring": 1}]'), 0),
 ]
 
 
