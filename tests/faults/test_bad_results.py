@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from faulty import Case, check, command, outcome, rows
 
 from gdro_cli.data.imagefolder import PromptPictures
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.files import parse_json
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages import compare
 from gdro_cli.stages.imagefolder import _read
@@ -84,6 +87,9 @@ RESULT_FILES: list[Case] = [
     Case("empty", b"", 4, "results.json is damaged"),
     Case("cut", whole(RESULTS)[:-20], 4, "results.json is damaged"),
     Case("brackets", b"[" * 100_000, 4, "results.json is damaged"),
+    Case("half a character", with_(run="\ud800"), 4, "results.json is damaged"),
+    Case("half a measure", with_(measures={"reward": SIDES, "\udfff": SIDES}), 4, "results.json is damaged"),
+    Case("a whole pair", with_(run="\U0001f600"), 0),
     Case("NaN", whole(RESULTS).replace(b"0.95", b"NaN"), 4, "results.json is damaged"),
     Case("no UTF-8", whole(RESULTS).replace(b"small", b"\xff"), 4, "results.json is damaged"),
     Case("a list", b"[]", 4, "does not hold results"),
@@ -179,6 +185,22 @@ def test_the_command_line_says_the_same(pair: Path) -> None:
     (pair / "runs" / "two" / "results.json").write_bytes(b"{}")
     found = command("eval", "--compare", "one", "two", "--out", str(pair))
     check(found, 4, "does not hold results")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_runs_whose_names_are_no_text(pair: Path) -> None:
+    """They are listed, compared and drawn with their bytes spelt out, and what is written is UTF-8."""
+    runs = pair / "runs"
+    for old, new in (("one", b"a\xff"), ("two", b"b\xed\xa0\x80")):
+        (runs / old).rename(runs / os.fsdecode(new))
+    names = [os.fsdecode(name) for name in (b"a\xff", b"b\xed\xa0\x80")]
+    check(command("runs", str(pair)), 0)
+    check(command("eval", "--compare", *names, "--out", str(pair)), 0)
+    (folder,) = (pair / "comparisons").iterdir()
+    written = {path.suffix: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    assert "a\\xff" in written[".html"] and "b\\xed\\xa0\\x80" in written[".csv"]
+    assert parse_json(written[".json"])["first"] == "a\\xff"
+    check(command("eval", "--compare", names[0], os.fsdecode(b"c\xff"), "--out", str(pair)), 2, "no run c\\xff in")
 
 
 def trained(*without: str, **changes: Any) -> Change:
