@@ -157,11 +157,28 @@ def parse_json(data: str | bytes) -> Any:
     """The value of a JSON text that this tool could have written.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or holds a number that is not finite or an integer of more than 64
-            bits.
+        ValueError: it is no JSON, nested too deeply, or holds a number that is not finite, an integer of more than 64
+            bits or half a character.
+    """
+    text = data.decode(json.detect_encoding(data)) if isinstance(data, bytes) else data
+    try:
+        value = json.loads(text, parse_constant=_not_finite, parse_float=_finite, parse_int=small_integer)
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+    if not text.isascii() or "\\ud" in text or "\\uD" in text:  # others hold none
+        refuse_half_characters(value)
+    return value
+
+
+def refuse_half_characters(value: Any) -> None:
+    r"""Raise ValueError if a text of a JSON value holds half of a surrogate pair: it can be neither shown nor written.
+
+    JSON can name one half alone, as in ``"\ud800"``.
     """
     try:
-        return json.loads(data, parse_constant=_not_finite, parse_float=_finite, parse_int=small_integer)
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("the JSON holds half a character") from error
     except RecursionError as error:
         raise ValueError("the JSON is nested too deeply") from error
 

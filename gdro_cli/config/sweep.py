@@ -32,6 +32,9 @@ SHORT_NAMES = {
 POINTS = 4
 """Evaluation points of a training whose recipe asks for none."""
 
+MOST_CELLS = 1000
+"""Trainings of one ablation; all of their recipes are held at once."""
+
 _MEASURED = "changes what is measured, so the cells could not be compared"
 _UNLEARNT = "changes speed, files or messages and not what is learnt"
 _SAID = "says something about the recipe and not about the training"
@@ -138,7 +141,7 @@ def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | Non
 
     Raises:
         UserError: an unknown key or one that makes no sense to sweep, values that are missing, repeated or no
-            valid values of their key, or cells that could not be compared.
+            valid values of their key, cells that could not be compared, or more of them than ``MOST_CELLS``.
     """
     if not names:
         known = ", ".join(recipe.ablation)
@@ -157,6 +160,12 @@ def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | Non
         Axis(name, key, _values(name, key, recipe, values[number] if values else None))
         for number, (name, key) in enumerate(zip(names, keys, strict=True))
     )
+    count = math.prod(len(axis.values) for axis in axes) * seeds
+    if count > MOST_CELLS:
+        raise UserError(
+            f"the sweep has {count:,} cells (every combination of values, with {seeds:,} seeds), more than the"
+            f" {MOST_CELLS:,} of one ablation: name fewer values or --seeds, or make several ablations"
+        )
     first = recipe.train_seed
     numbers = tuple(range(first, first + seeds))
     cells = tuple(
@@ -218,13 +227,21 @@ def _cell_recipe(recipe: Recipe, axes: Sequence[Axis], values: Sequence[Any], se
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    resolve_paths(layer, folder=Path.cwd())
+    resolve_paths(layer, folder=_here())
     data = merge_layers([recipe.resolved(), layer])
     data["ablation"] = recipe.resolved()["ablation"]  # a cell of another method keeps it, unread
     steps = data["train"]["steps"]
     if recipe.train.eval_every == 0 and isinstance(steps, int) and steps > 0:
         data["train"]["eval_every"] = math.ceil(steps / POINTS)
     return build_recipe(data, source=f"{recipe.name} with {_label(axes, values)}")
+
+
+def _here() -> Path:
+    """The working folder, which paths among the values are relative to."""
+    try:
+        return Path.cwd()
+    except OSError as error:  # others may have deleted it
+        raise UserError("the folder that you are in is gone: change to another and run the command again") from error
 
 
 def _label(axes: Sequence[Axis], values: Sequence[Any]) -> str:

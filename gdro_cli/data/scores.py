@@ -57,6 +57,8 @@ class ScoreRow:
             raise ValueError("a score row has either a value or a reason why it is missing")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"a score is a finite number, not {self.value}: use None and a reason")
+        if self.reason is not None:  # it may name a file whose name is no text, which could not be read back
+            object.__setattr__(self, "reason", self.reason.encode(errors="backslashreplace").decode())
 
     def measured(self, detail: Detail = None) -> float | None:
         """The score, the number (or truth value) ``details[detail]``, or the mean of several with their weights.

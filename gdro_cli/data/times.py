@@ -6,10 +6,13 @@ They are told, not relied on: a missing or torn line makes the total unknown, an
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from gdro_cli.files import append_bytes, json_lines, parse_json
 
 _FILE = "times.jsonl"
+_LONGEST = 1e10
+"""Seconds that something can take: 300 years."""
 
 
 def add_time(folder: Path, shard: int, seconds: float, *, processes: int = 1) -> None:
@@ -33,7 +36,15 @@ def total_time(folder: Path, *, shards: int) -> float | None:
     try:
         for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
             row = parse_json(line)
-            found[int(row["shard"])] = float(row["seconds"]) / int(row["processes"])
-    except (OSError, ArithmeticError, ValueError, KeyError, TypeError):
+            shard, seconds, processes = row["shard"], row["seconds"], row["processes"]
+            if type(shard) is not int or not is_time(seconds) or type(processes) is not int or processes < 1:
+                return None
+            found[shard] = seconds / processes
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return sum(found.values()) if found.keys() >= set(range(shards)) else None
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value of a JSON file is a number of seconds."""
+    return type(value) in (int, float) and 0 <= value <= _LONGEST

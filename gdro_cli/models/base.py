@@ -116,8 +116,8 @@ class FlowModel(Protocol):
         One pass: ``guidance`` counts only where it is ``embedded``.
         """
 
-    def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image]:
-        """Turn clean latents [N, S, C] into N RGB pictures."""
+    def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image | None]:
+        """Turn clean latents [N, S, C] into N RGB pictures; None stands for one that is not finite."""
 
     def release_encoders(self) -> None:
         """Free the text encoders; the next ``encode`` loads them again."""

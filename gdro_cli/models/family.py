@@ -299,10 +299,10 @@ class DiffusersFlow(abc.ABC):
 
     # -- pictures -----------------------------------------------------------------------------------------------
 
-    def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image]:
-        """Decode clean latents into RGB pictures, a few at a time."""
+    def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image | None]:
+        """Decode clean latents into RGB pictures, a few at a time; None stands for one that is not finite."""
         vae, at_once = self._module("vae"), decoded_at_once(height, width)
-        found: list[Image.Image] = []
+        found: list[Image.Image | None] = []
         with torch.inference_mode():
             for start in range(0, len(latents), at_once):
                 part = latents[start : start + at_once].to(self.device, self.dtype)

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+NOT_FINITE = "the picture is not finite"
+"""Why there is no picture."""
+
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], *, device: torch.device) -> Tensor:
     """Draw standard normal noise [N, *shape] in float32, image i from a CPU generator of ``seeds[i]`` alone.
@@ -37,7 +40,22 @@ def unpack(tokens: Tensor, grid: tuple[int, int], *, patch: int) -> Tensor:
     return maps.reshape(len(tokens), -1, rows * patch, columns * patch)
 
 
-def pictures(pixels: Tensor) -> list[Image.Image]:
-    """Turn decoder output [N, 3, height, width] in [-1, 1] into pictures."""
+def pictures(pixels: Tensor) -> list[Image.Image | None]:
+    """Turn decoder output [N, 3, height, width] in [-1, 1] into pictures.
+
+    None stands for one with a number that is not finite: whatever its pixels became would be no picture of the model.
+    """
+    finite = pixels.isfinite().flatten(1).all(1).tolist()
     values = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(one) for one in (values * 255).round().astype(np.uint8)]
+    return [
+        Image.fromarray((one * 255).round().astype(np.uint8)) if whole else None
+        for one, whole in zip(values, finite, strict=True)
+    ]
+
+
+def complete(found: Sequence[Image.Image | None]) -> list[Image.Image]:
+    """The pictures, for those who need all of them. Raises ValueError if one is missing."""
+    there = [picture for picture in found if picture is not None]
+    if len(there) < len(found):
+        raise ValueError(NOT_FINITE)
+    return there

@@ -3,7 +3,7 @@
 recipe.json       the resolved recipe
 environment.json  versions and devices when the run began (environment-2.json ... if a later sitting differs)
 manifest.json     schema, time, digests of the inputs; written last, so a folder without it is no run yet
-metrics.jsonl     one JSON object per line, each with its ``step``
+metrics.jsonl     one JSON object per line, each with its ``kind`` and ``step``
 lock              who works in the folder just now
 """
 
@@ -38,6 +38,10 @@ _LONGEST = 200
 """Characters of a difference that a message shows."""
 _TEXTS = ("kind", "protocol", "verdict")
 """The entries of a row of metrics that are texts; all others are numbers, or missing."""
+_COUNTS = ("prompts", "images", "failed", "unjudged")
+"""The entries that count something at an evaluation point."""
+_OF_A_POINT = ("protocol", "reward", "prompts", "images")
+"""What every evaluation point has."""
 
 
 class RunFolder:
@@ -143,28 +147,25 @@ class RunFolder:
         """Add one line to the metrics; it survives a kill of the process as soon as this returns.
 
         Args:
-            row: JSON values; ``step`` (int) is required, since resuming cuts the file by it.
+            row: JSON values; ``step`` (int) is required, since resuming cuts the file by it, and ``kind``, by which
+                rows are told apart.
 
         Raises:
-            ValueError: the row has no step.
+            ValueError: the row has no step or no kind.
             StoreError: the file cannot be written to.
         """
-        if not isinstance(row.get("step"), int):
-            raise ValueError("a row of metrics needs an integer 'step'")
+        if not isinstance(row.get("step"), int) or not isinstance(row.get("kind"), str):
+            raise ValueError("a row of metrics needs an integer 'step' and a 'kind'")
         append_bytes(self.metrics_path, json_lines([row]))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all rows; a last line that was cut off by a crash is left out.
 
         Raises:
-            StoreError: another line is damaged, or is not a row that ``append_metrics`` writes.
+            StoreError: another line is damaged, or is not a row that a training writes.
         """
-        if not self.metrics_path.exists():
-            return []
-        with reading(self.metrics_path):
-            lines = self.metrics_path.read_bytes().split(b"\n")
         rows = []
-        for number, line in enumerate(lines[:-1], start=1):
+        for number, line in enumerate(self._metrics_bytes().split(b"\n")[:-1], start=1):
             try:
                 rows.append(_row(parse_json(line)))
             except ValueError as error:
@@ -173,11 +174,18 @@ class RunFolder:
 
     def _drop_torn_line(self) -> None:
         """Cut off a last line that a crash left unfinished, so that the next row starts a line."""
-        if self.metrics_path.exists():
-            with reading(self.metrics_path):
-                whole, newline, torn = self.metrics_path.read_bytes().rpartition(b"\n")
-            if torn:
-                write_bytes(self.metrics_path, whole + newline)
+        whole, newline, torn = self._metrics_bytes().rpartition(b"\n")
+        if torn:
+            write_bytes(self.metrics_path, whole + newline)
+
+    def _metrics_bytes(self) -> bytes:
+        """What is in the file; nothing where there is none. Raises StoreError."""
+        if not self.metrics_path.exists():
+            return b""
+        if not self.metrics_path.is_file():  # a pipe would be waited for
+            raise StoreError(f"{self.metrics_path} is no ordinary file: move it away and run the command again")
+        with reading(self.metrics_path):
+            return self.metrics_path.read_bytes()
 
     def truncate_metrics(self, after_step: int) -> None:
         """Drop every row of a step beyond ``after_step``: those steps will be run again."""
@@ -200,14 +208,21 @@ def _damaged(path: Path) -> StoreError:
 
 def _row(value: Any) -> dict[str, Any]:
     """A row of metrics. Raises ValueError for anything else."""
-    if not isinstance(value, dict) or type(value.get("step")) is not int or value["step"] < 0:
-        raise ValueError("a row of metrics is an object with a step")
+    if not isinstance(value, dict) or not _is_count(value.get("step")) or "kind" not in value:
+        raise ValueError("a row of metrics is an object with a kind and a step")
     for key, entry in value.items():
         if not (isinstance(entry, str) if key in _TEXTS else entry is None or isinstance(entry, int | float)):
             raise ValueError(f"{key} has a value of another kind")
-    if value.get("kind") == "validation" and "protocol" not in value:
-        raise ValueError("an evaluation point has a protocol")
+    if value["kind"] == "validation":
+        if any(value.get(name) is None for name in _OF_A_POINT):
+            raise ValueError(f"an evaluation point has {', '.join(_OF_A_POINT)}")
+        if not all(_is_count(value[name]) for name in _COUNTS if name in value):
+            raise ValueError(f"{', '.join(_COUNTS)} are whole numbers of 0 or more")
     return value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _refusal(path: Path, changed: list[str]) -> str:

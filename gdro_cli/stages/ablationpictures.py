@@ -13,11 +13,14 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.files import write_bytes
 from gdro_cli.models.base import Conditioning
+from gdro_cli.models.latents import NOT_FINITE
+from gdro_cli.rewards.base import UnreadableImageError, read_rgb
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ablated import Ablation
 from gdro_cli.stages.evaluate import applied
+from gdro_cli.stages.grid import blank
 from gdro_cli.stages.outcome import RunWeights, evaluated_weights
 from gdro_cli.stages.sample import decode_images, sample_images
 from gdro_cli.stages.workspace import evaluation_plan, open_model, open_prompts
@@ -92,7 +95,7 @@ class _Painter:
         """One file per prompt, of the base model where there are no weights."""
         who = digest([protocol, "base" if weights is None else weights.identity])
         files = tuple(self.folder / f"{who}-{prompt.id}.png" for prompt in self.prompts)
-        if all(file.is_file() for file in files):
+        if all(_whole(file) for file in files):
             return files
         model = open_model(recipe)
         if self.conditioning is None:
@@ -108,6 +111,14 @@ class _Painter:
             pictures = decode_images(model, latents, plan, batch_size=size)
         for file, picture in zip(files, pictures, strict=True):
             data = io.BytesIO()
-            picture.save(data, "PNG")
+            (blank(NOT_FINITE) if picture is None else picture).save(data, "PNG")
             write_bytes(file, data.getvalue())
         return files
+
+
+def _whole(file: Path) -> bool:
+    """Whether there is a picture in it; what a crash or somebody has left is drawn anew."""
+    try:
+        return file.is_file() and not file.is_symlink() and bool(read_rgb(file))
+    except UnreadableImageError:
+        return False

@@ -27,6 +27,7 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import clear_stale
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages import train
 from gdro_cli.stages.evaluate import applied
 from gdro_cli.stages.inputs import expected_inputs
@@ -185,7 +186,7 @@ def _train(place: Place, workspace: Path, reporter: Reporter) -> Outcome:
         if not place.finished:
             measure_end(place, reporter)
     except StoreError as error:
-        return Outcome("failed", str(error))
+        return Outcome("failed", printable(str(error)))  # it may name a folder whose name is no text
     except torch.OutOfMemoryError:
         return Outcome("failed", "the device's memory was not enough: set train.micro_batch, or lower k")
     return Outcome("finished")

@@ -24,6 +24,7 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import write_bytes
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.arms import arms
 from gdro_cli.stages.compared import Comparison
 from gdro_cli.stages.comparefiles import csv_table, json_document, page
@@ -128,17 +129,17 @@ def _open(runs: Sequence[Path]) -> tuple[EvaluatedRun, ...]:
     twice = [path for path, count in Counter(path.resolve() for path in runs).items() if count > 1]
     if twice:
         raise UserError(f"the run {twice[0]} is named twice: a comparison is of different runs")
-    names = Counter(path.resolve().name for path in runs)
+    shown = [printable(path.resolve().name) for path in runs]
+    names = Counter(shown)
     opened = []
-    for path in runs:
+    for path, own in zip(runs, shown, strict=True):
         results, folder = load_results(path), RunFolder(path)
-        own = path.resolve().name
         settings = folder.recipe if (path / "recipe.json").is_file() else {}
         metrics, limits = folder.metrics(), _limits(settings)
         points = validation_rows(metrics)
         opened.append(
             EvaluatedRun(
-                name=own if names[own] == 1 else str(path),
+                name=own if names[own] == 1 else printable(str(path)),
                 path=path,
                 results=results,
                 points=tuple(point for point in points if limits.allow(point)),

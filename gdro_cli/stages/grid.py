@@ -21,7 +21,8 @@ TEXT_SIZE = 11
 INK, PAPER, FAINT = (24, 24, 28), (255, 255, 255), (110, 110, 118)
 
 
-Row = Sequence[tuple[Image.Image, ScoreRow]]
+Row = Sequence[tuple[Image.Image | None, ScoreRow]]
+"""None is a picture that is missing."""
 
 
 def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int) -> Path | None:
@@ -52,7 +53,8 @@ def draw_sheet(path: Path, prompts: Sequence[str], rows: Mapping[str, Row]) -> N
         pen.text((MARGIN, y + CELL // 2), name, fill=INK, font=font)
         for column, (image, score) in enumerate(images):
             x = left + column * (CELL + MARGIN)
-            sheet.paste(image.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
+            shown = blank() if image is None else image
+            sheet.paste(shown.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
             for number, text in enumerate(caption(score)):
                 line = (wrapped(text, font, CELL) or [""])[0]
                 pen.text((x, y + CELL + 2 + number * LINE), line, fill=FAINT, font=font)
@@ -78,7 +80,14 @@ def _shown(path: Path) -> Image.Image:
     try:
         return read_rgb(path)
     except UnreadableImageError:
-        return Image.new("RGB", (CELL, CELL), FAINT)
+        return blank()
+
+
+def blank(why: str = "") -> Image.Image:
+    """The grey field that stands for a picture that is missing."""
+    field = Image.new("RGB", (CELL, CELL), FAINT)
+    ImageDraw.Draw(field).text((MARGIN, CELL // 2), why, fill=PAPER, font=ImageFont.load_default(TEXT_SIZE))
+    return field
 
 
 def caption(row: ScoreRow) -> list[str]:

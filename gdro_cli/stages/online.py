@@ -34,6 +34,7 @@ from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.rewards import open_pool, trained_detail
 from gdro_cli.stages.rollout import Drawn, Policy, Rollout, policy_guidance, prompts_of_round, roll_out, trained_steps
+from gdro_cli.stages.scoring import score_drawn, why_none
 from gdro_cli.stages.shares import check_shares
 from gdro_cli.stages.trainer import StepGradient
 from gdro_cli.stages.workspace import image_size, open_prompts
@@ -141,10 +142,11 @@ class OnlineSteps:
             seconds={name: value / updates for name, value in seconds.items()},
         )
 
-    def _draw(self, drawn: list[Drawn], stop: StopFlag) -> tuple[Rollout, list[Image.Image]] | None:
+    def _draw(self, drawn: list[Drawn], stop: StopFlag) -> tuple[Rollout, list[Image.Image | None]] | None:
         """Latents and pictures of this process's images; None if a stop was asked for in any process."""
         size = self.recipe.sample.batch_size
-        parts, pictures = [], []
+        parts: list[Rollout] = []
+        pictures: list[Image.Image | None] = []
         for start in range(0, len(drawn), size):
             stop.requested = self.engine.any(stop.requested)  # all processes have as many batches
             if stop.requested:
@@ -156,14 +158,14 @@ class OnlineSteps:
             pictures += self.model.decode(parts[-1].clean, height=height, width=width)
         return Rollout.joined(parts), pictures
 
-    def _rewards(self, drawn: list[Drawn], pictures: list[Image.Image], number: int) -> Tensor:
+    def _rewards(self, drawn: list[Drawn], pictures: list[Image.Image | None], number: int) -> Tensor:
         """Rewards [B, K] of the images of all processes; nan is missing."""
         if self.pool is None:
             raise RuntimeError("open() comes before the first step")
         detail = trained_detail(self.recipe)
         own = []
         with self.engine.together():
-            found = self.pool.score(pictures, [name.prompt for name in drawn])
+            found = score_drawn(self.pool, pictures, [name.prompt for name in drawn])
         for name, score in zip(drawn, found, strict=True):
             row = ScoreRow(name.prompt.id, name.image, score.value, score.reason, score.details)
             value = row.measured(detail)
@@ -172,8 +174,8 @@ class OnlineSteps:
         rewards = torch.tensor([value for value, _ in scores], dtype=torch.float64)
         if rewards.isnan().all():
             raise StoreError(
-                f"none of the {len(scores)} images of round {number + 1} could be scored ({scores[0][1]}): mend the"
-                " reward engine and run the same command again"
+                f"none of the {len(scores)} images of round {number + 1} could be scored"
+                f" {why_none(reason for _, reason in scores)}"
             )
         rewards = rewards.view(self.method.prompts_per_round, self.method.group_size)
         return self._shuffled(rewards, number) if self.recipe.train.shuffle_rewards else rewards

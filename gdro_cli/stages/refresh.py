@@ -43,6 +43,8 @@ from gdro_cli.stages.workspace import SamplingPlan, open_prompts, open_store, st
 _STORE = re.compile(r"[a-z0-9][a-z0-9-]*")
 ROUNDS = "rounds"
 """Folder of a run's own stores."""
+_COMMAND = "gdro train"
+"""What makes them and their scores."""
 
 
 class _Open(NamedTuple):
@@ -116,8 +118,8 @@ class RefreshedSteps:
         first = number * steps_per_round(self.recipe)
         name = f"round-{number + 1:02d}.json"
         if step > first:  # its weights are gone, but its store was complete
-            return self.engine.from_main(lambda: open_table(self.recipe, GroupStore.open(_held(folder, name))))
-        table = self.engine.from_main(lambda: open_table(self.recipe, self._store(plan, folder, ema)))
+            return self.engine.from_main(lambda: self._kept(folder, name))
+        table = self.engine.from_main(lambda: self._opened(self._store(plan, folder, ema)))
         with ema.applied():
             fill_and_score(
                 self.recipe,
@@ -145,7 +147,20 @@ class RefreshedSteps:
         prompts = open_prompts(self.recipe, self.recipe.prompts.train)
         weights = f"ema {sha256(save(ema.state()))}"
         identity = store_identity(self.recipe, self.model, plan, prompts, weights=weights)
-        return open_store(self.recipe, folder.path / ROUNDS, identity, prompts, plan)
+        return open_store(self.recipe, folder.path / ROUNDS, identity, prompts, plan, command=_COMMAND)
+
+    def _opened(self, store: GroupStore) -> ScoreTable:
+        return open_table(self.recipe, store, command=_COMMAND)
+
+    def _kept(self, folder: RunFolder, name: str) -> ScoreTable:
+        """The store of a round that has begun, which nothing can make again."""
+        table = self._opened(GroupStore.open(_held(folder, name), command=_COMMAND))
+        if table.store.missing_shards() or table.missing_shards():
+            raise StoreError(
+                f"the store {table.store.path} of a round of this run is not complete, and the weights that drew it"
+                " are gone: delete the run and train it again"
+            )
+        return table
 
 
 def _held(folder: RunFolder, name: str) -> Path:

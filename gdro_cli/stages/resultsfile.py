@@ -28,8 +28,8 @@ class _Part(BaseModel):
 
 class _Mean(_Part):
     mean: float | None
-    low: float | None = None
-    high: float | None = None
+    low: float | None
+    high: float | None
 
 
 class _Sides(_Part):

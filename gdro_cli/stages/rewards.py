@@ -148,9 +148,10 @@ def open_pool(recipe: Recipe, *, sharing: int = 1) -> ScoringPool:
     return ScoringPool(open_reward(recipe), workers=max(1, usable_cores() // sharing))
 
 
-def open_table(recipe: Recipe, store: GroupStore) -> ScoreTable:
-    """Make or open the table of the recipe's reward beside ``store``."""
-    return ScoreTable.create_or_open(store, recipe.reward.kind, provenance=open_reward(recipe).version)
+def open_table(recipe: Recipe, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:
+    """Make or open the table of the recipe's reward beside ``store``; ``command`` makes the scores."""
+    version = open_reward(recipe).version
+    return ScoreTable.create_or_open(store, recipe.reward.kind, provenance=version, command=command)
 
 
 def _colours(recipe: Recipe) -> str:

@@ -8,7 +8,7 @@ A sharded model runs in all processes at once: they share the images of every sh
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.data.times import add_time
+from gdro_cli.errors import StoreError
 from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
@@ -99,7 +101,7 @@ def fill_store(
 
     Raises:
         Interrupted: between two steps of a batch; finished shards are kept.
-        StoreError: another job is filling the store.
+        StoreError: another job is filling the store, or a picture is not finite.
         EndedElsewhere: one of these was raised in another process.
     """
     missing = engine.from_main(store.missing_shards)
@@ -173,6 +175,9 @@ def sample_groups(
 
     Returns:
         B groups with latents [K, ...] in the model's dtype.
+
+    Raises:
+        StoreError: a picture is not finite.
     """
     count = plan.images_per_prompt
     conditioning = model.encode([prompt.prompt for prompt in prompts])
@@ -183,14 +188,26 @@ def sample_groups(
     groups = []
     for place, prompt in enumerate(prompts):
         own = latents[place * count : (place + 1) * count]
-        pictures = decode_images(model, own, plan, batch_size=batch_size)
+        pictures = _all_of(prompt, decode_images(model, own, plan, batch_size=batch_size))
         kept = own.to("cpu", model.dtype)
         groups.append(Group(prompt, kept, conditioning[place], pictures, seeds[place]))
     return groups
 
 
-def decode_images(model: FlowModel, latents: torch.Tensor, plan: SamplingPlan, *, batch_size: int) -> list[Image.Image]:
-    """Pictures of clean latents [N, ...]."""
+def _all_of(prompt: PromptRecord, pictures: Sequence[Image.Image | None]) -> list[Image.Image]:
+    try:
+        return complete(pictures)
+    except ValueError as error:
+        raise StoreError(
+            f"a picture of prompt {prompt.id} ({prompt.prompt[:80]!r}) is not finite, so its shard was not written: "
+            "sample with another dtype (float32 or bfloat16) or with less guidance"
+        ) from error
+
+
+def decode_images(
+    model: FlowModel, latents: torch.Tensor, plan: SamplingPlan, *, batch_size: int
+) -> list[Image.Image | None]:
+    """Pictures of clean latents [N, ...]; None stands for one that is not finite."""
     return [
         picture
         for part in latents.split(batch_size)

@@ -6,11 +6,12 @@ from typing import Any
 
 from gdro_cli.core.costs import Batch
 from gdro_cli.data.scores import ScoreTable
-from gdro_cli.data.times import total_time
+from gdro_cli.data.times import is_time, total_time
 from gdro_cli.errors import StoreError
 from gdro_cli.runtime.run import RunFolder
 
 _FILE = "stores.json"
+_TIMES = ("sampling", "scoring")
 
 
 def batch_of(table: ScoreTable, *, step: int) -> Batch | None:
@@ -22,9 +23,7 @@ def batch_of(table: ScoreTable, *, step: int) -> Batch | None:
 
 def note_batch(folder: RunFolder, batch: Batch | None, *, step: int) -> None:
     """Keep the times of the store that a run learns from after ``step`` steps, beside those of earlier steps."""
-    there = folder.read_json(_FILE) if (folder.path / _FILE).is_file() else []
-    if not isinstance(there, list) or not all(isinstance(e, dict) and type(e.get("step")) is int for e in there):
-        raise _damaged(folder)
+    there = _rows(folder) if (folder.path / _FILE).is_file() else []
     known = None if batch is None else (batch.sampling, batch.scoring)
     row = {"step": step, "sampling": known and known[0], "scoring": known and known[1]}
     rows = [*(each for each in there if each["step"] < step), row]
@@ -41,13 +40,20 @@ def read_batches(folder: RunFolder) -> tuple[Batch, ...] | None:
     if not (folder.path / _FILE).is_file():
         # a training that samples as it goes has its times in the steps' rows
         return () if any("seconds_sampling" in row for row in folder.metrics()) else None
-    rows: Any = folder.read_json(_FILE)
-    try:
-        if any(row["sampling"] is None or row["scoring"] is None for row in rows):
-            return None
-        return tuple(Batch(int(row["step"]), float(row["sampling"]), float(row["scoring"])) for row in rows)
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(folder) from error
+    rows = _rows(folder)
+    if any(row[name] is None for row in rows for name in _TIMES):
+        return None
+    return tuple(Batch(row["step"], *(float(row[name]) for name in _TIMES)) for row in rows)
+
+
+def _rows(folder: RunFolder) -> list[dict[str, Any]]:
+    """What the file holds. Raises StoreError for anything but steps and times."""
+    rows = folder.read_json(_FILE)
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
+        raise _damaged(folder)
+    if not all(row.get(name, "") is None or is_time(row.get(name)) for row in rows for name in _TIMES):
+        raise _damaged(folder)
+    return rows
 
 
 def _damaged(folder: RunFolder) -> StoreError:

@@ -7,7 +7,7 @@ Measured with the weights that would be exported. Settings may be chosen by thes
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -19,17 +19,19 @@ from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
+from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
-from gdro_cli.files import parse_json, write_bytes, write_json
+from gdro_cli.files import json_bytes, parse_json, sha256, write_bytes, write_json
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.stages.grid import draw_sheet
 from gdro_cli.stages.judging import open_judge, open_judge_pool
-from gdro_cli.stages.quality import Rated, joined, pair_verdict, quality_measures, rate
+from gdro_cli.stages.quality import GROUP_SIGNALS, Rated, joined, pair_verdict, quality_measures, rate
 from gdro_cli.stages.rewards import Measure, measures, open_pool, open_reward, trained_detail
 from gdro_cli.stages.sample import decode_images, sample_images
+from gdro_cli.stages.scoring import score_drawn, why_none
 from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
 
 FOLDER = "validation"
@@ -147,10 +149,10 @@ class Validation:
 
     def _recall_base(self) -> bool:
         """Read the base model's rows of an earlier start or another run, if there are any."""
-        self.base = _read_base(self.folder / _BASE, self.protocol, self.prompts)
+        self.base = _read_base(self.folder / _BASE, self.protocol, self._asked)
         if self.base is not None:
             return True
-        self.base = _read_base(self.shared / _BASE, self.shared.name, self.prompts)
+        self.base = _read_base(self.shared / _BASE, self.shared.name, self._asked)
         if self.base is None:
             return False
         _copy(self._sheet(0, self.shared), self._sheet(0))
@@ -222,24 +224,31 @@ class Validation:
         size = self.recipe.sample.batch_size
         pictures = decode_images(self.model, latents, self.plan, batch_size=size)
         count = self.plan.images_per_prompt
-        asked = [(prompt, index) for prompt in self.prompts.records for index in range(count)]
+        asked = self._asked
         texts = [prompt for prompt, _ in asked]
 
         def rows(pool: ScoringPool) -> list[ScoreRow]:
             return [
                 ScoreRow(prompt.id, index, score.value, score.reason, score.details)
-                for (prompt, index), score in zip(asked, pool.score(pictures, texts), strict=True)
+                for (prompt, index), score in zip(asked, score_drawn(pool, pictures, texts), strict=True)
             ]
 
         scored = rows(self.rewards)
         if all(row.value is None for row in scored):
-            raise StoreError(f"none of the {len(scored)} validation images could be scored: mend the reward engine")
+            why = why_none(row.reason for row in scored)
+            raise StoreError(f"none of the {len(scored)} validation images could be scored {why}")
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
         full = [joined(self.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
         if shown := self.prompts.records[: self.recipe.eval.grid_prompts]:
             sheet = {f"step {step}": [(pictures[i * count], full[i * count]) for i in range(len(shown))]}
             draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet)
         return rate(self.recipe, self.prompts.records, full, pictures, judged=self.judges is not None)
+
+    @property
+    def _asked(self) -> list[tuple[PromptRecord, int]]:
+        """The prompt of each picture, and its place among the prompt's."""
+        count = self.plan.images_per_prompt
+        return [(prompt, index) for prompt in self.prompts.records for index in range(count)]
 
     def _sheet(self, step: int, folder: Path | None = None) -> Path:
         return (folder or self.folder) / f"step-{step:06d}.png"
@@ -253,17 +262,37 @@ def _copy(source: Path, target: Path) -> None:
 
 def _write_base(path: Path, protocol: str, base: Rated) -> None:
     rows = [row.to_json() for row in base.rows]
-    write_json(path, {"protocol": protocol, "judged": base.judged, "groups": base.groups, "rows": rows})
+    content = {"protocol": protocol, "judged": base.judged, "groups": base.groups, "rows": rows}
+    write_json(path, content | {"sha256": sha256(json_bytes(content))})
 
 
-def _read_base(path: Path, protocol: str, prompts: PromptSet) -> Rated | None:
+def _read_base(path: Path, protocol: str, asked: Sequence[tuple[PromptRecord, int]]) -> Rated | None:
+    """The rows of a file, for these prompts and places; None where it is missing, another's, or not as it was written.
+
+    Whatever is wrong with it, the base model is then measured again.
+    """
     try:
-        held: dict[str, Any] = parse_json(path.read_bytes())
-        if held["protocol"] != protocol:
+        held: dict[str, Any] = parse_json(path.read_bytes() if path.is_file() else b"")
+        said = held.pop("sha256")
+        if held["protocol"] != protocol or sha256(json_bytes(held)) != said:
             return None
-        rows = tuple(ScoreRow(**row) for row in held["rows"])
-        if not {row.prompt_id for row in rows} == {prompt.id for prompt in prompts.records} == set(held["groups"]):
+        rows = tuple(ScoreRow.from_json(row) for row in held["rows"])
+        pairs = [(row.prompt_id, row.index) for row in rows]
+        if pairs != [(prompt.id, index) for prompt, index in asked] or not isinstance(held["judged"], bool):
             return None
-        return Rated(prompts.records, rows, held["groups"], bool(held["judged"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # measured again
+        prompts = tuple(dict.fromkeys(prompt for prompt, _ in asked))
+        return Rated(prompts, rows, _groups(held["groups"], prompts), held["judged"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _groups(held: Any, prompts: Sequence[PromptRecord]) -> dict[str, dict[str, float | None]]:
+    """The group signals of each prompt. Raises ValueError for anything else."""
+    if not isinstance(held, dict) or held.keys() != {prompt.id for prompt in prompts}:
+        raise ValueError("there are signals of other prompts")
+    for signals in held.values():
+        if not isinstance(signals, dict) or signals.keys() != set(GROUP_SIGNALS):
+            raise ValueError("there are other signals")
+        if not all(value is None or type(value) in (int, float) for value in signals.values()):
+            raise ValueError("a signal is a number")
+    return held

@@ -169,9 +169,15 @@ def store_path(recipe: Recipe, folder: Path, identity: dict[str, Any]) -> Path:
 
 
 def open_store(
-    recipe: Recipe, folder: Path, identity: dict[str, Any], prompts: PromptSet, plan: SamplingPlan
+    recipe: Recipe,
+    folder: Path,
+    identity: dict[str, Any],
+    prompts: PromptSet,
+    plan: SamplingPlan,
+    *,
+    command: str = "gdro sample",
 ) -> GroupStore:
-    """Make or open the store of ``identity`` below ``folder``."""
+    """Make or open the store of ``identity`` below ``folder``; ``command`` makes its shards."""
     return GroupStore.create_or_open(
         store_path(recipe, folder, identity),
         identity=identity,
@@ -179,6 +185,7 @@ def open_store(
         images_per_prompt=plan.images_per_prompt,
         prompts_per_shard=recipe.sample.prompts_per_shard,
         image_format=recipe.sample.image_format,
+        command=command,
     )
 
 

@@ -30,6 +30,7 @@ from gdro_cli.data.builtin import ocr_prompts
 from gdro_cli.data.geneval_prompts import geneval_prompts
 from gdro_cli.files import write_json
 from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork, scaled, word_numbers
@@ -169,7 +170,7 @@ def base_pictures() -> tuple[list[Image.Image], list[str]]:
             width=width,
             batch_size=BATCH,
         )
-        pictures += model.decode(latents, height=height, width=width)
+        pictures += complete(model.decode(latents, height=height, width=width))
         prompts += texts
     return pictures, prompts
 

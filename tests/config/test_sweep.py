@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from gdro_cli.config import sweep
 from gdro_cli.config.fields import field_names
 from gdro_cli.config.recipe import Recipe, load_recipe, shipped_recipes
 from gdro_cli.config.sweep import SHORT_NAMES, full_key, plan_sweep
@@ -24,6 +27,33 @@ def test_tau_needs_nothing_more(ocr: Recipe) -> None:
     assert {cell.seed for cell in sweep.cells} == {0} and sweep.notes == ()
     assert sweep.name.startswith("ocr-tau-") and sweep.name == plan_sweep(ocr, ["tau"]).name
     assert sweep.name != plan_sweep(ocr, ["tau"], ["0.5,0.05,0.025"]).name
+
+
+@pytest.mark.parametrize(("values", "seeds"), [("0.5,0", 10**8), ("0.5,0", 501), (",".join(map(str, range(1001))), 1)])
+def test_more_cells_than_one_ablation_can_have_are_refused(ocr: Recipe, values: str, seeds: int) -> None:
+    """Before any of them is made."""
+    with pytest.raises(
+        UserError, match=r"the sweep has [\d,]+ cells .* more than the 1,000 of one ablation: name fewer"
+    ):
+        plan_sweep(ocr, ["tau"], [values], seeds=seeds)
+
+
+def test_as_many_cells_as_one_ablation_can_have(ocr: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "MOST_CELLS", 4)
+    assert len(plan_sweep(ocr, ["tau"], ["0.5,0"], seeds=2).cells) == 4
+    with pytest.raises(UserError, match="has 6 cells"):
+        plan_sweep(ocr, ["tau"], ["0.5,0"], seeds=3)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there a folder in use cannot be deleted")
+def test_a_working_folder_that_is_gone_is_one_sentence(
+    ocr: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(UserError, match="the folder that you are in is gone: change to another"):
+        plan_sweep(ocr, ["tau"], ["0.5,0"])
 
 
 def test_a_cell_is_the_recipe_with_one_key_changed(ocr: Recipe) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ from faulty import Case, check, command, outcome, rows
 
 from gdro_cli.data.imagefolder import PromptPictures
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.files import sha256
+from gdro_cli.files import parse_json, sha256
+from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages import compare
 from gdro_cli.stages.imagefolder import _read
+from gdro_cli.stages.resultsfile import read_shown
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "prompts": 2, "images": 2, "level": 0.95}
 SIDES = {"base": INTERVAL, "trained": INTERVAL, "difference": INTERVAL}
@@ -49,7 +53,7 @@ def pair(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(RESULTS))
         (folder / "recipe.json").write_text(json.dumps({"name": "small", "train": {"steps": 4}}))
-        point = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5}
+        point = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5, "prompts": 2, "images": 2}
         (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
     return tmp_path
 
@@ -83,6 +87,9 @@ RESULT_FILES: list[Case] = [
     Case("empty", b"", 4, "results.json is damaged"),
     Case("cut", whole(RESULTS)[:-20], 4, "results.json is damaged"),
     Case("brackets", b"[" * 100_000, 4, "results.json is damaged"),
+    Case("half a character", with_(run="\ud800"), 4, "results.json is damaged"),
+    Case("half a measure", with_(measures={"reward": SIDES, "\udfff": SIDES}), 4, "results.json is damaged"),
+    Case("a whole pair", with_(run="\U0001f600"), 0),
     Case("NaN", whole(RESULTS).replace(b"0.95", b"NaN"), 4, "results.json is damaged"),
     Case("no UTF-8", whole(RESULTS).replace(b"small", b"\xff"), 4, "results.json is damaged"),
     Case("a list", b"[]", 4, "does not hold results"),
@@ -154,6 +161,7 @@ BESIDE = [
     Case(
         "a reward of text", ("metrics.jsonl", b'{"kind": "validation", "step": 1, "protocol": "p", "reward": "x"}\n'), 4
     ),
+    Case("a row without a kind", ("metrics.jsonl", b'{"step": 1, "seconds": 1.0}\n'), 4, "line 1 is damaged"),
     Case("metrics empty", ("metrics.jsonl", b""), 0),
     Case("recipe a list", ("recipe.json", b"[]"), 4, "recipe.json is damaged"),
     Case("recipe cut", ("recipe.json", b"{"), 4, "recipe.json is damaged"),
@@ -177,6 +185,50 @@ def test_the_command_line_says_the_same(pair: Path) -> None:
     (pair / "runs" / "two" / "results.json").write_bytes(b"{}")
     found = command("eval", "--compare", "one", "two", "--out", str(pair))
     check(found, 4, "does not hold results")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are text")
+def test_runs_whose_names_are_no_text(pair: Path) -> None:
+    """They are listed, compared and drawn with their bytes spelt out, and what is written is UTF-8."""
+    runs = pair / "runs"
+    for old, new in (("one", b"a\xff"), ("two", b"b\xed\xa0\x80")):
+        (runs / old).rename(runs / os.fsdecode(new))
+    names = [os.fsdecode(name) for name in (b"a\xff", b"b\xed\xa0\x80")]
+    check(command("runs", str(pair)), 0)
+    check(command("eval", "--compare", *names, "--out", str(pair)), 0)
+    (folder,) = (pair / "comparisons").iterdir()
+    written = {path.suffix: path.read_text(encoding="utf-8") for path in folder.iterdir()}
+    assert "a\\xff" in written[".html"] and "b\\xed\\xa0\\x80" in written[".csv"]
+    assert parse_json(written[".json"])["first"] == "a\\xff"
+    check(command("eval", "--compare", names[0], os.fsdecode(b"c\xff"), "--out", str(pair)), 2, "no run c\\xff in")
+
+
+def trained(*without: str, **changes: Any) -> Change:
+    """Another interval of the trained model."""
+    interval = {name: value for name, value in {**INTERVAL, **changes}.items() if name not in without}
+    return with_(measures={"reward": SIDES | {"trained": interval}})
+
+
+SHOWN = [
+    Case("sound", with_(), 0),
+    Case("without counts", trained("prompts", "images", "level"), 0),
+    Case("nothing measured", trained(mean=None, low=None, high=None), 0),
+    *(Case(f"without {name}", trained(name), 4, f"reward.trained.{name}") for name in ("mean", "low", "high")),
+    Case("low a text", trained(low="0.4"), 4, "reward.trained.low"),
+    Case("high true", trained(high=True), 4, "reward.trained.high"),
+    Case("a number", with_(measures={"reward": SIDES | {"base": 3}}), 4, "reward.base"),
+    Case(
+        "of a signal", with_(signals={"dark_share": SIDES | {"base": {"mean": 0.5}}}), 4, "signals.dark_share.base.low"
+    ),
+]
+
+
+@rows(SHOWN)
+def test_what_a_card_shows(case: Case, tmp_path: Path) -> None:
+    results = copy.deepcopy(RESULTS | {"protocol_name": "p", "seen": 0})
+    case.given(results)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    check(outcome(lambda: read_shown(RunFolder(tmp_path))), case.code, case.words)
 
 
 PROMPT = PromptRecord.of("a sign", target="A")
@@ -215,4 +267,4 @@ def test_a_part_of_a_scored_folder(case: Case, tmp_path: Path) -> None:
     check(outcome(lambda: _read(path, entries)), case.code, case.words)
 
 
-CASES = [*RESULT_FILES, *BESIDE, *PARTS]
+CASES = [*RESULT_FILES, *BESIDE, *SHOWN, *PARTS]

@@ -22,6 +22,7 @@ from gdro_cli.stages.storetimes import note_batch, read_batches
 
 RECIPE = {"name": "small", "train": {"steps": 3}, "method": {"name": "gdro"}}
 INPUTS = {"store": "aaaabbbbcccc"}
+POINT = {"kind": "validation", "step": 3, "protocol": "p", "reward": 0.5, "prompts": 2, "images": 2, "failed": 0}
 Harm = Callable[[Path], object]
 
 
@@ -34,7 +35,7 @@ def run(tmp_path: Path) -> Path:
     folder = open_run(tmp_path / "runs" / "small-1")
     for step in (1, 2, 3):
         folder.append_metrics({"kind": "train", "step": step, "loss": 0.5})
-    folder.append_metrics({"kind": "validation", "step": 3, "protocol": "p", "reward": 0.5})
+    folder.append_metrics(POINT)
     folder.write_json("stores.json", [{"step": 0, "sampling": 1.0, "scoring": 2.0}])
     return folder.path
 
@@ -60,6 +61,12 @@ def line(data: bytes) -> Harm:
         (path / "metrics.jsonl").write_bytes(first + b"\n" + data + b"\n" + rest)
 
     return harm
+
+
+def point(*without: str, **changes: object) -> Harm:
+    """An evaluation point of step 1, in the middle."""
+    row = {name: value for name, value in {**POINT, "step": 1, **changes}.items() if name not in without}
+    return line(json.dumps(row).encode())
 
 
 def use_run(path: Path) -> None:
@@ -106,29 +113,60 @@ RUNS = [
     Case("a line no UTF-8", line(b'{"step": 1, "kind": "\xff"}'), 4, BAD_LINE),
     Case("a line NUL", line(bytes(50)), 4, BAD_LINE),
     Case("a line of brackets", line(b"[" * 100_000), 4, BAD_LINE),
-    Case("no step", line(b'{"loss": 1}'), 4, BAD_LINE),
-    Case("step a text", line(b'{"step": "../../x"}'), 4, BAD_LINE),
-    Case("step true", line(b'{"step": true}'), 4, BAD_LINE),
-    Case("step half", line(b'{"step": 1.5}'), 4, BAD_LINE),
-    Case("step below 0", line(b'{"step": -1}'), 4, BAD_LINE),
-    Case("loss a text", line(b'{"step": 1, "loss": "low"}'), 4, BAD_LINE),
-    Case("loss NaN", line(b'{"step": 1, "loss": NaN}'), 4, BAD_LINE),
-    Case("loss infinite", line(b'{"step": 1, "loss": 1e999}'), 4, BAD_LINE),
-    Case("loss a list", line(b'{"step": 1, "loss": [1]}'), 4, BAD_LINE),
-    Case("kind a number", line(b'{"step": 1, "kind": 3}'), 4, BAD_LINE),
-    Case("a point without protocol", line(b'{"step": 1, "kind": "validation", "reward": 1}'), 4, BAD_LINE),
-    Case("loss missing", line(b'{"step": 1, "loss": null}'), 0),
+    Case("no step", line(b'{"kind": "train", "loss": 1}'), 4, BAD_LINE),
+    Case("step a text", line(b'{"kind": "train", "step": "../../x"}'), 4, BAD_LINE),
+    Case("step true", line(b'{"kind": "train", "step": true}'), 4, BAD_LINE),
+    Case("step half", line(b'{"kind": "train", "step": 1.5}'), 4, BAD_LINE),
+    Case("step below 0", line(b'{"kind": "train", "step": -1}'), 4, BAD_LINE),
+    Case("loss a text", line(b'{"kind": "train", "step": 1, "loss": "low"}'), 4, BAD_LINE),
+    Case("loss NaN", line(b'{"kind": "train", "step": 1, "loss": NaN}'), 4, BAD_LINE),
+    Case("loss infinite", line(b'{"kind": "train", "step": 1, "loss": 1e999}'), 4, BAD_LINE),
+    Case("loss a list", line(b'{"kind": "train", "step": 1, "loss": [1]}'), 4, BAD_LINE),
+    Case("kind a number", line(b'{"kind": 3, "step": 1}'), 4, BAD_LINE),
+    Case("loss missing", line(b'{"kind": "train", "step": 1, "loss": null}'), 0),
+    Case("no kind", line(b'{"step": 1, "loss": 0.5, "seconds": 1.0}'), 4, BAD_LINE),
+    Case("kind null", line(b'{"kind": null, "step": 1}'), 4, BAD_LINE),
+    Case("a point more", point(), 0),
+    *(
+        Case(f"a point without {name}", point(name), 4, BAD_LINE)
+        for name in ("protocol", "reward", "prompts", "images")
+    ),
+    Case("a point without failed", point("failed"), 0),
+    Case("a point's reward null", point(reward=None), 4, BAD_LINE),
+    *(
+        Case(f"a point's {name} {value!r}", point(**{name: value}), 4, BAD_LINE)
+        for name in ("prompts", "images", "failed", "unjudged")
+        for value in (-1, 1.5, True, None, "2")
+    ),
+    Case("metrics a pipe", lambda path: _pipe(path / "metrics.jsonl"), 4, "metrics.jsonl is no ordinary file"),
+    Case("metrics a folder", lambda path: _folder(path / "metrics.jsonl"), 4, "metrics.jsonl is no ordinary file"),
     Case("times a number", put("stores.json", b"3"), 4, "stores.json is damaged"),
     Case("times cut", put("stores.json", b"["), 4, "stores.json is damaged"),
     Case("times of texts", put("stores.json", b'["a"]'), 4, "stores.json is damaged"),
     Case("times without step", put("stores.json", b'[{"sampling": 1}]'), 4, "stores.json is damaged"),
-    Case("times with a text", put("stores.json", b'[{"step": 0, "sampling": "x", "scoring": 1}]'), 0),
+    *(
+        Case(
+            f"a time of {name}",
+            put("stores.json", b'[{"step": 0, "sampling": %s, "scoring": 1}]' % name.encode()),
+            4,
+            "stores.json is damaged: delete it",
+        )
+        for name in ('"x"', '"1.5"', '"inf"', "true", "-1", "1e99", "[1]", "{}")
+    ),
+    Case("a time too few", put("stores.json", b'[{"step": 0, "sampling": 1}]'), 4, "stores.json is damaged: delete it"),
+    Case("times at step true", put("stores.json", b'[{"step": true, "sampling": 1, "scoring": 1}]'), 4, "is damaged"),
+    Case("a time that is not known", put("stores.json", b'[{"step": 0, "sampling": null, "scoring": 1}]'), 0),
 ]
 
 
 def _folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
 
 
 def _append(path: Path, data: bytes) -> None:

@@ -13,9 +13,10 @@ import torch
 from gdro_cli.cli.failures import exit_code_of
 from gdro_cli.cli.tables import print_table
 from gdro_cli.data.promptfile import read_prompt_file
+from gdro_cli.data.scores import ScoreRow
 from gdro_cli.data.times import add_time
 from gdro_cli.errors import StoreError, UserError
-from gdro_cli.files import append_bytes, parse_json, partial_name, write_bytes
+from gdro_cli.files import append_bytes, json_lines, parse_json, partial_name, write_bytes
 from gdro_cli.runtime.checkpoint import save_checkpoint
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
@@ -79,6 +80,37 @@ def test_numbers_and_depths_that_nothing_writes_are_no_json(text: str) -> None:
     with pytest.raises(ValueError):
         parse_json(text)
     assert parse_json("[18446744073709551615, -3, 0.5]") == [2**64 - 1, -3, 0.5]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        '["\\ud800"]',
+        '["\\uDFFF"]',
+        '["\\ud83d \\ude00"]',
+        '[{"\\udcff": 1}]',
+        '["\ud800"]',
+        b'["\xed\xa0\x80"]',
+        '["\\ud800"]'.encode("utf-16"),
+    ],
+    ids=ascii,
+)
+def test_halves_of_characters_are_no_json(data: str | bytes) -> None:
+    """They could be neither shown nor written."""
+    with pytest.raises(ValueError):
+        parse_json(data)
+
+
+def test_whole_characters_are_json() -> None:
+    for data in (r'["\ud83d\ude00"]', '["\U0001f600"]', b'["\xf0\x9f\x98\x80"]', '["\U0001f600"]'.encode("utf-16")):
+        assert parse_json(data) == ["\U0001f600"]
+    assert parse_json(r'["\\ud800"]') == [r"\ud800"]  # a backslash and letters
+
+
+def test_a_score_s_reason_is_read_back_whatever_it_names() -> None:
+    row = ScoreRow("a", 0, None, "the image x\udcff.png cannot be decoded")
+    assert row.reason == r"the image x\udcff.png cannot be decoded"
+    assert ScoreRow.from_json(parse_json(json_lines([row.to_json()]))) == row
 
 
 def test_a_prompt_s_metadata_holds_no_larger_numbers(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def write_run(path: Path, *, results: dict[str, Any], point: dict[str, Any] | No
     path.mkdir(parents=True)
     (path / "results.json").write_text(json.dumps(results))
     (path / "recipe.json").write_text(json.dumps({"name": path.name}))
-    row = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5} | (point or {})
+    row = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5, "prompts": 2, "images": 2} | (point or {})
     (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     return path
 

@@ -154,7 +154,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         filler = disk / "filler"
         with pytest.raises(OSError, match="No space"):
             filler.write_bytes(bytes(2 * 10**6))
-        check(outcome(lambda: [run.append_metrics({"step": n, "loss": 0.5}) for n in range(10_000)]), 4, full)
+        check(outcome(lambda: [run.append_metrics({"kind": "train", "step": n}) for n in range(10_000)]), 4, full)
         check(outcome(lambda: folder_lock(disk / "lock").__enter__()), 4, full)
         assert not (disk / "lock").exists()
         filler.unlink()
@@ -199,7 +199,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
         for attempt in (
             lambda: store.write_shard(0, [large_group(0), large_group(1)]),
             lambda: save_checkpoint(run.path, 2, tensors=weights(10), state={}, keep=1),
-            lambda: run.append_metrics({"step": 1}),
+            lambda: run.append_metrics({"kind": "train", "step": 1}),
             lambda: write_json(disk / "x.json", {}),
             lambda: folder_lock(disk / "lock").__enter__(),
         ):

@@ -74,28 +74,30 @@ def test_metrics_are_cut_at_a_step(tmp_path: Path) -> None:
     assert run.metrics() == []
     run.truncate_metrics(0)
     for step in range(1, 6):
-        run.append_metrics({"step": step, "loss": 0.1 * step})
-    run.append_metrics({"step": 3, "reward": 0.5})
+        run.append_metrics({"kind": "train", "step": step, "loss": 0.1 * step})
+    run.append_metrics({"kind": "other", "step": 3, "reward": 0.5})
     run.truncate_metrics(3)
     assert run.metrics() == [
-        {"step": 1, "loss": 0.1},
-        {"step": 2, "loss": 0.2},
-        {"step": 3, "loss": 0.1 * 3},
-        {"step": 3, "reward": 0.5},
+        {"kind": "train", "step": 1, "loss": 0.1},
+        {"kind": "train", "step": 2, "loss": 0.2},
+        {"kind": "train", "step": 3, "loss": 0.1 * 3},
+        {"kind": "other", "step": 3, "reward": 0.5},
     ]
     with pytest.raises(ValueError, match="integer 'step'"):
-        run.append_metrics({"loss": 1.0})
+        run.append_metrics({"kind": "train", "loss": 1.0})
+    with pytest.raises(ValueError, match="'kind'"):
+        run.append_metrics({"step": 4, "loss": 1.0})
 
 
 def test_torn_last_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
     run = open_run(tmp_path)
-    run.append_metrics({"step": 1})
+    run.append_metrics({"kind": "train", "step": 1})
     with run.metrics_path.open("a") as stream:
         stream.write('{"step": 2, "lo')
-    assert run.metrics() == [{"step": 1}]
+    assert run.metrics() == [{"kind": "train", "step": 1}]
     run = open_run(tmp_path)
-    run.append_metrics({"step": 2})
+    run.append_metrics({"kind": "train", "step": 2})
     assert [row["step"] for row in run.metrics()] == [1, 2]
-    run.metrics_path.write_text('{"step": 1}\n{"ste\n{"step": 3}\n')
+    run.metrics_path.write_text('{"kind": "train", "step": 1}\n{"ste\n{"kind": "train", "step": 3}\n')
     with pytest.raises(StoreError, match=r"metrics\.jsonl line 2 is damaged"):
         run.metrics()

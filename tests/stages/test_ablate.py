@@ -24,10 +24,12 @@ from gdro_cli.config.recipe import Recipe, load_recipe
 from gdro_cli.config.sweep import Sweep, plan_sweep
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, StoreError
+from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import ablate, evaluate, train
 from gdro_cli.stages.ablated import collect
+from gdro_cli.stages.ablationpictures import draw_pictures
 from gdro_cli.stages.cells import measure_end, places
 from gdro_cli.stages.workspace import open_model
 
@@ -159,6 +161,26 @@ def test_pictures_are_those_of_the_kept_weights(done: Done) -> None:
     assert files[0] != files[1]  # the same prompts and noise, after four steps
 
 
+def test_pictures_that_cannot_be_opened_are_drawn_anew(done: Done, tmp_path: Path, quiet: Reporter) -> None:
+    """Those of a setting of which one is empty, garbage, cut off or a link; the others are kept."""
+    folder, found = tmp_path / "ablation", done[2].found
+    shutil.copytree(done[2].page.parent, folder)
+    names = [row["files"][0] for row in json_of(done[2].files[0])["pictures"]["rows"]]
+    before = {path: path.read_bytes() for path in (folder / "pictures").iterdir()}
+    first, second, third = (folder / name for name in names)
+    times = {path: path.stat().st_mtime_ns for path in before}
+    first.write_bytes(b"")
+    second.write_bytes(before[second][:200])
+    draw_pictures(found, folder, quiet, StopFlag())
+    assert {path: path.read_bytes() for path in before} == before
+    assert third.stat().st_mtime_ns == times[third] and first.stat().st_mtime_ns != times[first]
+    first.write_bytes(b"no picture")
+    third.unlink()
+    third.symlink_to(second)
+    draw_pictures(found, folder, quiet, StopFlag())
+    assert {path: path.read_bytes() for path in before} == before and not third.is_symlink()
+
+
 def test_held_out_prompts_are_not_looked_at(done: Done, make_recipe: MakeRecipe) -> None:
     result = done[2]
     held_out = load_prompts(make_recipe().prompts.eval, task="ocr").records
@@ -187,6 +209,23 @@ def test_an_ablation_in_use_is_refused(done: Done, quiet: Reporter) -> None:
         pytest.raises(StoreError, match=f"is in use by process {os.getpid()}"),
     ):
         ablate.run(sweep, workspace, quiet)
+
+
+@pytest.mark.parametrize("kind", ["a link to nowhere", "a link", "a pipe", "a folder"])
+def test_a_lock_that_is_no_file_is_refused_at_once(
+    kind: str, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    sweep = plan_sweep(make_recipe(), ["tau"], ["0.05,0.5"])
+    folder = ablate.ablation_folder(sweep, tmp_path)
+    folder.mkdir(parents=True)
+    if kind == "a pipe":
+        os.mkfifo(folder / "lock")
+    elif kind == "a folder":
+        (folder / "lock").mkdir()
+    else:
+        (folder / "lock").symlink_to(tmp_path if kind == "a link" else tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="lock is no ordinary file: delete it and run the command again"):
+        ablate.run(sweep, tmp_path, quiet)
 
 
 def test_a_run_without_points_gets_its_last_one(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,34 @@ def test_times_of_shards_are_those_of_the_last_try_and_shared_by_processes(tmp_p
     add_time(tmp_path, 1, 6.0, processes=2)
     assert total_time(tmp_path, shards=2) == 7.0
     (tmp_path / "times.jsonl").write_text('{"shard": 0, "sec')
+    assert total_time(tmp_path, shards=1) is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"seconds": "5.0"},
+        {"seconds": "inf"},
+        {"seconds": True},
+        {"seconds": -1.0},
+        {"seconds": 1e99},
+        {"seconds": None},
+        {"processes": "1"},
+        {"processes": True},
+        {"processes": 0},
+        {"processes": -2},
+        {"processes": 1.5},
+        {"shard": "0"},
+        {"shard": 0.0},
+        {"shard": False},
+    ],
+    ids=str,
+)
+def test_a_time_that_is_no_number_makes_the_total_unknown(row: dict[str, Any], tmp_path: Path) -> None:
+    add_time(tmp_path, 0, 5.0)
+    assert total_time(tmp_path, shards=1) == 5.0
+    with (tmp_path / "times.jsonl").open("a") as file:
+        file.write(json.dumps({"shard": 0, "seconds": 5.0, "processes": 1} | row) + "\n")
     assert total_time(tmp_path, shards=1) is None
 
 

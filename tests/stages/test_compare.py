@@ -75,7 +75,8 @@ def make_results(
 
 
 def point(step: int, reward: float, *, protocol: str = "p", **more: Any) -> dict[str, Any]:
-    return {"kind": "validation", "step": step, "protocol": protocol, "reward": reward, **more}
+    counts = {"prompts": 2, "images": 2}
+    return {"kind": "validation", "step": step, "protocol": protocol, "reward": reward, **counts, **more}
 
 
 @pytest.fixture

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +23,17 @@ from safetensors.torch import load_file
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import plan_sweep
 from gdro_cli.core.corrected import corrected_score
+from gdro_cli.files import json_bytes, sha256
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.runtime.checkpoint import latest_checkpoint
+from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, train
 from gdro_cli.stages.cells import places
 from gdro_cli.stages.outcome import STOPPED, best_folder
 from gdro_cli.stages.rewards import open_table
 from gdro_cli.stages.sample import training_store
+from gdro_cli.stages.validate import Validation
 from gdro_cli.stages.workspace import open_model
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
@@ -127,6 +132,72 @@ def test_the_base_model_is_measured_once(finished: Finished, make_recipe: MakeRe
     assert (third["step"], third["images"]) == (4, 4) and third["protocol"] != first["protocol"]
     assert len(json_of(base)["rows"]) == 4 and json_of(base)["protocol"] == third["protocol"]
     assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": third["corrected"]}
+
+
+def _resealed(change: Callable[[dict[str, Any]], object]) -> Callable[[dict[str, Any]], object]:
+    """A change with a digest that fits it."""
+
+    def harm(held: dict[str, Any]) -> None:
+        change(held)
+        held["sha256"] = sha256(json_bytes({key: value for key, value in held.items() if key != "sha256"}))
+
+    return harm
+
+
+def _first(held: dict[str, Any]) -> dict[str, Any]:
+    group: dict[str, Any] = next(iter(held["groups"].values()))
+    return group
+
+
+HARMS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no digest, as earlier versions wrote it": lambda held: held.pop("sha256"),
+    "another digest": lambda held: held.update(sha256="0" * 64),
+    "a digest of another kind": lambda held: held.update(sha256=3),
+    "a value edited": lambda held: held["rows"][0].update(value=1.0),
+    "a detail edited": lambda held: held["rows"][0]["details"].update(u=5.0),
+    "details a list": _resealed(lambda held: held["rows"][0].update(details=[1])),
+    "details missing": _resealed(lambda held: held["rows"][0].pop("details")),
+    "a value that is text": _resealed(lambda held: held["rows"][0].update(value="high")),
+    "a row a list": _resealed(lambda held: held["rows"].__setitem__(0, [1])),
+    "rows a number": _resealed(lambda held: held.update(rows=3)),
+    "rows in another order": _resealed(lambda held: held["rows"].reverse()),
+    "a row twice": _resealed(lambda held: held["rows"].append(held["rows"][0])),
+    "another picture": _resealed(lambda held: held["rows"][0].update(index=1)),
+    "groups a list": _resealed(lambda held: held.update(groups=list(held["groups"]))),
+    "a group a number": _resealed(lambda held: held["groups"].update(dict.fromkeys(held["groups"], 3))),
+    "a signal too few": _resealed(lambda held: _first(held).pop("diversity")),
+    "a signal that is text": _resealed(lambda held: _first(held).update(diversity="high")),
+    "a signal that is a list": _resealed(lambda held: _first(held).update(rank_disagreement=[1])),
+    "judged a text": _resealed(lambda held: held.update(judged="no")),
+    "another protocol": _resealed(lambda held: held.update(protocol="x")),
+}
+
+
+def test_rows_of_the_base_model_that_are_not_as_they_were_written_are_measured_again(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[1].run.path / "validation", tmp_path / "runs" / "small" / "validation")
+    file = tmp_path / "runs" / "small" / "validation" / "base.json"
+    recipe, whole = make_recipe(), file.read_bytes()
+    with ExitStack() as stack:
+        model = open_model(recipe, device="cpu")
+        found = Validation.open(recipe, model, make_engine(cpu=True), tmp_path / "runs" / "small", stack)
+        assert found._recall_base() and found.base is not None
+        assert [row.to_json() for row in found.base.rows] == json.loads(whole)["rows"]
+        for name, harm in HARMS.items():
+            held = json.loads(whole)
+            harm(held)
+            file.write_text(json.dumps(held))
+            assert not found._recall_base(), name
+        for data in (b"", b"[]", b"3", whole[:-30], b"\xff", b"[" * 100_000, b'{"sha256": NaN}'):
+            file.write_bytes(data)
+            assert not found._recall_base(), data[:20]
+        file.unlink()
+        os.mkfifo(file)
+        assert not found._recall_base()
+        file.unlink()
+        file.write_bytes(whole)
+        assert found._recall_base()
 
 
 def test_a_best_point_has_a_checkpoint_of_its_own(

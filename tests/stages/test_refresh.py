@@ -19,6 +19,7 @@ from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import Interrupted, StoreError
+from gdro_cli.files import remove_tree
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, plan, train
 from gdro_cli.stages.runs import learnt_from
@@ -107,8 +108,40 @@ def test_a_lost_store_of_a_round_is_one_sentence(
     run = tmp_path / "out" / "runs" / straight[1].run.path.name
     shutil.rmtree(run / "checkpoints" / "step-000004")
     shutil.rmtree(next(path for path in (run / "rounds").iterdir() if path.is_dir()))
-    with pytest.raises(StoreError, match="rounds"):
+    with pytest.raises(StoreError, match=r"there is no group store at .*/rounds/.*: run `gdro train`$"):
         train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+
+
+@pytest.mark.parametrize("lost", ["shards/00000", "scores/*/00000.json"])
+def test_a_lost_part_of_a_round_that_has_begun_is_one_sentence(
+    lost: str, straight: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    shutil.copytree(straight[0], tmp_path / "out")
+    run = tmp_path / "out" / "runs" / straight[1].run.path.name
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    store = next(path for path in (run / "rounds").iterdir() if path.is_dir())
+    (found,) = store.glob(lost)
+    remove_tree(found)
+    with pytest.raises(StoreError, match="is not complete, .*: delete the run and train it again"):
+        train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+
+
+def test_a_damaged_part_of_a_round_names_the_command_that_makes_it(
+    straight: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """Before the round has begun it is made again."""
+    shutil.copytree(straight[0], tmp_path / "out")
+    run = tmp_path / "out" / "runs" / straight[1].run.path.name
+    for step in (3, 4):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
+    store = next(path for path in (run / "rounds").iterdir() if path.is_dir())
+    (picture, *_) = sorted((store / "shards" / "00000").rglob("*.png"))
+    picture.write_bytes(b"")
+    with pytest.raises(StoreError, match=r"delete the folder .*/rounds/.*/shards/00000 and run `gdro train`") as caught:
+        train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+    shutil.rmtree(store / "shards" / "00000")
+    again = train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+    assert again.resumed_from == 2 and "gdro sample" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["../../../elsewhere", "/", ".", "", None, "a\x00b"])

@@ -1,0 +1,28 @@
+"""Scores of pictures as they come from the model, before any store has checked them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from PIL import Image
+
+from gdro_cli.models.latents import NOT_FINITE
+from gdro_cli.rewards.base import PromptLike, Score
+from gdro_cli.rewards.pool import ScoringPool
+
+
+def score_drawn(
+    pool: ScoringPool, pictures: Sequence[Image.Image | None], prompts: Sequence[PromptLike]
+) -> list[Score]:
+    """Score ``pictures[i]`` for ``prompts[i]``; one that is not finite is shown to nobody, and its score is missing."""
+    there = [(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True) if picture is not None]
+    found = iter(pool.score([picture for picture, _ in there], [prompt for _, prompt in there]))
+    return [Score(None, NOT_FINITE) if picture is None else next(found) for picture in pictures]
+
+
+def why_none(reasons: Iterable[str | None]) -> str:
+    """Of pictures none of which has a score: the reason of the first, and what to do."""
+    known = list(reasons)
+    if all(reason == NOT_FINITE for reason in known):
+        return f"({NOT_FINITE}): lower train.lr or take another model.dtype, and start another run with --out"
+    return f"({known[0]}): mend the reward engine and run the same command again"
