@@ -75,9 +75,11 @@ def elsewhere(job: Job, *, dry_run: bool, num_processes: int = 1) -> bool:
 
 def start(job: Job) -> tuple[Recipe, Path, Reporter]:
     """What a stage's ``run`` takes; the folder exists and can be written. Raises ``UserError``."""
+    from gdro_cli.runtime.interrupt import work_begins
     from gdro_cli.runtime.progress import Reporter
 
     _writable(job.workspace)
+    work_begins()
     return job.recipe, job.workspace, Reporter(quiet=not is_main_process())
 
 

@@ -17,6 +17,7 @@ from gdro_cli.config.recipe import load_recipe, shipped_recipes
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.runtime.interrupt import StoppedBySignal
 
 
 def run(*arguments: str) -> int:
@@ -258,6 +259,18 @@ def test_each_kind_of_failure_has_its_exit_code(
     assert words in err
     assert err.count("\n") == 1
     assert "Traceback" not in err
+
+
+def test_what_a_library_makes_of_a_signal_is_told_as_the_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        try:
+            raise StoppedBySignal("SIGTERM")
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed to import")  # noqa: B904 (as libraries do it)
+    except ImportError as error:
+        assert exit_code_of(error, debug=False) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("Stopped at once by SIGTERM") and "command again to go on" in err and err.count("\n") == 1
 
 
 IN_PROCESSES = """
