@@ -154,8 +154,11 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
     options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     ports = ["--main_process_port", "0"]  # any free one, so that two jobs can share a machine
     arguments = [*options, *ports, "--num_processes", str(num_processes), "-m", "gdro_cli", *job.command]
+    asked = launch_command_parser().parse_args(arguments)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        asked.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"  # torch's own, but for SIGHUP
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
+        launch_command(asked)
     except ChildFailedError as error:
         rank, code = _cause(error.failures)
         if code > 0:

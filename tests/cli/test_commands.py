@@ -286,6 +286,19 @@ except typer.Exit as leaving:
 """
 
 
+NOHUP = """
+import atexit, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+atexit.register(lambda: print("ignored" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else "heeded"))
+"""
+
+
+def test_several_processes_can_be_started_with_nohup() -> None:
+    command = [sys.executable, "-c", NOHUP + IN_PROCESSES, "recipes", "check", "ocr"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "ignored"
+
+
 def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> None:
     command = [sys.executable, "-c", IN_PROCESSES, "recipes", "check", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
