@@ -1,252 +1,64 @@
-"""``gdro``: one command per stage. Each loads a recipe, runs one stage and shows its result.
-
-From a command to the mathematics it is three hops: here, the stage's ``run``, ``gdro_cli.core``.
-"""
+"""``gdro``: from the command line to an exit code, whatever happens on the way. Loads the commands when it runs."""
 
 from __future__ import annotations
 
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import typer
+from gdro_cli.runtime.interrupt import ended_by_signals, signals_hurry, stop_with_launcher, stopped_at_once
+from gdro_cli.runtime.terminal import UNREAD, prepare_streams, write_out
 
-from gdro_cli.cli import launch, show, tables
-from gdro_cli.cli.failures import exit_code_of
-from gdro_cli.cli.options import (
-    DEFAULT_OUT,
-    DEFAULT_RECIPE,
-    AdapterOption,
-    AtRewardOption,
-    CompareOption,
-    DebugOption,
-    DryRunOption,
-    ExportOption,
-    ImagesOption,
-    JobsOption,
-    MergeOption,
-    OutOption,
-    ParamOption,
-    ProcessesOption,
-    PublicOption,
-    PushOption,
-    RecipeOption,
-    RunArgument,
-    RunsArgument,
-    SeedsOption,
-    SetOption,
-    ValuesOption,
-    WorkerOption,
-)
-from gdro_cli.cli.quiet import silence_optional_packages
-from gdro_cli.errors import StoreError, UserError
-from gdro_cli.runtime.interrupt import stop_with_launcher
-
-app = typer.Typer(
-    name="gdro",
-    help="Post-train rectified-flow text-to-image models with Group-level Direct Reward Optimization.",
-    epilog="The main job, on any machine: gdro train --recipe ocr.yaml, then gdro eval --recipe ocr.yaml",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-@app.command()
-def sample(
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    overrides: SetOption = None,
-    out: OutOption = DEFAULT_OUT,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
-    num_processes: ProcessesOption = 1,
-) -> None:
-    """Make the groups: several images of each training prompt, once, with the untrained model."""
-    job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
-    from gdro_cli.stages import sample as stage
-
-    tables.print_result("Samples", stage.run(*launch.start(job)).summary)
-
-
-@app.command()
-def score(
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    overrides: SetOption = None,
-    out: OutOption = DEFAULT_OUT,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
-    num_processes: ProcessesOption = 1,
-) -> None:
-    """Score the stored images with the recipe's reward."""
-    job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
-    from gdro_cli.stages import score as stage
-
-    tables.print_result("Scores", stage.run(*launch.start(job)).summary)
-
-
-@app.command()
-def train(
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    overrides: SetOption = None,
-    out: OutOption = DEFAULT_OUT,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
-    num_processes: ProcessesOption = 1,
-) -> None:
-    """Train an adapter: on scored groups, which are made first where they are missing, or online, by the method."""
-    job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
-    from gdro_cli.stages import train as stage
-
-    tables.print_result("Training", stage.run(*launch.start(job)).summary)
-
-
-@app.command(name="eval")
-def evaluate(
-    runs: RunsArgument = None,
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    overrides: SetOption = None,
-    out: OutOption = DEFAULT_OUT,
-    images: ImagesOption = None,
-    export: ExportOption = None,
-    compare: CompareOption = False,
-    at_reward: AtRewardOption = None,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
-    num_processes: ProcessesOption = 1,
-) -> None:
-    """Measure the base and the trained model on held-out prompts, side by side; or compare evaluated runs."""
-    if num_processes > 1 and (compare or runs or at_reward is not None or images is not None):
-        raise UserError(
-            "--num-processes shares the evaluation of a trained model; it goes with neither --images nor RUN"
-        )
-    if compare or runs or at_reward is not None:
-        _compare_runs(runs or [], out=out, at_reward=at_reward, asked=compare and images is None and export is None)
-        return
-    more = () if export is None else ("--export", str(export))
-    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, more=more)
-    if images is not None:
-        _score_folder(job, images, export=export, dry_run=dry_run)
-        return
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
-    from gdro_cli.stages import evaluate as stage
-
-    result = stage.run(*launch.start(job), export=export)
-    tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
-    tables.print_comparisons("Signals of reward hacking", result.signals)
-    tables.print_verdict(result.verdict)
-    tables.print_result("Evaluation", result.summary)
-
-
-def _compare_runs(runs: list[str], *, out: Path, at_reward: float | None, asked: bool) -> None:
-    """``gdro eval --compare RUN RUN ...``: runs that have been evaluated, side by side and at the same reward."""
-    if not asked or len(runs) < 2:
-        raise UserError("to compare runs write `gdro eval --compare RUN RUN ...`: two or more, and no other pictures")
-    from gdro_cli.stages import compare as stage
-
-    result = stage.run(runs, at_reward=at_reward, workspace=out)
-    tables.print_table("Held-out prompts (mean, and paired difference to the first run)", *result.measure_table)
-    tables.print_table("At matched reward (validation prompts)", *result.matched_table)
-    tables.print_table("Methods: mean (lowest to highest) over training seeds", *result.arms_table)
-    tables.print_table("Minutes, without evaluation points", *result.times_table)
-    tables.print_result("Comparison", result.summary)
-
-
-def _score_folder(job: launch.Job, images: Path, *, export: Path | None, dry_run: bool) -> None:
-    """``gdro eval --images``: what another tool drew, scored with the recipe's reward."""
-    if export is not None or dry_run:
-        raise UserError("--images scores pictures that are there; it goes with neither --export nor --dry-run")
-    from gdro_cli.stages import imagefolder as stage
-
-    result = stage.run(*launch.start(job), folder=images)
-    tables.print_intervals(f"Pictures in {images} (mean and 95 % interval)", result.measures)
-    tables.print_result("Evaluation", result.summary)
-
-
-@app.command()
-def ablate(
-    param: ParamOption = None,
-    values: ValuesOption = None,
-    seeds: SeedsOption = 1,
-    recipe: RecipeOption = DEFAULT_RECIPE,
-    overrides: SetOption = None,
-    out: OutOption = DEFAULT_OUT,
-    jobs: JobsOption = 1,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
-    worker: WorkerOption = False,
-) -> None:
-    """Train with several values of one key (or two), on one store, and compare the evaluation points."""
-    job = launch.prepare("ablate", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    from gdro_cli.config.sweep import plan_sweep
-
-    sweep = plan_sweep(job.recipe, param or [], values, seeds=seeds)
-    if dry_run:
-        from gdro_cli.stages import ablate as stage
-
-        tables.print_cells(*stage.describe(sweep, out))
-        return
-    if worker:
-        launch.alone_on_its_device()
-        from gdro_cli.stages import ablate as stage
-
-        stage.work(sweep, out, launch.plain_reporter())
-        return
-    if "WORLD_SIZE" in os.environ:
-        raise UserError("gdro ablate starts its own processes: run it without a launcher, with --jobs N.")
-    launch.check_devices(jobs, option="--jobs")
-    from gdro_cli.stages import ablate as stage
-
-    _, workspace, reporter = launch.start(job)
-    spread = launch.spread_cells(job, jobs, param=param or [], values=values or [], seeds=seeds)
-    result = stage.run(sweep, workspace, reporter, spread=spread)
-    tables.print_ablation(result)
-    if result.found.failed:
-        raise typer.Exit(StoreError.exit_code)
-
-
-@app.command(name="export")
-def export_run(
-    run: RunArgument,
-    adapter: AdapterOption = None,
-    merge: MergeOption = None,
-    push: PushOption = None,
-    public: PublicOption = False,
-    out: OutOption = DEFAULT_OUT,
-    dry_run: DryRunOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Make a folder of a finished run for others: its adapter, or the base model with it merged in; or push one."""
-    from gdro_cli.stages import export as stage
-
-    asked = stage.Export(run, adapter, merge, push, public)
-    if dry_run:
-        tables.print_plan("export", stage.describe(asked, out))
-        return
-    tables.print_result("Export", stage.run(asked, out, launch.plain_reporter()))
-
-
-app.add_typer(show.recipes, name="recipes")
-app.command(name="prompts")(show.prompts)
-app.command(name="runs")(show.runs)
-app.command(name="env")(show.env)
+_HELP = {"-h", "--help"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    stop_with_launcher()
-    if "--debug" not in given:
-        silence_optional_packages()
+    with ended_by_signals():
+        prepare_streams()
+        stop_with_launcher()
+        code = _written(_run(given))
+    if arguments is None:  # else there is more to this process than the command
+        signals_hurry(code)
+    sys.exit(code)
+
+
+def _run(given: list[str]) -> int:
+    debug = "--debug" in given
     try:
+        if given and not _HELP.intersection(given):
+            os.getcwd()  # fails where it has been deleted; torch would end the process when it is imported there
+        from gdro_cli.cli.commands import app
+        from gdro_cli.cli.quiet import silence_optional_packages
+
+        if not debug:
+            silence_optional_packages()
         app(args=given, prog_name="gdro")
-    except Exception as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)
-        sys.exit(exit_code_of(error, debug="--debug" in given))
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # Rich leaves so
+            return UNREAD
+        return leaving.code if isinstance(leaving.code, int) else 0
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)
+        return _told(error, debug=debug)
+    return 0
+
+
+def _told(error: BaseException, *, debug: bool = False) -> int:
+    from gdro_cli.cli.failures import exit_code_of
+    from gdro_cli.errors import Interrupted
+
+    if not isinstance(error, Exception):
+        error = Interrupted(stopped_at_once(error))
+    return exit_code_of(error, debug=debug)
+
+
+def _written(code: int) -> int:
+    """The exit code once all output is written, which may fail as late as this: a full disk, a reader that has left."""
+    try:
+        write_out()
+    except BrokenPipeError:
+        return code or UNREAD
+    except OSError as error:
+        return code or _told(error)
+    return code

@@ -6,11 +6,15 @@ import errno
 import os
 import sys
 import traceback
+from contextlib import suppress
 
 from gdro_cli.errors import EndedElsewhere, GdroError, Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.runtime.interrupt import stopped_at_once
 
 _UNEXPECTED = 1
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_LONGEST_CHAIN = 100
+"""Errors behind an error that are looked at; a chain may go in a circle."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -34,6 +38,11 @@ def exit_code_of(error: Exception, *, debug: bool) -> int:
 
 def _known(error: Exception) -> GdroError | None:
     """The error as one of ours; the operating system's refusals are the user's to mend, too."""
+    if isinstance(error, Interrupted):
+        return error
+    signal = _interrupt_behind(error)
+    if signal is not None:
+        return Interrupted(stopped_at_once(signal))
     if isinstance(error, GdroError):
         return error
     if _is_out_of_memory(error):
@@ -43,6 +52,8 @@ def _known(error: Exception) -> GdroError | None:
         )
     if not isinstance(error, OSError):
         return None
+    if error.errno == errno.ENOENT and _nowhere():
+        return UserError("The working folder no longer exists: cd to another one and run the command again.")
     where = error.filename if error.filename is not None else "a file"
     if error.errno in _DENIED:
         return UserError(f"{where}: {error.strerror}: change its permissions or name another --out.")
@@ -53,6 +64,24 @@ def _known(error: Exception) -> GdroError | None:
     if error.errno == errno.EMFILE:
         return PrerequisiteError("Too many open files: raise the limit (ulimit -n) and run the same command again.")
     return None
+
+
+def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The signal in whose course an error came: libraries tell what interrupts them as a failure of their own."""
+    behind: BaseException | None = error
+    for _ in range(_LONGEST_CHAIN):
+        if behind is None or isinstance(behind, KeyboardInterrupt):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    return None
+
+
+def _nowhere() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -69,7 +98,8 @@ def _print(message: str, *, label: str = "Error", style: str = "red") -> None:
     from gdro_cli.runtime.terminal import printable
 
     rank = os.environ.get("RANK", "0")
-    parts = [label, "" if rank == "0" else f"(process {rank})"]
+    parts = [label, f"(process {rank})" if rank != "0" and rank.isdecimal() else ""]
     head = " ".join(part for part in parts if part)
     text = f"{head}: {message}" if head else message[:1].upper() + message[1:]
-    Console(stderr=True, highlight=False).print(Text(printable(text), style=style), soft_wrap=True)
+    with suppress(OSError):  # nobody reads it any more
+        Console(stderr=True, highlight=False).print(Text(printable(text), style=style), soft_wrap=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.errors import EndedElsewhere, GdroError, Interrupted, PrerequisiteError, UserError
 
 if TYPE_CHECKING:
     from gdro_cli.config.recipe import Recipe
@@ -21,7 +22,6 @@ Stage = Literal["sample", "score", "train", "eval", "ablate"]
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher tells a process of its group, beside what begins with TORCHELASTIC_, ROLE_ and GROUP_."""
-
 
 _SAFE_POINT_SECONDS = 120
 """How long the processes may take to a safe point after Ctrl-C before they are killed (torch's own: 30)."""
@@ -75,9 +75,11 @@ def elsewhere(job: Job, *, dry_run: bool, num_processes: int = 1) -> bool:
 
 def start(job: Job) -> tuple[Recipe, Path, Reporter]:
     """What a stage's ``run`` takes; the folder exists and can be written. Raises ``UserError``."""
+    from gdro_cli.runtime.interrupt import work_begins
     from gdro_cli.runtime.progress import Reporter
 
     _writable(job.workspace)
+    work_begins()
     return job.recipe, job.workspace, Reporter(quiet=not is_main_process())
 
 
@@ -152,13 +154,50 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
     options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     ports = ["--main_process_port", "0"]  # any free one, so that two jobs can share a machine
     arguments = [*options, *ports, "--num_processes", str(num_processes), "-m", "gdro_cli", *job.command]
+    asked = launch_command_parser().parse_args(arguments)
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
+        asked.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"  # torch's own, but for SIGHUP
     try:
-        launch_command(launch_command_parser().parse_args(arguments))
+        launch_command(asked)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        raise typer.Exit(failure.exitcode if failure.exitcode > 0 else 1) from error
+        rank, code = _cause(error.failures)
+        if code > 0:
+            raise typer.Exit(code) from error
+        raise _killed(rank, -code) from error
     except SignalException as error:
-        raise typer.Exit(130) from error
+        raise Interrupted(
+            f"all processes have been stopped by {error.sigval.name}: run the same command again to go on"
+        ) from error
+
+
+def _cause(failures: Mapping[int, Any]) -> tuple[int, int]:
+    """Rank and exit code of the process that failed first. Of the same second it is one that was killed rather than
+    one that may end for having lost it: how they ended is looked at together.
+    """
+    earliest = min(failure.timestamp for failure in failures.values())
+    first = [(rank, failure.exitcode) for rank, failure in failures.items() if failure.timestamp == earliest]
+    killed = [(rank, code) for rank, code in first if code < 0]
+    return killed[0] if killed and first[0][1] == EndedElsewhere().exit_code else first[0]
+
+
+def _killed(rank: int, number: int) -> GdroError:
+    """What to tell of a process that a signal has ended, and that could not tell it itself."""
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = "an unknown one"
+    told = f"process {rank} of the job was killed by signal {number} ({name})"
+    if number == signal.SIGKILL:
+        return PrerequisiteError(
+            f"{told}, mostly because memory ran out: lower sample.batch_size or train.micro_batch or ask for fewer"
+            " processes, and run the same command again to go on"
+        )
+    if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        return Interrupted(f"{told} and the others stopped with it: run the same command again to go on")
+    return PrerequisiteError(
+        f"{told}, a crash inside a library or a driver: look at the messages above, check that torch and the driver"
+        " belong together (gdro env), and run the same command again to go on"
+    )
 
 
 def spread_cells(

@@ -12,7 +12,7 @@ import typer
 from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption
 from gdro_cli.errors import UserError
 from gdro_cli.files import parse_json
-from gdro_cli.runtime.terminal import printable
+from gdro_cli.runtime.terminal import printable, takes_any_letter
 
 recipes = typer.Typer(
     help="List, show and check recipes, and explain their keys.",
@@ -51,12 +51,12 @@ def show(
 
     resolved = load_recipe(recipe, overrides=overrides or ()).resolved()
     if as_json:
-        text = json.dumps(resolved, indent=2, ensure_ascii=False)
+        text = json.dumps(resolved, indent=2, ensure_ascii=not takes_any_letter())
         text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)  # a terminal would obey them
     else:
         import yaml
 
-        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100).rstrip()
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=takes_any_letter(), width=100).rstrip()
     typer.echo(text)
 
 
@@ -129,9 +129,10 @@ def prompts(
         raise UserError(f"{problem.path}: {problem.message}.")
     from gdro_cli.data.prompts import load_prompts
 
+    escaped = not takes_any_letter()
     for record in load_prompts(source, task=tasks[name]).records:
         target = {} if record.target is None else {"target": record.target}
-        typer.echo(json.dumps({"prompt": record.prompt, **target, **record.metadata}, ensure_ascii=False))
+        typer.echo(json.dumps({"prompt": record.prompt, **target, **record.metadata}, ensure_ascii=escaped))
 
 
 def env(debug: DebugOption = False) -> None:

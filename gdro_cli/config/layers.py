@@ -122,8 +122,15 @@ def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
         if isinstance(value, dict):
             check_keys(value, source=source)
         section.update(merge(section, {parts[-1]: value}))
-    resolve_paths(layer, folder=Path.cwd())
+    resolve_paths(layer, folder=_here())
     return layer
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("The working folder no longer exists: cd to another one and run the command again.") from error
 
 
 def resolve_paths(layer: dict[str, Any], *, folder: Path) -> None:
@@ -147,7 +154,7 @@ def _resolve(section: object, *, key: str, folder: Path) -> None:
     if not isinstance(section, dict) or not isinstance(section.get(key), str) or not section[key]:
         return
     given = os.path.expanduser(section[key])
-    for base in (folder, Path.cwd()):
+    for base in (folder, _here()):
         candidate = base / given
         if os.path.exists(candidate):
             section[key] = os.path.abspath(candidate)

@@ -31,6 +31,12 @@ _ELSEWHERE = {
 }
 """Variables by which accelerate's launcher asks for ways to share a model, none of which is used here."""
 
+_GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which a launcher tells a process of its group."""
+
+_LEAST = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1}
+"""Those that are numbers, and the least that each can be; a LOCAL_RANK of -1 is that of no group."""
+
 _SHOWN = 160
 """Characters of another library's error that a message shows."""
 
@@ -66,7 +72,7 @@ class Engine(Team):
     @property
     def local_world(self) -> int:
         """How many processes there are on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return min(self.world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def autocast(self) -> AbstractContextManager[None]:
         """Compute in the engine's precision inside the block."""
@@ -187,7 +193,8 @@ def make_engine(
         cpu: stay off the GPUs.
 
     Raises:
-        UserError: an unknown tracker, or a launcher that asks for what is the recipe's to say.
+        UserError: an unknown tracker, a launcher that asks for what is the recipe's to say, or an environment that
+            speaks of a launcher where there is none.
         PrerequisiteError: a tracker whose package is not installed.
     """
     from accelerate import Accelerator
@@ -195,6 +202,7 @@ def make_engine(
 
     _check_trackers(trackers)
     _check_launcher()
+    _check_group()
     accelerator = Accelerator(
         mixed_precision=precision,
         # said, not left to find out: on a machine without GPUs each process would take itself for the only one
@@ -215,6 +223,44 @@ def _check_launcher() -> None:
                 f"the launcher asks for {what} ({name}), which gdro does not take from it: launch plain processes"
                 " (accelerate launch --multi_gpu), and share a large model with model.sharding=fsdp"
             )
+
+
+def _check_group() -> None:
+    """Refuse what is left in the environment of a launcher: processes would be waited for that nobody starts."""
+    numbers = {name: _launchers_number(name) for name in _LEAST if name in os.environ}
+    world, local = numbers.get("WORLD_SIZE", 1), numbers.get("LOCAL_RANK", -1)
+    if world > 1 or local >= 0:
+        name = "WORLD_SIZE" if world > 1 else "LOCAL_RANK"
+        lacking = [each for each in _GROUP if not os.environ.get(each)]
+        if lacking:
+            raise UserError(
+                f"the environment variable {name} is {numbers[name]}, but {', '.join(lacking)} of the same launcher"
+                f" {'is' if len(lacking) == 1 else 'are'} not set: `unset {name}` if no launcher has started this"
+                " process, or start it with --num-processes N or accelerate launch"
+            )
+        _launchers_number("MASTER_PORT")
+    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        count = numbers.get(size, world)
+        if numbers.get(name, 0) >= count:
+            raise UserError(
+                f"the environment variable {name} is {numbers[name]}, which is no number of one of {count} processes"
+                f" ({size}): `unset {name}` if no launcher has started this process"
+            )
+
+
+def _launchers_number(name: str) -> int:
+    """The number in a variable that a launcher sets. Raises ``UserError``."""
+    text = os.environ[name]
+    try:
+        number = int(text)
+    except ValueError:
+        number = None
+    if number is None or number < _LEAST.get(name, 1):
+        raise UserError(
+            f"the environment variable {name} is {text[:_SHOWN]!r}, which no launcher of processes sets:"
+            f" `unset {name}` and run the command again"
+        )
+    return number
 
 
 def _check_trackers(names: Sequence[str]) -> None:

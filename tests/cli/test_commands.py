@@ -17,6 +17,7 @@ from gdro_cli.config.recipe import load_recipe, shipped_recipes
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.runtime.interrupt import StoppedBySignal
 
 
 def run(*arguments: str) -> int:
@@ -260,6 +261,18 @@ def test_each_kind_of_failure_has_its_exit_code(
     assert "Traceback" not in err
 
 
+def test_what_a_library_makes_of_a_signal_is_told_as_the_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        try:
+            raise StoppedBySignal("SIGTERM")
+        except KeyboardInterrupt:
+            raise ImportError("numpy failed to import")  # noqa: B904 (as libraries do it)
+    except ImportError as error:
+        assert exit_code_of(error, debug=False) == 130
+    err = capsys.readouterr().err
+    assert err.startswith("Stopped at once by SIGTERM") and "command again to go on" in err and err.count("\n") == 1
+
+
 IN_PROCESSES = """
 import sys
 from pathlib import Path
@@ -271,6 +284,19 @@ try:
 except typer.Exit as leaving:
     sys.exit(leaving.exit_code)
 """
+
+
+NOHUP = """
+import atexit, signal
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+atexit.register(lambda: print("ignored" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else "heeded"))
+"""
+
+
+def test_several_processes_can_be_started_with_nohup() -> None:
+    command = [sys.executable, "-c", NOHUP + IN_PROCESSES, "recipes", "check", "ocr"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "ignored"
 
 
 def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> None:

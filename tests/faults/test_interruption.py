@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+from contextlib import suppress
 from pathlib import Path
 
+import psutil  # comes with accelerate
 import pytest
 import torch
 from jobs import finish, start, stop, wait_for, write_recipe
@@ -64,3 +67,45 @@ def test_kills_and_interrupts_change_nothing(tmp_path: Path) -> None:
         )
         assert one.keys() == other.keys()
         assert all(torch.equal(one[name], other[name]) for name in one), file
+
+
+def ranks(launcher: subprocess.Popen[str]) -> dict[str, psutil.Process]:
+    """The processes that a launcher has started, by their RANK."""
+    found = {}
+    for child in psutil.Process(launcher.pid).children():
+        with suppress(psutil.Error):  # it is gone already
+            found[child.environ().get("RANK", "")] = child
+    return {rank: child for rank, child in found.items() if rank}
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "words"),
+    [
+        (signal.SIGKILL, 3, "by signal 9 (SIGKILL), mostly because memory ran out: lower sample.batch_size"),
+        (signal.SIGSEGV, 3, "by signal 11 (SIGSEGV), a crash inside a library or a driver"),
+    ],
+)
+def test_a_process_of_several_that_is_killed_is_told(number: int, code: int, words: str, tmp_path: Path) -> None:
+    path, workspace = write_recipe(tmp_path / "small.yaml", train={"steps": 2000}), tmp_path / "out"
+    launcher = start(["train", "--num-processes", "2"], recipe=path, workspace=workspace)
+    wait_for(launcher, workspace, "runs/*/checkpoints/step-000002")
+    ranks(launcher)["1"].send_signal(number)
+    found, _, errors = finish(launcher)
+    assert found == code, errors
+    assert f"Error: process 1 of the job was killed {words}" in errors
+    assert "run the same command again to go on" in errors and "Traceback" not in errors, errors
+
+
+def test_a_launcher_that_is_asked_to_stop_says_how_to_go_on(tmp_path: Path) -> None:
+    """Both while its processes begin and while they work."""
+    path, workspace = write_recipe(tmp_path / "small.yaml", train={"steps": 2000}), tmp_path / "out"
+    for pattern in ("", "runs/*/checkpoints/step-000002"):
+        launcher = start(["train", "--num-processes", "2"], recipe=path, workspace=workspace)
+        if pattern:
+            wait_for(launcher, workspace, pattern)
+        else:
+            while len(ranks(launcher)) < 2:
+                assert launcher.poll() is None, launcher.communicate()
+        said = stop(launcher, signal.SIGTERM)
+        assert "All processes have been stopped by SIGTERM: run the same command again to go on" in said
+    assert not list(workspace.glob("**/lock"))

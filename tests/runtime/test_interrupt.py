@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from gdro_cli.errors import Interrupted
-from gdro_cli.runtime.interrupt import LAUNCHER, StopFlag, stop_with_launcher
+from gdro_cli.runtime.interrupt import LAUNCHER, StopFlag, ended_by_signals, stop_with_launcher, work_begins
+from gdro_cli.runtime.lock import folder_lock
 
 CODE = """
 import sys, time
@@ -41,7 +44,7 @@ def start(kind: str) -> subprocess.Popen[str]:
     return child
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_stops_at_the_next_safe_point(number: signal.Signals) -> None:
     child = start("checks")
     child.send_signal(number)
@@ -103,6 +106,62 @@ def test_a_stop_reaches_the_blocks_around_and_inside() -> None:
             assert later.requested and innermost.requested
     with StopFlag() as another:
         assert not another.requested
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ended_by_signals(), StopFlag() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_at_work_a_signal_releases_what_is_held(number: signal.Signals, tmp_path: Path) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt, match=number.name), ended_by_signals():
+        work_begins()
+        with StopFlag():
+            pass  # and puts back what was there
+        with folder_lock(tmp_path / "lock"):
+            assert (tmp_path / "lock").exists()
+            signal.raise_signal(number)
+    assert not (tmp_path / "lock").exists()
+    assert signal.getsignal(number) == before
+
+
+IN_TERMINAL = """
+import sys, time
+from gdro_cli.errors import Interrupted
+from gdro_cli.runtime.interrupt import StopFlag
+
+with StopFlag(lambda: print("asked", flush=True)) as stop:
+    print("ready", flush=True)
+    deadline = time.monotonic() + 60
+    while not stop.requested and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print("a line to a terminal that is gone", flush=True)
+    print("another", file=sys.stderr, flush=True)
+    try:
+        stop.check("kept")
+    except Interrupted as error:
+        open(sys.argv[1], "w").write(f"stopped: {error}")
+"""
+
+
+def test_a_closed_terminal_stops_at_the_next_safe_point(tmp_path: Path) -> None:
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(sys.executable, [sys.executable, "-c", IN_TERMINAL, str(tmp_path / "told")])
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (tmp_path / "told").read_text() == "stopped: kept"
 
 
 LAUNCHING = """

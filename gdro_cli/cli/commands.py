@@ -1,0 +1,281 @@
+"""``gdro``: one command per stage. Each loads a recipe, runs one stage and shows its result.
+
+From a command to the mathematics it is three hops: here, the stage's ``run``, ``gdro_cli.core``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from gdro_cli.cli import launch, show, tables
+from gdro_cli.cli.options import (
+    DEFAULT_OUT,
+    DEFAULT_RECIPE,
+    AdapterOption,
+    AtRewardOption,
+    CompareOption,
+    DebugOption,
+    DryRunOption,
+    ExportOption,
+    ImagesOption,
+    JobsOption,
+    MergeOption,
+    OutOption,
+    ParamOption,
+    ProcessesOption,
+    PublicOption,
+    PushOption,
+    RecipeOption,
+    RunArgument,
+    RunsArgument,
+    SeedsOption,
+    SetOption,
+    ValuesOption,
+    WorkerOption,
+)
+from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.runtime.interrupt import stopped_at_once, work_begins
+from gdro_cli.runtime.terminal import UNREAD, unread
+
+
+class Commands(TyperGroup):
+    """All commands; what Typer would end without a word reaches ``main``, or has a meaning of its own."""
+
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Read the command line; ``--help`` is carried out here."""
+        with _not_typers():
+            return super().make_context(*arguments, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Carry out the command."""
+        with _not_typers():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _not_typers() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Interrupted(stopped_at_once(error)) from error
+    except OSError as error:
+        if error.errno != errno.EPIPE:
+            raise
+        if unread():
+            raise typer.Exit(UNREAD) from error
+        raise PrerequisiteError(
+            "A process or a server that this command talks to has ended in between (broken pipe): look at the messages"
+            " above, and run the same command again to go on."
+        ) from error
+
+
+app = typer.Typer(
+    name="gdro",
+    cls=Commands,
+    help="Post-train rectified-flow text-to-image models with Group-level Direct Reward Optimization.",
+    epilog="The main job, on any machine: gdro train --recipe ocr.yaml, then gdro eval --recipe ocr.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.command()
+def sample(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Make the groups: several images of each training prompt, once, with the untrained model."""
+    job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import sample as stage
+
+    tables.print_result("Samples", stage.run(*launch.start(job)).summary)
+
+
+@app.command()
+def score(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Score the stored images with the recipe's reward."""
+    job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import score as stage
+
+    tables.print_result("Scores", stage.run(*launch.start(job)).summary)
+
+
+@app.command()
+def train(
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Train an adapter: on scored groups, which are made first where they are missing, or online, by the method."""
+    job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import train as stage
+
+    tables.print_result("Training", stage.run(*launch.start(job)).summary)
+
+
+@app.command(name="eval")
+def evaluate(
+    runs: RunsArgument = None,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    images: ImagesOption = None,
+    export: ExportOption = None,
+    compare: CompareOption = False,
+    at_reward: AtRewardOption = None,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Measure the base and the trained model on held-out prompts, side by side; or compare evaluated runs."""
+    if num_processes > 1 and (compare or runs or at_reward is not None or images is not None):
+        raise UserError(
+            "--num-processes shares the evaluation of a trained model; it goes with neither --images nor RUN"
+        )
+    if compare or runs or at_reward is not None:
+        _compare_runs(runs or [], out=out, at_reward=at_reward, asked=compare and images is None and export is None)
+        return
+    more = () if export is None else ("--export", str(export))
+    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, more=more)
+    if images is not None:
+        _score_folder(job, images, export=export, dry_run=dry_run)
+        return
+    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
+        return
+    from gdro_cli.stages import evaluate as stage
+
+    result = stage.run(*launch.start(job), export=export)
+    tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
+    tables.print_comparisons("Signals of reward hacking", result.signals)
+    tables.print_verdict(result.verdict)
+    tables.print_result("Evaluation", result.summary)
+
+
+def _compare_runs(runs: list[str], *, out: Path, at_reward: float | None, asked: bool) -> None:
+    """``gdro eval --compare RUN RUN ...``: runs that have been evaluated, side by side and at the same reward."""
+    if not asked or len(runs) < 2:
+        raise UserError("to compare runs write `gdro eval --compare RUN RUN ...`: two or more, and no other pictures")
+    from gdro_cli.stages import compare as stage
+
+    work_begins()
+    result = stage.run(runs, at_reward=at_reward, workspace=out)
+    tables.print_table("Held-out prompts (mean, and paired difference to the first run)", *result.measure_table)
+    tables.print_table("At matched reward (validation prompts)", *result.matched_table)
+    tables.print_table("Methods: mean (lowest to highest) over training seeds", *result.arms_table)
+    tables.print_table("Minutes, without evaluation points", *result.times_table)
+    tables.print_result("Comparison", result.summary)
+
+
+def _score_folder(job: launch.Job, images: Path, *, export: Path | None, dry_run: bool) -> None:
+    """``gdro eval --images``: what another tool drew, scored with the recipe's reward."""
+    if export is not None or dry_run:
+        raise UserError("--images scores pictures that are there; it goes with neither --export nor --dry-run")
+    from gdro_cli.stages import imagefolder as stage
+
+    result = stage.run(*launch.start(job), folder=images)
+    tables.print_intervals(f"Pictures in {images} (mean and 95 % interval)", result.measures)
+    tables.print_result("Evaluation", result.summary)
+
+
+@app.command()
+def ablate(
+    param: ParamOption = None,
+    values: ValuesOption = None,
+    seeds: SeedsOption = 1,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    jobs: JobsOption = 1,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    worker: WorkerOption = False,
+) -> None:
+    """Train with several values of one key (or two), on one store, and compare the evaluation points."""
+    job = launch.prepare("ablate", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    from gdro_cli.config.sweep import plan_sweep
+
+    sweep = plan_sweep(job.recipe, param or [], values, seeds=seeds)
+    if dry_run:
+        from gdro_cli.stages import ablate as stage
+
+        tables.print_cells(*stage.describe(sweep, out))
+        return
+    if worker:
+        launch.alone_on_its_device()
+        from gdro_cli.stages import ablate as stage
+
+        work_begins()
+        stage.work(sweep, out, launch.plain_reporter())
+        return
+    if "WORLD_SIZE" in os.environ:
+        raise UserError(
+            "gdro ablate starts its own processes: run it without a launcher, with --jobs N; where there is none,"
+            " `unset WORLD_SIZE`."
+        )
+    launch.check_devices(jobs, option="--jobs")
+    from gdro_cli.stages import ablate as stage
+
+    _, workspace, reporter = launch.start(job)
+    spread = launch.spread_cells(job, jobs, param=param or [], values=values or [], seeds=seeds)
+    result = stage.run(sweep, workspace, reporter, spread=spread)
+    tables.print_ablation(result)
+    if result.found.failed:
+        raise typer.Exit(StoreError.exit_code)
+
+
+@app.command(name="export")
+def export_run(
+    run: RunArgument,
+    adapter: AdapterOption = None,
+    merge: MergeOption = None,
+    push: PushOption = None,
+    public: PublicOption = False,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Make a folder of a finished run for others: its adapter, or the base model with it merged in; or push one."""
+    from gdro_cli.stages import export as stage
+
+    asked = stage.Export(run, adapter, merge, push, public)
+    if dry_run:
+        tables.print_plan("export", stage.describe(asked, out))
+        return
+    work_begins()
+    tables.print_result("Export", stage.run(asked, out, launch.plain_reporter()))
+
+
+app.add_typer(show.recipes, name="recipes")
+app.command(name="prompts")(show.prompts)
+app.command(name="runs")(show.runs)
+app.command(name="env")(show.env)
