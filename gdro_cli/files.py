@@ -15,13 +15,14 @@ import json
 import math
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gdro_cli.errors import StoreError
+from gdro_cli.errors import StoreError, UserError
 
 _PARTIAL = ".partial"
 _FLUSHES_AT_ONCE = 16
@@ -32,6 +33,8 @@ _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_SECOND_NAME = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """How disks answer on which a file cannot have two names."""
 _NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
 
 
 def sha256(data: bytes) -> str:
@@ -43,6 +46,28 @@ def sha256_file(path: Path) -> str:
     """SHA-256 of a file's bytes in hex, read piece by piece."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def working_folder() -> Path:
+    """The folder that relative paths begin at. Raises ``UserError`` if it has been deleted."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError as error:
+        raise UserError("The working folder no longer exists: cd to another one and run the command again.") from error
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of an ordinary file; a pipe or a device, which may never come to an end, is refused. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY | _NO_WAIT | _BINARY)
+    try:
+        kind = os.fstat(handle).st_mode
+        if not stat.S_ISREG(kind):
+            number = errno.EISDIR if stat.S_ISDIR(kind) else errno.EINVAL
+            raise OSError(number, "it is no ordinary file", str(path))
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(handle)
 
 
 def make_folder(path: Path) -> None:
@@ -130,7 +155,7 @@ def write_new_bytes(path: Path, data: bytes) -> bool:
 def append_bytes(path: Path, data: bytes) -> None:
     """Add ``data`` to the end of a file, made if it is missing, never through a link. Raises ``StoreError``."""
     with storage_errors(path):
-        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINK, 0o666)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINK | _NO_WAIT, 0o666)
         with os.fdopen(handle, "ab") as stream:
             stream.write(data)
 

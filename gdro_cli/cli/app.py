@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 
+from gdro_cli.files import working_folder
 from gdro_cli.runtime.interrupt import ended_by_signals, signals_hurry, stop_with_launcher, stopped_at_once
 from gdro_cli.runtime.terminal import UNREAD, prepare_streams, write_out
 
@@ -28,7 +28,7 @@ def _run(given: list[str]) -> int:
     debug = "--debug" in given
     try:
         if given and not _HELP.intersection(given):
-            os.getcwd()  # fails where it has been deleted; torch would end the process when it is imported there
+            working_folder()  # torch, imported in one that has been deleted, would end the process
         from gdro_cli.cli.commands import app
         from gdro_cli.cli.quiet import silence_optional_packages
 
@@ -38,7 +38,7 @@ def _run(given: list[str]) -> int:
     except SystemExit as leaving:
         if isinstance(leaving.__context__, BrokenPipeError):  # Rich leaves so
             return UNREAD
-        return leaving.code if isinstance(leaving.code, int) else 0
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)
         return _told(error, debug=debug)
     return 0

@@ -11,7 +11,7 @@ import typer
 
 from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption
 from gdro_cli.errors import UserError
-from gdro_cli.files import parse_json
+from gdro_cli.files import parse_json, read_bytes
 from gdro_cli.runtime.terminal import printable, takes_any_letter
 
 recipes = typer.Typer(
@@ -167,7 +167,7 @@ def _run_row(folder: Path) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = parse_json(path.read_bytes())
+        data = parse_json(read_bytes(path))
     except (OSError, ValueError):
         return {}  # a run that cannot be read is still listed, with question marks
     return data if isinstance(data, dict) else {}
@@ -176,7 +176,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _last_step(path: Path) -> str:
     """The step of the last whole row of a metrics file; 0 if it has none."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(path).decode("utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return "0"
     for line in reversed(lines):

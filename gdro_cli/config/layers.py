@@ -25,6 +25,7 @@ from gdro_cli.config.methods import METHODS, OnlineMethod
 from gdro_cli.config.rules import STORED_ONLY
 from gdro_cli.config.yamlfile import MAX_NESTING, check_keys, describe, parse_yaml, read_yaml, shown
 from gdro_cli.errors import UserError
+from gdro_cli.files import working_folder
 
 #: Folders of shipped recipes: inside an installed package, or beside it in a checkout.
 RECIPE_FOLDERS = (
@@ -122,15 +123,8 @@ def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
         if isinstance(value, dict):
             check_keys(value, source=source)
         section.update(merge(section, {parts[-1]: value}))
-    resolve_paths(layer, folder=_here())
+    resolve_paths(layer, folder=working_folder())
     return layer
-
-
-def _here() -> Path:
-    try:
-        return Path.cwd()
-    except FileNotFoundError as error:
-        raise UserError("The working folder no longer exists: cd to another one and run the command again.") from error
 
 
 def resolve_paths(layer: dict[str, Any], *, folder: Path) -> None:
@@ -154,7 +148,7 @@ def _resolve(section: object, *, key: str, folder: Path) -> None:
     if not isinstance(section, dict) or not isinstance(section.get(key), str) or not section[key]:
         return
     given = os.path.expanduser(section[key])
-    for base in (folder, _here()):
+    for base in (folder, working_folder()):
         candidate = base / given
         if os.path.exists(candidate):
             section[key] = os.path.abspath(candidate)

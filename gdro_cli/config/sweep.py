@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.base import digest
@@ -21,6 +20,7 @@ from gdro_cli.config.recipe import Recipe, build_recipe
 from gdro_cli.config.suggest import similar_key
 from gdro_cli.config.yamlfile import check_keys, parse_yaml
 from gdro_cli.errors import UserError
+from gdro_cli.files import working_folder
 
 SHORT_NAMES = {
     "method": "method.name",
@@ -227,21 +227,13 @@ def _cell_recipe(recipe: Recipe, axes: Sequence[Axis], values: Sequence[Any], se
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    resolve_paths(layer, folder=_here())
+    resolve_paths(layer, folder=working_folder())
     data = merge_layers([recipe.resolved(), layer])
     data["ablation"] = recipe.resolved()["ablation"]  # a cell of another method keeps it, unread
     steps = data["train"]["steps"]
     if recipe.train.eval_every == 0 and isinstance(steps, int) and steps > 0:
         data["train"]["eval_every"] = math.ceil(steps / POINTS)
     return build_recipe(data, source=f"{recipe.name} with {_label(axes, values)}")
-
-
-def _here() -> Path:
-    """The working folder, which paths among the values are relative to."""
-    try:
-        return Path.cwd()
-    except OSError as error:  # others may have deleted it
-        raise UserError("the folder that you are in is gone: change to another and run the command again") from error
 
 
 def _label(axes: Sequence[Axis], values: Sequence[Any]) -> str:

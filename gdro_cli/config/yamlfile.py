@@ -118,10 +118,11 @@ def parse_yaml(text: str, *, source: str) -> Any:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, empty for an empty file; ``UserError`` where it cannot be read."""
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise UserError(f"{path} has {size:,} bytes and cannot be a recipe: name one of at most 1 MB.")
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            held = file.read(MAX_BYTES + 1)  # it may be a pipe or a device that does not end
+        if len(held) > MAX_BYTES:
+            raise UserError(f"{path} has more than {MAX_BYTES:,} bytes and cannot be a recipe: name another file.")
+        text = held.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8: save it as UTF-8.") from error
     except OSError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import UserError
-from gdro_cli.files import partial_name, remove_abandoned, storage_errors
+from gdro_cli.files import partial_name, remove_abandoned, storage_errors, working_folder
 
 METADATA = "metadata.jsonl"
 SAMPLES = "samples"
@@ -131,23 +131,13 @@ def refuse_used(folder: Path, *, what: str = "pictures") -> None:
         if not stat.S_ISDIR(above.stat().st_mode):
             raise UserError(f"{refused}: {above} is not a folder; name another one")
     except OSError as error:
-        if not folder.is_absolute() and not _in_a_folder():
-            raise UserError(
-                "the folder that you are in has been deleted: change to another and run the command again"
-            ) from error
+        if not folder.is_absolute():
+            working_folder()
         raise UserError(f"{refused}: {error.strerror or error}; name another one") from error
     if used:
         raise UserError(f"{folder} is not empty: name a new folder for the {what}")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{refused}: no permission to write in {above}; name another one or change its permissions")
-
-
-def _in_a_folder() -> bool:
-    """Whether the process's working folder is still there."""
-    try:
-        return os.path.isdir(os.getcwd())
-    except OSError:
-        return False
 
 
 def metadata_line(prompt: PromptRecord) -> str:

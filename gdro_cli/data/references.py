@@ -22,7 +22,7 @@ from torch import Tensor
 from gdro_cli.config.base import digest
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
-from gdro_cli.files import append_bytes, json_lines, make_folder, parse_json, reading, write_json
+from gdro_cli.files import append_bytes, json_lines, make_folder, parse_json, read_bytes, reading, write_json
 
 _KIND = "gdro reference errors"
 _FOLDER = "references"
@@ -82,7 +82,7 @@ def _read(path: Path) -> dict[Place, float]:
         if file.is_symlink() or not file.is_file():
             continue
         with reading(file):
-            lines = file.read_bytes().splitlines()
+            lines = read_bytes(file).splitlines()
         for line in lines:
             try:
                 row = parse_json(line)

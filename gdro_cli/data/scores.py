@@ -24,6 +24,7 @@ from gdro_cli.errors import StoreError
 from gdro_cli.files import (
     json_lines,
     parse_json,
+    read_bytes,
     remove_partials,
     remove_tree,
     sha256,
@@ -194,7 +195,7 @@ class ScoreTable:
             raise StoreError(f"the score table {self.path} has no scores of shard {number:05d}: run `{self.command}`")
         path = self._rows_path(number)
         try:
-            data = b"" if path.is_symlink() else path.read_bytes()
+            data = b"" if path.is_symlink() else read_bytes(path)
         except OSError as error:
             raise self._damaged(number, f"{path.name} cannot be read: {error.strerror or error}") from error
         if len(data) != manifest["bytes"]:
@@ -265,7 +266,7 @@ class ScoreTable:
 def _read_json(path: Path) -> Any:
     """The JSON in a file, ``None`` when there is none. Raises StoreError."""
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.files import json_bytes, json_lines, parse_json, sha256, write_folder
+from gdro_cli.files import json_bytes, json_lines, parse_json, read_bytes, sha256, write_folder
 
 SHARD_SCHEMA = 1
 ImageFormat = Literal["png", "webp"]
@@ -119,7 +119,7 @@ class Shard:
         Raises ShardDamageError.
         """
         try:
-            value = parse_json((self.folder / MANIFEST).read_bytes())
+            value = parse_json(read_bytes(self.folder / MANIFEST))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
@@ -207,7 +207,7 @@ class Shard:
         if path.is_symlink():
             raise ShardDamageError(f"{name} is not a regular file")
         try:
-            data = path.read_bytes()
+            data = read_bytes(path)
         except OSError as error:
             raise ShardDamageError(f"{name} cannot be read: {error.strerror or error}") from error
         entry = manifest["files"][name]

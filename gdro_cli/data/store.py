@@ -21,7 +21,7 @@ from gdro_cli.config.base import canonical_json, differences, digest
 from gdro_cli.data.records import PromptRecord, PromptSet
 from gdro_cli.data.shards import Group, ImageFormat, Shard, ShardDamageError, StoredGroup, StoredImage
 from gdro_cli.errors import StoreError
-from gdro_cli.files import json_bytes, parse_json, refuse_links, sha256, write_new_bytes
+from gdro_cli.files import json_bytes, parse_json, read_bytes, refuse_links, sha256, write_new_bytes
 
 __all__ = ["Group", "GroupStore", "ImageFormat", "StoredGroup", "StoredImage"]
 
@@ -223,7 +223,7 @@ def _damaged(path: Path, what: str, command: str) -> str:
 
 def _read_manifest(path: Path, command: str) -> dict[str, Any]:
     try:
-        value = parse_json((path / _MANIFEST).read_bytes())
+        value = parse_json(read_bytes(path / _MANIFEST))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise StoreError(f"there is no group store at {path}: run `{command}`") from error
     except OSError as error:

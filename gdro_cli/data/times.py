@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.files import append_bytes, json_lines, parse_json
+from gdro_cli.files import append_bytes, json_lines, parse_json, read_bytes
 
 _FILE = "times.jsonl"
 _LONGEST = 1e10
@@ -34,7 +34,7 @@ def total_time(folder: Path, *, shards: int) -> float | None:
     """Seconds of wall time that all shards took; None where the time of one is not known."""
     found: dict[int, float] = {}
     try:
-        for line in (folder / _FILE).read_text(encoding="utf-8").splitlines():
+        for line in read_bytes(folder / _FILE).decode("utf-8").splitlines():
             row = parse_json(line)
             shard, seconds, processes = row["shard"], row["seconds"], row["processes"]
             if type(shard) is not int or not is_time(seconds) or type(processes) is not int or processes < 1:

@@ -25,6 +25,7 @@ from gdro_cli.files import (
     json_bytes,
     make_folder,
     parse_json,
+    read_bytes,
     sha256,
     sha256_file,
     sync_file,
@@ -169,7 +170,7 @@ def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
     for name in names:
         file = path / f"{name}.safetensors"
         try:
-            tensors[name] = load(file.read_bytes())  # by its bytes: the library takes no path that is not UTF-8
+            tensors[name] = load(read_bytes(file))  # by its bytes: the library takes no path that is not UTF-8
         except OSError as error:
             raise _damaged(file, "cannot be read") from error
         except SafetensorError as error:
@@ -298,7 +299,7 @@ def _checkpoints(home: Path) -> list[tuple[int, Path]]:
 
 def _read_json(path: Path) -> Any:
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_bytes(path))
     except FileNotFoundError as error:
         raise _damaged(path, "is missing") from error
     except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from gdro_cli.files import (
     json_lines,
     make_folder,
     parse_json,
+    read_bytes,
     reading,
     refuse_links,
     write_bytes,
@@ -116,7 +117,7 @@ class RunFolder:
         """
         path = self.path / name
         try:
-            return parse_json(path.read_bytes())
+            return parse_json(read_bytes(path))
         except FileNotFoundError as error:
             raise StoreError(f"{path} is missing: the run cannot be read; start another with --out") from error
         except (OSError, ValueError) as error:
@@ -185,7 +186,7 @@ class RunFolder:
         if not self.metrics_path.is_file():  # a pipe would be waited for
             raise StoreError(f"{self.metrics_path} is no ordinary file: move it away and run the command again")
         with reading(self.metrics_path):
-            return self.metrics_path.read_bytes()
+            return read_bytes(self.metrics_path)
 
     def truncate_metrics(self, after_step: int) -> None:
         """Drop every row of a step beyond ``after_step``: those steps will be run again."""

@@ -97,7 +97,6 @@ def _lead_nowhere(number: int) -> None:
         os.close(nowhere)
 
 
-
 def _spelt(found: re.Match[str]) -> str:
     code = ord(found[0])
     if code in _BYTES:

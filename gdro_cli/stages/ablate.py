@@ -15,7 +15,6 @@ import torch
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import Sweep
-from gdro_cli.errors import StoreError
 from gdro_cli.files import make_folder
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
@@ -68,7 +67,6 @@ def run(
     folder = ablation_folder(sweep, workspace)
     found = _places(sweep, workspace)
     make_folder(folder)
-    _refuse_other_than_files(folder / "lock")
     with folder_lock(folder / "lock"), StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
         for note in sweep.notes:
             reporter.say(f"note: {note}")
@@ -134,12 +132,6 @@ def _standing(place: Place) -> str:
     if place.trained:
         return "trained, its last point is to be measured"
     return f"step {place.step} of {place.cell.recipe.train.steps}" if place.step else "not begun"
-
-
-def _refuse_other_than_files(path: Path) -> None:
-    """Raise StoreError for what would be waited for (a pipe) or tried again and again (a link to nowhere)."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise StoreError(f"{path} is no ordinary file: delete it and run the command again")
 
 
 def _places(sweep: Sweep, workspace: Path) -> tuple[Place, ...]:

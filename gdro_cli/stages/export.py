@@ -15,7 +15,7 @@ from pathlib import Path
 
 from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
-from gdro_cli.files import new_folder, storage_errors
+from gdro_cli.files import new_folder, storage_errors, working_folder
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Merged, merge_into, read_adapter, refuse_undecodable
@@ -54,7 +54,7 @@ class Export:
         for folder in (self.adapter, self.merge):
             if folder is not None:
                 refuse_used(folder, what="export")
-                if _is_here(folder):
+                if folder.resolve() == working_folder():
                     raise UserError(f"{folder} is the folder that you are in, which cannot be replaced: name a new one")
         if self.adapter is not None and self.merge is not None:
             one, other = self.adapter.resolve(), self.merge.resolve()
@@ -66,13 +66,6 @@ class Export:
             refuse_undecodable(self.merge.resolve())
         if self.push is not None:
             hub.check_name(self.push)
-
-
-def _is_here(folder: Path) -> bool:
-    try:
-        return folder.resolve() == Path.cwd()
-    except FileNotFoundError:  # one that was deleted is not the one that is named
-        return False
 
 
 def describe(asked: Export, workspace: Path) -> list[tuple[str, str]]:

@@ -20,6 +20,7 @@ from gdro_cli.files import (
     make_folder,
     parse_json,
     partial_name,
+    read_bytes,
     remove_abandoned,
     sha256,
     sha256_file,
@@ -127,7 +128,7 @@ def _read(path: Path, part: tuple[PromptPictures, ...]) -> list[ScoreRow]:
     """The scores of one part, which must be what was written and those of its pictures."""
     damaged = f"{path} is damaged: delete it and run the command again"
     try:
-        head, _, lines = path.read_bytes().partition(b"\n")
+        head, _, lines = read_bytes(path).partition(b"\n")
         if parse_json(head) != {"sha256": sha256(lines)}:
             raise StoreError(damaged)
         rows = [ScoreRow.from_json(parse_json(line)) for line in lines.splitlines()]
