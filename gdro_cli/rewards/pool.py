@@ -50,8 +50,8 @@ STOP_GRACE = 5.0
 _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 5.0
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Both reach every process of a group, where the parent alone decides what they mean."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""They reach every process of a group, where the parent alone decides what they mean."""
 _CONNECTION_LOST = (EOFError, BrokenPipeError, ConnectionResetError)
 
 
@@ -107,7 +107,7 @@ class ScoringPool:
 
     Use it as a context manager: the workers start (and load, in the background) on entry and are gone on
     exit, also after an error. A worker that dies is replaced, and its images are tried once more, one by one;
-    an image that fails again is missing with a reason. Workers ignore Ctrl-C and SIGTERM, which are the
+    an image that fails again is missing with a reason. Workers ignore Ctrl-C, SIGTERM and SIGHUP, which are the
     parent's to handle, and end by themselves when the parent is gone.
 
     Args:

@@ -161,7 +161,7 @@ def carry_out(
                 came_to = Outcome("finished")
             else:
                 reporter.say(f"{told} ({place.run.name})")
-                came_to = _train(place, workspace, reporter)
+                came_to = _train(place, workspace, reporter, stop)
                 if came_to.state == "failed":
                     reporter.say(f"{told}: failed: {came_to.reason}")
             write_json(folder / STATES / f"{number:03d}.json", asdict(came_to))
@@ -179,12 +179,12 @@ def _take(path: Path) -> bool:
     return True
 
 
-def _train(place: Place, workspace: Path, reporter: Reporter) -> Outcome:
+def _train(place: Place, workspace: Path, reporter: Reporter, stop: StopFlag) -> Outcome:
     try:
         if not place.trained:
             train.run(place.cell.recipe, workspace, reporter)
         if not place.finished:
-            measure_end(place, reporter)
+            measure_end(place, reporter, stop)
     except StoreError as error:
         return Outcome("failed", printable(str(error)))  # it may name a folder whose name is no text
     except torch.OutOfMemoryError:
@@ -192,7 +192,7 @@ def _train(place: Place, workspace: Path, reporter: Reporter) -> Outcome:
     return Outcome("finished")
 
 
-def measure_end(place: Place, reporter: Reporter) -> None:
+def measure_end(place: Place, reporter: Reporter, stop: StopFlag) -> None:
     """Measure the last step of a run that was trained without evaluation points of the cell's protocol."""
     recipe = _at_the_end(place.cell.recipe)
     reporter.say("the run has no evaluation points of this protocol: its last step is measured now")
@@ -201,7 +201,7 @@ def measure_end(place: Place, reporter: Reporter) -> None:
     if weights is None:
         raise StoreError(f"the run {place.run} has no checkpoint: delete it and run the same command again")
     with folder.lock(), ExitStack() as stack:
-        validation = Validation.open(recipe, model, open_engine(recipe), place.run, stack)
+        validation = Validation.open(recipe, model, open_engine(recipe), place.run, stack, stop=stop)
         stack.enter_context(applied(recipe, model, weights))
         validation.know_base(lambda: reference(model))
         for step, attached in ((0, reference(model)), (weights.step, nullcontext())):

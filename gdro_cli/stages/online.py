@@ -28,7 +28,8 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.rewards.base import Score
+from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
@@ -126,7 +127,9 @@ class OnlineSteps:
             return None
         rollout, pictures = made
         sampled = time.perf_counter()
-        rewards = self._rewards(drawn, pictures, number)
+        rewards = self._rewards(drawn, pictures, number, stop)
+        if rewards is None:
+            return None
         seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
         advantages = group_advantages(rewards, scale=method.advantage_std, clip=method.advantage_clip)
         first = number * method.steps_per_round
@@ -158,14 +161,23 @@ class OnlineSteps:
             pictures += self.model.decode(parts[-1].clean, height=height, width=width)
         return Rollout.joined(parts), pictures
 
-    def _rewards(self, drawn: list[Drawn], pictures: list[Image.Image | None], number: int) -> Tensor:
-        """Rewards [B, K] of the images of all processes; nan is missing."""
+    def _rewards(
+        self, drawn: list[Drawn], pictures: list[Image.Image | None], number: int, stop: StopFlag
+    ) -> Tensor | None:
+        """Rewards [B, K] of the images of all processes; nan is missing. None if a stop was asked for in any."""
         if self.pool is None:
             raise RuntimeError("open() comes before the first step")
         detail = trained_detail(self.recipe)
-        own = []
+        own: list[tuple[float, str | None]] = []
+        found: list[Score] = []
+        given_up = False
         with self.engine.together():
-            found = score_drawn(self.pool, pictures, [name.prompt for name in drawn])
+            try:
+                found = score_drawn(self.pool, pictures, [name.prompt for name in drawn], stop=stop)
+            except ScoringStopped:
+                given_up = True
+        if self.engine.any(given_up):
+            return None
         for name, score in zip(drawn, found, strict=True):
             row = ScoreRow(name.prompt.id, name.image, score.value, score.reason, score.details)
             value = row.measured(detail)

@@ -9,14 +9,20 @@ from PIL import Image
 from gdro_cli.models.latents import NOT_FINITE
 from gdro_cli.rewards.base import PromptLike, Score
 from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.runtime.interrupt import StopFlag
 
 
 def score_drawn(
-    pool: ScoringPool, pictures: Sequence[Image.Image | None], prompts: Sequence[PromptLike]
+    pool: ScoringPool, pictures: Sequence[Image.Image | None], prompts: Sequence[PromptLike], *, stop: StopFlag
 ) -> list[Score]:
-    """Score ``pictures[i]`` for ``prompts[i]``; one that is not finite is shown to nobody, and its score is missing."""
+    """Score ``pictures[i]`` for ``prompts[i]``; one that is not finite is shown to nobody, and its score is missing.
+
+    Raises:
+        ScoringStopped: a stop was asked for, and the scores were not there soon after.
+    """
     there = [(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True) if picture is not None]
-    found = iter(pool.score([picture for picture, _ in there], [prompt for _, prompt in there]))
+    shown, asked = [picture for picture, _ in there], [prompt for _, prompt in there]
+    found = iter(pool.score(shown, asked, stop=lambda: stop.requested))
     return [Score(None, NOT_FINITE) if picture is None else next(found) for picture in pictures]
 
 

@@ -96,7 +96,9 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
                     pool = source.open(stack, folder, trainer.ema) if left else None
                     watch = left and recipe.train.eval_every > 0
                     validation = (
-                        Validation.open(recipe, model, engine, folder.path, stack, rewards=pool) if watch else None
+                        Validation.open(recipe, model, engine, folder.path, stack, stop=stop, rewards=pool)
+                        if watch
+                        else None
                     )
                 train_loop(trainer, validation, reporter, stop)
             with engine.together():

@@ -21,11 +21,12 @@ from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
-from gdro_cli.errors import StoreError
+from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import json_bytes, parse_json, read_bytes, sha256, write_bytes, write_json
 from gdro_cli.models.base import Conditioning, FlowModel
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.distributed import Engine
+from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.stages.grid import draw_sheet
 from gdro_cli.stages.judging import open_judge, open_judge_pool
 from gdro_cli.stages.quality import GROUP_SIGNALS, Rated, joined, pair_verdict, quality_measures, rate
@@ -88,6 +89,8 @@ class Validation:
     """Digest of what two points must share to be compared."""
     shared: Path
     """Folder of the base model's rows that all runs of the workspace share."""
+    stop: StopFlag
+    """Heard while pictures are scored and judged; a point that is given up then is measured by the next start."""
     base: Rated | None = field(default=None)
     """The untrained model's pictures, what verdicts compare with."""
     base_seconds: float = 0.0
@@ -104,6 +107,7 @@ class Validation:
         run: Path,
         stack: ExitStack,
         *,
+        stop: StopFlag,
         rewards: ScoringPool | None = None,
     ) -> Validation:
         """Encode the prompts and start the scoring processes, which end with ``stack``; ``rewards`` run already."""
@@ -128,6 +132,7 @@ class Validation:
             judges,
             protocol.points,
             run.parent.parent / FOLDER / protocol.base,
+            stop,
         )
 
     def know_base(self, without_adapter: Callable[[], AbstractContextManager[object]]) -> None:
@@ -174,7 +179,8 @@ class Validation:
 
         Raises:
             StoreError: no image could be scored.
-            EndedElsewhere: the same, in another process.
+            Interrupted: a stop was asked for, and the scores were not there soon after.
+            EndedElsewhere: one of these, in another process.
         """
         began = time.perf_counter()
         known = self.engine.from_main(lambda: self._base_serves(step))
@@ -228,9 +234,15 @@ class Validation:
         texts = [prompt for prompt, _ in asked]
 
         def rows(pool: ScoringPool) -> list[ScoreRow]:
+            try:
+                found = score_drawn(pool, pictures, texts, stop=self.stop)
+            except ScoringStopped as error:
+                raise Interrupted(
+                    f"stopped while the pictures of step {step} were scored; run the same command again to go on"
+                ) from error
             return [
                 ScoreRow(prompt.id, index, score.value, score.reason, score.details)
-                for (prompt, index), score in zip(asked, score_drawn(pool, pictures, texts), strict=True)
+                for (prompt, index), score in zip(asked, found, strict=True)
             ]
 
         scored = rows(self.rewards)

@@ -35,14 +35,17 @@ QUIET = Reporter(quiet=True)
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("later", [0.0, 0.5], ids=["at once", "while they import"])
-def test_workers_that_start_leave_a_stop_of_the_whole_group_to_the_parent(later: float, tmp_path: Path) -> None:
+def test_workers_that_start_leave_a_stop_of_the_whole_group_to_the_parent(
+    later: float, number: signal.Signals, tmp_path: Path
+) -> None:
     """As a terminal, a container or a batch system stops a job: all its processes get the signal."""
     recipe, workspace = write_recipe(tmp_path / "small.yaml", reward={"workers": 2}), tmp_path / "out"
     process = start(["score"], recipe=recipe, workspace=workspace, own_group=True)
     wait_for(process, workspace, "stores/*/scores/*/lock")
     time.sleep(later)
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, number)
     code, _, errors = finish(process)
     assert code == 130, errors
     assert "Traceback" not in errors and "command again to go on" in errors

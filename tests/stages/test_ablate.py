@@ -308,7 +308,7 @@ def test_the_untrained_model_is_measured_without_the_adapter(
     run = train.run(recipe, tmp_path, quiet).run.path
     for _ in range(2):
         (place,) = places(plan_sweep(recipe, ["tau"], [str(recipe.method.tau)]), tmp_path, open_model(recipe))
-        measure_end(place, quiet)
+        measure_end(place, quiet, StopFlag())
         (run / "validation" / "step-000000.png").unlink()
     first, trained, again, last = rows_of(run, "validation")
     quality = [[row[name] for name in ("reward", "u", "corrected")] for row in (first, again, trained, last)]

@@ -8,6 +8,9 @@ import json
 import os
 import re
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from judge_server import MODEL, JudgeServer, lines, says
+from judge_server import MODEL, JudgeServer, Reply, lines, says
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -23,10 +26,13 @@ from safetensors.torch import load_file
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import plan_sweep
 from gdro_cli.core.corrected import corrected_score
+from gdro_cli.errors import Interrupted
 from gdro_cli.files import json_bytes, sha256
+from gdro_cli.rewards import pool as pool_module
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.runtime.checkpoint import latest_checkpoint
 from gdro_cli.runtime.distributed import make_engine
+from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages import evaluate, train
 from gdro_cli.stages.cells import places
@@ -38,6 +44,7 @@ from gdro_cli.stages.workspace import open_model
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]
+PATIENCE = 200.0
 QUALITY = {*AXES, "u", "corrected", "unjudged"}
 LEVELS = ("healthy", "suspicious", "collapsed")
 
@@ -181,7 +188,9 @@ def test_rows_of_the_base_model_that_are_not_as_they_were_written_are_measured_a
     recipe, whole = make_recipe(), file.read_bytes()
     with ExitStack() as stack:
         model = open_model(recipe, device="cpu")
-        found = Validation.open(recipe, model, make_engine(cpu=True), tmp_path / "runs" / "small", stack)
+        found = Validation.open(
+            recipe, model, make_engine(cpu=True), tmp_path / "runs" / "small", stack, stop=StopFlag()
+        )
         assert found._recall_base() and found.base is not None
         assert [row.to_json() for row in found.base.rows] == json.loads(whole)["rows"]
         for name, harm in HARMS.items():
@@ -264,6 +273,49 @@ def test_a_point_without_judgements_is_no_candidate(
             " judge.max_failed_share: this point is no candidate for the best"
         ],
     )
+
+
+def test_a_judge_that_hangs_does_not_hold_a_stop_up(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The point is given up and measured by the next start, which ends as if nothing had happened."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(pool_module, "STOP_GRACE", 0.2)
+    shutil.copytree(finished[0] / "stores", tmp_path / "stores")
+    shutil.copytree(tmp_path, tmp_path.with_name("undisturbed"))
+    server, hanging = JudgeServer(), threading.Event()
+
+    def answer(text: str) -> Reply:
+        hanging.set()
+        return says(lines(3, 3, 3), delay=PATIENCE)
+
+    def stop_when_it_hangs() -> None:
+        if hanging.wait(PATIENCE):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    judge = {"kind": "unified-reward", "base_url": server.url, "model": MODEL, "timeout": PATIENCE, "concurrency": 1}
+    recipe = make_recipe(judge=judge, train={"eval_every": 2})
+    try:
+        whole = train.run(recipe, tmp_path.with_name("undisturbed"), Listener()).run.path
+        base = next(tmp_path.with_name("undisturbed").glob("validation/*/base.json"))
+        shutil.copytree(base.parent, tmp_path / "validation" / base.parent.name)  # so that step 2 is the first to judge
+        server.otherwise, began = answer, time.monotonic()
+        waiting = threading.Thread(target=stop_when_it_hangs, daemon=True)
+        waiting.start()
+        with pytest.raises(Interrupted, match="stopped while the pictures of step 2 were scored; run the same command"):
+            train.run(recipe, tmp_path, Listener())
+        waiting.join()
+        assert time.monotonic() - began < PATIENCE / 2
+        (run,) = (tmp_path / "runs").iterdir()
+        assert not (run / "lock").exists() and [row["step"] for row in points_of(run)] == [0]
+        server.otherwise = lambda text: says(lines(3.5, 4.0, 2.25))
+        assert train.run(recipe, tmp_path, Listener()).run.path == run
+    finally:
+        server.close()
+    assert timeless(run) == timeless(whole)
+    assert (run / "pytorch_lora_weights.safetensors").read_bytes() == (
+        whole / "pytorch_lora_weights.safetensors"
+    ).read_bytes()
 
 
 def test_groups_that_are_not_trained_on_are_told_and_counted(

@@ -62,7 +62,7 @@ def test_an_evaluation_point_leaves_them_out(make_recipe: MakeRecipe, tmp_path: 
     with ExitStack() as stack:
         model = open_model(recipe, device="cpu")
         run = tmp_path / "runs" / "small"
-        validation = Validation.open(recipe, model, make_engine(cpu=True), run, stack)
+        validation = Validation.open(recipe, model, make_engine(cpu=True), run, stack, stop=StopFlag())
         whole = validation.look(step=0)
         assert whole is not None and whole.failed == whole.unjudged == 0
         validation.base = whole

@@ -23,6 +23,7 @@ from gdro_cli.core.sde import log_prob
 from gdro_cli.errors import Interrupted, StoreError, UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.rewards.base import Score
+from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
@@ -44,7 +45,9 @@ class Brightness:
         self.missing, self.constant = missing, constant
         self.on_call: Callable[[], None] = lambda: None
 
-    def score(self, images: Sequence[Image.Image], prompts: Sequence[object]) -> list[Score]:
+    def score(
+        self, images: Sequence[Image.Image], prompts: Sequence[object], *, stop: Callable[[], bool]
+    ) -> list[Score]:
         assert len(images) == len(prompts)
         self.on_call()
         values = [float(np.asarray(image).mean()) / 255 for image in images]
@@ -306,6 +309,36 @@ def test_a_stop_while_a_round_is_drawn_keeps_the_rounds_before(
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
         train_loop(again, None, quiet, stop)
     assert path.stat() == written  # not replaced by itself
+
+
+class Hanging(Brightness):
+    """A stop is asked for during the second call, which is given up then, as that of a reward that hangs."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        super().__init__()
+        self.stop, self.calls = stop, 0
+
+    def score(
+        self, images: Sequence[Image.Image], prompts: Sequence[object], *, stop: Callable[[], bool]
+    ) -> list[Score]:
+        self.calls += 1
+        if self.calls == 1:
+            return super().score(images, prompts, stop=stop)
+        self.stop.requested = True
+        assert stop()
+        raise ScoringStopped("given up")
+
+
+def test_a_reward_that_hangs_does_not_hold_a_stop_up(make_online: MakeRecipe, tmp_path: Path, quiet: Reporter) -> None:
+    """The round is dropped; what was learnt before it is kept, and the run goes on from there."""
+    recipe = make_online(train={"eval_every": 0, "checkpoint_every": 100})
+    stop = StopFlag()
+    trainer = trainer_of(recipe, tmp_path, scorer := Hanging(stop))
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        train_loop(trainer, None, quiet, stop)
+    assert scorer.calls == 2
+    path = latest_checkpoint(trainer.folder.path)
+    assert path is not None and load_checkpoint(path).step == 2
 
 
 # --- around it -------------------------------------------------------------------------------------------------
