@@ -30,5 +30,5 @@ def why_none(reasons: Iterable[str | None]) -> str:
     """Of pictures none of which has a score: the reason of the first, and what to do."""
     known = list(reasons)
     if all(reason == NOT_FINITE for reason in known):
-        return f"({NOT_FINITE}): lower train.lr or take another model.dtype, and start another run with --out"
+        return f"({NOT_FINITE}): lower train.lr or take another model.dtype"
     return f"({known[0]}): mend the reward engine and run the same command again"
