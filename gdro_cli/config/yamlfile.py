@@ -121,7 +121,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             held = file.read(MAX_BYTES + 1)  # it may be a pipe or a device that does not end
         if len(held) > MAX_BYTES:
-            raise UserError(f"{path} has more than {MAX_BYTES:,} bytes and cannot be a recipe: name another file.")
+            raise UserError(f"{path} has more than 1 MB and cannot be a recipe: name another file.")
         text = held.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file in UTF-8: save it as UTF-8.") from error

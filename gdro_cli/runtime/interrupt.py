@@ -159,10 +159,12 @@ def stop_with_launcher() -> None:
     """Ask this process to stop (SIGTERM) once the process that started its group is gone.
 
     A launcher that is killed cannot tell its processes; without this they would go on, unseen and holding their locks.
-    Does nothing in a process that ``LAUNCHER`` does not name the parent of.
+    Does nothing in a process that another one than the launcher has started.
     """
-    launcher = os.environ.get(LAUNCHER)
-    if launcher is None or launcher != str(os.getppid()):
+    launcher = os.environ.get(LAUNCHER, "")
+    if launcher != str(os.getppid()):
+        if launcher.isdecimal() and _is_gone(int(launcher)):  # before this one could look
+            os.kill(os.getpid(), signal.SIGTERM)
         return
 
     def look() -> None:
@@ -171,3 +173,13 @@ def stop_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=look, name="launcher", daemon=True).start()
+
+
+def _is_gone(number: int) -> bool:
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -215,7 +215,7 @@ def _open(path: Path) -> int | None:
         if stat.S_ISREG(os.fstat(handle).st_mode):
             return handle
         os.close(handle)
-        raise StoreError(f"{path} is not a file: delete it and run the command again")
+        raise StoreError(f"{path} is no ordinary file: delete it and run the command again")
     return None
 
 

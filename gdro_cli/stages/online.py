@@ -220,8 +220,9 @@ class OnlineSteps:
         for start in starts:
             micro = slice(start, start + size)
             sums += self._backward(made, images[micro], steps[micro], total)
+        sound = made.rollout.states.isfinite().flatten(1).all(1).float().argmax().view(1).cpu()  # nan times 0 is nan
         for _ in range(self._idle_passes(len(starts))):
-            self._backward(made, torch.zeros(1, dtype=torch.long), made.steps[0, :1], total, weight=0.0)
+            self._backward(made, sound, made.steps[sound, 0], total, weight=0.0)
         means = (self.engine.sum(sums) / max(1, total)).tolist()
         metrics = dict(zip(_SUMS, means, strict=True))
         if not self.method.beta_kl:

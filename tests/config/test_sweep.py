@@ -52,7 +52,7 @@ def test_a_working_folder_that_is_gone_is_one_sentence(
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(UserError, match="the folder that you are in is gone: change to another"):
+    with pytest.raises(UserError, match="The working folder no longer exists: cd to another one"):
         plan_sweep(ocr, ["tau"], ["0.5,0"])
 
 

@@ -187,7 +187,7 @@ def test_a_relative_name_needs_a_folder_to_be_in(tmp_path: Path, monkeypatch: py
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
-    with pytest.raises(UserError, match="the folder that you are in has been deleted"):
+    with pytest.raises(UserError, match="The working folder no longer exists: cd to another one"):
         refuse_used(Path("out"))
     refuse_used(tmp_path / "out")
 

@@ -184,8 +184,24 @@ def test_a_killed_launcher_stops_its_processes() -> None:
     launcher.wait()
 
 
+def test_a_process_whose_launcher_is_gone_before_it_could_look_does_not_begin(tmp_path: Path) -> None:
+    """Else it would go on unseen and hold locks, with a parent that it has inherited."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    ended = subprocess.run(
+        [sys.executable, "-m", "gdro_cli", "train", "--recipe", "smoke", "--out", str(tmp_path / "out")],
+        env={**os.environ, LAUNCHER: str(gone.pid)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 130
+    assert "Stopped by SIGTERM before any work began" in ended.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_process_of_another_launcher_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(LAUNCHER, str(os.getppid() + 1))
+    monkeypatch.setenv(LAUNCHER, str(os.getpid()))
     before = threading.active_count()
     stop_with_launcher()
     assert threading.active_count() == before

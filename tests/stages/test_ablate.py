@@ -211,23 +211,6 @@ def test_an_ablation_in_use_is_refused(done: Done, quiet: Reporter) -> None:
         ablate.run(sweep, workspace, quiet)
 
 
-@pytest.mark.parametrize("kind", ["a link to nowhere", "a link", "a pipe", "a folder"])
-def test_a_lock_that_is_no_file_is_refused_at_once(
-    kind: str, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
-) -> None:
-    sweep = plan_sweep(make_recipe(), ["tau"], ["0.05,0.5"])
-    folder = ablate.ablation_folder(sweep, tmp_path)
-    folder.mkdir(parents=True)
-    if kind == "a pipe":
-        os.mkfifo(folder / "lock")
-    elif kind == "a folder":
-        (folder / "lock").mkdir()
-    else:
-        (folder / "lock").symlink_to(tmp_path if kind == "a link" else tmp_path / "nowhere")
-    with pytest.raises(StoreError, match="lock is no ordinary file: delete it and run the command again"):
-        ablate.run(sweep, tmp_path, quiet)
-
-
 def test_a_run_without_points_gets_its_last_one(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
