@@ -39,6 +39,8 @@ _LONGEST = 200
 """Characters of a difference that a message shows."""
 _TEXTS = ("kind", "protocol", "verdict")
 """The entries of a row of metrics that are texts; all others are numbers, or missing."""
+_POINT = "validation"
+"""The kind of row that an evaluation point has."""
 _COUNTS = ("prompts", "images", "failed", "unjudged")
 """The entries that count something at an evaluation point."""
 _OF_A_POINT = ("protocol", "reward", "prompts", "images")
@@ -188,10 +190,14 @@ class RunFolder:
         with reading(self.metrics_path):
             return read_bytes(self.metrics_path)
 
-    def truncate_metrics(self, after_step: int) -> None:
-        """Drop every row of a step beyond ``after_step``: those steps will be run again."""
+    def truncate_metrics(self, after_step: int, *, unmeasured: bool = False) -> None:
+        """Drop every row of a step beyond ``after_step``: those steps will be run again.
+
+        With ``unmeasured`` the evaluation point of that step will be measured again, too.
+        """
         if self.metrics_path.exists():
-            kept = [row for row in self.metrics() if row["step"] <= after_step]
+            rows = [row for row in self.metrics() if row["step"] <= after_step]
+            kept = [row for row in rows if not (unmeasured and row["step"] == after_step and row["kind"] == _POINT)]
             write_bytes(self.metrics_path, json_lines(kept))
 
     # -- one writer ---------------------------------------------------------------------------------------------
@@ -214,7 +220,7 @@ def _row(value: Any) -> dict[str, Any]:
     for key, entry in value.items():
         if not (isinstance(entry, str) if key in _TEXTS else entry is None or isinstance(entry, int | float)):
             raise ValueError(f"{key} has a value of another kind")
-    if value["kind"] == "validation":
+    if value["kind"] == _POINT:
         if any(value.get(name) is None for name in _OF_A_POINT):
             raise ValueError(f"an evaluation point has {', '.join(_OF_A_POINT)}")
         if not all(_is_count(value[name]) for name in _COUNTS if name in value):

@@ -19,6 +19,9 @@ from gdro_cli.runtime.run import RunFolder
 STOPPED = "stopped.json"
 """Says at which step and why a run ended before its last one; see ``early_end``."""
 
+UNMEASURED = "unmeasured"
+"""In the state of a checkpoint whose step's evaluation point is still to be measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunWeights:
@@ -102,7 +105,8 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     kept = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
     needed = ("adapter", "ema")
     last = load_checkpoint(path, needed=needed)
-    if last.step != recipe.train.steps and early_end(folder.path) is None:
+    unfinished = last.step != recipe.train.steps or UNMEASURED in last.state
+    if unfinished and early_end(folder.path) is None:
         raise PrerequisiteError(
             f"the run {folder.path} stands at step {last.step} of {recipe.train.steps}: run `gdro train` with the"
             " same recipe, --set and --out to finish it"

@@ -47,6 +47,8 @@ class TrainResult:
     run: RunFolder
     steps: int
     resumed_from: int
+    was_finished: bool
+    """Whether nothing was left to do."""
 
     @property
     def summary(self) -> dict[str, str]:
@@ -54,7 +56,7 @@ class TrainResult:
         last = latest_checkpoint(self.run.path)
         step = self.steps if last is None else load_checkpoint(last).step
         rows = {"run": str(self.run.path), "steps": str(step)}
-        if self.resumed_from == self.steps:
+        if self.was_finished:
             rows["training"] = "was finished already"
         elif self.resumed_from:
             rows["training"] = f"continued from step {self.resumed_from}"
@@ -107,7 +109,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> TrainResult:
                     trainer.export()
                     write_card(folder.path)
         engine.end()
-    return TrainResult(folder, recipe.train.steps, start)
+    return TrainResult(folder, recipe.train.steps, start, trainer.ended)
 
 
 def _open_source(

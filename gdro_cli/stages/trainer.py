@@ -19,7 +19,7 @@ import torch
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import TrainSection
 from gdro_cli.core.verdict import Verdict
-from gdro_cli.errors import StoreError
+from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import storage_errors
 from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
 from gdro_cli.models.base import FlowModel
@@ -38,9 +38,20 @@ from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.finished import note_adapter
-from gdro_cli.stages.outcome import STOPPED, best_folder, early_end, evaluated_weights, forget_best_after, keep_if_best
+from gdro_cli.stages.outcome import (
+    STOPPED,
+    UNMEASURED,
+    best_folder,
+    early_end,
+    evaluated_weights,
+    forget_best_after,
+    keep_if_best,
+)
 from gdro_cli.stages.rewards import measures, missing_limits
-from gdro_cli.stages.validate import Validation
+from gdro_cli.stages.validate import PointGivenUp, Validation
+
+_COLLAPSE = "collapse"
+"""In the state of a checkpoint where the training ended early: its step and the reasons."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,8 @@ class Trainer:
         """Where and why the training is to end early; known to the main process."""
         self.saved = -1
         """Step of the newest checkpoint."""
+        self.unmeasured = False
+        """Whether the evaluation point of the present step, which has a checkpoint, is still to be measured."""
         self.ended = False
         """Whether ``resume`` found that nothing is left to do."""
         self.best = -1
@@ -208,10 +221,15 @@ class Trainer:
             self.folder.path,
             self.step,
             tensors={"adapter": lora_state(self.model), "ema": self.ema.state(), "optimizer": tensors},
-            state={"optimizer": state} | ({} if self.collapse is None else {"collapse": self.collapse}),
+            state={"optimizer": state, **self._standing()},
             extra=add_adapters,
             keep=self.recipe.train.keep_checkpoints,
         )
+
+    def _standing(self) -> dict[str, Any]:
+        """What a later start must know of the present step beside its tensors."""
+        known = {} if self.collapse is None else {_COLLAPSE: self.collapse}
+        return {**known, UNMEASURED: True} if self.unmeasured else known
 
     def resume(self) -> int:
         """Restore the newest checkpoint, if there is one, in all processes, and return its step."""
@@ -221,18 +239,18 @@ class Trainer:
             if path is not None:
                 checkpoint = load_checkpoint(path, needed=("adapter", "ema", "optimizer"))
                 self.step = self.saved = checkpoint.step
-                self.collapse = checkpoint.state.get("collapse")
+                self.collapse = checkpoint.state.get(_COLLAPSE)
+                self.unmeasured = UNMEASURED in checkpoint.state
                 load_lora_state(self.model, checkpoint.tensors["adapter"])
                 self.ema.load(checkpoint.tensors["ema"])
                 state = checkpoint.state.get("optimizer", {})
                 restore_optimizer(self.optimizer, checkpoint.tensors["optimizer"], state)
             if self.engine.is_main:
-                self.folder.truncate_metrics(after_step=-1 if path is None else self.step)
+                self.folder.truncate_metrics(-1 if path is None else self.step, unmeasured=self.unmeasured)
                 forget_best_after(self.folder, self.step)
-                self._note_end()
-        self.ended = self.engine.from_main(
-            lambda: self.step >= self.recipe.train.steps or early_end(self.folder.path) is not None
-        )
+                self.note_end()
+        over = self.step >= self.recipe.train.steps and not self.unmeasured
+        self.ended = self.engine.from_main(lambda: over or early_end(self.folder.path) is not None)
         return self.step
 
     def _newest(self) -> Path | None:
@@ -241,8 +259,10 @@ class Trainer:
             mend_checkpoints(folder)
         return latest_checkpoint(self.folder.path)
 
-    def _note_end(self) -> None:
-        """Make the note of an early end agree with the newest checkpoint."""
+    def note_end(self) -> None:
+        """Make the note of an early end agree with the newest checkpoint; only the main process does."""
+        if not self.engine.is_main:
+            return
         if self.collapse is not None:
             self.folder.write_json(STOPPED, self.collapse)
         elif early_end(self.folder.path) is None:
@@ -279,7 +299,14 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
     if trainer.ended:
         return
     if validation is not None and trainer.step == 0:
-        trainer.validate(validation, reporter)
+        _point(trainer, validation, reporter, safe=False)
+    if trainer.unmeasured:
+        ended = validation is not None and _point(trainer, validation, reporter, safe=True)
+        trainer.unmeasured, trainer.saved = False, -1
+        trainer.save()
+        if ended:
+            trainer.note_end()
+            return
     due = False
     with reporter.track("training", total=section.steps, unit="steps", done=trainer.step) as progress:
         while trainer.step < section.steps:
@@ -301,20 +328,38 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
                 _log(trainer, found, norm, seconds=time.perf_counter() - began)
             progress.advance(1, **{label: found.metrics[name] for name, label in source.shown.items()})
             point = validation is not None and (step % section.eval_every == 0 or last)
-            ended = point and validation is not None and trainer.validate(validation, reporter)
-            stop.requested = engine.any(stop.requested)
             safe = source.can_go_on_after(step)
+            ended = point and validation is not None and _point(trainer, validation, reporter, safe=safe or last)
+            stop.requested = engine.any(stop.requested)
             due = due or step % section.checkpoint_every == 0 or source.needs_weights_of(step)
             due = due or (point and engine.any(trainer.best == step))  # so that a later start goes on from there
             if last or ended or (safe and (due or stop.requested)):
                 trainer.save()
                 due = False
             if ended:
-                if trainer.collapse is not None:
-                    folder.write_json(STOPPED, trainer.collapse)  # only now that the step's checkpoint is there
+                trainer.note_end()  # only now that the step's checkpoint is there
                 return
             if safe or last:
                 engine.stop_together(stop, _stopped(trainer))
+
+
+def _point(trainer: Trainer, validation: Validation, reporter: Reporter, *, safe: bool) -> bool:
+    """Measure an evaluation point; returns whether the training is to end here.
+
+    One that is given up after a stop is left to the next start, which goes on from this step if that is ``safe``.
+
+    Raises:
+        Interrupted: it was given up.
+        EndedElsewhere: the same; another process says it.
+    """
+    try:
+        return trainer.validate(validation, reporter)
+    except PointGivenUp as error:
+        if safe:
+            trainer.unmeasured = True
+            trainer.save()
+        with trainer.engine.together():
+            raise Interrupted(_stopped(trainer) if safe else str(error)) from error
 
 
 def _stopped(trainer: Trainer) -> str:

@@ -35,6 +35,14 @@ from gdro_cli.stages.sample import decode_images, sample_images
 from gdro_cli.stages.scoring import score_drawn, why_none
 from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
 
+
+class PointGivenUp(Interrupted):
+    """A stop was asked for while the pictures of an evaluation point were scored, and the scores did not come soon.
+
+    All processes raise it.
+    """
+
+
 FOLDER = "validation"
 _BASE = "base.json"
 
@@ -179,8 +187,8 @@ class Validation:
 
         Raises:
             StoreError: no image could be scored.
-            Interrupted: a stop was asked for, and the scores were not there soon after.
-            EndedElsewhere: one of these, in another process.
+            PointGivenUp: a stop was asked for, and the scores were not there soon after.
+            EndedElsewhere: an error in another process.
         """
         began = time.perf_counter()
         known = self.engine.from_main(lambda: self._base_serves(step))
@@ -220,8 +228,17 @@ class Validation:
         ]
         size, engine = self.recipe.sample.batch_size, self.engine
         latents = sample_images(self.model, self.conditioning, seeds, self.plan, batch_size=size, split=engine)
+        rated, given_up = None, False
         with engine.together():
-            return self._rated(latents, step) if engine.is_main else None
+            try:
+                rated = self._rated(latents, step) if engine.is_main else None
+            except ScoringStopped:
+                given_up = True
+        if engine.any(given_up):
+            raise PointGivenUp(
+                f"stopped while the pictures of step {step} were scored; run the same command again to go on"
+            )
+        return rated
 
     def _rated(self, latents: Tensor, step: int) -> Rated:
         """Score and judge the images, and draw the sheet of pictures of a step."""
@@ -234,12 +251,7 @@ class Validation:
         texts = [prompt for prompt, _ in asked]
 
         def rows(pool: ScoringPool) -> list[ScoreRow]:
-            try:
-                found = score_drawn(pool, pictures, texts, stop=self.stop)
-            except ScoringStopped as error:
-                raise Interrupted(
-                    f"stopped while the pictures of step {step} were scored; run the same command again to go on"
-                ) from error
+            found = score_drawn(pool, pictures, texts, stop=self.stop)
             return [
                 ScoreRow(prompt.id, index, score.value, score.reason, score.details)
                 for (prompt, index), score in zip(asked, found, strict=True)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import plan_sweep
 from gdro_cli.core.corrected import corrected_score
-from gdro_cli.errors import Interrupted
+from gdro_cli.errors import Interrupted, PrerequisiteError
 from gdro_cli.files import json_bytes, sha256
 from gdro_cli.rewards import pool as pool_module
 from gdro_cli.rewards.judge.base import AXES
@@ -275,47 +275,60 @@ def test_a_point_without_judgements_is_no_candidate(
     )
 
 
+@pytest.mark.parametrize("point", [2, 4])
 def test_a_judge_that_hangs_does_not_hold_a_stop_up(
-    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    point: int, finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The point is given up and measured by the next start, which ends as if nothing had happened."""
+    """The point is given up, its step is kept, and the next start measures it and ends as if nothing had happened."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr(pool_module, "STOP_GRACE", 0.2)
-    shutil.copytree(finished[0] / "stores", tmp_path / "stores")
-    shutil.copytree(tmp_path, tmp_path.with_name("undisturbed"))
-    server, hanging = JudgeServer(), threading.Event()
+    disturbed, undisturbed = tmp_path / "disturbed", tmp_path / "undisturbed"
+    for workspace in (disturbed, undisturbed):
+        shutil.copytree(finished[0] / "stores", workspace / "stores")
+    server, hanging, asked = JudgeServer(), threading.Event(), itertools.count()
 
     def answer(text: str) -> Reply:
+        if next(asked) < 2 * (point // 2 - 1):  # two pictures a point
+            return says(lines(3.5, 4.0, 2.25))
         hanging.set()
-        return says(lines(3, 3, 3), delay=PATIENCE)
+        return says(lines(1, 1, 1), delay=PATIENCE)
 
     def stop_when_it_hangs() -> None:
         if hanging.wait(PATIENCE):
             os.kill(os.getpid(), signal.SIGTERM)
 
     judge = {"kind": "unified-reward", "base_url": server.url, "model": MODEL, "timeout": PATIENCE, "concurrency": 1}
-    recipe = make_recipe(judge=judge, train={"eval_every": 2})
+    recipe = make_recipe(judge=judge, train={"eval_every": 2, "checkpoint_every": 100})
     try:
-        whole = train.run(recipe, tmp_path.with_name("undisturbed"), Listener()).run.path
-        base = next(tmp_path.with_name("undisturbed").glob("validation/*/base.json"))
-        shutil.copytree(base.parent, tmp_path / "validation" / base.parent.name)  # so that step 2 is the first to judge
+        whole = train.run(recipe, undisturbed, Listener()).run.path
+        base = next(undisturbed.glob("validation/*/base.json"))
+        shutil.copytree(
+            base.parent, disturbed / "validation" / base.parent.name
+        )  # so that step 2 is the first to judge
         server.otherwise, began = answer, time.monotonic()
         waiting = threading.Thread(target=stop_when_it_hangs, daemon=True)
         waiting.start()
-        with pytest.raises(Interrupted, match="stopped while the pictures of step 2 were scored; run the same command"):
-            train.run(recipe, tmp_path, Listener())
+        with pytest.raises(Interrupted, match=f"stopped after step {point} of 4; run the same command again to go on"):
+            train.run(recipe, disturbed, Listener())
         waiting.join()
         assert time.monotonic() - began < PATIENCE / 2
-        (run,) = (tmp_path / "runs").iterdir()
-        assert not (run / "lock").exists() and [row["step"] for row in points_of(run)] == [0]
+        (run,) = (disturbed / "runs").iterdir()
+        assert not (run / "lock").exists() and [row["step"] for row in points_of(run)] == list(range(0, point, 2))
+        with pytest.raises(PrerequisiteError, match=f"stands at step {point} of 4: run `gdro train`"):
+            evaluate.run(recipe, disturbed, Listener())
+        with (run / "metrics.jsonl").open("ab") as file:  # as a kill does that comes before the checkpoint says so
+            rows = (whole / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            file.writelines(row for row in rows if b'"validation"' in row and b'"step": %d,' % point in row)
+        assert [row["step"] for row in points_of(run)] == list(range(0, point + 1, 2))
         server.otherwise = lambda text: says(lines(3.5, 4.0, 2.25))
-        assert train.run(recipe, tmp_path, Listener()).run.path == run
+        again = train.run(recipe, disturbed, Listener())
+        assert (again.run.path, again.resumed_from, again.was_finished) == (run, point, False)
     finally:
         server.close()
     assert timeless(run) == timeless(whole)
-    assert (run / "pytorch_lora_weights.safetensors").read_bytes() == (
-        whole / "pytorch_lora_weights.safetensors"
-    ).read_bytes()
+    for name in ("pytorch_lora_weights.safetensors", "best/best.json", "checkpoints/step-000004/state.json"):
+        assert (run / name).read_bytes() == (whole / name).read_bytes(), name
+    assert train.run(recipe, disturbed, Listener()).was_finished
 
 
 def test_groups_that_are_not_trained_on_are_told_and_counted(
