@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from gdro_cli.errors import EndedElsewhere, PrerequisiteError, UserError
+from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, UserError
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.sharding import shard_frozen
 from gdro_cli.runtime.team import Team
@@ -119,17 +119,22 @@ class Engine(Team):
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def stop_together(self, stop: StopFlag, message: str) -> None:
-        """Stop here in all processes if it was asked for in one; see ``StopFlag.check``.
+    def hear(self, stop: StopFlag) -> bool:
+        """Whether a stop was asked for in any process: the same answer in all of them, whatever comes meanwhile."""
+        asked = self.any(stop.requested)
+        if asked:  # a signal may have raised this flag since, which must not be taken down
+            stop.requested = True
+        return asked
+
+    def stop_together(self, message: str) -> None:
+        """Stop here in all processes.
 
         Raises:
-            Interrupted: a stop was requested.
-            EndedElsewhere: the same, and the message is told by another process.
+            Interrupted: always, in the process that tells the message.
+            EndedElsewhere: in the others.
         """
-        stop.requested = self.any(stop.requested)
-        if stop.requested:
-            with self.together():
-                stop.check(message)
+        with self.together():
+            raise Interrupted(message)
 
     def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
         """Scale gradients down to a total norm of at most ``max_norm``; returns the norm before."""

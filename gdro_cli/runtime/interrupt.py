@@ -107,7 +107,8 @@ class StopFlag:
             for number in _SIGNALS:
                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._on_signal)
-        self.requested = self.requested or any(outer.requested for outer in self._around())
+        if any(outer.requested for outer in self._around()):
+            self.requested = True
         return self
 
     def __exit__(
@@ -115,8 +116,8 @@ class StopFlag:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        for outer in self._around():
-            outer.requested = outer.requested or self.requested
+        for outer in self._around() if self.requested else ():  # a signal may have come since: no flag is taken down
+            outer.requested = True
         self._before.clear()
 
     def _around(self) -> list[StopFlag]:

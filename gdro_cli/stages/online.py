@@ -151,8 +151,7 @@ class OnlineSteps:
         parts: list[Rollout] = []
         pictures: list[Image.Image | None] = []
         for start in range(0, len(drawn), size):
-            stop.requested = self.engine.any(stop.requested)  # all processes have as many batches
-            if stop.requested:
+            if self.engine.hear(stop):  # all processes have as many batches
                 return None
             names = drawn[start : start + size]
             texts = [self.conditioning[name.prompt.id] for name in names]

@@ -119,9 +119,10 @@ def fill_store(
         nonlocal forwards
         forwards += images * (engine.world if sharded else 1)
         progress.advance(min(forwards // plan.steps, todo) - progress.done)
-        if sharded:  # a process that stopped alone would leave the others waiting in the middle of the model
-            engine.stop_together(stop, stopped)
-        stop.check(stopped)
+        if not sharded:
+            stop.check(stopped)
+        elif engine.hear(stop):  # one that stopped alone would leave the others waiting in the middle of the model
+            engine.stop_together(stopped)
 
     def draw(number: int) -> list[Group]:
         size, split = recipe.sample.batch_size, engine if sharded else None

@@ -19,7 +19,7 @@ import torch
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import TrainSection
 from gdro_cli.core.verdict import Verdict
-from gdro_cli.errors import Interrupted, StoreError
+from gdro_cli.errors import StoreError
 from gdro_cli.files import storage_errors
 from gdro_cli.models.adapters import Ema, attach_lora, load_lora_state, lora_state, reference, save_lora
 from gdro_cli.models.base import FlowModel
@@ -313,7 +313,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             if not source.prepare(trainer.step, stop):
                 if trainer.step:
                     trainer.save()
-                engine.stop_together(stop, _stopped(trainer))
+                engine.stop_together(_stopped(trainer))
             began = time.perf_counter()
             found, norm = trainer.update()
             step, last = trainer.step, trainer.step == section.steps
@@ -330,17 +330,17 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
             point = validation is not None and (step % section.eval_every == 0 or last)
             safe = source.can_go_on_after(step)
             ended = point and validation is not None and _point(trainer, validation, reporter, safe=safe or last)
-            stop.requested = engine.any(stop.requested)
+            asked = engine.hear(stop)
             due = due or step % section.checkpoint_every == 0 or source.needs_weights_of(step)
             due = due or (point and engine.any(trainer.best == step))  # so that a later start goes on from there
-            if last or ended or (safe and (due or stop.requested)):
+            if last or ended or (safe and (due or asked)):
                 trainer.save()
                 due = False
             if ended:
                 trainer.note_end()  # only now that the step's checkpoint is there
                 return
-            if safe or last:
-                engine.stop_together(stop, _stopped(trainer))
+            if asked and (safe or last):
+                engine.stop_together(_stopped(trainer))
 
 
 def _point(trainer: Trainer, validation: Validation, reporter: Reporter, *, safe: bool) -> bool:
@@ -358,8 +358,8 @@ def _point(trainer: Trainer, validation: Validation, reporter: Reporter, *, safe
         if safe:
             trainer.unmeasured = True
             trainer.save()
-        with trainer.engine.together():
-            raise Interrupted(_stopped(trainer) if safe else str(error)) from error
+        trainer.engine.stop_together(_stopped(trainer) if safe else str(error))
+        raise
 
 
 def _stopped(trainer: Trainer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import pytest
 import torch
 from torch import nn
 
-from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.runtime.distributed import make_engine
+from gdro_cli.runtime.interrupt import StopFlag
 
 WORK = """
 import json, os, sys, torch
@@ -97,6 +99,26 @@ def test_one_process_shares_everything_with_itself() -> None:
     before = layer.bias.item()
     optimizer.step()
     assert layer.bias.item() == pytest.approx(before - 0.5)
+
+
+def test_a_stop_that_comes_while_processes_agree_is_heard_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flag that a signal raises in the meantime is not taken down, and the answer is the one that all have."""
+    engine = make_engine(cpu=True)
+    agree, before = engine.any, []
+
+    def talks(flag: bool) -> bool:
+        if not before:
+            before.append(flag)
+            os.kill(os.getpid(), signal.SIGTERM)  # heard as soon as this returns
+        return agree(flag)
+
+    monkeypatch.setattr(engine, "any", talks)
+    with StopFlag() as stop:
+        assert not engine.hear(stop)
+        assert stop.requested
+        assert engine.hear(stop)
+        with pytest.raises(Interrupted, match="kept"):
+            engine.stop_together("kept")
 
 
 def test_trackers_are_checked_by_name() -> None:
