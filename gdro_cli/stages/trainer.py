@@ -248,7 +248,7 @@ class Trainer:
             if self.engine.is_main:
                 self.folder.truncate_metrics(-1 if path is None else self.step, unmeasured=self.unmeasured)
                 forget_best_after(self.folder, self.step)
-                self.note_end()
+                self._note_end()
         over = self.step >= self.recipe.train.steps and not self.unmeasured
         self.ended = self.engine.from_main(lambda: over or early_end(self.folder.path) is not None)
         return self.step
@@ -259,10 +259,14 @@ class Trainer:
             mend_checkpoints(folder)
         return latest_checkpoint(self.folder.path)
 
-    def note_end(self) -> None:
-        """Make the note of an early end agree with the newest checkpoint; only the main process does."""
-        if not self.engine.is_main:
-            return
+    def end_early(self) -> None:
+        """Note that and why the training has ended at the present step; all processes wait for it."""
+        with self.engine.together():
+            if self.engine.is_main:
+                self._note_end()
+
+    def _note_end(self) -> None:
+        """Make the note of an early end agree with the newest checkpoint."""
         if self.collapse is not None:
             self.folder.write_json(STOPPED, self.collapse)
         elif early_end(self.folder.path) is None:
@@ -305,7 +309,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
         trainer.unmeasured, trainer.saved = False, -1
         trainer.save()
         if ended:
-            trainer.note_end()
+            trainer.end_early()
             return
     due = False
     with reporter.track("training", total=section.steps, unit="steps", done=trainer.step) as progress:
@@ -337,7 +341,7 @@ def train_loop(trainer: Trainer, validation: Validation | None, reporter: Report
                 trainer.save()
                 due = False
             if ended:
-                trainer.note_end()  # only now that the step's checkpoint is there
+                trainer.end_early()  # only now that the step's checkpoint is there
                 return
             if asked and (safe or last):
                 engine.stop_together(_stopped(trainer))
