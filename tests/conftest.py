@@ -1,6 +1,8 @@
-"""What holds for all tests: one thread in each process."""
+"""What holds for all tests: one thread in each process, and signals as a shell gives them to a command."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 import torch
@@ -10,3 +12,11 @@ import torch
 def one_thread() -> None:
     """Bits depend on the number of threads; small matrices gain little by more, and other workers have the cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_signal_is_ignored() -> None:
+    """Those that tests run under (``nohup``, a job in the background of a script) may be, and children inherit it."""
+    for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
