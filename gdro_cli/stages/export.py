@@ -132,15 +132,17 @@ def _run(asked: Export, workspace: Path, reporter: Reporter, stop: StopFlag) -> 
         rows |= {"folder": ", ".join(written)} if written else {}
         if asked.push is not None:
             reporter.say(f"uploading to {asked.push}")
-            with _ending_at_once(stop, f"stopped before all was uploaded to {asked.push}: {_upload_again(asked)}"):
-                rows["repository"] = hub.upload(pushed, asked.push, message=f"{found.name}, by gdro_cli")
+            again = _upload_again(asked)
+            with _ending_at_once(stop, f"stopped before all was uploaded to {asked.push}: {again}"):
+                rows["repository"] = hub.upload(pushed, asked.push, message=f"{found.name}, by gdro_cli", again=again)
             rows["visible to"] = "all" if is_public else "you (private)"
     return rows
 
 
 def _upload_again(asked: Export) -> str:
+    """What to do when an upload did not end: the folder is there by then, and the same command would refuse it."""
     kept = asked.merge or asked.adapter
-    return "run the command again" if kept is None else f"{kept} is whole, `hf upload {asked.push} {kept}` goes on"
+    return "run the command again" if kept is None else f"go on with `hf upload {asked.push} {kept}`: {kept} is whole"
 
 
 @contextmanager

@@ -58,8 +58,10 @@ def make_repository(repo: str, *, public: bool) -> bool:
     return is_public
 
 
-def upload(folder: Path, repo: str, *, message: str) -> str:
+def upload(folder: Path, repo: str, *, message: str, again: str) -> str:
     """Upload all files of a folder in one commit; returns the repository's address.
+
+    ``again`` tells how to go on after a failure.
 
     Raises:
         PrerequisiteError: the Hub refuses or cannot be reached.
@@ -67,15 +69,15 @@ def upload(folder: Path, repo: str, *, message: str) -> str:
     try:
         done: Any = HfApi().upload_folder(folder_path=folder, repo_id=repo, repo_type="model", commit_message=message)
     except (httpx2.HTTPError, OSError, ValueError) as error:
-        raise _refused(repo, error) from error
+        raise _refused(repo, error, again=again) from error
     return str(done.commit_url).partition("/commit/")[0]
 
 
-def _refused(repo: str, error: Exception) -> PrerequisiteError:
+def _refused(repo: str, error: Exception, *, again: str = "run the command again") -> PrerequisiteError:
     """What the Hub said, in one sentence; the token is in no message of the client's."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
     return PrerequisiteError(
         f"the push to {repo} failed ({reason}): check the connection and that the token may write there"
-        " (`hf auth whoami`), and run the command again"
+        f" (`hf auth whoami`), and {again}"
     )

@@ -271,6 +271,24 @@ def test_a_hub_that_refuses_or_is_away_is_one_sentence(
     assert all(TOKEN not in str(error.value) for error in (refused, away))
 
 
+def test_an_upload_that_fails_after_the_folder_is_there_says_how_to_go_on(
+    workspace: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command would refuse the folder, which is not empty any more."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    kept = tmp_path / "kept"
+
+    class RefusesFromNowOn(io.StringIO):
+        def write(self, text: str) -> int:
+            hub.refuses = hub.refuses or "uploading to" in text
+            return super().write(text)
+
+    terminal = Reporter(Console(file=RefusesFromNowOn(), width=200))
+    with pytest.raises(PrerequisiteError, match=rf"and go on with `hf upload me/model {kept}`: {kept} is whole$"):
+        run(Export(NAME, adapter=kept, push="me/model"), workspace, terminal)
+    assert (kept / LORA).is_file()
+
+
 def test_a_stop_during_the_upload_says_what_is_there(
     workspace: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +297,7 @@ def test_a_stop_during_the_upload_says_what_is_there(
     with pytest.raises(Interrupted, match=r"stopped before all was uploaded to me/model: run the command again$"):
         run(Export(NAME, push="me/model"), workspace, terminal)
     kept = tmp_path / "kept"
-    with pytest.raises(Interrupted, match=rf"{kept} is whole, `hf upload me/model {kept}` goes on"):
+    with pytest.raises(Interrupted, match=rf"go on with `hf upload me/model {kept}`: {kept} is whole"):
         run(Export(NAME, adapter=kept, push="me/model"), workspace, terminal)
     assert (kept / LORA).is_file() and not hub.files.get("me/model")
 
