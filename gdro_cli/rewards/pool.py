@@ -11,32 +11,28 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
-import multiprocessing
 import os
-import pickle
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import connection, resource_tracker
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from gdro_cli.errors import GdroError, Interrupted, PrerequisiteError
+from gdro_cli.errors import Interrupted, PrerequisiteError
 from gdro_cli.rewards.base import (
     ImageSource,
     PromptLike,
     Reward,
     Score,
     UnreadableImageError,
-    describe,
     read_rgb,
 )
+from gdro_cli.rewards.worker import CONNECTION_LOST, Failure, Ready, Task, start_worker
 
 LARGEST_CHUNK = 8
 """Images per message: enough to hide the transfer, few enough to lose little and to end together."""
@@ -49,34 +45,10 @@ STOP_GRACE = 5.0
 (an endpoint without an answer, a large model that loads) holds nobody up."""
 _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 5.0
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""They reach every process of a group, where the parent alone decides what they mean."""
-_CONNECTION_LOST = (EOFError, BrokenPipeError, ConnectionResetError)
 
 
 class ScoringStopped(Interrupted):
     """A stop was asked for, and the images were not finished in time; those who know what is kept say it better."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Ready:
-    """A worker has loaded its reward."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """What a worker answers instead of scores."""
-
-    reason: str
-    error: GdroError | None = None
-    """An error for the user, which ends the scoring."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    images: list[ImageSource]
-    prompts: list[PromptLike]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +106,7 @@ class ScoringPool:
         atexit.register(self.close)  # before multiprocessing's own end, which waits for daemons that ignore its SIGTERM
         try:
             for _ in range(self._count):
-                self._workers.append(_start(self._reward, self._threads))
+                self._workers.append(_Worker(*start_worker(self._reward, self._threads)))
         except BaseException:
             self.close()
             raise
@@ -194,9 +166,9 @@ class ScoringPool:
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
-        fresh = _start(self._reward, self._threads)
+        process, pipe = start_worker(self._reward, self._threads)
         code = worker.process.exitcode
-        worker.process, worker.pipe, worker.ready, worker.chunk = fresh.process, fresh.pipe, False, None
+        worker.process, worker.pipe, worker.ready, worker.chunk = process, pipe, False, None
         return code
 
 
@@ -264,14 +236,14 @@ class _Batch:
                 continue
             worker.chunk = _Chunk(tuple(images), chunk.attempt)
             # A worker that is gone is noticed when its answer is awaited.
-            with contextlib.suppress(*_CONNECTION_LOST):
-                worker.pipe.send(_Task(list(images.values()), [self._prompts[index] for index in images]))
+            with contextlib.suppress(*CONNECTION_LOST):
+                worker.pipe.send(Task(list(images.values()), [self._prompts[index] for index in images]))
 
     def _receive(self, worker: _Worker, replace: Callable[[_Worker], int | None]) -> None:
         chunk = worker.chunk
         try:
             answer = worker.pipe.recv()
-        except _CONNECTION_LOST:
+        except CONNECTION_LOST:
             was_ready, code = worker.ready, replace(worker)
             if not was_ready:
                 raise PrerequisiteError(
@@ -286,12 +258,12 @@ class _Batch:
                 ) from None
             self._try_again(chunk, f"the scoring worker died on this image (exit code {code})")
             return
-        if isinstance(answer, _Ready):
+        if isinstance(answer, Ready):
             worker.ready = True
             return
         worker.chunk = None
         self._deaths_in_a_row = 0
-        if isinstance(answer, _Failure):
+        if isinstance(answer, Failure):
             if answer.error is not None:
                 raise answer.error
             self._try_again(chunk, answer.reason)
@@ -317,96 +289,3 @@ class _Batch:
 def _portable(source: ImageSource) -> ImageSource:
     """A path as it is; an image decoded, so that a broken one fails here and not while it is pickled."""
     return source if isinstance(source, Path) else read_rgb(source)
-
-
-def _start(reward: Reward, threads: int) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(reward, theirs), daemon=True, name="gdro-scoring")
-    try:
-        with _signals_held_back(), _threads_of_a_child(threads):
-            process.start()
-    except BaseException as error:
-        ours.close()
-        if process.pid is not None:
-            process.kill()
-        if isinstance(error, OSError):
-            raise PrerequisiteError(
-                f"a scoring worker cannot be started ({error.strerror or error}): try fewer workers (reward.workers)"
-            ) from error
-        raise
-    finally:
-        theirs.close()
-    return _Worker(process, ours)
-
-
-@contextlib.contextmanager
-def _threads_of_a_child(threads: int) -> Iterator[None]:
-    """Start a child with these threads: numerical libraries read the variables once, when they are imported, and that
-    may be while the child unpickles its reward.
-    """
-    before = {variable: os.environ.get(variable) for variable in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
-    try:
-        yield
-    finally:
-        for variable, value in before.items():
-            if value is None:
-                del os.environ[variable]
-            else:
-                os.environ[variable] = value
-
-
-@contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Start a child with its signals blocked, so that none can hit it before it ignores them.
-
-    One that comes for this process in the meantime is delivered afterwards.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # starting it, as the first process does, would unblock the signals
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(reward: Reward, pipe: Connection) -> None:
-    """A worker's life: load, then answer chunks until the parent closes the pipe or is gone."""
-    for number in _SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
-    with contextlib.suppress(*_CONNECTION_LOST):
-        try:
-            reward.load()
-        except GdroError as error:
-            pipe.send(_Failure(str(error), error))
-            return
-        pipe.send(_Ready())
-        while True:
-            pipe.send(_answer(reward, pipe.recv_bytes()))
-
-
-def _end_with_parent() -> None:
-    """End at once when the parent is gone: a reward that hangs would not notice, and SIGTERM is ignored here."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _answer(reward: Reward, message: bytes) -> list[Score] | _Failure:
-    """The scores of one pickled ``_Task``."""
-    try:
-        task: _Task = pickle.loads(message)
-        scores = reward.score(task.images, task.prompts)
-    except GdroError as error:
-        return _Failure(str(error), error)
-    except Exception as error:  # noqa: BLE001 - a defect on some images must not end the others' scoring
-        return _Failure(f"the reward failed on this image: {describe(error)}")
-    if len(scores) != len(task.images):
-        return _Failure(f"the reward gave {len(scores)} scores for {len(task.images)} images")
-    return scores

@@ -71,7 +71,7 @@ class Exploding:
 _UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pandas"}
 _CALLS = {"torch.load", "torch.save", "np.load", "numpy.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"}
 # Own worker processes get their tasks through a pipe of their parent's, which is no file and no socket.
-_PIPE = "rewards/pool.py"
+_PIPE = "rewards/worker.py"
 
 
 def sources() -> Iterator[tuple[str, ast.Module]]:
