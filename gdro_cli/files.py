@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.processes import is_running
 
 _PARTIAL = ".partial"
 _FLUSHES_AT_ONCE = 16
@@ -320,25 +321,12 @@ def remove_abandoned(path: Path) -> None:
     """
     for left in _partials(path):
         number = left.name.removesuffix(_PARTIAL).rpartition(".")[2]
-        if left == partial_name(path) or (number.isdecimal() and not _runs(int(number))):
+        if left == partial_name(path) or (number.isdecimal() and not is_running(int(number))):
             remove_tree(left)
 
 
 def _partials(path: Path) -> list[Path]:
     return list(path.parent.glob(f".{glob.escape(path.name)}.*{_PARTIAL}"))
-
-
-def _runs(number: int) -> bool:
-    """Whether a process of this machine has that number; outside POSIX, where asking would end it, any may."""
-    if os.name != "posix":
-        return True
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
 
 
 def remove_forgotten(folder: Path) -> None:

@@ -12,6 +12,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from gdro_cli.errors import Interrupted
+from gdro_cli.processes import is_running
 from gdro_cli.runtime.terminal import leave_closed_terminal
 
 STOPPING = "stopping at the next safe point; press Ctrl-C again to stop at once"
@@ -164,7 +165,7 @@ def stop_with_launcher() -> None:
     """
     launcher = os.environ.get(LAUNCHER, "")
     if launcher != str(os.getppid()):
-        if launcher.isdecimal() and _is_gone(int(launcher)):  # before this one could look
+        if launcher.isdecimal() and not is_running(int(launcher)):  # before this one could look
             os.kill(os.getpid(), signal.SIGTERM)
         return
 
@@ -174,13 +175,3 @@ def stop_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=look, name="launcher", daemon=True).start()
-
-
-def _is_gone(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except (ProcessLookupError, OverflowError):
-        return True
-    except PermissionError:
-        pass
-    return False

@@ -21,6 +21,7 @@ from typing import Literal
 
 from gdro_cli.errors import StoreError
 from gdro_cli.files import cannot_write, parse_json, reading, remove_forgotten
+from gdro_cli.processes import is_running
 
 _TRIES = 5
 """Attempts when other processes take and leave the lock at the same moment."""
@@ -75,12 +76,8 @@ class Owner:
             return bool(self.machine) and self.machine == here.machine
         if _differ(self.numbers, here.numbers):
             return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
+        if not is_running(self.pid):
             return True
-        except PermissionError:
-            pass
         state, began = _status(self.pid)
         return state == "Z" or bool(self.began and began and began != self.began)
 
@@ -131,12 +128,15 @@ def _make(path: Path) -> tuple[int, str] | None:
     try:
         held = _flock(handle, wait=True) == "ours"
         mine = json.dumps(asdict(Owner.of(os.getpid(), disk=os.fstat(handle).st_dev if held else 0)))
-        os.write(handle, mine.encode("ascii"))
-    except OSError as error:  # an empty lock must not stay
+        with os.fdopen(handle, "w", encoding="ascii", closefd=False) as stream:
+            stream.write(mine)
+    except BaseException as error:  # an empty lock must not stay
         with suppress(OSError):
             path.unlink()
         os.close(handle)
-        raise cannot_write(path.parent, error) from error
+        if isinstance(error, OSError):
+            raise cannot_write(path.parent, error) from error
+        raise
     if _is_still(path, handle):
         return handle, mine
     os.close(handle)  # it was empty for so long that another process has removed it

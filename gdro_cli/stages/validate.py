@@ -35,16 +35,15 @@ from gdro_cli.stages.sample import decode_images, sample_images
 from gdro_cli.stages.scoring import score_drawn, why_none
 from gdro_cli.stages.workspace import SamplingPlan, evaluation_plan, open_prompts
 
+FOLDER = "validation"
+_BASE = "base.json"
+
 
 class PointGivenUp(Interrupted):
     """A stop was asked for while the pictures of an evaluation point were scored, and the scores did not come soon.
 
     All processes raise it.
     """
-
-
-FOLDER = "validation"
-_BASE = "base.json"
 
 
 @dataclass(frozen=True, slots=True)
