@@ -9,8 +9,8 @@ import pytest
 
 from gdro_cli.config.recipe import load_recipe, shipped_recipes
 from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, USABLE, fits
-from gdro_cli.stages.estimate import Estimate
-from gdro_cli.stages.needs import gigabytes
+from gdro_cli.stages.planning.estimate import Estimate
+from gdro_cli.stages.planning.needs import gigabytes
 
 PAGE = (Path(__file__).parents[1] / "docs/hardware.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `([\w`, -]+)` \| (\d+) GB \| (.*?) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, flags=re.MULTILINE)

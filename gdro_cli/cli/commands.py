@@ -102,7 +102,7 @@ def sample(
     job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return
-    from gdro_cli.stages import sample as stage
+    from gdro_cli.stages.sampling import sample as stage
 
     tables.print_result("Samples", stage.run(*launch.start(job)).summary)
 
@@ -120,7 +120,7 @@ def score(
     job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return
-    from gdro_cli.stages import score as stage
+    from gdro_cli.stages.scoring import score as stage
 
     tables.print_result("Scores", stage.run(*launch.start(job)).summary)
 
@@ -138,7 +138,7 @@ def train(
     job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return
-    from gdro_cli.stages import train as stage
+    from gdro_cli.stages.training import train as stage
 
     tables.print_result("Training", stage.run(*launch.start(job)).summary)
 
@@ -172,7 +172,7 @@ def evaluate(
         return
     if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
         return
-    from gdro_cli.stages import evaluate as stage
+    from gdro_cli.stages.evaluation import evaluate as stage
 
     result = stage.run(*launch.start(job), export=export)
     tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
@@ -185,7 +185,7 @@ def _compare_runs(runs: list[str], *, out: Path, at_reward: float | None, asked:
     """``gdro eval --compare RUN RUN ...``: runs that have been evaluated, side by side and at the same reward."""
     if not asked or len(runs) < 2:
         raise UserError("to compare runs write `gdro eval --compare RUN RUN ...`: two or more, and no other pictures")
-    from gdro_cli.stages import compare as stage
+    from gdro_cli.stages.comparison import compare as stage
 
     work_begins()
     result = stage.run(runs, at_reward=at_reward, workspace=out)
@@ -200,7 +200,7 @@ def _score_folder(job: launch.Job, images: Path, *, export: Path | None, dry_run
     """``gdro eval --images``: what another tool drew, scored with the recipe's reward."""
     if export is not None or dry_run:
         raise UserError("--images scores pictures that are there; it goes with neither --export nor --dry-run")
-    from gdro_cli.stages import imagefolder as stage
+    from gdro_cli.stages.evaluation import image_folder as stage
 
     result = stage.run(*launch.start(job), folder=images)
     tables.print_intervals(f"Pictures in {images} (mean and 95 % interval)", result.measures)
@@ -226,13 +226,13 @@ def ablate(
 
     sweep = plan_sweep(job.recipe, param or [], values, seeds=seeds)
     if dry_run:
-        from gdro_cli.stages import ablate as stage
+        from gdro_cli.stages.ablation import ablate as stage
 
         tables.print_cells(*stage.describe(sweep, out))
         return
     if worker:
         launch.alone_on_its_device()
-        from gdro_cli.stages import ablate as stage
+        from gdro_cli.stages.ablation import ablate as stage
 
         work_begins()
         stage.work(sweep, out, launch.plain_reporter())
@@ -243,7 +243,7 @@ def ablate(
             " `unset WORLD_SIZE`."
         )
     launch.check_devices(jobs, option="--jobs")
-    from gdro_cli.stages import ablate as stage
+    from gdro_cli.stages.ablation import ablate as stage
 
     _, workspace, reporter = launch.start(job)
     spread = launch.spread_cells(job, jobs, param=param or [], values=values or [], seeds=seeds)
@@ -265,7 +265,7 @@ def export_run(
     debug: DebugOption = False,
 ) -> None:
     """Make a folder of a finished run for others: its adapter, or the base model with it merged in; or push one."""
-    from gdro_cli.stages import export as stage
+    from gdro_cli.stages.exporting import export as stage
 
     asked = stage.Export(run, adapter, merge, push, public)
     if dry_run:

@@ -62,7 +62,7 @@ def elsewhere(job: Job, *, dry_run: bool, num_processes: int = 1) -> bool:
     """Whether nothing is left to do here: the job was only described, or other processes have done it."""
     if dry_run:
         from gdro_cli.cli.tables import print_plan
-        from gdro_cli.stages.plan import describe
+        from gdro_cli.stages.planning.dry_run import describe
 
         print_plan(job.stage, describe(job.recipe, job.stage, job.workspace, world=num_processes))
         return True

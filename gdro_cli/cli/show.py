@@ -89,7 +89,7 @@ def fields(
     from rich.console import Console
     from rich.text import Text
 
-    from gdro_cli.config.fields import describe_fields, field_names
+    from gdro_cli.config.keys import describe_fields, field_names
     from gdro_cli.config.suggest import similar_key
 
     chosen = [doc for doc in describe_fields() if not prefix or f"{doc.path}.".startswith(f"{prefix}.")]

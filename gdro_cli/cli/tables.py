@@ -15,8 +15,8 @@ from gdro_cli.runtime.terminal import printable
 if TYPE_CHECKING:
     from gdro_cli.core.scores import Interval
     from gdro_cli.core.verdict import Verdict
-    from gdro_cli.stages.ablate import AblationResult
-    from gdro_cli.stages.evaluate import Comparison
+    from gdro_cli.stages.ablation.ablate import AblationResult
+    from gdro_cli.stages.evaluation.evaluate import Comparison
 
 WIDEST = 400
 """Characters of a line where there is no terminal to fit into."""

@@ -125,7 +125,7 @@ def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
 
 def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
     """The recipe of a plain mapping with no ``extends``; ``source`` is what an error message calls it."""
-    from gdro_cli.config.report import validate
+    from gdro_cli.config.validation import validate
 
     method = data.get("method")
     if isinstance(method, Mapping) and "name" not in method:

@@ -244,7 +244,7 @@ def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
 
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
-    from gdro_cli.config.fields import field_names
+    from gdro_cli.config.keys import field_names
     from gdro_cli.config.sweep import full_key
 
     for name, values in recipe.ablation.items():

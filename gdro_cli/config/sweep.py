@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gdro_cli.config.base import digest
-from gdro_cli.config.fields import field_names
+from gdro_cli.config.keys import field_names
 from gdro_cli.config.layers import merge_layers, resolve_paths
 from gdro_cli.config.methods import METHODS
 from gdro_cli.config.recipe import Recipe, build_recipe

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from gdro_cli.core.points import MissingLimits, Point
+from gdro_cli.core.evaluation_points import MissingLimits, Point
 
 
 @dataclass(frozen=True, slots=True)

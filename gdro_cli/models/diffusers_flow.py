@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 
 from gdro_cli.errors import UserError
+from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
-from gdro_cli.models.compute import ComputeOptions
 from gdro_cli.models.family import DiffusersFlow
 from gdro_cli.models.flux import FluxFlow
 from gdro_cli.models.flux2_klein import Flux2KleinFlow

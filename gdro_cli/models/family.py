@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gdro_cli.core.flow import as_float
 from gdro_cli.errors import UserError
+from gdro_cli.models.backends import ComputeOptions, prepare_transformer
 from gdro_cli.models.base import Conditioning, GuidanceKind, stack_conditioning
-from gdro_cli.models.compute import ComputeOptions, prepare_transformer
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import pictures, seeded_noise
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_vae, quantization_config

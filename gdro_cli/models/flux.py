@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gdro_cli.models.base import Conditioning, GuidanceKind
-from gdro_cli.models.packed import PackedFlow
+from gdro_cli.models.packed_latents import PackedFlow
 from gdro_cli.models.text import split, tokenize
 
 

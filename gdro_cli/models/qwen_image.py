@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gdro_cli.core.flow import as_float
 from gdro_cli.models.base import Conditioning
-from gdro_cli.models.packed import PackedFlow
+from gdro_cli.models.packed_latents import PackedFlow
 from gdro_cli.models.text import seen, tokenize
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, UserError
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.process_group import Team
 from gdro_cli.runtime.sharding import shard_frozen
-from gdro_cli.runtime.team import Team
 
 Precision = Literal["no", "bf16"]
 

@@ -37,7 +37,7 @@ from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork,
 from gdro_cli.tiny.assets import tiny_model_path
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, UNTEXTURED, degrade
-from gdro_cli.tiny.judged import Example, draw_example, judge_vocabulary
+from gdro_cli.tiny.judge_data import Example, draw_example, judge_vocabulary
 from gdro_cli.tiny.pictures import draw_picture
 from gdro_cli.tiny.train_detector import as_generated
 from gdro_cli.tiny.world import ALPHABET, COLOURS, SHAPES, foreground_mask

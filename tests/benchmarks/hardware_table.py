@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gdro_cli.config.recipe import load_recipe
 from gdro_cli.core.footprint import fits
-from gdro_cli.stages.estimate import Estimate
-from gdro_cli.stages.needs import gigabytes
+from gdro_cli.stages.planning.estimate import Estimate
+from gdro_cli.stages.planning.needs import gigabytes
 
 SMALL_FLUX = ("model.quantization=int8", "model.offload=true", "sample.batch_size=4", "train.micro_batch=2")
 ROWS: tuple[tuple[tuple[str, str], int, tuple[str, ...]], ...] = (

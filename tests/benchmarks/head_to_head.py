@@ -1,7 +1,7 @@
 """Every method on one task: trained, evaluated and compared, with several training seeds each.
 
-    python tests/benchmarks/head_to_head.py ocr --cores 0,1          # docs/results.md, "Head to head"
-    python tests/benchmarks/head_to_head.py geneval --cores 0,1
+    python -m tests.benchmarks.head_to_head ocr --cores 0,1          # docs/results.md, "Head to head"
+    python -m tests.benchmarks.head_to_head geneval --cores 0,1
 
 It is the commands a user would give, one after the other: ``gdro score`` for the store that the offline methods share,
 ``gdro train`` and ``gdro eval`` of each recipe with each seed, ``gdro eval --compare`` of all. Given again it goes on
@@ -27,12 +27,12 @@ from threading import Event, Lock
 from PIL import Image, ImageDraw, ImageFont
 
 from gdro_cli.config.recipe import load_recipe
-from gdro_cli.stages.charts import time_chart
-from gdro_cli.stages.compare import compare
-from gdro_cli.stages.compared import Comparison
-from gdro_cli.stages.evaluate import find_trained
-from gdro_cli.stages.grid import LINE, MARGIN
-from gdro_cli.stages.workspace import open_model
+from gdro_cli.stages.comparison.compare import compare
+from gdro_cli.stages.comparison.result import Comparison
+from gdro_cli.stages.evaluation.evaluate import find_trained
+from gdro_cli.stages.reporting.charts import time_chart
+from gdro_cli.stages.reporting.image_sheet import LINE, MARGIN
+from gdro_cli.stages.setup.workspace import open_model
 
 METHODS = ("fast", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
 """Ends of the recipes' names; the first is GDRO's."""

@@ -1,27 +1,23 @@
 """What the keys for speed are worth on the embedded model: ratios, each taken in one run on one machine.
 
-    python tests/benchmarks/levers.py            # the second table of docs/performance.md, about four minutes
+    python -m tests.benchmarks.levers            # the second table of docs/performance.md, about four minutes
 
 "Ours" has the key on, "against" has it off; see ``ratios`` for how a ratio is taken.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ratios import group_gradient, random_batch, ratio
-
 from gdro_cli.config.recipe import Recipe, load_recipe
-from gdro_cli.stages.ahead import Ahead
-from gdro_cli.stages.gradient import draw_noise, noisy_groups
-from gdro_cli.stages.train import attach_adapter
-from gdro_cli.stages.workspace import open_model
+from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.training.group_gradient import draw_noise, noisy_groups
+from gdro_cli.stages.training.prefetch import Ahead
+from gdro_cli.stages.training.train import attach_adapter
+from tests.benchmarks.ratios import group_gradient, random_batch, ratio
 
 STEPS = 1000
 """More than any ratio takes."""

@@ -1,6 +1,6 @@
 """What the tool costs beside the model itself: ratios, each taken in one run on one machine.
 
-    python tests/benchmarks/ratios.py            # the table of docs/performance.md, about three minutes
+    python -m tests.benchmarks.ratios            # the table of docs/performance.md, about three minutes
 
 The two sides of a ratio alternate, and the ratio is that of their medians, so a busy machine disturbs both.
 """
@@ -25,11 +25,11 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.sampling import sample_latents
-from gdro_cli.stages.gradient import GroupGradient, loss_arguments, noisy_groups
-from gdro_cli.stages.rewards import open_reward
-from gdro_cli.stages.sample import sample_groups
-from gdro_cli.stages.train import attach_adapter
-from gdro_cli.stages.workspace import open_model, open_prompts, training_plan
+from gdro_cli.stages.sampling.sample import sample_groups
+from gdro_cli.stages.setup.rewards import open_reward
+from gdro_cli.stages.setup.workspace import open_model, open_prompts, training_plan
+from gdro_cli.stages.training.group_gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.training.train import attach_adapter
 
 ROUNDS = 7
 SIDE = 64

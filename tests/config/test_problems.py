@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdro_cli.config.fields import describe_fields, field_names
+from gdro_cli.config.keys import describe_fields, field_names
 from gdro_cli.config.recipe import build_recipe, load_recipe
 from gdro_cli.config.yamlfile import parse_yaml
 from gdro_cli.errors import UserError

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gdro_cli.config.base import digest
-from gdro_cli.config.fields import describe_fields
+from gdro_cli.config.keys import describe_fields
 from gdro_cli.config.recipe import load_recipe
 from gdro_cli.config.rules import source_problems
 from gdro_cli.config.sections import PromptSource

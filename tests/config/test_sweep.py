@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gdro_cli.config import sweep
-from gdro_cli.config.fields import field_names
+from gdro_cli.config.keys import field_names
 from gdro_cli.config.recipe import Recipe, load_recipe, shipped_recipes
 from gdro_cli.config.sweep import SHORT_NAMES, full_key, plan_sweep
 from gdro_cli.errors import UserError

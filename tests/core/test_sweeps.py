@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.core.points import MissingLimits
+from gdro_cli.core.evaluation_points import MissingLimits
 from gdro_cli.core.sweeps import Spread, best, curve, figures, spread, training_seconds
 
 

@@ -1,6 +1,6 @@
 """Kill jobs at random moments, start them again, and see whether anything was lost or changed.
 
-    python tests/faults/campaign.py --kills 200
+    python -m tests.faults.campaign --kills 200
 
 Each stage (sample, score, train, eval, ablate) is carried out once undisturbed. Then it begins again and again from
 where the stage before it ended, and is killed (SIGKILL) at random moments until it comes to its end. After each kill
@@ -26,9 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from jobs import PATIENCE, finish, start, write_recipe
+from tests.support.jobs import PATIENCE, finish, start, write_recipe
 
 STAGES: Mapping[str, Sequence[str]] = {
     "sample": ["sample"],

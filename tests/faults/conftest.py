@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1] / "rewards" / "judge"))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,7 +21,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def finished_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete store; not to be changed."""
-    import small_store
+    from tests.support import small_store
 
     return small_store.make(tmp_path_factory.mktemp("stores") / "store")
 

@@ -1,6 +1,6 @@
 """Long jobs, watched: do memory and open files stay flat, and logs and metrics within bounds?
 
-    python tests/faults/endurance.py                 # 2,000 training steps and 5,000 scored images
+    python -m tests.faults.endurance                 # 2,000 training steps and 5,000 scored images
 
 A store of very small pictures is made, scored and trained on by ``gdro`` in processes of their own, as a user starts
 them. Twice a second the memory (what would be freed if the processes ended) and the open files of a job and its
@@ -23,9 +23,7 @@ from pathlib import Path
 
 import psutil  # comes with accelerate
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from jobs import start, write_recipe
+from tests.support.jobs import start, write_recipe
 
 PAUSE = 0.5
 IMAGES_PER_PROMPT = 16

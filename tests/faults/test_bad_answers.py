@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faulty import Case, check, never_unexpected, outcome, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from judge_server import MODEL, JudgeServer, Reply, fails, lines, says
 from PIL import Image
 
 from gdro_cli.rewards.judge import endpoint
 from gdro_cli.rewards.judge.base import AXES, Judgement
 from gdro_cli.rewards.judge.unified_prompt import read_answer
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
+from tests.support.faulty import Case, check, never_unexpected, outcome, rows
+from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, lines, says
 
 GOOD = lines(3, 4, 2)
 # Code 0: all axes are read; 1: the judgement is missing, or an axis of it is, with this reason.

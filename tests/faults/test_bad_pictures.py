@@ -8,12 +8,12 @@ import struct
 import zlib
 from pathlib import Path
 
-from faulty import Case, check, command, outcome, rows
 from PIL import Image
 
 from gdro_cli.data.imagefolder import read_image_folder
 from gdro_cli.rewards.base import UnreadableImageError, read_rgb
-from gdro_cli.stages.pages import picture
+from gdro_cli.stages.reporting.html import picture
+from tests.support.faulty import Case, check, command, outcome, rows
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (16, 16)) -> bytes:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from faulty import Case, check, never_unexpected, outcome, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.core.geneval import COCO_CLASSES
 from gdro_cli.data.prompts import PromptSet, load_prompts
+from tests.support.faulty import Case, check, never_unexpected, outcome, rows
 
 
 def line(**values: Any) -> bytes:

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from faulty import Case, check, command, never_unexpected, outcome, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gdro_cli.config.fields import describe_fields
+from gdro_cli.config.keys import describe_fields
 from gdro_cli.config.recipe import load_recipe
+from tests.support.faulty import Case, check, command, never_unexpected, outcome, rows
 
 BASE = b"extends: ocr\n"
 

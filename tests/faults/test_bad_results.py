@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import Case, check, command, outcome, rows
 
 from gdro_cli.data.imagefolder import PromptPictures
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.files import parse_json, sha256
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages import compare
-from gdro_cli.stages.imagefolder import _read
-from gdro_cli.stages.resultsfile import read_shown
+from gdro_cli.stages.comparison import compare
+from gdro_cli.stages.evaluation.image_folder import _read
+from gdro_cli.stages.runs.results import read_shown
+from tests.support.faulty import Case, check, command, outcome, rows
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "prompts": 2, "images": 2, "level": 0.95}
 SIDES = {"base": INTERVAL, "trained": INTERVAL, "difference": INTERVAL}

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from faulty import Case, check, command, outcome, rows
 
 from gdro_cli.files import json_bytes, sha256, sha256_file
 from gdro_cli.runtime.checkpoint import flatten_optimizer, load_checkpoint, restore_optimizer, save_checkpoint
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.storetimes import note_batch, read_batches
+from gdro_cli.stages.runs.store_times import note_batch, read_batches
+from tests.support.faulty import Case, check, command, outcome, rows
 
 RECIPE = {"name": "small", "train": {"steps": 3}, "method": {"name": "gdro"}}
 INPUTS = {"store": "aaaabbbbcccc"}

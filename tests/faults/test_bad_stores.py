@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from faulty import Case, check, outcome, rows
-from small_store import PROMPTS, use
-
 from gdro_cli.config.base import digest
 from gdro_cli.files import sha256
+from tests.support.faulty import Case, check, outcome, rows
+from tests.support.small_store import PROMPTS, use
 
 Harm = Callable[[Path], object]
 

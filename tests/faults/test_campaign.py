@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import campaign as script
 import pytest
-from campaign import Campaign, broken_parts, ends, left_behind
+
+from tests.faults import campaign as script
+from tests.faults.campaign import Campaign, broken_parts, ends, left_behind
 
 KILLS = 3
 JOB = """

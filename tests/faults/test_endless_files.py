@@ -9,9 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small_store
 import torch
-from faulty import Outcome, check, outcome
 
 from gdro_cli.cli.show import _run_row
 from gdro_cli.config.yamlfile import read_yaml
@@ -20,6 +18,8 @@ from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.runtime.checkpoint import load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.tiny.assets import tiny_model_path
+from tests.support import small_store
+from tests.support.faulty import Outcome, check, outcome
 
 PATIENCE = 120.0
 KINDS = ("pipe", "device")

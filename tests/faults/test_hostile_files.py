@@ -14,14 +14,14 @@ from gdro_cli.cli.failures import exit_code_of
 from gdro_cli.cli.tables import print_table
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.scores import ScoreRow
-from gdro_cli.data.times import add_time
+from gdro_cli.data.shard_times import add_time
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import append_bytes, json_lines, parse_json, partial_name, write_bytes
 from gdro_cli.runtime.checkpoint import save_checkpoint
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
-from gdro_cli.stages.csvtable import csv_bytes
+from gdro_cli.stages.reporting.csv_table import csv_bytes
 
 PRECIOUS = b"precious\n"
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from faulty import check, outcome
-from judge_server import MODEL, JudgeServer, Reply, fails, says
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPModel
@@ -31,6 +29,8 @@ from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 from gdro_cli.rewards.ocr_models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
 from gdro_cli.tiny.assets import tiny_model_path
+from tests.support.faulty import check, outcome
+from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, says
 
 SECRET = "sk-0123456789-not-to-be-seen"
 PICTURE = Image.new("RGB", (8, 8))

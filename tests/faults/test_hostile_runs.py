@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faulty import check, command, outcome
 from PIL import Image
-from test_bad_results import RESULTS
-from test_security import finished_run
 
 from gdro_cli.config.recipe import Recipe, load_recipe
 from gdro_cli.rewards.base import MOST_PIXELS, UnreadableImageError, read_rgb
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.card import Place, card
-from gdro_cli.stages.public import public_recipe, without_paths
-from gdro_cli.stages.resultsfile import read_results
+from gdro_cli.stages.reporting.model_card import Place, card
+from gdro_cli.stages.reporting.redaction import public_recipe, without_paths
+from gdro_cli.stages.runs.results import read_results
+from tests.faults.test_bad_results import RESULTS
+from tests.faults.test_security import finished_run
+from tests.support.faulty import check, command, outcome
 
 SECRET = "SECRET-0123"
 JUDGE = ("judge.kind=unified-reward", "judge.model=m", "judge.base_url=http://h/v1")
@@ -101,7 +101,7 @@ def test_a_description_has_an_end() -> None:
 
 def whole_numbers(recipe: Recipe) -> list[str]:
     """The keys of a recipe that are whole numbers, or nothing in place of one."""
-    from gdro_cli.config.fields import describe_fields
+    from gdro_cli.config.keys import describe_fields
 
     own = {f"method.{key}" for key in type(recipe.method).model_fields}
     numbers = [doc.path for doc in describe_fields() if "whole number" in doc.type]

@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil  # comes with accelerate
 import pytest
 import torch
-from jobs import finish, start, stop, wait_for, write_recipe
 from safetensors.torch import load_file
 
 from gdro_cli.config.recipe import load_recipe
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages import train
+from gdro_cli.stages.training import train
+from tests.support.jobs import finish, start, stop, wait_for, write_recipe
 
 MOMENTS = [
     ("stores/*/shards/00000/manifest.json", signal.SIGINT),

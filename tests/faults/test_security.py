@@ -19,12 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from faulty import check, outcome
-from judge_server import MODEL, JudgeServer, Reply, fails
 from PIL import Image
-from small_store import use
-from test_bad_results import RESULTS
-from test_bad_stores import forged_file
 
 import gdro_cli
 from gdro_cli.cli.app import main
@@ -37,14 +32,19 @@ from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.runtime.checkpoint import load_checkpoint, save_checkpoint
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages import compare
-from gdro_cli.stages.card import Place, card
-from gdro_cli.stages.charts import sweep_chart
-from gdro_cli.stages.export import _grid
-from gdro_cli.stages.finished import FinishedRun
-from gdro_cli.stages.public import ADDRESS, recipe_yaml
-from gdro_cli.stages.report import write_report
+from gdro_cli.stages.comparison import compare
+from gdro_cli.stages.exporting.export import _grid
+from gdro_cli.stages.reporting.charts import sweep_chart
+from gdro_cli.stages.reporting.evaluation_report import write_report
+from gdro_cli.stages.reporting.model_card import Place, card
+from gdro_cli.stages.reporting.redaction import ADDRESS, recipe_yaml
+from gdro_cli.stages.runs.finished_run import FinishedRun
 from gdro_cli.tiny.assets import tiny_model_path
+from tests.faults.test_bad_results import RESULTS
+from tests.faults.test_bad_stores import forged_file
+from tests.support.faulty import check, outcome
+from tests.support.judge_server import MODEL, JudgeServer, Reply, fails
+from tests.support.small_store import use
 
 PACKAGE = Path(gdro_cli.__file__).parent
 SCRIPT = "<script>alert(1)</script>"

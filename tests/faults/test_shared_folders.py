@@ -11,10 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import small_store
 import torch
-from faulty import check, command, outcome
-from jobs import finish, start, stop, wait_for, write_recipe
 from PIL import Image
 
 from gdro_cli.data.imagefolder import PromptPictures, refuse_used, write_image_folder
@@ -23,7 +20,10 @@ from gdro_cli.files import new_folder, write_bytes, write_json, write_tensors
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.imagefolder import write_pictures
+from gdro_cli.stages.evaluation.image_folder import write_pictures
+from tests.support import small_store
+from tests.support.faulty import check, command, outcome
+from tests.support.jobs import finish, start, stop, wait_for, write_recipe
 
 # -- two jobs ---------------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
-import small_store
 import torch
-from jobs import finish, start, wait_for, write_recipe
 from PIL import Image
 
 from gdro_cli.config.recipe import load_recipe
@@ -26,10 +23,11 @@ from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages import imagefolder, score
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rewards"))
-from breaking_rewards import HANGS, WidthReward
+from gdro_cli.stages.evaluation import image_folder as imagefolder
+from gdro_cli.stages.scoring import score
+from tests.support import small_store
+from tests.support.breaking_rewards import HANGS, WidthReward
+from tests.support.jobs import finish, start, wait_for, write_recipe
 
 QUIET = Reporter(quiet=True)
 

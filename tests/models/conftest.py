@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .tiny_families import BUILDERS
+from tests.support.tiny_families import BUILDERS
 
 SIZE = {"height": 32, "width": 48}
 """Picture size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so that swapped axes show."""

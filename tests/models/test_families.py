@@ -16,8 +16,7 @@ from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import FlowModel, stack_conditioning
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.sampling import sample_latents
-
-from .tiny_families import BUILDERS, SIZE
+from tests.support.tiny_families import BUILDERS, SIZE
 
 Folder = Callable[[str], Path]
 

@@ -18,13 +18,18 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.models.adapters import load_lora_state
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages import evaluate, export, plan, sample, score, train
-from gdro_cli.stages.evaluate import applied, trained_run
-from gdro_cli.stages.rewards import open_table
-from gdro_cli.stages.rollout import Drawn, Policy, policy_guidance, roll_out
-from gdro_cli.stages.sample import sample_groups
-from gdro_cli.stages.trainer import attach_adapter
-from gdro_cli.stages.workspace import evaluation_plan, open_model, open_prompts
+from gdro_cli.stages.evaluation import evaluate
+from gdro_cli.stages.evaluation.evaluate import applied, trained_run
+from gdro_cli.stages.exporting import export
+from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.sampling import sample
+from gdro_cli.stages.sampling.sample import sample_groups
+from gdro_cli.stages.scoring import score
+from gdro_cli.stages.setup.rewards import open_table
+from gdro_cli.stages.setup.workspace import evaluation_plan, open_model, open_prompts
+from gdro_cli.stages.training import train
+from gdro_cli.stages.training.rollout import Drawn, Policy, policy_guidance, roll_out
+from gdro_cli.stages.training.trainer import attach_adapter
 
 STEPS, GUIDANCE, TEXT = 2, 2.0, 64
 

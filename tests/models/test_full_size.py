@@ -11,12 +11,12 @@ import torch
 
 from gdro_cli.core.footprint import Weights
 from gdro_cli.models.adapters import attach_lora, reference
-from gdro_cli.models.blank import blank_component, blank_model, count_weights
 from gdro_cli.models.diffusers_flow import flow_of
 from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.meta_model import blank_component, blank_model, count_weights
 from gdro_cli.models.published import PublishedFolder, published_configurations
 from gdro_cli.models.sampling import sample_latents
-from gdro_cli.stages.gradient import GroupGradient, NoisyGroups
+from gdro_cli.stages.training.group_gradient import GroupGradient, NoisyGroups
 
 K, GROUPS = 3, 2
 

@@ -93,7 +93,7 @@ def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
 
     from gdro_cli.config.recipe import load_recipe
     from gdro_cli.runtime.progress import Reporter
-    from gdro_cli.stages import sample
+    from gdro_cli.stages.sampling import sample
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -11,10 +11,10 @@ from torch.nn import functional
 from gdro_cli.core.flow import velocity_error
 from gdro_cli.core.footprint import Weights
 from gdro_cli.models.adapters import attach_lora
-from gdro_cli.models.blank import blank_component, blank_model, count_weights
-from gdro_cli.models.compute import ComputeOptions, prepare_transformer
+from gdro_cli.models.backends import ComputeOptions, prepare_transformer
 from gdro_cli.models.diffusers_flow import DtypeName, flow_of
 from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.meta_model import blank_component, blank_model, count_weights
 from gdro_cli.models.published import PublishedFolder
 from gdro_cli.models.trace import Update, metered, trace_forward, trace_update, whole_update
 

@@ -5,15 +5,12 @@ The folder is put on the path because worker processes import ``breaking_rewards
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gdro_cli.rewards.ocr import OcrReward
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="session", autouse=True)

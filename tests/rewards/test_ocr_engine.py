@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ocr_signs import Prompt, ask, sign
 from PIL import Image
 
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.ocr import OcrReward
 from gdro_cli.rewards.ocr_engine import OcrEngine
+from tests.support.ocr_signs import Prompt, ask, sign
 
 PAIRS = [
     ("SILVER", "WINDOW"),

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ocr_signs import sign
 
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.ocr import OcrReward
@@ -20,6 +19,7 @@ from gdro_cli.rewards.ocr_models import (
     cache_folder,
     find_models,
 )
+from tests.support.ocr_signs import sign
 
 
 def bundled(width: int = 160) -> OcrModels:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from ocr_signs import Prompt
 
 from gdro_cli.rewards.base import Score
 from gdro_cli.rewards.ocr import exact_match, normalise, ocr_reward, similarity, target_text
 from gdro_cli.rewards.ocr_engine import Reading, reading_order
+from tests.support.ocr_signs import Prompt
 
 
 def test_normalise_deletes_spaces_and_case_and_keeps_the_rest() -> None:

@@ -12,7 +12,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from breaking_rewards import (
+from PIL import Image
+
+from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
+from gdro_cli.rewards import pool as pool_module
+from gdro_cli.rewards.base import ImageSource
+from gdro_cli.rewards.ocr import OcrReward
+from gdro_cli.rewards.pool import ScoringPool, usable_cores
+from tests.support.breaking_rewards import (
     HANGS,
     KILLS,
     KILLS_ONCE,
@@ -24,14 +31,7 @@ from breaking_rewards import (
     Unloadable,
     WidthReward,
 )
-from ocr_signs import Prompt, ask, sign
-from PIL import Image
-
-from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
-from gdro_cli.rewards import pool as pool_module
-from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.ocr import OcrReward
-from gdro_cli.rewards.pool import ScoringPool, usable_cores
+from tests.support.ocr_signs import Prompt, ask, sign
 
 WORDS = ["HELLO", "HOTEL", "BREAD", "TIGER", "WINDOW", "MARKET"]
 
@@ -223,7 +223,7 @@ ORPHANS = """
 import multiprocessing, os, signal, sys, threading, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from breaking_rewards import HANGS, WidthReward
+from tests.support.breaking_rewards import HANGS, WidthReward
 from PIL import Image
 from gdro_cli.rewards.pool import ScoringPool
 marks, width = Path(sys.argv[2]), HANGS if sys.argv[3] == "hanging" else 5
@@ -249,7 +249,7 @@ def test_workers_end_when_the_parent_is_killed(state: str, tmp_path: Path) -> No
     """Also those in the middle of a reward that never returns."""
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
-    command = [sys.executable, str(script), str(Path(__file__).parent), str(tmp_path), state]
+    command = [sys.executable, str(script), str(Path(__file__).parents[2]), str(tmp_path), state]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     pids = [int(pid) for pid in done.stdout.split()]
@@ -263,7 +263,7 @@ def test_workers_end_when_the_parent_is_killed(state: str, tmp_path: Path) -> No
 UNCLOSED = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from breaking_rewards import WidthReward
+from tests.support.breaking_rewards import WidthReward
 from gdro_cli.rewards.pool import ScoringPool
 if __name__ == "__main__":
     pool = ScoringPool(WidthReward(), workers=1).__enter__()
@@ -274,7 +274,7 @@ if __name__ == "__main__":
 def test_a_program_that_never_closes_its_pool_ends_all_the_same(tmp_path: Path) -> None:
     script = tmp_path / "unclosed.py"
     script.write_text(UNCLOSED)
-    command = [sys.executable, str(script), str(Path(__file__).parent)]
+    command = [sys.executable, str(script), str(Path(__file__).parents[2])]
     assert subprocess.run(command, timeout=60, check=False).returncode == 7
 
 

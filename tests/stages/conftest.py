@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from gdro_cli.config.recipe import Recipe, build_recipe
 from gdro_cli.models.adapters import save_lora
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages import evaluate, train
-from gdro_cli.stages.finished import note_adapter
-from gdro_cli.stages.outcome import RunWeights
-from gdro_cli.stages.trainer import attach_adapter
-from gdro_cli.stages.workspace import open_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "rewards" / "judge"))  # the judge's test server, by its name
+from gdro_cli.stages.evaluation import evaluate
+from gdro_cli.stages.runs.finished_run import note_adapter
+from gdro_cli.stages.runs.weights import RunWeights
+from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.training import train
+from gdro_cli.stages.training.trainer import attach_adapter
 
 SMALL: dict[str, Any] = {
     "name": "small",

@@ -16,7 +16,7 @@ from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork
 from gdro_cli.tiny import train_judge
 from gdro_cli.tiny.degrade import COHERENCE, STYLE
-from gdro_cli.tiny.judged import draw_example, judge_vocabulary
+from gdro_cli.tiny.judge_data import draw_example, judge_vocabulary
 from gdro_cli.tiny.train_judge import Examples, Teacher, collate, main, measure, save, train
 
 STEPS = 3

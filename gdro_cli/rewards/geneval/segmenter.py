@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import read_bytes, sha256_file
-from gdro_cli.rewards.blocks import ResidualBlock
 from gdro_cli.rewards.geneval.detection import Detection, mask_box
+from gdro_cli.rewards.layers import ResidualBlock
 
 POSTPROCESSING = "components-1"
 """Name of the way from pixels to objects; it changes whenever the same network would find other objects."""

@@ -24,8 +24,8 @@ from torch.nn import functional
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import read_bytes, sha256_file
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
-from gdro_cli.rewards.blocks import ResidualBlock
 from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement
+from gdro_cli.rewards.layers import ResidualBlock
 
 SIZE = 64  # pixels per side that the judge was trained on
 CELLS = 8  # picture tokens per side, of 8 pixels each: one letter of the world's signs

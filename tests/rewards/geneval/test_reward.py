@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ocr_signs import Prompt
 from PIL import Image
-from rectangles import CLASSIFIER_FAILS, DETECTOR_FAILS, RectangleColours, RectangleDetector, draw
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import ImageSource, Reward
 from gdro_cli.rewards.geneval.reward import GenEvalReward
 from gdro_cli.rewards.pool import ScoringPool
+from tests.support.ocr_signs import Prompt
+from tests.support.rectangles import CLASSIFIER_FAILS, DETECTOR_FAILS, RectangleColours, RectangleDetector, draw
 
 CLOCK = {"class": "clock", "count": 1}
 BUS = {"class": "bus", "count": 1}

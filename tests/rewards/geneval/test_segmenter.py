@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ocr_signs import Prompt
 from PIL import Image
 from scipy import ndimage
 
@@ -25,6 +24,7 @@ from gdro_cli.tiny.assets import tiny_detector_path
 from gdro_cli.tiny.backgrounds import BACKGROUNDS
 from gdro_cli.tiny.train_detector import measure
 from gdro_cli.tiny.world import Thing, draw_things, random_scene, random_sign, thing_mask
+from tests.support.ocr_signs import Prompt
 
 MINIMUM = 0.3
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from gdro_cli.rewards.judge import endpoint
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from judge_server import JudgeServer
+from tests.support.judge_server import JudgeServer
 
 
 @pytest.fixture

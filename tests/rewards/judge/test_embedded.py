@@ -26,7 +26,7 @@ from gdro_cli.rewards.judge.embedded import (
 )
 from gdro_cli.tiny.assets import tiny_judge_path
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
-from gdro_cli.tiny.judged import judge_vocabulary
+from gdro_cli.tiny.judge_data import judge_vocabulary
 from gdro_cli.tiny.train_judge import measure, save, shift_to
 from gdro_cli.tiny.world import Picture, foreground_mask, random_scene, random_sign
 

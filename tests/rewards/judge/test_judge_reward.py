@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from ocr_signs import Prompt
 from PIL import Image
 
 from gdro_cli.rewards.base import ImageSource
 from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward, u_axes
+from tests.support.ocr_signs import Prompt
 
 
 class PaperJudge:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from judge_server import lines
 
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, check_template, provenance, read_answer, request_text
+from tests.support.judge_server import lines
 
 
 def read(answer: str, *, complete: bool = True) -> tuple[float | None, ...]:

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from judge_server import MODEL, JudgeServer, Reply, fails, lines, says
-from ocr_signs import Prompt
 from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError, UserError
@@ -25,6 +23,8 @@ from gdro_cli.rewards.judge.endpoint import LONGEST_PAUSE, pause, retry_after
 from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, request_text
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.pool import ScoringPool
+from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, lines, says
+from tests.support.ocr_signs import Prompt
 
 KEY = "sk-not-to-be-seen-0123456789"
 VARIABLE = "GDRO_TEST_JUDGE_KEY"

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from judge_server import lines
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -25,6 +24,7 @@ from gdro_cli.rewards.base import ImageSource
 from gdro_cli.rewards.judge import unified_reward_local
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
+from tests.support.judge_server import lines
 
 TEMPLATE = "Rate {caption}."  # short, since a letter is a token here
 MARKS = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]

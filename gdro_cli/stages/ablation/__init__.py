@@ -1,0 +1,1 @@
+"""``gdro ablate``: one training per value of a swept key."""

@@ -1,0 +1,1 @@
+"""Stage ``eval``: base and trained model, measured and compared."""

@@ -1,0 +1,1 @@
+"""``gdro export``: folders for others, and the Hub."""

@@ -1,0 +1,1 @@
+"""``--dry-run``: what a command would do and what it would need."""

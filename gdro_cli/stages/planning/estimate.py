@@ -1,0 +1,286 @@
+"""What a job would need of a GPU, by shapes alone: memory of sampling and training, operations, GPU hours.
+
+Weights are counted on the real classes at full size, activations and operations on their real forward and backward
+passes, all without numbers (``models.trace``); the arithmetic is ``core.footprint``. docs/hardware.md says what is
+counted and what is not.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.footprint import (
+    AdapterBytes,
+    Weights,
+    adapter_bytes,
+    group_step_flops,
+    sampling_flops,
+    unpacked_bytes,
+    weight_bytes,
+)
+from gdro_cli.models.adapters import attach_lora
+from gdro_cli.models.base import takes_two_passes
+from gdro_cli.models.diffusers_flow import DtypeName
+from gdro_cli.models.family import decoded_at_once
+from gdro_cli.models.meta_model import BlankModel, Part, blank_model, open_folder, trace_decoding
+from gdro_cli.models.trace import Update, Work, trace_forward, trace_update, whole_update, whole_work
+from gdro_cli.stages.setup.workspace import EMBEDDED, model_folder, open_prompts
+from gdro_cli.stages.training.batch_sizes import images_per_process, takes_one_pass
+from gdro_cli.stages.training.rollout import policy_guidance
+
+Targets = tuple[str, ...] | Literal["auto", "all-linear"]
+
+_MASKED_TOKENS = 60
+"""Text tokens of a prompt for models that store each prompt at its own length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What the traces depend on; recipes that share it share them."""
+
+    path: str
+    dtype: DtypeName
+    tokens: int | None
+    size: tuple[int, int]
+    guidance: float
+
+
+@lru_cache(maxsize=8)
+def blank(path: str, dtype: DtypeName, tokens: int | None) -> BlankModel:
+    """The model on the meta device, without an adapter."""
+    return blank_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+
+
+@lru_cache(maxsize=32)
+def forward_work(shape: Shape, images: int) -> Work:
+    """A sampling pass."""
+    text, parts = _text(shape), blank(shape.path, shape.dtype, shape.tokens).parts
+    return whole_work(
+        (part.times, trace_forward(part.flow, images, text, guidance=shape.guidance, size=shape.size)) for part in parts
+    )
+
+
+@lru_cache(maxsize=32)
+def decoding_work(shape: Shape, images: int) -> Work | None:
+    """A pass through the autoencoder's decoder."""
+    model = blank(shape.path, shape.dtype, shape.tokens)
+    return trace_decoding(model, images, height=shape.size[0], width=shape.size[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A shallow model with its adapter."""
+
+    part: Part
+    parameters: list[torch.nn.Parameter]
+
+
+@lru_cache(maxsize=8)
+def adapted(path: str, dtype: DtypeName, tokens: int | None, rank: int, targets: Targets) -> tuple[Adapted, ...]:
+    """The shallow models again, with an adapter; its scale counts for nothing here."""
+    model = blank_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    return tuple(Adapted(part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
+
+
+@lru_cache(maxsize=32)
+def update_work(shape: Shape, rank: int, targets: Targets, images: int, checkpointing: bool) -> Update:
+    """A forward and backward pass of one micro-batch."""
+    text = _text(shape)
+    return whole_update(
+        (
+            each.part.times,
+            trace_update(
+                each.part.flow,
+                each.parameters,
+                images,
+                text,
+                guidance=shape.guidance,
+                size=shape.size,
+                checkpointing=checkpointing,
+                # as stages.workspace.precision
+                autocast=torch.bfloat16 if each.part.flow.dtype == torch.bfloat16 else None,
+            ),
+        )
+        for each in adapted(shape.path, shape.dtype, shape.tokens, rank, targets)
+    )
+
+
+def _text(shape: Shape) -> dict[str, tuple[int, ...]]:
+    flow = blank(shape.path, shape.dtype, shape.tokens).flow
+    own_length = flow.family in ("qwen-image", "z-image")
+    return flow.conditioning_shapes(_MASKED_TOKENS if own_length else flow.max_sequence_length)
+
+
+class Estimate:
+    """The needs of a recipe: memory of one GPU, operations of the whole job. All is counted when it is asked for.
+
+    Args:
+        recipe: of the job.
+        world: how many processes share it, each with a GPU.
+    """
+
+    def __init__(self, recipe: Recipe, *, world: int = 1) -> None:
+        self.recipe, self.world = recipe, world
+        section = recipe.model
+        dtype: DtypeName = section.dtype
+        if dtype == "auto" and (torch.cuda.is_available() or section.path != EMBEDDED):
+            dtype = "bfloat16"
+        path, tokens = model_folder(recipe), section.max_sequence_length
+        self.model = blank(path, dtype, tokens)
+        size = (recipe.sample.height, recipe.sample.width)
+        self.size = self.model.flow.default_size if size[0] is None or size[1] is None else (size[0], size[1])
+        self.shape = Shape(path, dtype, tokens, self.size, recipe.sample.guidance)
+        self.width = self.model.flow.dtype.itemsize
+
+    # -- weights ------------------------------------------------------------------------------------------------
+
+    @property
+    def transformer_bytes(self) -> int:
+        """The frozen transformer, as it is stored."""
+        return weight_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
+
+    @property
+    def unpacked_bytes(self) -> int:
+        """One quantised layer's matrix in the dtype of the products."""
+        return unpacked_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
+
+    @property
+    def text_bytes(self) -> int:
+        """The text encoders; 0 where they are not known."""
+        return weight_bytes(self.model.text or Weights(0), width=self.width)
+
+    @property
+    def vae_bytes(self) -> int:
+        """The autoencoder; 0 where it is not known."""
+        return weight_bytes(self.model.vae or Weights(0), width=self.width)
+
+    @cached_property
+    def adapter_values(self) -> int:
+        """Numbers of the adapter."""
+        lora, shape = self.recipe.train.lora, self.shape
+        return sum(
+            each.part.times * sum(parameter.numel() for parameter in each.parameters)
+            for each in adapted(shape.path, shape.dtype, shape.tokens, lora.rank, lora.targets)
+        )
+
+    @property
+    def adapter(self) -> AdapterBytes:
+        """The adapter with its gradients, average and optimizer."""
+        return adapter_bytes(self.adapter_values, eight_bit=self.recipe.train.optimizer == "adamw8bit")
+
+    @cached_property
+    def text_per_prompt(self) -> int:
+        """Bytes of one prompt's encoding."""
+        return sum(math.prod(each) for each in _text(self.shape).values()) * self.width
+
+    # -- memory -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def at_work(self) -> int:
+        """Bytes that sampling needs beside weights: a pass of the transformer, or of the decoder."""
+        forward = forward_work(self.shape, self.recipe.sample.batch_size)
+        pictures = 1 if self.recipe.model.vae_slicing else decoded_at_once(*self.size)
+        decoding = decoding_work(self.shape, min(pictures, self.recipe.sample.batch_size))
+        return max(forward.peak, 0 if decoding is None else decoding.peak) + self.unpacked_bytes
+
+    @property
+    def sampling_bytes(self) -> int:
+        """Memory of sampling: all parts, or with ``model.offload`` the largest of them, and what is at work."""
+        parts = self.text_bytes, self.transformer_bytes, self.vae_bytes
+        return (max(parts) if self.recipe.model.offload else sum(parts)) + self.at_work
+
+    @property
+    def images_at_once(self) -> int:
+        """Images whose activations training keeps at once, in one process."""
+        train, online = self.recipe.train, self.recipe.online_method
+        if online is not None:
+            part = math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round / self.world)
+            return min(train.micro_batch or part, part)
+        images = images_per_process(self.recipe, self.world)
+        return min(train.micro_batch or images, images) if self.two_pass else images
+
+    @property
+    def two_pass(self) -> bool:
+        """Whether training computes the images' weights first (stored groups only)."""
+        return not takes_one_pass(self.recipe, self.world)
+
+    def update(self, *, checkpointing: bool | None = None) -> Update:
+        """A micro-batch's forward and backward pass, with the recipe's gradient checkpointing unless it is given."""
+        train = self.recipe.train
+        wanted = train.gradient_checkpointing if checkpointing is None else checkpointing
+        return update_work(self.shape, train.lora.rank, train.lora.targets, self.images_at_once, wanted)
+
+    def activation_bytes(self, *, checkpointing: bool | None = None) -> int:
+        """What a micro-batch needs beside weights; twice that where online training takes two passes."""
+        return self.update(checkpointing=checkpointing).peak * (self.passes if self.recipe.online_method else 1)
+
+    @property
+    def training_bytes(self) -> int:
+        """Memory of training: the transformer, the adapter and all that belongs to it, and a micro-batch at work.
+
+        Where there are evaluation points (or rollouts) the autoencoder stays, and at the start the text encoders are
+        there beside the transformer, unless ``model.offload`` moves them away.
+        """
+        recipe, held = self.recipe, self.transformer_bytes + self.adapter.total
+        work = held + self.unpacked_bytes + self.activation_bytes()
+        if recipe.model.offload or not (recipe.train.eval_every or recipe.online_method):
+            return work
+        return max(work + self.vae_bytes, held + self.text_bytes)
+
+    # -- operations ---------------------------------------------------------------------------------------------
+
+    @property
+    def passes(self) -> int:
+        """Forward passes per sampling step: 2 with classifier-free guidance."""
+        online = self.recipe.online_method
+        scale = self.recipe.sample.guidance if online is None else policy_guidance(self.recipe, online)
+        return 2 if takes_two_passes(self.model.flow, scale) else 1
+
+    @cached_property
+    def reference_flops(self) -> float:
+        """Operations of one image's forward pass without adapter."""
+        images = self.recipe.sample.batch_size
+        return forward_work(self.shape, images).flops / images
+
+    def drawing_flops(self, images: int, *, steps: int, passes: int) -> float:
+        """Operations to sample and decode images with the base model."""
+        drawn = sampling_flops(images=images, steps=steps, passes=passes, forward=self.reference_flops)
+        decoding = decoding_work(self.shape, 1)
+        return drawn + (0 if decoding is None else images * decoding.flops)
+
+    @property
+    def store_flops(self) -> float:
+        """Operations to sample the groups, in all rounds."""
+        sample = self.recipe.sample
+        images = len(open_prompts(self.recipe, self.recipe.prompts.train)) * sample.images_per_prompt
+        return self.recipe.train.rounds * self.drawing_flops(images, steps=sample.steps, passes=self.passes)
+
+    @property
+    def step_flops(self) -> float:
+        """Operations of an optimizer step on stored groups."""
+        train, update, at_once = self.recipe.train, self.update(), self.images_at_once
+        return group_step_flops(
+            images=train.groups_per_step * self.recipe.group_method.k,
+            reference=self.reference_flops,
+            policy=update.forward / at_once,
+            update=update.flops / at_once,
+            two_pass=self.two_pass,
+        )
+
+    @property
+    def online_flops(self) -> tuple[float, float]:
+        """Operations of an online training: of its rollouts and of its updates."""
+        method = self.recipe.online_method
+        if method is None:
+            raise TypeError(f"{self.recipe.method.name} is no online method")
+        rounds = math.ceil(self.recipe.train.steps / method.steps_per_round)
+        images = rounds * method.prompts_per_round * method.group_size
+        each = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
+        drawn = self.drawing_flops(images, steps=method.train_sample_steps, passes=self.passes)
+        return drawn, images * method.inner_epochs * method.trained_sample_steps * self.passes * each

@@ -1,0 +1,110 @@
+"""An estimate in words, for ``--dry-run``: memory by stage, cards that hold it, operations, GPU hours."""
+
+from __future__ import annotations
+
+from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours
+from gdro_cli.stages.planning.estimate import Estimate
+from gdro_cli.stages.setup.workspace import open_prompts
+
+Rows = list[tuple[str, str]]
+
+
+def sampling_needs(estimate: Estimate) -> Rows:
+    """Parameters, and memory of sampling."""
+    recipe, model = estimate.recipe, estimate.model
+    dtype = str(model.flow.dtype).removeprefix("torch.")
+    stored = dtype if recipe.model.quantization == "none" else recipe.model.quantization
+    offload = " (one at a time, model.offload)" if recipe.model.offload else ""
+    parts = (
+        f"text encoders {gigabytes(estimate.text_bytes)}, transformer {gigabytes(estimate.transformer_bytes)} in"
+        f" {stored}, autoencoder {gigabytes(estimate.vae_bytes)}{offload}"
+    )
+    work = f"{gigabytes(estimate.at_work)} at work on {recipe.sample.batch_size} images"
+    return [
+        ("parameters", _parameters(model.transformer, model.text, model.vae)),
+        (
+            "memory, sampling",
+            f"{gigabytes(estimate.sampling_bytes)} GB: {parts}, {work}; {cards(estimate.sampling_bytes)}",
+        ),
+    ]
+
+
+def training_needs(estimate: Estimate) -> Rows:
+    """Adapter, memory of training, operations and GPU hours of the whole job."""
+    recipe, adapter = estimate.recipe, estimate.adapter
+    train = recipe.train
+    own = estimate.activation_bytes()
+    other = estimate.activation_bytes(checkpointing=not train.gradient_checkpointing)
+    how, otherwise = ("with", "without") if train.gradient_checkpointing else ("without", "with")
+    beside = gigabytes(estimate.transformer_bytes + estimate.unpacked_bytes)
+    memory = (
+        f"{gigabytes(estimate.training_bytes)} GB: transformer {beside}, adapter {gigabytes(adapter.total)},"
+        f" activations {gigabytes(own)} for {estimate.images_at_once} images {how} checkpointing"
+        f" ({gigabytes(other)} {otherwise}); {cards(estimate.training_bytes)}"
+    )
+    shared = "; with FSDP the transformer is shared by the processes" if recipe.model.sharding == "fsdp" else ""
+    return [
+        (
+            "adapter",
+            f"rank {train.lora.rank}, {estimate.adapter_values / 1e6:.2f} million parameters:"
+            f" {adapter.weights / 1e6:.0f} MB, gradients as much, average as much, {train.optimizer}"
+            f" {adapter.optimizer / 1e6:.0f} MB",
+        ),
+        ("memory, training", memory + shared),
+        *_time(estimate),
+    ]
+
+
+def _time(estimate: Estimate) -> Rows:
+    recipe = estimate.recipe
+    if recipe.online_method is None:
+        parts = {"sampling": estimate.store_flops, "training": recipe.train.steps * estimate.step_flops}
+    else:
+        parts = dict(zip(("rollouts", "updates"), estimate.online_flops, strict=True))
+    return [
+        ("operations", ", ".join(f"{name} {value / 1e15:.3g} PFLOP" for name, value in parts.items())),
+        ("GPU hours", f"{' + '.join(f'{name} {hours(value)}' for name, value in parts.items())} {_ASSUMED}"),
+    ]
+
+
+def evaluation_time(estimate: Estimate) -> Rows:
+    """GPU hours of drawing the held-out prompts with both models."""
+    recipe = estimate.recipe
+    images = 2 * len(open_prompts(recipe, recipe.prompts.eval)) * recipe.eval.images_per_prompt
+    flops = estimate.drawing_flops(images, steps=recipe.eval_steps, passes=estimate.passes)
+    return [("GPU hours", f"{hours(flops)} {_ASSUMED}")]
+
+
+_ASSUMED = (
+    f"at an assumed {SUSTAINED_TFLOPS:g} TFLOP/s (40 % of an A100's 312), without scoring, text encoding and loading"
+)
+
+
+def hours(flops: float) -> str:
+    """GPU hours at the assumed speed, to two digits."""
+    value = gpu_hours(flops)
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else "under 0.1"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes in GB of 1e9: to a tenth, and finer where there is less than one."""
+    value = size / 1e9
+    return f"{value:.1f}" if value >= 1 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
+
+
+def cards(needed: float) -> str:
+    """Which cards hold it, with a tenth of each to spare."""
+    names = [str(card) for card in fits(needed)]
+    return f"fits cards of {', '.join(names)} GB" if names else f"too much for a card of {max(CARDS)} GB"
+
+
+def _count(values: int) -> str:
+    return f"{values / 1e9:.2f} billion" if values >= 1e9 else f"{values / 1e6:.1f} million"
+
+
+def _parameters(transformer: Weights, text: Weights | None, vae: Weights | None) -> str:
+    known = {"transformer": transformer, "text encoders": text, "autoencoder": vae}
+    return ", ".join(
+        f"{name} not known without its files" if weights is None else f"{name} {_count(weights.values)}"
+        for name, weights in known.items()
+    )

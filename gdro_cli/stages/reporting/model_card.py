@@ -1,0 +1,166 @@
+"""The model card: README.md of a run and of what ``gdro export`` makes of it, as the Hugging Face Hub shows it.
+
+It holds what was trained, how, from what, with which results, and how to load it; no local path and no address.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+import gdro_cli
+from gdro_cli.files import write_bytes
+from gdro_cli.models.adapters import LORA_FILE
+from gdro_cli.stages.reporting.evaluation_report import ORDER, SIGNALS, ordered, weights_text
+from gdro_cli.stages.reporting.html import MISSING, flat
+from gdro_cli.stages.reporting.markdown import Markdown, escape, fenced, render
+from gdro_cli.stages.reporting.redaction import changed_keys, command, last_part
+from gdro_cli.stages.runs.finished_run import FinishedRun, open_finished
+from gdro_cli.stages.setup.workspace import EMBEDDED
+
+CARD = "README.md"
+EXPORTED_RECIPE = "recipe.yaml"
+EXPORTED_GRID = "pictures.png"
+_VERSIONS = ("gdro_cli", "torch", "diffusers", "transformers", "peft", "accelerate")
+_PROMPT = "a prompt"
+_HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_METHODS = {
+    "gdro": "GDRO (Group-level Direct Reward Optimization, arXiv 2601.02036)",
+    "rank": "the rank loss of the GDRO paper (arXiv 2601.02036)",
+    "top1": "the top-1 loss of the GDRO paper (arXiv 2601.02036)",
+    "dpo": "DPO on the best and worst images of each group (arXiv 2311.12908)",
+    "flow-grpo": "Flow-GRPO (arXiv 2505.05470)",
+    "dance-grpo": "DanceGRPO (arXiv 2505.07818)",
+}
+_TASKS = {
+    "ocr": "to write the text that a prompt asks for",
+    "geneval": "to draw what a prompt asks for, by GenEval's rules",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the card lies and what lies beside it."""
+
+    kind: Literal["run", "adapter", "merged"] = "run"
+    name: str | None = None
+    """How users name the folder: a repository of the Hub. None: a folder of theirs."""
+    rounding: float | None = None
+    """Of a merge: the share of the update that the base's dtype rounds away."""
+
+
+def write_card(run: Path) -> Path:
+    """Write the card of a finished run into it, from its files alone. Raises as ``open_finished``."""
+    path = run / CARD
+    write_bytes(path, card(open_finished(run), Place()))
+    return path
+
+
+def card(run: FinishedRun, place: Place) -> bytes:
+    """The card as a Markdown page with its metadata in front."""
+    results, recipe = run.results, run.recipe
+    measures = {} if results is None else results["measures"]
+    signals = {} if results is None else results["signals"]
+    own = {key: run.weights[key] for key in ("kind", "checkpoint", "step")}
+    exported = place.kind != "run"
+    recipe_file = EXPORTED_RECIPE if exported else "resolved.json"
+    grid = run.grid
+    return render(
+        "card.md.j2",
+        front=Markdown(yaml.safe_dump(front_matter(run, place), sort_keys=False, allow_unicode=True)),
+        kind=place.kind,
+        name=run.name,
+        base=_base(run),
+        method=_METHODS.get(recipe.method.name, recipe.method.name),
+        task=_TASKS[recipe.prompts.task],
+        version=gdro_cli.__version__,
+        results=results,
+        measures=[(name, measures[name]) for name in ordered(measures, ORDER)],
+        signals=[(name, SIGNALS.get(name, ""), signals[name]) for name in ordered(signals, tuple(SIGNALS))],
+        grid=None if grid is None else EXPORTED_GRID if exported else grid,
+        measured=None if results is None else weights_text(results["weights"]),
+        weights=weights_text(own),
+        same_weights=results is None or {key: results["weights"].get(key) for key in own} == own,
+        load=fenced(loading_code(run, place), "python"),
+        changed=[(key, value) for key, value in flat(changed_keys(recipe))],
+        recipe_file=recipe_file,
+        provenance=list(_provenance(run)),
+        commands=fenced("\n".join(command(recipe, stage, file=recipe_file) for stage in ("train", "eval")), "sh"),
+        rounding=place.rounding,
+        judge=None if results is None else results["protocol"].get("judge"),
+    )
+
+
+def front_matter(run: FinishedRun, place: Place) -> dict[str, Any]:
+    """The card's metadata. The licence is the base model's to name, so none is named here."""
+    tags = ["text-to-image", "diffusers", "gdro", run.recipe.method.name, run.recipe.prompts.task, run.model["family"]]
+    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
+    if _on_hub(run):
+        front["base_model"] = run.model["path"]
+        front["base_model_relation"] = "finetune" if place.kind == "merged" else "adapter"
+    return front | {"tags": list(dict.fromkeys([*tags, *([] if place.kind == "merged" else ["lora"])]))}
+
+
+def loading_code(run: FinishedRun, place: Place) -> str:
+    """Python that loads and calls what lies beside the card."""
+    pipeline, dtype = run.model["pipeline"], run.model["dtype"]
+    lines = ["import torch", f"from diffusers import {pipeline}"]
+    embedded = run.recipe.model.path == EMBEDDED
+    if embedded:
+        lines.insert(0, "import gdro_cli.tiny.autoencoder  # where diffusers finds the class of the autoencoder")
+        lines.append("from gdro_cli.tiny.assets import tiny_model_path")
+    here = repr(place.name or "path/to/this/folder")
+    base = "tiny_model_path()" if embedded else repr(_base_name(run))
+    prompt = _PROMPT if run.results is None or not run.results["prompts"] else run.results["prompts"][0]["prompt"]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in run.call.items())
+    lines += ["", f"pipe = {pipeline}.from_pretrained({here if place.kind == 'merged' else base}, dtype=torch.{dtype})"]
+    if place.kind != "merged":
+        lines.append(f"pipe.load_lora_weights({here})")
+    lines.append(f"image = pipe({prompt!r}, {arguments}).images[0]")
+    return "\n".join(lines)
+
+
+def _on_hub(run: FinishedRun) -> bool:
+    path = run.model["path"]
+    known = isinstance(path, str) and _HUB_ID.fullmatch(path) is not None
+    return known and "commit" in run.model and run.recipe.model.path != EMBEDDED
+
+
+def _base_name(run: FinishedRun) -> str:
+    if run.recipe.model.path == EMBEDDED:
+        return EMBEDDED
+    return str(run.model["path"]) if _on_hub(run) else last_part(str(run.model["path"]))
+
+
+def _base(run: FinishedRun) -> Markdown:
+    """The base model in words."""
+    if run.recipe.model.path == EMBEDDED:
+        return Markdown("the model embedded in gdro\\_cli")
+    name = escape(_base_name(run))
+    return Markdown(f"[{name}](https://huggingface.co/{_base_name(run)})" if _on_hub(run) else f"the model {name}")
+
+
+def _provenance(run: FinishedRun) -> list[tuple[str, str]]:
+    """What it came from, name and value."""
+    model, environment = run.model, run.environment
+    state = f"commit {model['commit']}" if "commit" in model else f"SHA-256 {model.get('digest', MISSING)}"
+    packages = environment.get("packages", {})
+    machine = [environment.get("platform", platform.system()), *environment.get("devices", ())]
+    return [
+        ("run", run.name),
+        ("begun", str(run.manifest.get("created", MISSING))),
+        ("adapter", f"{weights_text(run.weights)}; {LORA_FILE}, SHA-256 {run.weights['sha256']}"),
+        ("base model", f"{_base_name(run)} ({model['pipeline']}), {state}, in {model['dtype']}"),
+        *((f"digest of the {name}", str(value)) for name, value in sorted(run.manifest["inputs"].items())),
+        ("recipe", f"{run.recipe.name}, digest {run.recipe.digest()}"),
+        ("software", ", ".join(f"{name} {packages[name]}" for name in _VERSIONS if packages.get(name))),
+        ("commit of gdro_cli", str(environment.get("commit") or MISSING)),
+        ("Python", str(environment.get("python", MISSING))),
+        ("machine", ", ".join(map(str, machine))),
+        *([] if run.results is None else [("evaluation protocol", str(run.results["protocol_name"]))]),
+    ]

@@ -1,0 +1,108 @@
+"""What of a recipe may leave the machine: names instead of local paths, and no addresses."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path, PureWindowsPath
+from typing import Any
+
+import yaml
+
+from gdro_cli.config.base import differences
+from gdro_cli.config.recipe import Recipe, load_recipe, shipped_recipes
+from gdro_cli.config.sweep import full_key
+from gdro_cli.errors import UserError
+from gdro_cli.stages.setup.workspace import EMBEDDED
+
+ADDRESS = "https://judge.invalid/v1"
+"""Stands for the address of a judge."""
+_FILES = ("prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir")
+_FILES_OR_IDS = ("model.path", "reward.geneval.detector_model", "reward.geneval.colour_model", "judge.model")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+# A path begins after no letter, and not with the host of an address but file's; no name is longer than 255 letters.
+_PATHS_IN_TEXT = re.compile(
+    r"(?<![\w/.~])(?:~|[A-Za-z]:|(?<=[Ff][Ii][Ll][Ee]:)//[\w.-]{1,255}|(?!(?<=:)//[^/])/{1,4})"
+    r"[\w.~+-]{0,255}(?:[/\\][\w.+~ -]{0,255}[\w.+~-])+"
+)
+_MOST_CHANGES = 12
+"""With more changed keys a recipe file is easier to read than a command."""
+_OWN = ("name", "description", "ablation")
+
+
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without local paths and addresses; it is a recipe itself."""
+    found: dict[str, Any] = _public(recipe.resolved(), "")
+    return found
+
+
+def recipe_yaml(recipe: Recipe) -> str:
+    """The public recipe as a YAML file."""
+    return yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def changed_keys(recipe: Recipe) -> dict[str, Any]:
+    """The keys whose values are not the defaults, nested, as they may leave the machine."""
+    changed = recipe.model_dump(mode="json", exclude_defaults=True)
+    shown: dict[str, Any] = _public({key: value for key, value in changed.items() if key not in _OWN}, "")
+    return shown
+
+
+def command(recipe: Recipe, stage: str, *, file: str) -> str:
+    """The command line that does ``stage`` again: a shipped recipe with ``--set``, else with the recipe ``file``."""
+    wanted = public_recipe(recipe)
+    if recipe.name in shipped_recipes():
+        changes = [
+            each
+            for each in differences(load_recipe(recipe.name), wanted)
+            if each.after_present and each.path.split(".")[0] not in _OWN
+        ]
+        sets = [f"{each.path}={_plain(each.after)}" for each in changes]
+        if len(sets) <= _MOST_CHANGES and _gives(recipe.name, sets, wanted):
+            return shlex.join(["gdro", stage, "--recipe", recipe.name, *(w for s in sets for w in ("--set", s))])
+    return shlex.join(["gdro", stage, "--recipe", file])
+
+
+def _gives(name: str, sets: list[str], wanted: Mapping[str, Any]) -> bool:
+    try:
+        found = load_recipe(name, overrides=sets).resolved()
+    except UserError:
+        return False
+    return all(found[key] == value for key, value in wanted.items() if key not in _OWN)
+
+
+def _plain(value: Any) -> str:
+    """A value as ``--set`` takes it, on one line."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _public(value: Any, path: str) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _public(inner, f"{path}.{key}".lstrip(".")) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_public(inner, path) for inner in value]
+    if not isinstance(value, str):
+        return value
+    if path.startswith("ablation."):
+        path = full_key(path.removeprefix("ablation.")) or path
+    if path == "judge.base_url":
+        return ADDRESS
+    local = path in _FILES or (path in _FILES_OR_IDS and not is_hub_id(value))
+    return last_part(value) if local or Path(value).is_absolute() else without_paths(value)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that may be a folder's is a Hub id (or the embedded model) and no folder here."""
+    return name == EMBEDDED or (_HUB_ID.fullmatch(name) is not None and not Path(name).exists())
+
+
+def last_part(path: str) -> str:
+    """The name of a file or folder, without where it lies."""
+    return PureWindowsPath(path.rstrip("/\\")).name or "root"
+
+
+def without_paths(text: str) -> str:
+    """A text in which the absolute paths are the names of what they lead to."""
+    return _PATHS_IN_TEXT.sub(lambda found: last_part(found[0]), text)

@@ -1,0 +1,1 @@
+"""A training run on disk: its name, weights, results and times."""

@@ -1,0 +1,1 @@
+"""Stage ``sample``: groups of images per prompt, made once."""

@@ -1,0 +1,1 @@
+"""Stage ``score``: the reward of every stored image."""

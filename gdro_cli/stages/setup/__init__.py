@@ -1,0 +1,1 @@
+"""What a recipe names, opened: model, store, prompts, reward, judge."""

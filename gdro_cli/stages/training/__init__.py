@@ -1,0 +1,1 @@
+"""Stage ``train``: gradients from stored groups or fresh images, and the loop around them."""

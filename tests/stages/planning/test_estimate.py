@@ -1,0 +1,139 @@
+"""Every shipped recipe described without weights and without a network, and what the description says."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.core.footprint import adapter_bytes, group_step_flops, weight_bytes
+from gdro_cli.errors import PrerequisiteError
+from gdro_cli.models.published import published_name
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.planning.estimate import Estimate
+from gdro_cli.stages.planning.needs import cards, gigabytes, hours
+from gdro_cli.stages.sampling import sample
+from gdro_cli.stages.setup.workspace import open_prompts
+
+REAL = ("flux-geneval", "flux-ocr", "sd35-geneval", "sd35-ocr")
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing is in the Hub's cache, and whoever opens a connection fails the test."""
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_is_described_and_makes_nothing(name: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rows = dict(plan.describe(load_recipe(name), "train", out))
+    assert {"memory, training", "adapter", "operations", "GPU hours"} <= rows.keys()
+    assert ("weights" in rows) == (name in REAL)
+    evaluated = dict(plan.describe(load_recipe(name), "eval", out))
+    assert {"held-out prompts", "memory, sampling", "GPU hours"} <= evaluated.keys()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_recipes_of_real_models_are_the_papers(name: str) -> None:
+    recipe = load_recipe(name)
+    method, train, lora = recipe.group_method, recipe.train, recipe.train.lora
+    assert published_name(recipe.model.path) is not None
+    assert (method.name, method.k, recipe.resolved()["method"]["tau"]) == ("gdro", 6, 0.05)
+    task = {"ocr": (12, 0.5, 300), "geneval": (6, 1, 700)}[recipe.prompts.task]
+    assert (method.beta, method.gamma, train.steps) == task
+    assert (train.lr, lora.rank, train.ema.rate, train.ema.max_decay) == (3e-4, 32, 0.001, 0.5)
+    assert abs(train.groups_per_step - 512 / method.k) < 4 and train.groups_per_step % 8 == 0
+    assert (recipe.sample.images_per_prompt, recipe.sample.height, recipe.sample.width) == (16, 512, 512)
+    assert recipe.sample.guidance == (3.5 if name.startswith("flux") else 4.5)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_headers_say_how_to_run_on_other_machines(name: str) -> None:
+    """Every change that a header names can be made, and the file says that it was never run."""
+    text = shipped_recipes()[name].read_text(encoding="utf-8")
+    assert "Never run as it is" in text and "not measured" in text and "not ours" in text
+    header = text.split("\n\n")[0].replace("\n#  ", " ").replace("\n# ", "\n")
+    lines = [line for line in header.splitlines() if "--set" in line and ".txt" not in line and ".jsonl" not in line]
+    assert len(lines) >= 3
+    for line in lines:
+        words = line.replace("HOST:PORT", "h:1").split()
+        changes = [words[i + 1].rstrip(",;") for i, word in enumerate(words) if word == "--set"]
+        if "model.path=FOLDER" not in changes:
+            load_recipe(name, overrides=changes)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_sampling_says_what_to_download(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One sentence: accept the licence, fetch, or name a folder."""
+
+    def unreachable(*arguments: Any, **options: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    recipe = load_recipe(name)
+    with pytest.raises(PrerequisiteError) as caught:
+        sample.run(recipe, tmp_path, Reporter(quiet=True))
+    message = str(caught.value)
+    assert f"accept its licence at https://huggingface.co/{recipe.model.path}" in message
+    assert f"`hf download {recipe.model.path}`" in message and "set model.path=FOLDER" in message
+    assert "\n" not in message
+
+
+def test_an_estimate_adds_up() -> None:
+    """The parts by the pure functions, from the counts; quantisation and offload change what they should."""
+    recipe = load_recipe("sd35-ocr")
+    estimate = Estimate(recipe)
+    transformer = estimate.model.transformer
+    assert estimate.transformer_bytes == weight_bytes(transformer, width=2)
+    assert 4.9e9 < estimate.transformer_bytes < 5.0e9
+    assert estimate.adapter == adapter_bytes(18776064)
+    held = estimate.transformer_bytes + estimate.adapter.total
+    assert estimate.training_bytes == max(
+        held + estimate.update().peak + estimate.vae_bytes, held + estimate.text_bytes
+    )
+    sampled = estimate.text_bytes + estimate.transformer_bytes + estimate.vae_bytes + estimate.at_work
+    assert estimate.sampling_bytes == sampled
+    assert estimate.passes == 2 and estimate.two_pass and estimate.images_at_once == recipe.train.micro_batch
+
+    update, images = estimate.update(), estimate.images_at_once
+    step = group_step_flops(
+        images=528,
+        reference=estimate.reference_flops,
+        policy=update.forward / images,
+        update=update.flops / images,
+        two_pass=True,
+    )
+    assert estimate.step_flops == step
+    drawn = len(open_prompts(recipe, recipe.prompts.train)) * 16
+    assert estimate.store_flops > drawn * 40 * 2 * estimate.reference_flops
+
+    smaller = Estimate(load_recipe("sd35-ocr", overrides=["model.quantization=nf4", "model.offload=true"]))
+    assert smaller.transformer_bytes < 0.35 * estimate.transformer_bytes
+    assert smaller.sampling_bytes == smaller.text_bytes + smaller.at_work  # the text encoders are the largest part
+    assert smaller.unpacked_bytes > 0 and smaller.update() == update
+
+
+def test_online_estimates_count_rollouts_and_updates() -> None:
+    estimate = Estimate(load_recipe("ocr-flow-grpo"))
+    rollouts, updates = estimate.online_flops
+    assert 0 < rollouts < updates
+    with pytest.raises(TypeError, match="gdro is no online method"):
+        _ = Estimate(load_recipe("ocr")).online_flops
+
+
+def test_numbers_in_words() -> None:
+    """125 TFLOP/s for an hour are 4.5e17 operations."""
+    assert [hours(4.5e17 * n) for n in (0.01, 0.52, 23.4)] == ["under 0.1", "0.5", "23"]
+    assert cards(20e9) == "fits cards of 24, 48, 80 GB" and cards(90e9) == "too much for a card of 80 GB"
+    assert [gigabytes(size) for size in (23.84e9, 0.244e9, 0.0234e9)] == ["23.8", "0.24", "0.023"]

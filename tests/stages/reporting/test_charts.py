@@ -1,0 +1,58 @@
+"""Curves as SVG, and how numbers are told beside them."""
+
+from __future__ import annotations
+
+import pytest
+
+from gdro_cli.stages.reporting import charts
+from gdro_cli.stages.reporting.html import number
+
+
+def test_without_points_there_is_no_chart() -> None:
+    assert charts.validation_chart([]) is None and charts.axes_chart([{"step": 0, "reward": 0.5}]) is None
+    assert charts.order_chart([]) is None and charts.gap_chart([]) is None
+    assert charts.rounds_chart([{"step": 1, "loss": 0.5}]) is None
+    runs = [charts.Series("a", ({"step": 0, "reward": 0.5},))]
+    assert charts.tradeoff_chart(runs) is None and charts.runs_chart([charts.Series("a", ())]) is None
+
+
+def test_charts_are_the_same_bytes_and_names_are_text() -> None:
+    rows = tuple({"step": step, "reward": 0.5, "corrected": 0.1 * step} for step in range(3))
+    runs = [charts.Series("<b>$x_1$ & y", rows), charts.Series("other", rows)]
+    drawn = charts.runs_chart(runs, level=0.5)
+    assert drawn is not None and drawn == charts.runs_chart(runs, level=0.5)
+    assert "&lt;b&gt;$x_1$ &amp; y" in drawn and "<b>" not in drawn
+    assert "<metadata" not in drawn and drawn.startswith('<svg role="img" aria-label=')
+
+
+def test_an_online_training_has_a_chart_of_its_rounds() -> None:
+    rows = [{"step": step, "reward": 0.5, "reward_group_std": 0.2, "clip_fraction": 0.1} for step in range(1, 5)]
+    drawn = charts.rounds_chart(rows, marked=2)
+    assert drawn is not None and "reward of the rounds" in drawn and "clipped ratios" in drawn
+
+
+def test_a_long_training_is_averaged_into_few_points() -> None:
+    rows = [{"step": step, "implicit_accuracy": 0.5 + (step % 2) / 10} for step in range(1, 10_001)]
+    drawn = charts.order_chart(rows)
+    assert drawn is not None and len(drawn) < 60_000
+
+
+def test_more_runs_than_colours_stay_apart() -> None:
+    styles = [charts._style(number) for number in range(3 * len(charts.STYLES))]
+    assert len(set(styles)) == len(styles)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (None, "-"),
+        (float("nan"), "-"),
+        (0, "0.000"),
+        (-0.0, "0.000"),
+        (0.5, "0.500"),
+        (-0.00123, "-0.0012"),
+        (6e-5, "6e-05"),
+    ],
+)
+def test_numbers(value: float | None, shown: str) -> None:
+    assert number(value) == shown

@@ -1,0 +1,266 @@
+"""The whole job on the embedded model: sample, score, train, evaluate, with the real OCR."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline
+from PIL import Image
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.losses import group_loss
+from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
+from gdro_cli.runtime.distributed import make_engine
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.evaluation import evaluate
+from gdro_cli.stages.evaluation.evaluate import applied, trained_run
+from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.sampling import sample
+from gdro_cli.stages.sampling.sample import fill_store, sample_groups, training_store
+from gdro_cli.stages.scoring import score
+from gdro_cli.stages.setup.rewards import open_table
+from gdro_cli.stages.setup.workspace import evaluation_plan, open_model, open_prompts
+from gdro_cli.stages.training import train
+from gdro_cli.tiny.assets import tiny_model_path
+
+Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
+MakeRecipe = Callable[..., Recipe]
+
+
+def test_the_job_leaves_what_it_promises(finished: Finished) -> None:
+    workspace, trained, evaluated = finished
+    images = sorted(len(list(store.glob("shards/*/images/*.png"))) for store in (workspace / "stores").iterdir())
+    assert images == [8, 16]  # the base model's evaluation, and the training groups
+    run = trained.run.path
+    assert {"recipe.json", "environment.json", "manifest.json", "metrics.jsonl", "results.json"} <= {
+        path.name for path in run.iterdir()
+    }
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
+    kinds = [(row["kind"], row["step"]) for row in trained.run.metrics()]
+    assert kinds == [("validation", 0), *(("train", step) for step in (1, 2, 3, 4)), ("validation", 4)]
+    assert evaluated.grid is not None
+    card = (run / "README.md").read_text()
+    assert f"({evaluated.grid.relative_to(run)})" in card and f"# {run.name}" in card  # written again by the evaluation
+    with Image.open(evaluated.grid) as grid:
+        assert grid.width > 2 * 160
+
+
+def test_results_hold_intervals_protocol_and_every_image(finished: Finished) -> None:
+    _, _, evaluated = finished
+    results = json.loads(evaluated.results.read_text())
+    assert results["measures"]["reward"]["base"]["images"] == 8
+    assert results["measures"]["reward"]["base"]["prompts"] == 4
+    assert results["protocol"]["seed"] == 1000
+    assert (results["weights"]["kind"], results["weights"]["step"]) == ("ema", 4)
+    assert (evaluated.results.parent / results["grid"]).is_file()
+    assert results["protocol"]["reward"]["reward"] == "ocr"
+    assert len(results["images"]["trained"]) == 8
+    mean = sum(row["value"] for row in results["images"]["base"]) / 8
+    assert results["measures"]["reward"]["base"]["mean"] == pytest.approx(mean)
+
+
+def test_a_second_call_reuses_everything(finished: Finished, make_recipe: MakeRecipe, quiet: Reporter) -> None:
+    workspace, trained, evaluated = finished
+    before = {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
+    again = train.run(make_recipe(), workspace, quiet)
+    assert (again.run.path, again.resumed_from) == (trained.run.path, 4)
+    assert evaluate.run(make_recipe(), workspace, quiet).comparisons == evaluated.comparisons
+    assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
+
+
+def test_changed_settings_get_their_own_store_or_run(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    workspace, trained, _ = finished
+    model = open_model(make_recipe())
+    same, _ = training_store(make_recipe(train={"lr": 1e-3}), workspace, model)
+    for change in ({"steps": 2}, {"image_format": "webp"}):
+        other, _ = training_store(make_recipe(sample=change), workspace, model)
+        assert same.path != other.path
+    inputs = train.run_inputs(same, open_table(make_recipe(), same))
+    assert train.run_path(make_recipe(), workspace, inputs) == trained.run.path
+    paths = {
+        train.run_path(recipe, workspace, inputs)
+        for recipe in (make_recipe(), make_recipe(train={"lr": 1e-3}), make_recipe(method={"tau": 0.1}))
+    }
+    assert len(paths) == 3
+    shown = make_recipe(
+        eval={"bootstrap": 200}, train={"keep_checkpoints": 2}, sample={"batch_size": 3, "prompts_per_shard": 1}
+    )
+    stored, _ = training_store(shown, tmp_path, model)
+    inputs = train.run_inputs(stored, open_table(shown, stored))
+    assert train.run_path(shown, workspace, inputs) == trained.run.path
+
+
+def test_the_same_image_whatever_batch_and_shard(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Batches of 3 and shards of one prompt against batches of 32 and shards of two."""
+    workspace, _, _ = finished
+    recipe = make_recipe(sample={"batch_size": 3, "prompts_per_shard": 1})
+    first, _ = training_store(recipe, workspace, open_model(recipe))
+    second = sample.run(recipe, tmp_path, Reporter(quiet=True)).store
+    assert second.identity == first.identity
+    images = [image for number in range(len(first.shards)) for image in first.images(number)]
+    others = [image for number in range(len(second.shards)) for image in second.images(number)]
+    for one, other in zip(images, others, strict=True):
+        assert (one.prompt.id, one.index, one.seed) == (other.prompt.id, other.index, other.seed)
+        with Image.open(one.path) as left, Image.open(other.path) as right:
+            assert np.abs(np.asarray(left).astype(int) - np.asarray(right)).max() <= 1
+    for number in range(len(first.shards)):
+        for place, group in enumerate(first.read_shard(number)):
+            (again,) = second.read_shard(2 * number + place)
+            torch.testing.assert_close(group.latents, again.latents, rtol=1e-4, atol=1e-4)
+
+
+def test_resumed_training_equals_straight_training(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """A run whose last two checkpoints are lost continues from step 2 to the same bits."""
+    workspace, trained, _ = finished
+    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
+    copy = tmp_path / "runs" / trained.run.path.name
+    for step in ("step-000003", "step-000004"):
+        shutil.rmtree(copy / "checkpoints" / step)
+    again = train.run(make_recipe(), tmp_path, Reporter(quiet=True))
+    assert again.resumed_from == 2
+    checkpoints = [load_checkpoint(latest_checkpoint(path)) for path in (trained.run.path, copy)]  # type: ignore[arg-type]
+    for name, tensors in checkpoints[0].tensors.items():
+        for key, value in tensors.items():
+            assert torch.equal(value, checkpoints[1].tensors[name][key]), (name, key)
+
+    def numbers(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+    assert numbers(again.run.metrics()) == numbers(trained.run.metrics())
+
+
+def test_the_pipeline_with_the_adapter_draws_the_evaluated_pictures(
+    finished: Finished, make_recipe: MakeRecipe
+) -> None:
+    """``pipe.load_lora_weights(run)`` on the untouched pipeline folder gives the pictures that were evaluated."""
+    workspace, trained, _ = finished
+    recipe = make_recipe()
+    model = open_model(recipe)
+    settings = evaluation_plan(recipe, model, images_per_prompt=1)
+    prompt = open_prompts(recipe, recipe.prompts.eval).records[0]
+    folder, weights = trained_run(recipe, workspace, model)
+    assert (folder.path, weights.step) == (trained.run.path, 4)
+    with applied(recipe, model, weights):
+        (group,) = sample_groups(model, (prompt,), settings, batch_size=1)
+    pipe = FluxPipeline.from_pretrained(tiny_model_path(), dtype=torch.float32)
+    pipe.load_lora_weights(trained.run.path)
+    pipe.set_progress_bar_config(disable=True)
+    (picture,) = pipe(
+        prompt.prompt,
+        height=64,
+        width=64,
+        num_inference_steps=3,
+        max_sequence_length=pipe.tokenizer_2.model_max_length,
+        generator=torch.Generator().manual_seed(group.seeds[0]),
+    ).images
+    assert np.abs(np.asarray(picture).astype(int) - np.asarray(group.images[0])).max() <= 1
+
+
+def test_one_pass_and_two_passes_train_the_same(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    workspace, trained, _ = finished
+    shutil.copytree(workspace / "stores", tmp_path / "stores")
+    recipe = make_recipe(train={"group_gradient": "two_pass", "micro_batch": 2, "eval_every": 0})
+    two = train.run(recipe, tmp_path, Reporter(quiet=True))
+    for one_row, two_row in zip(
+        [row for row in trained.run.metrics() if row["kind"] == "train"], two.run.metrics(), strict=True
+    ):
+        for name in ("loss", "grad_norm", "implicit_accuracy"):
+            assert two_row[name] == pytest.approx(one_row[name], rel=1e-3, abs=1e-5)
+
+
+def test_training_starts_at_the_reference(finished: Finished) -> None:
+    """Before the first update policy = reference: s = 0, so GDRO's loss is that of a uniform policy.
+
+    For K = 3 the sum over ranks of log(images left) is log 3 + log 2, whatever the rewards.
+    """
+    import math
+
+    _, trained, _ = finished
+    first = next(row for row in trained.run.metrics() if row["kind"] == "train")
+    assert first["loss_method"] == pytest.approx(math.log(3) + math.log(2), abs=1e-4)
+    assert first["implicit_accuracy"] == pytest.approx(0.5)
+    errors = torch.zeros(1, 3)
+    uniform = group_loss("gdro", errors, errors, torch.tensor([[1.0, 0.5, 0.0]]), beta=1, gamma=0, tau=0.05)
+    assert float(uniform.loss) == pytest.approx(math.log(6), abs=1e-6)
+
+
+def test_evaluating_before_training_says_what_to_do(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
+    with pytest.raises(PrerequisiteError, match="run `gdro train`"):
+        evaluate.run(make_recipe(), tmp_path, quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_too_many_failed_images_are_refused(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
+    """One of 16 pictures is no picture: missing with a reason, and 6 % is more than the 2 % allowed."""
+    recipe = make_recipe()
+    store = sample.run(recipe, tmp_path, quiet).store
+    path = store.images(0)[0].path
+    broken = path.read_bytes()[:60]
+    groups = store.path / "shards" / "00000"
+    import hashlib
+
+    manifest = json.loads((groups / "manifest.json").read_text())
+    path.write_bytes(broken)
+    entry = manifest["files"][f"images/{path.name}"]
+    entry["bytes"], entry["sha256"] = len(broken), hashlib.sha256(broken).hexdigest()
+    (groups / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(StoreError, match=r"1 of 16 images .* could not be scored"):
+        score.run(recipe, tmp_path, quiet)
+    tolerant = make_recipe(reward={"max_failed_share": 0.1})
+    result = score.run(tolerant, tmp_path, quiet)
+    assert (result.totals.scored, result.totals.images) == (15, 16)
+    assert "decode" in result.totals.reasons[0][0]
+
+
+def test_dry_run_counts_and_makes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    rows = dict(plan.describe(make_recipe(), "train", tmp_path))
+    assert rows["samples"] == "4 prompts x 4 = 16 images; nothing is there yet"
+    assert rows["step"] == "2 groups x 3 = 6 images, in micro-batches of 6"
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_tells_what_each_of_several_processes_does(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """Six images in micro-batches of three take two passes; three images of two processes each take one."""
+    recipe = make_recipe(train={"micro_batch": 3})
+    alone, shared = (dict(plan.describe(recipe, "train", tmp_path, world=world)) for world in (1, 2))
+    assert (alone["gradient"], shared["gradient"]) == ("two passes", "one pass")
+    assert shared["step"] == "2 groups x 3 = 6 images, 3 in each of 2 processes, in micro-batches of 3"
+    with pytest.raises(UserError, match="train.groups_per_step is 2, which 3 processes cannot share equally"):
+        plan.describe(recipe, "train", tmp_path, world=3)
+
+
+def test_dry_run_tells_beta_in_the_other_convention(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """The beta of a sum is smaller by the count of the latent values."""
+    recipe = make_recipe(method={"beta": 12.0})
+    dims = math.prod(open_model(recipe).latent_shape(height=64, width=64))
+    told = dict(plan.describe(recipe, "train", tmp_path))["method"]
+    assert f"beta 12 (errors are a mean over {dims} numbers; for a sum it would be {12 / dims:.3g})" in told
+
+
+def test_a_stop_while_sampling_keeps_finished_shards(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
+    """The flag goes up as soon as the first of two shards is whole: the second is not begun, the first stays."""
+    recipe = make_recipe()
+    model = open_model(recipe)
+    store, settings = training_store(recipe, tmp_path, model)
+
+    class StopAfterOneShard(StopFlag):
+        def check(self, message: str) -> None:
+            self.requested = store.missing_shards() == [1]
+            super().check(message)
+
+    with pytest.raises(Interrupted, match="run the command again"):
+        fill_store(
+            model, store, settings, make_engine(cpu=True), recipe=recipe, reporter=quiet, stop=StopAfterOneShard()
+        )
+    assert store.missing_shards() == [1]

@@ -1,0 +1,410 @@
+"""Online training on the embedded model: rounds, updates, interruptions, processes, and the commands around it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sweep import plan_sweep
+from gdro_cli.core.sde import log_prob
+from gdro_cli.errors import Interrupted, StoreError, UserError
+from gdro_cli.models.base import FlowModel
+from gdro_cli.rewards.base import Score
+from gdro_cli.rewards.pool import ScoringStopped
+from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
+from gdro_cli.runtime.distributed import make_engine
+from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.ablation import ablate
+from gdro_cli.stages.evaluation import evaluate
+from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.runs.identity import open_run, run_path
+from gdro_cli.stages.sampling import sample
+from gdro_cli.stages.scoring import score
+from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.training import train
+from gdro_cli.stages.training.online import OnlineSteps
+from gdro_cli.stages.training.trainer import Trainer, attach_adapter, train_loop
+from gdro_cli.stages.training.training_data import expected_inputs
+
+MakeRecipe = Callable[..., Recipe]
+
+
+class Brightness:
+    """Scores a picture by its mean brightness; ``missing`` are the calls' images that cannot be scored."""
+
+    def __init__(self, missing: Sequence[int] = (), constant: float | None = None) -> None:
+        self.missing, self.constant = missing, constant
+        self.on_call: Callable[[], None] = lambda: None
+
+    def score(
+        self, images: Sequence[Image.Image], prompts: Sequence[object], *, stop: Callable[[], bool]
+    ) -> list[Score]:
+        assert len(images) == len(prompts)
+        self.on_call()
+        values = [float(np.asarray(image).mean()) / 255 for image in images]
+        return [
+            Score(None, "a reason")
+            if place in self.missing
+            else Score(value if self.constant is None else self.constant)
+            for place, value in enumerate(values)
+        ]
+
+
+def steps_of(recipe: Recipe, scorer: Brightness, *, model: FlowModel | None = None) -> OnlineSteps:
+    """The source of a recipe's gradients, with another reward."""
+    source = OnlineSteps(recipe, open_model(recipe, device="cpu") if model is None else model, make_engine(cpu=True))
+    texts = source.model.encode([prompt.prompt for prompt in source.prompts])
+    source.conditioning = {prompt.id: text for prompt, text in zip(source.prompts, texts, strict=True)}
+    source.pool = scorer  # type: ignore[assignment]
+    return source
+
+
+def trainer_of(recipe: Recipe, workspace: Path, scorer: Brightness) -> Trainer:
+    source = steps_of(recipe, scorer)
+    folder = open_run(recipe, workspace, expected_inputs(recipe, source.model))
+    return Trainer(recipe, source.model, source, folder, source.engine)
+
+
+def gradient_of(source: OnlineSteps, parameters: Sequence[torch.nn.Parameter], step: int) -> torch.Tensor:
+    for parameter in parameters:
+        parameter.grad = None
+    source.gradient(step)
+    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+
+
+def tensors_of(run: Path) -> dict[str, torch.Tensor]:
+    path = latest_checkpoint(run)
+    assert path is not None
+    groups = load_checkpoint(path).tensors
+    return {f"{group}.{name}": value for group, tensors in groups.items() for name, value in tensors.items()}
+
+
+def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, make_online: MakeRecipe, quiet: Reporter
+) -> tuple[Path, train.TrainResult]:
+    """Workspace and training of the small online recipe with the real OCR, undisturbed."""
+    workspace = tmp_path_factory.mktemp("online")
+    return workspace, train.run(make_online(), workspace, quiet)
+
+
+Trained = tuple[Path, train.TrainResult]
+
+
+# --- a whole run -----------------------------------------------------------------------------------------------
+
+
+def test_rounds_train_and_change_the_adapter(trained: Trained) -> None:
+    workspace, result = trained
+    run = result.run.path
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000004"]
+    tensors = tensors_of(run)
+    changed = [name for name, value in tensors.items() if "lora_B" in name and value.abs().max() > 0]
+    assert changed and all(value.isfinite().all() for value in tensors.values())
+    assert not (workspace / "stores").exists()  # nothing is stored
+    assert (run / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_metrics_of_a_round(trained: Trained) -> None:
+    rows = [row for row in trained[1].run.metrics() if row["kind"] == "train"]
+    assert [(row["step"], row["round"]) for row in rows] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    for row in rows:
+        assert 0 <= row["reward"] <= 1 and row["reward_group_std"] >= 0 and row["failed"] == 0
+        parts = sum(row[f"seconds_{name}"] for name in ("sampling", "scoring", "updates"))
+        assert row["seconds"] == pytest.approx(parts)
+    for first, second in ((rows[0], rows[1]), (rows[2], rows[3])):
+        assert first["reward"] == second["reward"]
+        assert first["ratio_mean"] == pytest.approx(1, abs=1e-5)  # the policy that drew the images
+        assert first["approx_kl"] < 1e-9 and first["clip_fraction"] == 0
+        assert second["approx_kl"] > first["approx_kl"] or second["images"] == 0
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-12) and rows[-1]["kl"] > 0
+
+
+def test_a_resumed_run_equals_an_undisturbed_one(
+    trained: Trained, make_online: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    workspace, result = trained
+    shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
+    run = tmp_path / "runs" / result.run.path.name
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    again = train.run(make_online(), tmp_path, quiet)
+    assert again.resumed_from == 2
+    before, after = tensors_of(result.run.path), tensors_of(run)
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+    assert timeless(again.run.metrics()) == timeless(result.run.metrics())
+
+
+def test_a_finished_run_starts_nothing(trained: Trained, make_online: MakeRecipe, quiet: Reporter) -> None:
+    again = train.run(make_online(), trained[0], quiet)
+    assert (again.run.path, again.resumed_from) == (trained[1].run.path, 4)
+
+
+def test_two_processes_equal_one(trained: Trained, make_online: MakeRecipe, tmp_path: Path) -> None:
+    """With a sharded base, whose passes all processes make together, however uneven their parts of a round are."""
+    recipe = tmp_path / "online.yaml"
+    recipe.write_text(yaml.safe_dump(make_online(model={"sharding": "fsdp"}).resolved()))
+    command = [sys.executable, "-m", "gdro_cli", "train", "--recipe", str(recipe), "--out", str(tmp_path / "out")]
+    done = subprocess.run([*command, "--num-processes", "2"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "out" / "runs" / trained[1].run.path.name
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    expected = trained[1].run.metrics()
+    assert [(row["kind"], row["step"]) for row in rows] == [(row["kind"], row["step"]) for row in expected]
+    for row, one in zip(rows, expected, strict=True):
+        if row["kind"] == "train":
+            for name in ("loss", "grad_norm", "reward", "reward_group_std", "images", "ratio_mean"):
+                assert row[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), (name, row["step"])
+
+
+def test_evaluation_takes_the_run(trained: Trained, make_online: MakeRecipe, quiet: Reporter) -> None:
+    result = evaluate.run(make_online(), trained[0], quiet)
+    held = json.loads(result.results.read_text())
+    assert (held["method"]["name"], held["weights"]["step"]) == ("flow-grpo", 4)
+    page = (trained[1].run.path / "report.html").read_text()
+    assert "reward of the rounds" in page and "Implicit reward" not in page
+
+
+# --- a round ---------------------------------------------------------------------------------------------------
+
+
+def test_images_that_fail_are_left_out(make_online: MakeRecipe) -> None:
+    """Image 1 of group 0 has no score: the group's advantages are those of its other two, and no update draws it."""
+    source = steps_of(make_online(method={"advantage_std": "group"}), Brightness(missing=[1]))
+    assert source.prepare(0, StopFlag())
+    made = source.round
+    assert made is not None and made.metrics["failed"] == 1
+    assert made.advantages[1] == 0
+    assert made.advantages[[0, 2]].sum().item() == pytest.approx(0, abs=1e-6)
+    parts = [source._part(made, 0, part).tolist() for part in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == [0, 2, 3, 4, 5]
+
+
+def test_a_round_without_a_score_ends_the_training(make_online: MakeRecipe) -> None:
+    with pytest.raises(StoreError, match=r"none of the 6 images of round 1 could be scored \(a reason\)"):
+        steps_of(make_online(), Brightness(missing=range(6))).prepare(0, StopFlag())
+
+
+def test_equal_rewards_change_nothing(make_online: MakeRecipe, tmp_path: Path) -> None:
+    trainer = trainer_of(make_online(), tmp_path, Brightness(constant=0.5))
+    before = [p.detach().clone() for p in trainer.parameters]
+    assert trainer.source.prepare(0, StopFlag())
+    found, norm = trainer.update()
+    assert (found.learns, found.metrics["loss"], found.metrics["images"], norm) == (False, 0.0, 0, 0.0)
+    assert found.metrics["no_advantage"] == 1
+    assert (trainer.step, trainer.ema.updates) == (1, 0)
+    assert all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))
+
+
+def test_the_first_gradient_of_a_round_is_the_policy_gradient(make_online: MakeRecipe) -> None:
+    """d/dtheta of -mean(A log p) over the part's images and their trained steps, worked out one by one."""
+    recipe = make_online(method={"beta_kl": 0.0, "timestep_fraction": 0.7})
+    source = steps_of(recipe, Brightness())
+    parameters = attach_adapter(recipe, source.model)
+    with torch.no_grad():
+        for parameter in parameters:  # B is zero at the start, and then A has no gradient
+            parameter.add_(0.01)
+    assert source.prepare(0, StopFlag())
+    made = source.round
+    assert made is not None
+    found = gradient_of(source, parameters, 1)
+    part = source._part(made, 0, 1)
+    assert len(part) == 3 and made.steps.shape == (6, 2)
+    terms = []
+    for image in part.tolist():
+        text = {key: value[[image // 3]] for key, value in made.conditioning.items()}
+        for place in made.steps[image].tolist():
+            step = source.policy.step(made.rollout.states[[image], place], torch.tensor([place]), text)
+            terms.append(-made.advantages[image] * log_prob(made.rollout.states[[image], place + 1], step))
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(torch.cat(terms).mean(), parameters)])
+    assert (found - expected).norm() < 1e-4 * expected.norm()
+
+
+def test_micro_batches_give_the_same_gradient(make_online: MakeRecipe) -> None:
+    whole, small = make_online(), make_online(train={"micro_batch": 2})
+    source = steps_of(whole, Brightness())
+    parameters = attach_adapter(whole, source.model)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.add_(0.01)
+    assert source.prepare(0, StopFlag())
+    together = gradient_of(source, parameters, 0)
+    source.recipe = small
+    assert (gradient_of(source, parameters, 0) - together).norm() < 1e-4 * together.norm()
+
+
+def test_epochs_and_parts_visit_every_image_once(make_online: MakeRecipe) -> None:
+    source = steps_of(make_online(method={"inner_epochs": 2, "updates_per_round": 3}), Brightness())
+    assert source.prepare(5, StopFlag())
+    made = source.round
+    assert made is not None and made.number == 0
+    orders = [torch.cat([source._part(made, epoch, part) for part in range(3)]).tolist() for epoch in range(2)]
+    assert [sorted(order) for order in orders] == [list(range(6))] * 2
+    assert orders[0] != orders[1]
+    assert [source.can_go_on_after(steps) for steps in (5, 6, 7, 12)] == [False, True, False, True]
+
+
+def test_shuffled_rewards_stay_in_their_group(make_online: MakeRecipe) -> None:
+    rewards = torch.tensor([[0.1, 0.2, 0.3], [0.4, math.nan, 0.6]])
+    source = steps_of(make_online(), Brightness())
+    found = {tuple(source._shuffled(rewards, number)[0].tolist()) for number in range(20)}
+    assert len(found) > 1 and all(sorted(row) == pytest.approx([0.1, 0.2, 0.3]) for row in found)
+    assert source._shuffled(rewards, 0).isnan().tolist() == rewards.isnan().tolist()
+
+
+# --- interruptions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [{"name": "flow-grpo"}, {"name": "dance-grpo", "updates_per_round": 2}])
+def test_a_stop_in_the_middle_of_a_round_changes_nothing(
+    method: dict[str, Any], make_online: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """Asked to stop while round 1 is scored, a run stops after its last update, step 2, and goes on from there."""
+    recipe = make_online(method=method, train={"eval_every": 0, "checkpoint_every": 100})
+    whole = trainer_of(recipe, tmp_path / "whole", Brightness())
+    train_loop(whole, None, quiet, StopFlag())
+
+    scorer, stop = Brightness(), StopFlag()
+    scorer.on_call = lambda: setattr(stop, "requested", True)
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4; run the same command again"):
+        train_loop(trainer_of(recipe, tmp_path / "parts", scorer), None, quiet, stop)
+    rest = trainer_of(recipe, tmp_path / "parts", Brightness())
+    assert rest.resume() == 2
+    train_loop(rest, None, quiet, StopFlag())
+    before, after = tensors_of(whole.folder.path), tensors_of(rest.folder.path)
+    assert all(torch.equal(before[name], after[name]) for name in before | after)
+    assert timeless(rest.folder.metrics()) == timeless(whole.folder.metrics())
+
+
+def test_a_stop_while_a_round_is_drawn_keeps_the_rounds_before(
+    make_online: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    recipe = make_online(train={"eval_every": 0, "checkpoint_every": 100})
+    trainer, stop = trainer_of(recipe, tmp_path, Brightness()), StopFlag()
+    stop.requested = True
+    with pytest.raises(Interrupted, match="stopped after step 0 of 4"):
+        train_loop(trainer, None, quiet, stop)
+    assert latest_checkpoint(trainer.folder.path) is None
+    assert trainer.source.prepare(0, StopFlag())
+    for _ in range(2):
+        trainer.update()
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        train_loop(trainer, None, quiet, stop)
+    path = latest_checkpoint(trainer.folder.path)
+    assert path is not None and load_checkpoint(path).step == 2
+    written, again = path.stat(), trainer_of(recipe, tmp_path, Brightness())
+    assert again.resume() == 2
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        train_loop(again, None, quiet, stop)
+    assert path.stat() == written  # not replaced by itself
+
+
+class Hanging(Brightness):
+    """A stop is asked for during the second call, which is given up then, as that of a reward that hangs."""
+
+    def __init__(self, stop: StopFlag) -> None:
+        super().__init__()
+        self.stop, self.calls = stop, 0
+
+    def score(
+        self, images: Sequence[Image.Image], prompts: Sequence[object], *, stop: Callable[[], bool]
+    ) -> list[Score]:
+        self.calls += 1
+        if self.calls == 1:
+            return super().score(images, prompts, stop=stop)
+        self.stop.requested = True
+        assert stop()
+        raise ScoringStopped("given up")
+
+
+def test_a_reward_that_hangs_does_not_hold_a_stop_up(make_online: MakeRecipe, tmp_path: Path, quiet: Reporter) -> None:
+    """The round is dropped; what was learnt before it is kept, and the run goes on from there."""
+    recipe = make_online(train={"eval_every": 0, "checkpoint_every": 100})
+    stop = StopFlag()
+    trainer = trainer_of(recipe, tmp_path, scorer := Hanging(stop))
+    with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
+        train_loop(trainer, None, quiet, stop)
+    assert scorer.calls == 2
+    path = latest_checkpoint(trainer.folder.path)
+    assert path is not None and load_checkpoint(path).step == 2
+
+
+# --- around it -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "name"), [(sample, "sample"), (score, "score")])
+def test_there_is_nothing_to_sample_or_score(
+    stage: Any, name: str, make_online: MakeRecipe, quiet: Reporter, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=f"nothing to {name}: flow-grpo makes and scores its images while it trains"):
+        stage.run(make_online(), tmp_path, quiet)
+    with pytest.raises(UserError, match=f"nothing to {name}"):
+        plan.describe(make_online(), name, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_counts_rounds(make_online: MakeRecipe, tmp_path: Path) -> None:
+    """5 steps are 3 rounds, the last one cut short; trajectories: 6 images x 4 states x 16 x 128 numbers x 4 bytes."""
+    rows = dict(plan.describe(make_online(train={"steps": 5}), "train", tmp_path))
+    assert rows["round"] == "2 prompts x 3 = 6 images, sampled and scored"
+    assert rows["sampling"] == "4 steps, of which 3 are trained in each image"
+    assert rows["steps"] == "5, so 3 rounds and 18 images"
+    assert rows["trajectories in memory"].startswith("0 MB")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_named_by_what_it_learns_from(make_online: MakeRecipe, tmp_path: Path) -> None:
+    model = open_model(make_online())
+
+    def place(**changes: Any) -> Path:
+        recipe = make_online(**changes)
+        return run_path(recipe, tmp_path, expected_inputs(recipe, model))
+
+    plain = place()
+    assert place(sample={"steps": 7}) == plain  # of the evaluation alone
+    assert place(train={"checkpoint_every": 2}) == plain
+    others = [
+        place(method={"noise_level": 0.9}),
+        place(train={"lr": 1e-3}),
+        place(train={"seed": 5}),
+        place(prompts={"train": {"count": 5}}),
+        place(reward={"ocr": {"recognition_width": 320}}),
+    ]
+    assert len({plain, *others}) == 6
+
+
+def test_an_ablation_of_methods_has_one_store(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """GDRO's cell needs the store, Flow-GRPO's does not; keys of the store alone are let go of."""
+    recipe = make_recipe()
+    sweep = plan_sweep(recipe, ["method"], ["gdro,flow-grpo"])
+    rows, cells = ablate.describe(sweep, tmp_path)
+    assert [value for name, value in rows if name == "store"] and len(
+        [name for name, _ in rows if name == "store"]
+    ) == 1
+    assert [cell[0] for cell in cells] == ["method gdro", "method flow-grpo"]
+    assert sweep.cells[1].recipe.train.groups_per_step == 8
+
+
+def test_processes_must_share_the_prompts_of_a_round(make_online: MakeRecipe) -> None:
+    class Three:
+        world, rank = 3, 0
+
+    with pytest.raises(UserError, match=r"method.prompts_per_round is 2, which 3 processes cannot share"):
+        OnlineSteps(make_online(), open_model(make_online()), Three())  # type: ignore[arg-type]
