@@ -1,6 +1,7 @@
 """``gdro``: one command per stage. Each loads a recipe, runs one stage and shows its result.
 
-From a command to the mathematics it is three hops: here, the stage's ``run``, ``gdro_cli.core``.
+From ``gdro train`` to the loss: the stage ``train.run`` calls ``Trainer.train``, which asks its source for a gradient
+(``GroupSteps.gradient``), which ``GroupGradient`` computes with a loss of ``gdro_cli.core.losses``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from gdro_cli.cli.options import (
     DEFAULT_RECIPE,
     AdapterOption,
     AtRewardOption,
-    CompareOption,
     DebugOption,
     DryRunOption,
     ExportOption,
@@ -73,7 +73,7 @@ def _not_typers() -> Iterator[None]:
             raise typer.Exit(UNREAD) from error
         raise PrerequisiteError(
             "A process or a server that this command talks to has ended in between (broken pipe): look at the messages"
-            " above, and run the same command again to go on."
+            " above, and run the same command again to continue."
         ) from error
 
 
@@ -98,13 +98,15 @@ def sample(
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Make the groups: several images of each training prompt, once, with the untrained model."""
+    """Make groups: several images of each training prompt, once, with the untrained model."""
     job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
+    if dry_run:
+        return _describe(job, num_processes)
+    if launch.several(num_processes):
+        return launch.run_in_processes(job, num_processes)
     from gdro_cli.stages.sampling import sample as stage
 
-    tables.print_result("Samples", stage.run(*launch.start(job)).summary)
+    tables.print_result("Samples", stage.run(launch.start(job)).summary)
 
 
 @app.command()
@@ -112,17 +114,26 @@ def score(
     recipe: RecipeOption = DEFAULT_RECIPE,
     overrides: SetOption = None,
     out: OutOption = DEFAULT_OUT,
+    images: ImagesOption = None,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Score the stored images with the recipe's reward."""
+    """Score the stored images with the recipe's reward, or with --images a folder of images that any tool made."""
     job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
+    if images is not None:
+        if dry_run or num_processes > 1:
+            raise UserError(
+                "--images goes with neither --dry-run nor --num-processes: it scores a folder in this process"
+            )
+        return _score_folder(job, images)
+    if dry_run:
+        return _describe(job, num_processes)
+    if launch.several(num_processes):
+        return launch.run_in_processes(job, num_processes)
     from gdro_cli.stages.scoring import score as stage
 
-    tables.print_result("Scores", stage.run(*launch.start(job)).summary)
+    tables.print_result("Scores", stage.run(launch.start(job)).summary)
 
 
 @app.command()
@@ -136,55 +147,49 @@ def train(
 ) -> None:
     """Train an adapter: on scored groups, which are made first where they are missing, or online, by the method."""
     job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
+    if dry_run:
+        return _describe(job, num_processes)
+    if launch.several(num_processes):
+        return launch.run_in_processes(job, num_processes)
     from gdro_cli.stages.training import train as stage
 
-    tables.print_result("Training", stage.run(*launch.start(job)).summary)
+    tables.print_result("Training", stage.run(launch.start(job)).summary)
 
 
 @app.command(name="eval")
 def evaluate(
-    runs: RunsArgument = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     overrides: SetOption = None,
     out: OutOption = DEFAULT_OUT,
-    images: ImagesOption = None,
     export: ExportOption = None,
-    compare: CompareOption = False,
-    at_reward: AtRewardOption = None,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Measure the base and the trained model on held-out prompts, side by side; or compare evaluated runs."""
-    if num_processes > 1 and (compare or runs or at_reward is not None or images is not None):
-        raise UserError(
-            "--num-processes shares the evaluation of a trained model; it goes with neither --images nor RUN"
-        )
-    if compare or runs or at_reward is not None:
-        _compare_runs(runs or [], out=out, at_reward=at_reward, asked=compare and images is None and export is None)
-        return
-    more = () if export is None else ("--export", str(export))
-    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, more=more)
-    if images is not None:
-        _score_folder(job, images, export=export, dry_run=dry_run)
-        return
-    if launch.elsewhere(job, dry_run=dry_run, num_processes=num_processes):
-        return
+    """Measure the base and the trained model on held-out prompts, side by side."""
+    options = () if export is None else ("--export", str(export))
+    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, more=options)
+    if dry_run:
+        return _describe(job, num_processes)
+    if launch.several(num_processes):
+        return launch.run_in_processes(job, num_processes)
     from gdro_cli.stages.evaluation import evaluate as stage
 
-    result = stage.run(*launch.start(job), export=export)
+    result = stage.run(launch.start(job), export=export)
     tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
     tables.print_comparisons("Signals of reward hacking", result.signals)
     tables.print_verdict(result.verdict)
     tables.print_result("Evaluation", result.summary)
 
 
-def _compare_runs(runs: list[str], *, out: Path, at_reward: float | None, asked: bool) -> None:
-    """``gdro eval --compare RUN RUN ...``: runs that have been evaluated, side by side and at the same reward."""
-    if not asked or len(runs) < 2:
-        raise UserError("to compare runs write `gdro eval --compare RUN RUN ...`: two or more, and no other pictures")
+@app.command()
+def compare(
+    runs: RunsArgument,
+    at_reward: AtRewardOption = None,
+    out: OutOption = DEFAULT_OUT,
+    debug: DebugOption = False,
+) -> None:
+    """Compare evaluated runs: on the same held-out prompts, and at the same validation reward."""
     from gdro_cli.stages.comparison import compare as stage
 
     work_begins()
@@ -196,15 +201,20 @@ def _compare_runs(runs: list[str], *, out: Path, at_reward: float | None, asked:
     tables.print_result("Comparison", result.summary)
 
 
-def _score_folder(job: launch.Job, images: Path, *, export: Path | None, dry_run: bool) -> None:
-    """``gdro eval --images``: what another tool drew, scored with the recipe's reward."""
-    if export is not None or dry_run:
-        raise UserError("--images scores pictures that are there; it goes with neither --export nor --dry-run")
+def _describe(job: launch.Job, num_processes: int) -> None:
+    """``--dry-run``: what the job would do."""
+    from gdro_cli.stages.planning.dry_run import describe
+
+    tables.print_plan(job.stage, describe(job.recipe, job.stage, job.workspace, world=num_processes))
+
+
+def _score_folder(job: launch.Job, images: Path) -> None:
+    """``gdro score --images``: images of another tool, scored with the recipe's reward."""
     from gdro_cli.stages.evaluation import image_folder as stage
 
-    result = stage.run(*launch.start(job), folder=images)
-    tables.print_intervals(f"Pictures in {images} (mean and 95 % interval)", result.measures)
-    tables.print_result("Evaluation", result.summary)
+    result = stage.run(launch.start(job), folder=images)
+    tables.print_intervals(f"Images in {images} (mean and 95 % interval)", result.measures)
+    tables.print_result("Scores", result.summary)
 
 
 @app.command()
@@ -225,31 +235,27 @@ def ablate(
     from gdro_cli.config.sweep import plan_sweep
 
     sweep = plan_sweep(job.recipe, param or [], values, seeds=seeds)
-    if dry_run:
-        from gdro_cli.stages.ablation import ablate as stage
-
-        tables.print_cells(*stage.describe(sweep, out))
-        return
     if worker:
         launch.alone_on_its_device()
-        from gdro_cli.stages.ablation import ablate as stage
-
-        work_begins()
-        stage.work(sweep, out, launch.plain_reporter())
-        return
-    if "WORLD_SIZE" in os.environ:
+    elif "WORLD_SIZE" in os.environ and not dry_run:
         raise UserError(
             "gdro ablate starts its own processes: run it without a launcher, with --jobs N; where there is none,"
-            " `unset WORLD_SIZE`."
+            " `unset WORLD_SIZE`"
         )
-    launch.check_devices(jobs, option="--jobs")
     from gdro_cli.stages.ablation import ablate as stage
+    from gdro_cli.stages.setup.session import Session
 
-    _, workspace, reporter = launch.start(job)
+    if dry_run:
+        return tables.print_cells(*stage.describe(Session(job.recipe, out, planning=True), sweep))
+    if worker:
+        work_begins()
+        return stage.work(Session(job.recipe, out, launch.plain_reporter()), sweep)
+    launch.check_devices(jobs, option="--jobs")
+    session = launch.start(job)
     spread = launch.spread_cells(job, jobs, param=param or [], values=values or [], seeds=seeds)
-    result = stage.run(sweep, workspace, reporter, spread=spread)
+    result = stage.run(session, sweep, spread=spread)
     tables.print_ablation(result)
-    if result.found.failed:
+    if result.ablation.failed:
         raise typer.Exit(StoreError.exit_code)
 
 

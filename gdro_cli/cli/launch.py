@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from gdro_cli.errors import EndedElsewhere, GdroError, Interrupted, PrerequisiteError, UserError
+from gdro_cli.runtime.terminal import is_main_process
 
 if TYPE_CHECKING:
     from gdro_cli.config.recipe import Recipe
     from gdro_cli.runtime.progress import Reporter
+    from gdro_cli.stages.setup.session import Session
 
 Stage = Literal["sample", "score", "train", "eval", "ablate"]
 
@@ -58,29 +60,20 @@ def prepare(
     return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
 
 
-def elsewhere(job: Job, *, dry_run: bool, num_processes: int = 1) -> bool:
-    """Whether nothing is left to do here: the job was only described, or other processes have done it."""
-    if dry_run:
-        from gdro_cli.cli.tables import print_plan
-        from gdro_cli.stages.planning.dry_run import describe
-
-        print_plan(job.stage, describe(job.recipe, job.stage, job.workspace, world=num_processes))
-        return True
-    if num_processes > 1 and "WORLD_SIZE" not in os.environ:
-        _writable(job.workspace)
-        run_in_processes(job, num_processes)
-        return True
-    return False
+def several(num_processes: int) -> bool:
+    """Whether this process should start others: several are wanted, and it is not one of them itself."""
+    return num_processes > 1 and "WORLD_SIZE" not in os.environ
 
 
-def start(job: Job) -> tuple[Recipe, Path, Reporter]:
-    """What a stage's ``run`` takes; the folder exists and can be written. Raises ``UserError``."""
+def start(job: Job) -> Session:
+    """The session of the job; its folder exists and can be written. Raises ``UserError``."""
     from gdro_cli.runtime.interrupt import work_begins
     from gdro_cli.runtime.progress import Reporter
+    from gdro_cli.stages.setup.session import Session
 
     _writable(job.workspace)
     work_begins()
-    return job.recipe, job.workspace, Reporter(quiet=not is_main_process())
+    return Session(job.recipe, job.workspace, Reporter(quiet=not is_main_process()))
 
 
 def plain_reporter() -> Reporter:
@@ -90,11 +83,6 @@ def plain_reporter() -> Reporter:
     from gdro_cli.runtime.progress import Reporter
 
     return Reporter(Console(stderr=True, highlight=False, force_terminal=False))
-
-
-def is_main_process() -> bool:
-    """Whether this process speaks for all (the only one, or the first of several)."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _writable(folder: Path) -> None:
@@ -142,6 +130,7 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
 
     from gdro_cli.runtime.interrupt import LAUNCHER
 
+    _writable(job.workspace)
     os.environ[LAUNCHER] = str(os.getpid())
     check_devices(num_processes, option=option)
     if not torch.accelerator.is_available():
@@ -166,7 +155,7 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
         raise _killed(rank, -code) from error
     except SignalException as error:
         raise Interrupted(
-            f"all processes have been stopped by {error.sigval.name}: run the same command again to go on"
+            f"all processes have been stopped by {error.sigval.name}: run the same command again to continue"
         ) from error
 
 
@@ -190,13 +179,13 @@ def _killed(rank: int, number: int) -> GdroError:
     if number == signal.SIGKILL:
         return PrerequisiteError(
             f"{told}, mostly because memory ran out: lower sample.batch_size or train.micro_batch or ask for fewer"
-            " processes, and run the same command again to go on"
+            " processes, and run the same command again to continue"
         )
     if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        return Interrupted(f"{told} and the others stopped with it: run the same command again to go on")
+        return Interrupted(f"{told} and the others stopped with it: run the same command again to continue")
     return PrerequisiteError(
         f"{told}, a crash inside a library or a driver: look at the messages above, check that torch and the driver"
-        " belong together (gdro env), and run the same command again to go on"
+        " belong together (gdro env), and run the same command again to continue"
     )
 
 

@@ -23,18 +23,17 @@ ProcessesOption = Annotated[
 ]
 ImagesOption = Annotated[
     Path | None,
-    typer.Option("--images", metavar="DIR", help="Score these pictures (NNNNN/metadata.jsonl, samples/) instead."),
+    typer.Option("--images", metavar="DIR", help="Score these images instead (NNNNN/metadata.jsonl, samples/)."),
 ]
 RunsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[RUN]...", help="Runs to compare (with --compare): folders or names.")
+    list[str], typer.Argument(metavar="RUN RUN...", help="Evaluated runs: their folders, or their names.")
 ]
-CompareOption = Annotated[bool, typer.Option("--compare", help="Compare evaluated runs instead of evaluating one.")]
 AtRewardOption = Annotated[
-    float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward, with --compare.")
+    float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward.")
 ]
 ExportOption = Annotated[
     Path | None,
-    typer.Option("--export", metavar="DIR", help="Also write both models' pictures there, in GenEval's layout."),
+    typer.Option("--export", metavar="DIR", help="Also write both models' images there, in GenEval's layout."),
 ]
 ParamOption = Annotated[
     list[str] | None,

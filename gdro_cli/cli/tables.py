@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gdro_cli.runtime.terminal import printable
+from gdro_cli.runtime.terminal import is_main_process, printable
 
 if TYPE_CHECKING:
     from gdro_cli.core.scores import Interval
@@ -24,16 +24,12 @@ WIDEST = 400
 
 def print_result(title: str, summary: Mapping[str, object]) -> None:
     """A stage's summary as a table of two columns; only the first of several processes prints."""
-    from gdro_cli.cli.launch import is_main_process
-
     if is_main_process():
         print_pairs(title, [(name, str(value)) for name, value in summary.items()])
 
 
 def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
     """Each measured quantity of both models with its interval, and the paired difference."""
-    from gdro_cli.cli.launch import is_main_process
-
     if is_main_process():
         rows = [[c.name, _shown(c.base), _shown(c.trained), _shown(c.difference, "+.3f")] for c in comparisons]
         print_table(title, ["", "base", "trained", "difference"], rows)
@@ -41,17 +37,15 @@ def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
 
 def print_verdict(verdict: Verdict) -> None:
     """The verdict and its reasons, a sentence each."""
-    from gdro_cli.cli.launch import is_main_process
-
     if is_main_process():
         rows = [[verdict.level if number == 0 else "", reason] for number, reason in enumerate(verdict.reasons)]
         print_table("Verdict", ["", ""], rows, header=False)
 
 
 def print_intervals(title: str, intervals: Iterable[tuple[str, Interval]]) -> None:
-    """Each measured quantity of one set of pictures with its interval and what it was measured on."""
+    """Each measured quantity of one set of images with its interval and what it was measured on."""
     rows = [[name, _shown(interval), str(interval.prompts), str(interval.images)] for name, interval in intervals]
-    print_table(title, ["", "mean", "prompts", "pictures"], rows)
+    print_table(title, ["", "mean", "prompts", "images"], rows)
 
 
 def _shown(interval: Interval, form: str = ".3f") -> str:
@@ -71,11 +65,11 @@ def print_cells(lines: Iterable[tuple[str, str]], cells: Iterable[list[str]]) ->
 
 def print_ablation(result: AblationResult) -> None:
     """The cells, the means over seeds if there are several, the summary in words, and the files."""
-    found = result.found
-    print_table(f"Ablation of {found.sweep.title}, validation prompts", *found.cell_table)
-    if len(found.sweep.seeds) > 1:
-        print_table("Over seeds (mean and lowest to highest)", *found.seed_table)
-    Console(highlight=False).print(Text(printable(found.summary())), soft_wrap=not Console().is_terminal)
+    ablation = result.ablation
+    print_table(f"Ablation of {ablation.sweep.title}, validation prompts", *ablation.cell_table)
+    if len(ablation.sweep.seeds) > 1:
+        print_table("Over seeds (mean and lowest to highest)", *ablation.seed_table)
+    Console(highlight=False).print(Text(printable(ablation.summary())), soft_wrap=not Console().is_terminal)
     print_result("Ablation", result.summary)
 
 

@@ -10,7 +10,7 @@ and one in ``METHODS``.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +26,9 @@ class AnyMethod(StrictModel):
 
 class GroupMethod(AnyMethod):
     """What every method that trains on stored groups shares."""
+
+    loss_settings: ClassVar[tuple[str, ...]] = ()
+    """The keys that the method's loss (``core.losses.LOSSES``) takes beside beta and gamma."""
 
     k: int = Field(6, ge=2)
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
@@ -59,6 +62,7 @@ class GroupMethod(AnyMethod):
 class GdroMethod(GroupMethod):
     """Group-level Direct Reward Optimization (eqs. 7-9): the group's order, weighted by its rewards."""
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("tau",)
     name: Literal["gdro"]
     """`gdro`."""
     tau: float = Field(0.05, ge=0)
@@ -77,6 +81,7 @@ class RankMethod(GroupMethod):
 class Top1Method(GroupMethod):
     """Only the first term of GDRO (eq. 6): the best image against the whole group."""
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("tau",)
     name: Literal["top1"]
     """`top1`."""
     tau: float = Field(0.05, ge=0)
@@ -87,6 +92,7 @@ class Top1Method(GroupMethod):
 class DpoMethod(GroupMethod):
     """Diffusion-DPO on pairs from the group (eqs. 18-19): -log sigmoid(s_better - s_worse)."""
 
+    loss_settings: ClassVar[tuple[str, ...]] = ("pairs",)
     name: Literal["dpo"]
     """`dpo`."""
     pairs: Literal["best_worst", "all"] = "best_worst"

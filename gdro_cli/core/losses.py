@@ -9,8 +9,9 @@ than two scored images adds 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -188,24 +189,11 @@ def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None)
     return (share * torch.where(share > 0, values, torch.zeros_like(values))).sum(dim=1)
 
 
-def _needed(tau: float | None, method: str) -> float:
-    if tau is None:
-        raise ValueError(f"method {method!r} needs tau")
-    return tau
+GroupLoss = Callable[..., LossOutput]
+"""A method's loss: ``loss(s, rewards, *, mask=None, ...)`` with s and rewards [B, K] and settings of its own."""
 
-
-def _method_loss(
-    method: str, s: Tensor, rewards: Tensor, mask: Tensor | None, *, tau: float | None, pairs: Pairs
-) -> LossOutput:
-    if method == "gdro":
-        return gdro_loss(s, rewards, tau=_needed(tau, method), mask=mask)
-    if method == "rank":
-        return rank_loss(s, rewards, mask=mask)
-    if method == "top1":
-        return top1_loss(s, rewards, tau=_needed(tau, method), mask=mask)
-    if method == "dpo":
-        return dpo_loss(s, rewards, pairs=pairs, mask=mask)
-    raise ValueError(f"method must be gdro, rank, top1 or dpo, got {method!r}")
+LOSSES: Mapping[str, GroupLoss] = {"gdro": gdro_loss, "rank": rank_loss, "top1": top1_loss, "dpo": dpo_loss}
+"""The losses on stored groups by ``method.name``."""
 
 
 def group_loss(
@@ -217,36 +205,34 @@ def group_loss(
     *,
     beta: float,
     gamma: float,
-    tau: float | None = None,
-    pairs: Pairs = "best_worst",
+    **settings: Any,
 ) -> LossOutput:
     """Return the whole training loss (eqs. 8-9): ``L_final = L_method(s) + gamma * e_theta(best image)``.
 
     Args:
-        method: "gdro", "rank", "top1" or "dpo".
+        method: a key of ``LOSSES``.
         errors: velocity errors of the policy [B, K]; the gradient flows into these.
         reference_errors: velocity errors of the reference on the same latents, sigma and noise [B, K].
         rewards: explicit rewards [B, K].
         mask: [B, K] bool, True = scored; None = all scored.
         beta: strength of the implicit reward, in 1 / unit of the errors.
         gamma: weight of the top-1 stabilisation, >= 0, in 1 / unit of the errors.
-        tau: temperature of the targets, for gdro and top1; the others do not read it.
-        pairs: which pairs dpo takes; the others do not read it.
+        settings: of the method's loss, such as ``tau`` or ``pairs``.
 
     Returns:
         The loss; its metrics are those of the method, ``loss_method`` and ``loss_stabiliser`` (gamma
         included, they add up to the loss) and those of ``diagnostics.group_metrics``.
 
     Raises:
-        ValueError: shapes do not fit, an unknown method, tau missing or negative, or a scored reward is not
-            finite.
+        KeyError: there is no such method.
+        TypeError: the method's loss takes other settings.
+        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
     """
     s = implicit_reward(errors, reference_errors, beta=beta)
-    objective = _method_loss(method, s, rewards, mask, tau=tau, pairs=pairs)
+    objective = LOSSES[method](s, rewards, mask=mask, **settings)
     stabiliser = gamma * top1_stabiliser(errors, rewards, mask)
     per_group = objective.per_group + stabiliser
-    sharpness = _needed(tau, method) if method in ("gdro", "top1") else 0.0
-    metrics = group_metrics(s, errors, reference_errors, rewards, mask, tau=sharpness)
+    metrics = group_metrics(s, errors, reference_errors, rewards, mask, tau=settings.get("tau", 0.0))
     metrics |= objective.metrics
     metrics["loss_method"] = objective.loss.detach()
     metrics["loss_stabiliser"] = stabiliser.detach().mean()
@@ -262,8 +248,7 @@ def image_weights(
     *,
     beta: float,
     gamma: float,
-    tau: float | None = None,
-    pairs: Pairs = "best_worst",
+    **settings: Any,
 ) -> Tensor:
     """Return ``w = d loss / d errors`` of ``group_loss``, the weights of the two-pass gradient.
 
@@ -282,7 +267,7 @@ def image_weights(
         reference, explicit = reference_errors.detach().clone(), rewards.detach().clone()
         valid = None if mask is None else mask.clone()
         s = implicit_reward(leaf, reference, beta=beta)
-        objective = _method_loss(method, s, explicit, valid, tau=tau, pairs=pairs)
+        objective = LOSSES[method](s, explicit, mask=valid, **settings)
         loss = objective.loss + gamma * top1_stabiliser(leaf, explicit, valid).mean()
         (weights,) = torch.autograd.grad(loss, leaf)
     return weights

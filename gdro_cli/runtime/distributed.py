@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class Engine(Team):
             stop.requested = True
         return asked
 
-    def stop_together(self, message: str) -> None:
+    def stop_together(self, message: str) -> Never:
         """Stop here in all processes.
 
         Raises:
@@ -135,6 +135,7 @@ class Engine(Team):
         """
         with self.together():
             raise Interrupted(message)
+        raise AssertionError("together() passes on what is raised in it")
 
     def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
         """Scale gradients down to a total norm of at most ``max_norm``; returns the norm before."""

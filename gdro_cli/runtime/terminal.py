@@ -102,3 +102,8 @@ def _spelt(found: re.Match[str]) -> str:
     if code in _BYTES:
         code -= 0xDC00
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def is_main_process() -> bool:
+    """Whether this process prints for all: the only one, or the first of several."""
+    return os.environ.get("RANK", "0") == "0"

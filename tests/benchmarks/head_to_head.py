@@ -4,7 +4,7 @@
     python -m tests.benchmarks.head_to_head geneval --cores 0,1
 
 It is the commands a user would give, one after the other: ``gdro score`` for the store that the offline methods share,
-``gdro train`` and ``gdro eval`` of each recipe with each seed, ``gdro eval --compare`` of all. Given again it goes on
+``gdro train`` and ``gdro eval`` of each recipe with each seed, ``gdro compare`` of all. Given again it goes on
 where it was stopped. With ``--cores`` one training at a time runs on each named core, on one thread, so that all
 methods are timed alike; reference errors are not shared between trainings (``train.cache_reference=false``), so that
 each pays for its own.
@@ -29,10 +29,11 @@ from PIL import Image, ImageDraw, ImageFont
 from gdro_cli.config.recipe import load_recipe
 from gdro_cli.stages.comparison.compare import compare
 from gdro_cli.stages.comparison.result import Comparison
-from gdro_cli.stages.evaluation.evaluate import find_trained
 from gdro_cli.stages.reporting.charts import time_chart
 from gdro_cli.stages.reporting.image_sheet import LINE, MARGIN
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.runs.identity import find_run
+from gdro_cli.stages.setup.model import open_model
+from gdro_cli.stages.setup.session import Session
 
 METHODS = ("fast", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
 """Ends of the recipes' names; the first is GDRO's."""
@@ -121,7 +122,7 @@ def main() -> None:
 
     def run_of(recipe: str, overrides: Sequence[str]) -> Path:
         loaded = load_recipe(recipe, overrides=overrides)
-        run = find_trained(loaded, out, model)
+        run = find_run(Session(loaded, out, model=model, planning=True))
         if run is None:
             raise SystemExit(f"{out} has no run of {recipe} with {overrides}")
         return run.path
@@ -138,7 +139,7 @@ def main() -> None:
         runs = [run_of(recipe, made.result()) for recipe, made in jobs]
     log = out / "logs" / "compare.log"
     log.unlink(missing_ok=True)
-    gdro(["eval", "--compare", *map(str, runs), "--out", str(out)], log=log, core=None)
+    gdro(["compare", *map(str, runs), "--out", str(out)], log=log, core=None)
     print(log.read_text())
     found = compare(runs, at_reward=None, workspace=out)
     place = out / f"head-to-head-{task}.png"

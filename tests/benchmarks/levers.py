@@ -13,10 +13,9 @@ from itertools import count
 import torch
 
 from gdro_cli.config.recipe import Recipe, load_recipe
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.training.group_gradient import draw_noise, noisy_groups
-from gdro_cli.stages.training.prefetch import Ahead
-from gdro_cli.stages.training.train import attach_adapter
+from gdro_cli.stages.training.prefetch import Prefetch
 from tests.benchmarks.ratios import group_gradient, random_batch, ratio
 
 STEPS = 1000
@@ -29,7 +28,7 @@ def step_of(recipe: Recipe, *, ahead: bool = False, known: bool = False) -> Call
     optimizer = torch.optim.AdamW(attach_adapter(recipe, model), lr=1e-6)
     batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.group_method.k)
     gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
-    drawing = Ahead(lambda step: draw_noise(batch, recipe.group_method, seed=step), steps=STEPS if ahead else 0)
+    drawing = Prefetch(lambda step: draw_noise(batch, recipe.group_method, seed=step), steps=STEPS if ahead else 0)
     errors = gradient.reference_errors(noisy_groups(model, batch, recipe.group_method, seed=0)) if known else None
     numbers = count()
 

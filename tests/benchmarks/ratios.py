@@ -25,11 +25,12 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.sampling import sample_latents
-from gdro_cli.stages.sampling.sample import sample_groups
-from gdro_cli.stages.setup.rewards import open_reward
-from gdro_cli.stages.setup.workspace import open_model, open_prompts, training_plan
+from gdro_cli.stages.sampling.fill_store import sample_groups
+from gdro_cli.stages.setup.model import attach_adapter, open_model
+from gdro_cli.stages.setup.reward import open_reward
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import training_plan
 from gdro_cli.stages.training.group_gradient import GroupGradient, loss_arguments, noisy_groups
-from gdro_cli.stages.training.train import attach_adapter
 
 ROUNDS = 7
 SIDE = 64
@@ -55,7 +56,7 @@ def ratio(
 
 def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int, side: int = SIDE) -> GroupBatch:
     """Groups of noise with random rewards: speed and memory do not depend on what the pictures show."""
-    prompts = open_prompts(recipe, recipe.prompts.train).records[:groups]
+    prompts = Session(recipe, Path()).prompts("train").records[:groups]
     shape = model.latent_shape(height=side, width=side)
     rewards = torch.rand(groups, k)
     return GroupBatch(
@@ -125,7 +126,7 @@ def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, f
     from gdro_cli.tiny.assets import tiny_model_path
 
     model = open_model(recipe)
-    prompts = open_prompts(recipe, recipe.prompts.train).records[:32]
+    prompts = Session(recipe, Path()).prompts("train").records[:32]
     text = model.batch_conditioning(model.encode([prompt.prompt for prompt in prompts]))
     noise = model.noise(list(range(32)), height=64, width=64)
     steps = recipe.sample.steps
@@ -171,8 +172,8 @@ def scoring(recipe: Recipe) -> tuple[float, float, float]:
     from gdro_cli.rewards.pool import ScoringPool
 
     model = open_model(recipe)
-    prompts: tuple[PromptRecord, ...] = open_prompts(recipe, recipe.prompts.train).records[:12]
-    groups = sample_groups(model, prompts, training_plan(recipe, model), batch_size=32)
+    prompts: tuple[PromptRecord, ...] = Session(recipe, Path()).prompts("train").records[:12]
+    groups = sample_groups(model, prompts, training_plan(Session(recipe, Path(), model=model)), batch_size=32)
     pairs = [(image, group.prompt) for group in groups for image in group.images][:96]
     images, asked = [image for image, _ in pairs], [prompt for _, prompt in pairs]
     with ScoringPool(open_reward(recipe), workers=1) as one, ScoringPool(open_reward(recipe), workers=2) as two:

@@ -195,7 +195,7 @@ def test_an_ablation_can_be_looked_at_first(tmp_path: Path, capsys: pytest.Captu
     assert run("ablate", "--param", "tau", "--seeds", "2", "--dry-run", "--out", str(out)) == 0
     shown = capsys.readouterr().out
     for words in (
-        "192 prompts x 16 = 3072 images; nothing is there yet",
+        "192 prompts x 16 = 3072 images; none is made yet",
         "2400 steps are left",
         "128 validation prompts",
     ):
@@ -313,12 +313,11 @@ def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--images", "nowhere"], "the picture folder nowhere cannot be read: No such file"),
-        (["--images", "."], ". holds no pictures: it needs folders 00000"),
-        (["--images", ".", "--export", "there"], "--images scores pictures that are there; it goes with neither"),
-        (["--images", ".", "--dry-run"], "it goes with neither --export nor --dry-run"),
-        (["--export", "."], ". is not empty: name a new folder"),
-        (["--export", "file"], "file is no folder that pictures can be written to"),
+        (["score", "--images", "nowhere"], "the picture folder nowhere cannot be read: No such file"),
+        (["score", "--images", "."], ". holds no pictures: it needs folders 00000"),
+        (["score", "--images", ".", "--dry-run"], "--images goes with neither --dry-run nor --num-processes"),
+        (["eval", "--export", "."], ". is not empty: name a new folder"),
+        (["eval", "--export", "file"], "file is no folder that pictures can be written to"),
     ],
 )
 def test_picture_folders_that_cannot_be_used_are_one_sentence(
@@ -330,7 +329,7 @@ def test_picture_folders_that_cannot_be_used_are_one_sentence(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    assert run("eval", "--recipe", "smoke", *arguments) == 2
+    assert run(*arguments, "--recipe", "smoke") == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("Error: ") and captured.err.count("\n") == 1
     assert words in captured.err
@@ -342,6 +341,6 @@ def test_a_picture_folder_with_bad_metadata_names_file_and_line(
 ) -> None:
     (tmp_path / "00000" / "samples").mkdir(parents=True)
     (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "a circle"}')
-    assert run("eval", "--recipe", "geneval", "--images", str(tmp_path), "--out", str(tmp_path / "out")) == 2
+    assert run("score", "--recipe", "geneval", "--images", str(tmp_path), "--out", str(tmp_path / "out")) == 2
     err = capsys.readouterr().err
     assert f"{tmp_path / '00000' / 'metadata.jsonl'} has a bad line; line 1: the key tag is missing" in err

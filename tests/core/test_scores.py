@@ -124,7 +124,7 @@ def test_the_mean_of_strata_weighs_them_alike() -> None:
 def test_prompts_are_drawn_within_their_stratum() -> None:
     """Each stratum holds prompts of one value: every resample has the means 0 and 1, so the interval is a point.
 
-    Drawn from all four prompts, a resample would hold no 1 at all in 1 of 16.
+    RolloutImage from all four prompts, a resample would hold no 1 at all in 1 of 16.
     """
     values = [[0.0], [1.0], [0.0], [1.0]]
     found = bootstrap_ci(values, strata=["a", "b", "a", "b"], level=0.99)

@@ -183,7 +183,7 @@ def test_what_lies_beside_results(case: Case, pair: Path) -> None:
 
 def test_the_command_line_says_the_same(pair: Path) -> None:
     (pair / "runs" / "two" / "results.json").write_bytes(b"{}")
-    found = command("eval", "--compare", "one", "two", "--out", str(pair))
+    found = command("compare", "one", "two", "--out", str(pair))
     check(found, 4, "does not hold results")
 
 
@@ -195,12 +195,12 @@ def test_runs_whose_names_are_no_text(pair: Path) -> None:
         (runs / old).rename(runs / os.fsdecode(new))
     names = [os.fsdecode(name) for name in (b"a\xff", b"b\xed\xa0\x80")]
     check(command("runs", str(pair)), 0)
-    check(command("eval", "--compare", *names, "--out", str(pair)), 0)
+    check(command("compare", *names, "--out", str(pair)), 0)
     (folder,) = (pair / "comparisons").iterdir()
     written = {path.suffix: path.read_text(encoding="utf-8") for path in folder.iterdir()}
     assert "a\\xff" in written[".html"] and "b\\xed\\xa0\\x80" in written[".csv"]
     assert parse_json(written[".json"])["first"] == "a\\xff"
-    check(command("eval", "--compare", names[0], os.fsdecode(b"c\xff"), "--out", str(pair)), 2, "no run c\\xff in")
+    check(command("compare", names[0], os.fsdecode(b"c\xff"), "--out", str(pair)), 2, "no run c\\xff in")
 
 
 def trained(*without: str, **changes: Any) -> Change:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from gdro_cli.config.recipe import load_recipe
 from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from tests.support.jobs import finish, start, stop, wait_for, write_recipe
 
@@ -56,7 +57,9 @@ def test_kills_and_interrupts_change_nothing(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # bits depend on the number of threads
     try:
-        undisturbed = train.run(load_recipe(str(path)), tmp_path / "undisturbed", Reporter(quiet=True)).run.path
+        undisturbed = train.run(
+            Session(load_recipe(str(path)), tmp_path / "undisturbed", Reporter(quiet=True))
+        ).run.path
     finally:
         torch.set_num_threads(threads)
     (disturbed,) = (workspace / "runs").iterdir()
@@ -93,7 +96,7 @@ def test_a_process_of_several_that_is_killed_is_told(number: int, code: int, wor
     found, _, errors = finish(launcher)
     assert found == code, errors
     assert f"Error: process 1 of the job was killed {words}" in errors
-    assert "run the same command again to go on" in errors and "Traceback" not in errors, errors
+    assert "run the same command again to continue" in errors and "Traceback" not in errors, errors
 
 
 def test_a_launcher_that_is_asked_to_stop_says_how_to_go_on(tmp_path: Path) -> None:
@@ -107,5 +110,5 @@ def test_a_launcher_that_is_asked_to_stop_says_how_to_go_on(tmp_path: Path) -> N
             while len(ranks(launcher)) < 2:
                 assert launcher.poll() is None, launcher.communicate()
         said = stop(launcher, signal.SIGTERM)
-        assert "All processes have been stopped by SIGTERM: run the same command again to go on" in said
+        assert "All processes have been stopped by SIGTERM: run the same command again to continue" in said
     assert not list(workspace.glob("**/lock"))

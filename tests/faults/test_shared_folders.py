@@ -20,7 +20,7 @@ from gdro_cli.files import new_folder, write_bytes, write_json, write_tensors
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.evaluation.image_folder import write_pictures
+from gdro_cli.stages.evaluation.image_folder import write_images
 from tests.support import small_store
 from tests.support.faulty import check, command, outcome
 from tests.support.jobs import finish, start, stop, wait_for, write_recipe
@@ -74,7 +74,7 @@ def exported(folder: Path) -> None:
 
 def evaluated(folder: Path) -> None:
     store = small_store.open_store(small_store.make(folder.parent / "source"))
-    write_pictures(folder, {"base": small_store.open_table(store)})
+    write_images(folder, {"base": small_store.open_table(store)})
 
 
 @pytest.mark.parametrize("write", [made, exported, evaluated])

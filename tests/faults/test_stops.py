@@ -20,11 +20,11 @@ from gdro_cli.data.store import Group
 from gdro_cli.errors import Interrupted
 from gdro_cli.rewards import pool as pool_module
 from gdro_cli.rewards.pool import ScoringPool
-from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.evaluation import image_folder as imagefolder
-from gdro_cli.stages.scoring import score
+from gdro_cli.stages.evaluation import image_folder
+from gdro_cli.stages.scoring.fill_table import score_missing
+from gdro_cli.stages.setup.session import Session
 from tests.support import small_store
 from tests.support.breaking_rewards import HANGS, WidthReward
 from tests.support.jobs import finish, start, wait_for, write_recipe
@@ -46,7 +46,7 @@ def test_workers_that_start_leave_a_stop_of_the_whole_group_to_the_parent(
     os.killpg(process.pid, number)
     code, _, errors = finish(process)
     assert code == 130, errors
-    assert "Traceback" not in errors and "command again to go on" in errors
+    assert "Traceback" not in errors and "command again to continue" in errors
     assert not list(workspace.rglob("lock"))
     assert left_in_group(process.pid) == []
 
@@ -87,12 +87,12 @@ def test_scoring_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, monkeypatc
         )
     table = ScoreTable.create_or_open(store, "width", provenance={"reward": "width"})
     waiting = stop_when(tmp_path / "hangs")
-    with StopFlag() as stop, pytest.raises(Interrupted) as ended:
-        pool = ScoringPool(WidthReward(tmp_path), workers=1)
-        score.score_missing(table, pool, make_engine(), reporter=QUIET, stop=stop)
+    session = Session(load_recipe("smoke"), tmp_path)
+    with session, pytest.raises(Interrupted) as ended:
+        score_missing(session, table, ScoringPool(WidthReward(tmp_path), workers=1))
     waiting.join()
     assert str(ended.value) == (
-        f"stopped while scoring; finished shards are kept in {table.path}: run the command again to go on"
+        f"stopped while scoring; finished shards are kept in {table.path}: run the command again to continue"
     )
     assert table.missing_shards() == [1]
     assert not (table.path / "lock").exists()
@@ -105,7 +105,7 @@ def test_scoring_a_folder_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, m
     write_image_folder(folder, [PromptPictures(small_store.PROMPTS.records[0], (tmp_path / "0000.png",))])
     with StopFlag(), pytest.raises(Interrupted, match="stopped while scoring; what is done is kept in"):
         os.kill(os.getpid(), signal.SIGTERM)
-        imagefolder.run(recipe, tmp_path / "out", QUIET, folder=folder)
+        image_folder.run(Session(recipe, tmp_path / "out", QUIET), folder=folder)
     assert not list(tmp_path.glob("out/folders/*/*"))
 
 
@@ -123,7 +123,7 @@ def test_the_end_of_an_evaluation_is_whole_or_told_as_interrupted(tmp_path: Path
     assert code in (0, 130) and "Traceback" not in errors, errors
     assert pictures.exists() == (code == 0)
     if code:
-        assert "Stopped while the pictures were written" in errors and "command again to go on" in errors
+        assert "Stopped while the images were exported" in errors and "command again to continue" in errors
     assert list(workspace.glob("runs/*/report.html")) and not list(workspace.rglob("lock"))
     assert not list(tmp_path.glob(".*"))
     code, _, errors = finish(start(["eval"], recipe=recipe, workspace=workspace))

@@ -19,17 +19,18 @@ from gdro_cli.models.adapters import load_lora_state
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
-from gdro_cli.stages.evaluation.evaluate import applied, trained_run
 from gdro_cli.stages.exporting import export
 from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.runs.weights import applied, trained_run
 from gdro_cli.stages.sampling import sample
-from gdro_cli.stages.sampling.sample import sample_groups
+from gdro_cli.stages.sampling.fill_store import sample_groups
 from gdro_cli.stages.scoring import score
-from gdro_cli.stages.setup.rewards import open_table
-from gdro_cli.stages.setup.workspace import evaluation_plan, open_model, open_prompts
+from gdro_cli.stages.setup.model import attach_adapter, open_model
+from gdro_cli.stages.setup.scorers import open_reward_table
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import evaluation_plan
 from gdro_cli.stages.training import train
-from gdro_cli.stages.training.rollout import Drawn, Policy, policy_guidance, roll_out
-from gdro_cli.stages.training.trainer import attach_adapter
+from gdro_cli.stages.training.rollout import Policy, RolloutImage, policy_guidance, roll_out
 
 STEPS, GUIDANCE, TEXT = 2, 2.0, 64
 
@@ -77,7 +78,7 @@ def tiny_recipe(folder: Path) -> Recipe:
 
 def give_order(recipe: Recipe, made: sample.SampleResult) -> None:
     """Score the second picture of each pair higher; the OCR reads nothing on noise, and equal scores teach nothing."""
-    table = open_table(recipe, made.store)
+    table = open_reward_table(Session(recipe, Path("unused")), made.store)
     for number in range(len(made.store.shards)):
         images = made.store.images(number)
         table.write_shard(number, [ScoreRow(i.prompt.id, i.index, 0.5 * i.index, None, {}) for i in images])
@@ -105,21 +106,22 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     rows = dict(plan.describe(recipe, "train", tmp_path))
     assert rows["model"].startswith(f"{folder} ({name})") and "2 passes each" in rows["forward passes"]
     assert rows["guidance"].startswith("2, classifier-free, in sampling only")
-    made = sample.run(recipe, tmp_path, quiet)
+    made = sample.run(Session(recipe, tmp_path, quiet))
     give_order(recipe, made)
-    assert score.run(recipe, tmp_path, quiet).shards_made == 0
-    trained = train.run(recipe, tmp_path, quiet)
+    assert score.run(Session(recipe, tmp_path, quiet)).shards_made == 0
+    trained = train.run(Session(recipe, tmp_path, quiet))
     losses = [row["loss"] for row in trained.run.metrics() if row["kind"] == "train"]
     assert len(losses) == 3 and np.isfinite(losses).all() and losses[0] != losses[2]
-    evaluated = evaluate.run(recipe, tmp_path, quiet)  # with the real OCR
+    evaluated = evaluate.run(Session(recipe, tmp_path, quiet))  # with the real OCR
     assert evaluated.comparisons[0].trained.images == 2
 
-    model: FlowModel = open_model(recipe)
-    prompt = open_prompts(recipe, recipe.prompts.eval).records[0]
-    _, weights = trained_run(recipe, tmp_path, model)
-    with applied(recipe, model, weights):
+    session = Session(recipe, tmp_path)
+    model: FlowModel = session.model
+    prompt = session.prompts("eval").records[0]
+    _, weights = trained_run(session)
+    with applied(session, weights):
         load_lora_state(model, weights.adapter)
-        (group,) = sample_groups(model, (prompt,), evaluation_plan(recipe, model, images_per_prompt=1), batch_size=1)
+        (group,) = sample_groups(model, (prompt,), evaluation_plan(session, images_per_prompt=1), batch_size=1)
     base, adapted = (
         pipeline_picture(folder, name, run, prompt.prompt, group.seeds[0]) for run in (None, trained.run.path)
     )
@@ -149,7 +151,7 @@ def test_online_steps_are_those_of_sampling_with_both_passes_and_have_a_gradient
     assert "classifier-free, in rounds and updates" in dict(plan.describe(recipe, "train", Path("out")))["guidance"]
     parameters = attach_adapter(recipe, model)
     policy = Policy(model, method, guidance, (32, 48), nullcontext)
-    drawn = [Drawn(prompt, 0, 0) for prompt in open_prompts(recipe, recipe.prompts.train).records]
+    drawn = [RolloutImage(prompt, 0, 0) for prompt in Session(recipe, Path()).prompts("train").records]
     text = model.encode([each.prompt.prompt for each in drawn])
     made = roll_out(policy, drawn, text, seed=1)
     batched, places = model.batch_conditioning(text), torch.tensor([0, 1])

@@ -12,6 +12,7 @@ import pytest
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 
 
@@ -99,7 +100,7 @@ def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     recipe = load_recipe("smoke", overrides=[f"model.path={repo}"])
     with pytest.raises(PrerequisiteError) as caught:
-        sample.run(recipe, tmp_path, Reporter(quiet=True))
+        sample.run(Session(recipe, tmp_path, Reporter(quiet=True)))
     message = str(caught.value)
     assert f"`hf download {repo}`" in message and f"`hf download {repo} --local-dir FOLDER`" in message
     assert "set model.path=FOLDER" in message and "\n" not in message

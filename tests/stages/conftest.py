@@ -14,11 +14,11 @@ from gdro_cli.models.adapters import save_lora
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation import evaluate
-from gdro_cli.stages.runs.finished_run import note_adapter
+from gdro_cli.stages.runs.finished_run import describe_adapter
 from gdro_cli.stages.runs.weights import RunWeights
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.setup.model import attach_adapter
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
-from gdro_cli.stages.training.trainer import attach_adapter
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -98,14 +98,14 @@ def make_run(make_recipe: Callable[..., Recipe]) -> Callable[..., Path]:
         about = {"python": "3.11", "platform": "Linux", "devices": ["cpu"], "packages": {"torch": "2.9"}}
         inputs = {"store": "aaaa11112222", "scores": "bbbb33334444"}
         run = RunFolder.create_or_open(path, recipe={"name": recipe.name}, inputs=inputs, environment=about)
-        model = open_model(recipe)
+        session = Session(recipe, path.parent)
         generator = torch.Generator().manual_seed(3)
-        for parameter in attach_adapter(recipe, model):
+        for parameter in attach_adapter(recipe, session.model):
             parameter.data = 0.05 * torch.randn(parameter.shape, generator=generator)
-        save_lora(model, path)
+        save_lora(session.model, path)
         run.write_json("resolved.json", recipe.resolved())
         weights = RunWeights(4, "best", {}, {}, {"measure": "corrected", "score": 0.5}, "ema 0")
-        note_adapter(run, recipe, model, weights)
+        describe_adapter(session, run, weights)
         if results is not None:
             run.write_json("results.json", results)
         return path
@@ -119,5 +119,5 @@ def finished(
 ) -> tuple[Path, train.TrainResult, evaluate.EvalResult]:
     """Workspace, training and evaluation of the small recipe, undisturbed."""
     workspace = tmp_path_factory.mktemp("workspace")
-    trained = train.run(make_recipe(), workspace, quiet)
-    return workspace, trained, evaluate.run(make_recipe(), workspace, quiet)
+    trained = train.run(Session(make_recipe(), workspace, quiet))
+    return workspace, trained, evaluate.run(Session(make_recipe(), workspace, quiet))

@@ -83,5 +83,5 @@ def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
     process.send_signal(number)
     code, _, errors = finish(process)
     assert code == 130, errors
-    assert "command again to go on" in errors and "Traceback" not in errors, errors
+    assert "command again to continue" in errors and "Traceback" not in errors, errors
     return errors

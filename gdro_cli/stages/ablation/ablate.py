@@ -1,7 +1,7 @@
 """Stage ``ablate``: one key or a few, swept; every cell an ordinary training on one store of images.
 
-What is compared are evaluation points, measured on the validation prompts. The held-out prompts of ``gdro eval`` are
-never looked at here, so that a setting may be chosen by an ablation.
+Evaluation points are compared, measured on the validation prompts. An ablation never looks at the held-out prompts of
+``gdro eval``, so a setting may be chosen by it.
 """
 
 from __future__ import annotations
@@ -16,151 +16,140 @@ import torch
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import Sweep
 from gdro_cli.files import make_folder
-from gdro_cli.models.base import FlowModel
-from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
-from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.ablation.pictures import draw_pictures
+from gdro_cli.stages.ablation.images import draw_images
 from gdro_cli.stages.ablation.report import write_files
 from gdro_cli.stages.ablation.result import Ablation, collect
-from gdro_cli.stages.ablation.trials import Place, carry_out, places, reset
+from gdro_cli.stages.ablation.trials import TrialRun, carry_out, reset, trial_runs
 from gdro_cli.stages.planning.dry_run import describe_store
-from gdro_cli.stages.setup.workspace import open_engine, open_model, open_prompts
-from gdro_cli.stages.training.training_data import expected_inputs, make_inputs
+from gdro_cli.stages.runs.identity import run_inputs
+from gdro_cli.stages.scoring.score import make_scored_store
+from gdro_cli.stages.setup.session import Session
 
 
 @dataclass(frozen=True, slots=True)
 class AblationResult:
     """What ``gdro ablate`` found and where it lies."""
 
-    found: Ablation
+    ablation: Ablation
     page: Path
     files: tuple[Path, ...]
 
     @property
     def summary(self) -> dict[str, str]:
         """What the command line shows beside the tables."""
-        finished = len(self.found.cells) - len(self.found.failed)
-        rows = {"cells": f"{finished} of {len(self.found.cells)} finished", "report": str(self.page)}
+        finished = len(self.ablation.cells) - len(self.ablation.failed)
+        rows = {"cells": f"{finished} of {len(self.ablation.cells)} finished", "report": str(self.page)}
         return rows | {path.suffix[1:]: str(path) for path in self.files}
 
 
-def run(
-    sweep: Sweep, workspace: Path, reporter: Reporter, *, spread: Callable[[], None] | None = None
-) -> AblationResult:
+def run(session: Session, sweep: Sweep, *, spread: Callable[[], None] | None = None) -> AblationResult:
     """Carry out every cell that is not finished, and report on all.
 
     Args:
+        session: on the recipe that the cells share; the report goes into ``ablations/`` of its workspace.
         sweep: the cells.
-        workspace: the folder of stores and runs; the report goes into ``ablations/`` there.
-        reporter: where progress is told.
-        spread: carries out the cells elsewhere (each process by ``work``) and returns when it is done; by default
-            they are carried out here, one after the other.
+        spread: carries out the cells in other processes (each by ``work``) and returns when they are done; by default
+            this process carries them out, one after the other.
 
     Raises:
         UserError: the cells could not be compared.
         PrerequisiteError: the model or the reward engine is missing.
         StoreError: the store or its scores cannot be made, or another process is at work on the same ablation. A
-            cell that fails is no error here: it is reported.
-        Interrupted: stopped by the user; the same command goes on.
+            cell that fails does not raise: it is reported.
+        Interrupted: stopped by the user; the same command continues.
     """
-    folder = ablation_folder(sweep, workspace)
-    found = _places(sweep, workspace)
+    folder, reporter = ablation_folder(sweep, session.workspace), session.reporter
+    trials = trial_runs(session, sweep)
     make_folder(folder)
-    with folder_lock(folder / "lock"), StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
+    with folder_lock(folder / "lock"), session:
         for note in sweep.notes:
             reporter.say(f"note: {note}")
-        done = sum(place.finished for place in found)
-        reporter.say(f"{len(found)} cells, {done} of them finished already; {folder}")
+        finished = sum(trial.finished for trial in trials)
+        reporter.say(f"{len(trials)} cells, {finished} of them already finished; {folder}")
         reset(folder)
-        if done < len(found):
-            _make_stores(sweep, found, workspace, reporter, stop)
+        if finished < len(trials):
+            _make_stores(session, sweep, trials)
             _free_devices()
-        if spread is None or len(found) - done < 2:
-            carry_out(found, folder, workspace, reporter)
+        if spread is None or len(trials) - finished < 2:
+            carry_out(session, trials, folder)
         else:
             spread()
-        stop.check("stopped after the last cell; run the same command again for the report")
-        ablation = collect(sweep, found, folder)
-        pictures = draw_pictures(ablation, folder, reporter, stop)
-        page, *files = write_files(ablation, pictures, folder)
+        session.stop.check("stopped after the last cell; run the same command again for the report")
+        ablation = collect(sweep, trials, folder)
+        images = draw_images(session, ablation, folder)
+        page, *files = write_files(ablation, images, folder)
     return AblationResult(ablation, page, tuple(files))
 
 
-def work(sweep: Sweep, workspace: Path, reporter: Reporter) -> None:
+def work(session: Session, sweep: Sweep) -> None:
     """Carry out cells of an ablation that another process leads, until none is left to take."""
-    found = _places(sweep, workspace)
-    _free_devices()
-    carry_out(found, ablation_folder(sweep, workspace), workspace, reporter, named=True)
+    trials = trial_runs(session, sweep)
+    with session:
+        carry_out(session, trials, ablation_folder(sweep, session.workspace), named=True)
 
 
 def ablation_folder(sweep: Sweep, workspace: Path) -> Path:
-    """Where the report of a sweep goes; the same sweep has the same folder."""
+    """Folder of the report of a sweep; the same sweep has the same folder."""
     return workspace / "ablations" / sweep.name
 
 
-def describe(sweep: Sweep, workspace: Path) -> tuple[list[tuple[str, str]], list[list[str]]]:
+def describe(session: Session, sweep: Sweep) -> tuple[list[tuple[str, str]], list[list[str]]]:
     """What ``run`` would do: lines about the whole, and a row per cell (values, seed, state, run). Makes nothing.
 
     Raises:
         UserError: the cells could not be compared, or prompts cannot be used.
         PrerequisiteError: the model is missing.
     """
-    model = open_model(sweep.recipe)
-    found = places(sweep, workspace, model)
-    recipe = sweep.recipe
-    prompts = open_prompts(recipe, recipe.prompts.validation)
+    trials, recipe = trial_runs(session, sweep), session.recipe
+    prompts = session.prompts("validation")
     images = len(prompts) * recipe.eval.validation_images_per_prompt
-    rows = [("recipe", f"{recipe.name}, digest {recipe.digest()}"), ("report", str(ablation_folder(sweep, workspace)))]
-    for owner, labels in _stores(sweep, model):
-        lines = dict(describe_store(owner, model, workspace))
+    folder = ablation_folder(sweep, session.workspace)
+    rows = [("recipe", f"{recipe.name}, digest {recipe.digest()}"), ("report", str(folder))]
+    for owner, labels in _stores(session, sweep):
+        lines = dict(describe_store(session.part(owner, model=session.model)))
         of = "all cells" if len(labels) == len(sweep.labels) else "; ".join(labels)
         rows += [("store", lines["store"]), ("", of), ("", lines["samples"])]
-    trained = sum(max(0, place.cell.recipe.train.steps - place.step) for place in found if not place.trained)
+    left = sum(max(0, trial.cell.recipe.train.steps - trial.step) for trial in trials if not trial.trained)
     rows += [
-        ("cells", f"{len(found)}, {sum(place.finished for place in found)} of them finished"),
-        ("training", f"{trained} steps are left"),
+        ("cells", f"{len(trials)}, {sum(trial.finished for trial in trials)} of them finished"),
+        ("training", f"{left} steps are left"),
         ("evaluation points", f"{len(prompts)} validation prompts, {images} images each"),
         *(("note", note) for note in sweep.notes),
     ]
-    return rows, [[p.cell.label, str(p.cell.seed), _standing(p), p.run.name] for p in found]
+    return rows, [[trial.cell.label, str(trial.cell.seed), _state(trial), trial.run.name] for trial in trials]
 
 
-def _standing(place: Place) -> str:
-    if place.finished:
+def _state(trial: TrialRun) -> str:
+    if trial.finished:
         return "finished"
-    if place.trained:
+    if trial.trained:
         return "trained, its last point is to be measured"
-    return f"step {place.step} of {place.cell.recipe.train.steps}" if place.step else "not begun"
+    return f"step {trial.step} of {trial.cell.recipe.train.steps}" if trial.step else "not begun"
 
 
-def _places(sweep: Sweep, workspace: Path) -> tuple[Place, ...]:
-    return places(sweep, workspace, open_model(sweep.recipe))
-
-
-def _stores(sweep: Sweep, model: FlowModel) -> list[tuple[Recipe, list[str]]]:
+def _stores(session: Session, sweep: Sweep) -> list[tuple[Recipe, list[str]]]:
     """One recipe for each different store, with the combinations of values that share it; online methods have none."""
     owners: dict[str, tuple[Recipe, list[str]]] = {}
     for cell in sweep.cells:
-        if cell.recipe.online_method is not None:
-            continue
-        store = expected_inputs(cell.recipe, model)["store"]
-        _, labels = owners.setdefault(store, (cell.recipe, []))
-        if cell.label not in labels:
-            labels.append(cell.label)
+        if cell.recipe.online_method is None:
+            store = run_inputs(session.part(cell.recipe, model=session.model))["store"]
+            _, labels = owners.setdefault(store, (cell.recipe, []))
+            if cell.label not in labels:
+                labels.append(cell.label)
     return list(owners.values())
 
 
-def _make_stores(sweep: Sweep, found: Sequence[Place], workspace: Path, reporter: Reporter, stop: StopFlag) -> None:
+def _make_stores(session: Session, sweep: Sweep, trials: Sequence[TrialRun]) -> None:
     """Sample and score what is missing, before the first training, for the cells that are left."""
-    model = open_model(sweep.recipe)
-    left = {place.cell.label for place in found if not place.trained}
-    stores = _stores(sweep, model)
+    left = {trial.cell.label for trial in trials if not trial.trained}
+    stores = _stores(session, sweep)
     for number, (recipe, labels) in enumerate(stores, start=1):
         if not left.isdisjoint(labels):
             if len(stores) > 1:
-                reporter.say(f"store {number} of {len(stores)}: {'; '.join(labels)}")
-            make_inputs(recipe, workspace, model, open_engine(recipe), reporter, stop)
+                session.reporter.say(f"store {number} of {len(stores)}: {'; '.join(labels)}")
+            with session.part(recipe) as part:
+                make_scored_store(part)
 
 
 def _free_devices() -> None:

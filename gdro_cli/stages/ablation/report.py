@@ -9,7 +9,7 @@ from typing import Any
 
 from gdro_cli.config.sweep import value_text
 from gdro_cli.files import json_bytes, write_bytes
-from gdro_cli.stages.ablation.pictures import Pictures
+from gdro_cli.stages.ablation.images import Images
 from gdro_cli.stages.ablation.result import FIGURES, Ablation, CellResult, kept_step
 from gdro_cli.stages.reporting import charts
 from gdro_cli.stages.reporting.csv_table import csv_bytes
@@ -21,11 +21,11 @@ _POINT = ("reward", "low", "high", "overall", "u", "corrected", "verdict", "prom
 """What the table tells of a point, where it has it."""
 
 
-def write_files(found: Ablation, pictures: Pictures, folder: Path) -> tuple[Path, ...]:
+def write_files(found: Ablation, images: Images, folder: Path) -> tuple[Path, ...]:
     """Write report.html, ablation.json and ablation.csv; returns their paths. Raises StoreError."""
     contents = {
-        "report.html": page(found, pictures),
-        "ablation.json": json_document(found, pictures, folder),
+        "report.html": page(found, images),
+        "ablation.json": json_document(found, images, folder),
         "ablation.csv": csv_table(found),
     }
     for name, data in contents.items():
@@ -33,7 +33,7 @@ def write_files(found: Ablation, pictures: Pictures, folder: Path) -> tuple[Path
     return tuple(folder / name for name in contents)
 
 
-def page(found: Ablation, pictures: Pictures) -> bytes:
+def page(found: Ablation, images: Images) -> bytes:
     """The ablation as one HTML file that needs nothing else."""
     sweep = found.sweep
     panels = {found.reward: f"validation {found.reward}"}
@@ -51,8 +51,8 @@ def page(found: Ablation, pictures: Pictures) -> bytes:
         chart=charts.sweep_chart(curves, panels),
         counts=(points[0]["prompts"], points[0]["images"]) if points else None,
         grid=_grid(found),
-        pictures=pictures,
-        shown=[[picture(file) for file in row.files] for row in pictures.rows],
+        pictures=images,
+        shown=[[picture(file) for file in row.files] for row in images.rows],
         runs=[(each.cell.label, each.cell.seed, each.run.name, each.outcome.reason) for each in found.cells],
         recipe=list(flat(sweep.recipe.resolved())),
     )
@@ -78,7 +78,7 @@ def _grid(found: Ablation) -> dict[str, Any] | None:
     }
 
 
-def json_document(found: Ablation, pictures: Pictures, folder: Path) -> bytes:
+def json_document(found: Ablation, images: Images, folder: Path) -> bytes:
     """The ablation as JSON; its keys are explained in docs/ablations.md."""
     sweep = found.sweep
     figures = {name: found.over_seeds(name) for name in FIGURES}
@@ -108,10 +108,10 @@ def json_document(found: Ablation, pictures: Pictures, folder: Path) -> bytes:
             ],
             "cells": [_cell(each) for each in found.cells],
             "pictures": {
-                "prompts": [prompt.to_json() for prompt in pictures.prompts],
+                "prompts": [prompt.to_json() for prompt in images.prompts],
                 "rows": [
                     {"label": row.label, "about": row.about, "files": [str(f.relative_to(folder)) for f in row.files]}
-                    for row in pictures.rows
+                    for row in images.rows
                 ],
             },
         }

@@ -12,9 +12,9 @@ from gdro_cli.core.sweeps import CurvePoint, RunFigures, Spread, best, curve, fi
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.progress import clock_time
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.ablation.trials import Outcome, Place, outcome
+from gdro_cli.stages.ablation.trials import TrialOutcome, TrialRun, read_outcome
+from gdro_cli.stages.evaluation.measures import headline, missing_limits
 from gdro_cli.stages.reporting.html import MISSING, number
-from gdro_cli.stages.setup.rewards import measures, missing_limits
 
 Point = Mapping[str, Any]
 FIGURES: Mapping[str, str] = {
@@ -34,7 +34,7 @@ class CellResult:
 
     cell: Cell
     run: Path
-    outcome: Outcome
+    outcome: TrialOutcome
     points: tuple[Point, ...]
     chosen: RunFigures
     values: Mapping[str, float | None]
@@ -188,15 +188,15 @@ class Ablation:
         return [self.sweep.title, *heads], rows
 
 
-def collect(sweep: Sweep, places: tuple[Place, ...], folder: Path) -> Ablation:
+def collect(sweep: Sweep, trials: tuple[TrialRun, ...], folder: Path) -> Ablation:
     """Read the runs of all cells."""
-    headline = measures(sweep.recipe)[0].name
-    points = [place.points for place in places]
-    judged = any("corrected" in point for each in points for point in each)
-    measure = "corrected" if judged else headline
-    reward = headline if sweep.trains_on_another else "reward"
+    first = headline(sweep.recipe).name
+    points = [trial.points for trial in trials]
+    judged = any("corrected" in point for own in points for point in own)
+    measure = "corrected" if judged else first
+    reward = first if sweep.trains_on_another else "reward"
     cells = []
-    for count, (place, own) in enumerate(zip(places, points, strict=True)):
+    for index, (trial, own) in enumerate(zip(trials, points, strict=True)):
         chosen = figures(own, reward=reward, measure=measure, limits=missing_limits(sweep.recipe))
         values = {
             "final_reward": _value(chosen.final, reward),
@@ -206,15 +206,12 @@ def collect(sweep: Sweep, places: tuple[Place, ...], folder: Path) -> Ablation:
             "final_u": _value(chosen.final, "u"),
             "peak_u": _value(chosen.peak, "u"),
         }
-        rows = RunFolder(place.run).metrics() if (place.run / "manifest.json").is_file() else []
-        seconds = training_seconds(
-            [row for row in rows if row["kind"] == "train" or row.get("protocol") == place.protocol.points],
-            steps=place.step,
-        )
-        cells.append(
-            CellResult(place.cell, place.run, outcome(folder, count, place), own, chosen, values, seconds),
-        )
-    return Ablation(sweep, tuple(cells), reward, measure, places[0].protocol.measures)
+        rows = RunFolder(trial.run).metrics() if (trial.run / "manifest.json").is_file() else []
+        own_rows = [row for row in rows if row["kind"] == "train" or row.get("protocol") == trial.protocol.points]
+        seconds = training_seconds(own_rows, steps=trial.step)
+        outcome = read_outcome(folder, index, trial)
+        cells.append(CellResult(trial.cell, trial.run, outcome, own, chosen, values, seconds))
+    return Ablation(sweep, tuple(cells), reward, measure, trials[0].protocol.measures)
 
 
 def kept_step(each: CellResult) -> int | None:

@@ -1,7 +1,7 @@
-"""The cells of an ablation: ordinary runs, where each stands, and carrying them out.
+"""The trials of an ablation: ordinary runs, how far each is, and carrying them out.
 
-Several processes may work on the cells of one ablation: each takes the next cell that nobody has taken. What a cell
-came to is left in a small file, so that nothing passes between the processes but files.
+Several processes may work on the trials of one ablation: each takes the next trial that no other process has taken. The
+outcome of a trial is left in a small file, so that nothing passes between the processes but files.
 """
 
 from __future__ import annotations
@@ -16,35 +16,29 @@ from typing import Any, Literal
 
 import torch
 
-from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import Cell, Sweep
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import make_folder, storage_errors, write_json
 from gdro_cli.models.adapters import reference
-from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
-from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import clear_stale
-from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
-from gdro_cli.stages.evaluation.evaluate import applied
 from gdro_cli.stages.evaluation.validation import Protocol, Validation, validation_protocol
 from gdro_cli.stages.reporting.evaluation_report import validation_rows
 from gdro_cli.stages.runs.identity import run_path
-from gdro_cli.stages.runs.weights import early_end, evaluated_weights
-from gdro_cli.stages.setup.workspace import open_engine, open_model, open_prompts
+from gdro_cli.stages.runs.weights import applied, early_end, evaluated_weights
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
-from gdro_cli.stages.training.training_data import expected_inputs
 
 STATES = "cells"
-"""Folder of what the cells of an ablation came to, below the ablation's."""
+"""Folder of the trials' outcomes, below the ablation's."""
 
 State = Literal["finished", "ended early", "failed", "unfinished"]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TrialRun:
     """A cell with the run that it is, or will be."""
 
     cell: Cell
@@ -79,96 +73,91 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a cell came to."""
+class TrialOutcome:
+    """How a trial ended."""
 
     state: State
     reason: str | None = None
-    """Why it failed."""
+    """Why it failed, if it did."""
 
 
-def places(sweep: Sweep, workspace: Path, model: FlowModel) -> tuple[Place, ...]:
-    """Where the cells of a sweep lie.
+def trial_runs(session: Session, sweep: Sweep) -> tuple[TrialRun, ...]:
+    """The runs of a sweep's cells, whether or not they exist.
 
     Raises:
         UserError: their evaluation points could not be compared, or their prompts cannot be used.
         PrerequisiteError: the model or the reward's weights are missing.
     """
-    found = []
-    for cell in sweep.cells:
-        prompts = open_prompts(cell.recipe, cell.recipe.prompts.validation)
-        run = run_path(cell.recipe, workspace, expected_inputs(cell.recipe, model))
-        found.append(Place(cell, run, validation_protocol(cell.recipe, model, prompts)))
-    seen: dict[Path, str] = {}
-    for place in found:
-        same = seen.setdefault(place.run, place.cell.label)
-        if same != place.cell.label:
+    parts = [(cell, session.part(cell.recipe, model=session.model)) for cell in sweep.cells]
+    trials = tuple(TrialRun(cell, run_path(part), validation_protocol(part)) for cell, part in parts)
+    labels: dict[Path, str] = {}
+    for trial in trials:
+        label = labels.setdefault(trial.run, trial.cell.label)
+        if label != trial.cell.label:
             raise UserError(
-                f"{same} and {place.cell.label} are one and the same training: what differs is nothing that the recipe"
+                f"{label} and {trial.cell.label} are one and the same training: they differ in nothing that the recipe"
                 f" {sweep.recipe.name} learns from"
             )
-    odd = [place.cell.label for place in found if place.protocol.measures != found[0].protocol.measures]
+    odd = [trial.cell.label for trial in trials if trial.protocol.measures != trials[0].protocol.measures]
     if odd:
         raise UserError(
-            f"the validation pictures of {odd[0]} are drawn or scored otherwise than those of {sweep.cells[0].label},"
+            f"the validation images of {odd[0]} are sampled or scored otherwise than those of {trials[0].cell.label},"
             " so the cells could not be compared: sweep another key"
         )
-    return tuple(found)
+    return trials
 
 
 def reset(folder: Path) -> None:
-    """Forget who took which cell in an earlier sitting; the runs stay."""
+    """Forget which process took which trial on an earlier start; the runs stay."""
     with storage_errors(folder / STATES):
         if (folder / STATES).exists():
             shutil.rmtree(folder / STATES)
     make_folder(folder / STATES)
 
 
-def outcome(folder: Path, number: int, place: Place) -> Outcome:
-    """What cell ``number`` came to, by its file and its run."""
+def read_outcome(folder: Path, number: int, trial: TrialRun) -> TrialOutcome:
+    """How trial ``number`` ended, by its file and its run."""
     path = folder / STATES / f"{number:03d}.json"
     if path.is_file():
-        held = Outcome(**RunFolder(folder).read_json(f"{STATES}/{path.name}"))
-        if held.state == "failed":
-            return held
-    if not place.finished:
-        return Outcome("unfinished")
-    return Outcome("ended early" if early_end(place.run) is not None else "finished")
+        outcome = TrialOutcome(**RunFolder(folder).read_json(f"{STATES}/{path.name}"))
+        if outcome.state == "failed":
+            return outcome
+    if not trial.finished:
+        return TrialOutcome("unfinished")
+    return TrialOutcome("ended early" if early_end(trial.run) is not None else "finished")
 
 
-def carry_out(
-    taken: Sequence[Place], folder: Path, workspace: Path, reporter: Reporter, *, named: bool = False
-) -> None:
-    """Train every cell that is not finished and that no other process has taken.
+def carry_out(session: Session, trials: Sequence[TrialRun], folder: Path, *, named: bool = False) -> None:
+    """Run every trial that is not finished and that no other process has taken.
 
-    A cell that fails does not end the others. With ``named`` every line that is told names its cell. Raises
+    A trial that fails does not end the others. With ``named`` every line of progress names its trial. Raises
     Interrupted when the user stops it.
     """
-    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
-        for number, place in enumerate(taken):
-            stop.check("stopped between two cells; run the same command again to go on")
-            if not _take(folder / STATES / f"{number:03d}.taken"):
-                continue
-            cell = place.cell
-            told = f"cell {number + 1} of {len(taken)}"
-            if named:
-                reporter.prefix = f"[{cell.label}, seed {cell.seed}] "
-            else:
-                told += f": {cell.label}, seed {cell.seed}"
-            if place.finished:
-                clear_stale(place.run / "lock")
-                reporter.say(f"{told}: was finished already ({place.run.name})")
-                came_to = Outcome("finished")
-            else:
-                reporter.say(f"{told} ({place.run.name})")
-                came_to = _train(place, workspace, reporter, stop)
-                if came_to.state == "failed":
-                    reporter.say(f"{told}: failed: {came_to.reason}")
-            write_json(folder / STATES / f"{number:03d}.json", asdict(came_to))
+    reporter = session.reporter
+    for number, trial in enumerate(trials):
+        session.stop.check("stopped between two cells; run the same command again to continue")
+        if not _take(folder / STATES / f"{number:03d}.taken"):
+            continue
+        title = f"cell {number + 1} of {len(trials)}"
+        name = f"{trial.cell.label}, seed {trial.cell.seed}"
+        if named:
+            reporter.prefix = f"[{name}] "
+        else:
+            title += f": {name}"
+        if trial.finished:
+            clear_stale(trial.run / "lock")
+            reporter.say(f"{title}: was already finished ({trial.run.name})")
+            outcome = TrialOutcome("finished")
+        else:
+            reporter.say(f"{title} ({trial.run.name})")
+            outcome = _run(session, trial)
+            if outcome.state == "failed":
+                reporter.say(f"{title}: failed: {outcome.reason}")
+        write_json(folder / STATES / f"{number:03d}.json", asdict(outcome))
 
 
 def _take(path: Path) -> bool:
-    """Be the one who makes the file."""
+    """Whether this process is the one that made the file."""
     try:
         with storage_errors(path):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -179,37 +168,34 @@ def _take(path: Path) -> bool:
     return True
 
 
-def _train(place: Place, workspace: Path, reporter: Reporter, stop: StopFlag) -> Outcome:
+def _run(session: Session, trial: TrialRun) -> TrialOutcome:
     try:
-        if not place.trained:
-            train.run(place.cell.recipe, workspace, reporter)
-        if not place.finished:
-            measure_end(place, reporter, stop)
+        if not trial.trained:
+            train.run(session.part(trial.cell.recipe))
+        if not trial.finished:
+            measure_end(session, trial)
     except StoreError as error:
-        return Outcome("failed", printable(str(error)))  # it may name a folder whose name is no text
+        return TrialOutcome("failed", printable(str(error)))  # it may name a folder whose name is not text
     except torch.OutOfMemoryError:
-        return Outcome("failed", "the device's memory was not enough: set train.micro_batch, or lower k")
-    return Outcome("finished")
+        return TrialOutcome("failed", "the device's memory was not enough: set train.micro_batch, or lower k")
+    return TrialOutcome("finished")
 
 
-def measure_end(place: Place, reporter: Reporter, stop: StopFlag) -> None:
+def measure_end(session: Session, trial: TrialRun) -> None:
     """Measure the last step of a run that was trained without evaluation points of the cell's protocol."""
-    recipe = _at_the_end(place.cell.recipe)
-    reporter.say("the run has no evaluation points of this protocol: its last step is measured now")
-    folder, model = RunFolder(place.run), open_model(recipe)
+    recipe = trial.cell.recipe
+    recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"checkpoint": "last"})})
+    session.reporter.say("the run has no evaluation points of this protocol: its last step is measured now")
+    folder = RunFolder(trial.run)
     weights = evaluated_weights(folder, recipe)
     if weights is None:
-        raise StoreError(f"the run {place.run} has no checkpoint: delete it and run the same command again")
-    with folder.lock(), ExitStack() as stack:
-        validation = Validation.open(recipe, model, open_engine(recipe), place.run, stack, stop=stop)
-        stack.enter_context(applied(recipe, model, weights))
-        validation.know_base(lambda: reference(model))
-        for step, attached in ((0, reference(model)), (weights.step, nullcontext())):
-            with attached:
+        raise StoreError(f"the run {trial.run} has no checkpoint: delete it and run the same command again")
+    with session.part(recipe) as part, folder.lock(), ExitStack() as stack:
+        validation = Validation.open(part, trial.run, stack)
+        stack.enter_context(applied(part, weights))
+        validation.know_base(lambda: reference(part.model))
+        for step, adapter in ((0, reference(part.model)), (weights.step, nullcontext())):
+            with adapter:
                 measured = validation.measure(step)
             if measured is not None:
                 folder.append_metrics({"kind": "validation", "step": step, **measured[0]})
-
-
-def _at_the_end(recipe: Recipe) -> Recipe:
-    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"checkpoint": "last"})})

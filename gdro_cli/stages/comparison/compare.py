@@ -15,7 +15,6 @@ from typing import Any
 
 from gdro_cli.config.base import Difference, differences, digest
 from gdro_cli.config.sections import JudgeSection, RewardSection
-from gdro_cli.config.suggest import similar
 from gdro_cli.core.evaluation_points import MissingLimits
 from gdro_cli.core.geneval import TAGS
 from gdro_cli.core.scores import Interval
@@ -29,14 +28,13 @@ from gdro_cli.stages.comparison.matched_reward import EvaluatedRun, Gain, match
 from gdro_cli.stages.comparison.report import csv_table, json_document, page
 from gdro_cli.stages.comparison.result import Comparison
 from gdro_cli.stages.comparison.seed_groups import arms
+from gdro_cli.stages.evaluation.measures import Measured, measured
 from gdro_cli.stages.reporting.evaluation_report import ORDER, ordered, training_rows, validation_rows
+from gdro_cli.stages.runs.identity import run_named
 from gdro_cli.stages.runs.results import read_results
 from gdro_cli.stages.runs.store_times import read_batches
-from gdro_cli.stages.setup.rewards import Measure, Measured, measured
-from gdro_cli.stages.setup.workspace import runs_folder
+from gdro_cli.stages.setup.reward import Measure
 
-_LISTED = 8
-"""Runs that a message names."""
 _DETAILS = {
     "reward": None,
     "overall": "accuracy",
@@ -50,18 +48,7 @@ _BY_TAG = ("overall", "corrected")
 
 def run(names: Sequence[str], *, at_reward: float | None = None, workspace: Path) -> Comparison:
     """Compare runs given as folders or by their names in ``workspace``; see ``compare``."""
-    return compare([find_run_folder(name, workspace) for name in names], at_reward=at_reward, workspace=workspace)
-
-
-def find_run_folder(name: str, workspace: Path) -> Path:
-    """The folder of a run, given as a path or by its name among the workspace's runs. Raises UserError."""
-    for path in (Path(name), runs_folder(workspace) / name):
-        if path.is_dir():
-            return path
-    known = sorted(path.parent.name for path in runs_folder(workspace).glob("*/recipe.json"))
-    listed = ", ".join(known[:_LISTED]) + (", ..." if len(known) > _LISTED else "")
-    there = f"the runs there are {listed}" if known else "there is no run there"
-    raise UserError(f"there is no run {name} in {workspace}{similar(name, known)} ({there})")
+    return compare([run_named(name, workspace) for name in names], at_reward=at_reward, workspace=workspace)
 
 
 def load_results(run: Path) -> dict[str, Any]:

@@ -1,14 +1,13 @@
 """Stage ``evaluate``: base and trained model on held-out prompts, same seeds, with paired confidence intervals.
 
-The pictures of both are group stores with score tables of their own, so an interrupted evaluation resumes, and the base
-model's pictures are made once for all runs that share them.
+The images of both are group stores with score tables of their own, so an interrupted evaluation resumes, and the base
+model's images are made once for all runs that share them.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,10 @@ from gdro_cli.core.scores import Interval
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.data.scores import ScoreTable
-from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import write_json
-from gdro_cli.models.adapters import Ema, load_lora_state
-from gdro_cli.models.base import FlowModel
-from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.environment import environment
-from gdro_cli.runtime.interrupt import STOPPING, StopFlag
-from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.evaluation.image_folder import write_pictures
+from gdro_cli.stages.evaluation.image_folder import write_images
 from gdro_cli.stages.evaluation.quality import (
     Rated,
     change,
@@ -42,27 +35,14 @@ from gdro_cli.stages.reporting.evaluation_report import write_csv, write_report
 from gdro_cli.stages.reporting.image_sheet import draw_grid
 from gdro_cli.stages.reporting.model_card import write_card
 from gdro_cli.stages.runs.finished_run import ADAPTER_NOTE
-from gdro_cli.stages.runs.identity import find_run
 from gdro_cli.stages.runs.results import RESULTS_KIND, RESULTS_SCHEMA
-from gdro_cli.stages.runs.weights import RunWeights, evaluated_weights
-from gdro_cli.stages.sampling.sample import fill_store, training_store
-from gdro_cli.stages.scoring.score import refuse_failures, score_missing
-from gdro_cli.stages.setup.judging import open_judge, open_judge_pool, open_judge_table
-from gdro_cli.stages.setup.rewards import Measure, measures, open_pool, open_table
-from gdro_cli.stages.setup.workspace import (
-    SamplingPlan,
-    evaluation_plan,
-    open_engine,
-    open_model,
-    open_prompts,
-    open_store,
-    store_identity,
-    store_path,
-    stores_folder,
-    training_plan,
-)
-from gdro_cli.stages.training.trainer import attach_adapter
-from gdro_cli.stages.training.training_data import expected_inputs, run_inputs
+from gdro_cli.stages.runs.weights import RunWeights, applied, trained_run
+from gdro_cli.stages.sampling.fill_store import fill_store
+from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing
+from gdro_cli.stages.setup.reward import Measure, measures
+from gdro_cli.stages.setup.scorers import open_judge_pool, open_judge_table, open_reward_pool, open_reward_table
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import evaluation_plan, open_store, store_identity, stores_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +97,13 @@ class EvalResult:
         if self.unjudged:
             rows["images without a judgement"] = str(self.unjudged)
         rows |= {"results": str(self.results), "report": str(self.page)}
-        return rows | ({"pictures": str(self.grid)} if self.grid else {})
+        return rows | ({"images": str(self.grid)} if self.grid else {})
 
 
-def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | None = None) -> EvalResult:
-    """Evaluate the finished run of ``recipe`` against its base model.
+def run(session: Session, *, export: Path | None = None) -> EvalResult:
+    """Evaluate the recipe's finished run against its base model.
 
-    ``export`` is a folder for the pictures of both in the official GenEval layout.
+    ``export`` is a folder for the images of both in the official GenEval layout.
 
     Raises:
         UserError: ``export`` is not empty.
@@ -131,153 +111,82 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, export: Path | N
         StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
-    engine = open_engine(recipe)
-    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
-        model = open_model(recipe, engine=engine)
+    with session:
+        engine, stop = session.engine, session.stop
 
         def find() -> tuple[RunFolder, RunWeights]:
             if export is not None:
                 refuse_used(export)
-            return trained_run(recipe, workspace, model)
+            return trained_run(session)
 
         folder, weights = engine.from_main(find)
-        with engine.together():
-            plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.images_per_prompt)
-            evaluation = _Evaluation(recipe, model, plan, engine, reporter, stop)
-        base = evaluation.measure(stores_folder(workspace), weights="base")
-        with applied(recipe, model, weights):
-            trained = evaluation.measure(folder.path / "evaluations", weights=weights.identity)
+        base = _measure(session, stores_folder(session.workspace), weights="base")
+        with applied(session, weights):
+            trained = _measure(session, folder.path / "evaluations", weights=weights.identity)
 
         def conclude() -> EvalResult:
-            stop.check("stopped before the report was written; all pictures are scored: run the command again to go on")
+            stop.check(
+                "stopped before the report was written; all images are scored: run the command again to continue"
+            )
             with folder.lock():
-                result = report(recipe, workspace, folder, weights, base, trained, evaluation.protocol)
+                result = report(session, folder, weights, base, trained)
             if export is not None:
-                stopped = f"stopped while the pictures were written, and nothing of {export} is left; the report is in"
-                stopped = f"{stopped} {result.page}: run the command again to go on"
-                pictures = {"base": base.rewards, "trained": trained.rewards}
-                write_pictures(export, pictures, check=lambda: stop.check(stopped))
+                stopped = (
+                    f"stopped while the images were exported; nothing of {export} is left, and the report is in"
+                    f" {result.page}: run the command again to continue"
+                )
+                tables = {"base": base.rewards, "trained": trained.rewards}
+                write_images(export, tables, check=lambda: stop.check(stopped))
             return result
 
-        result = engine.from_main(conclude)
-        engine.end()
-    return result
-
-
-def trained_run(recipe: Recipe, workspace: Path, model: FlowModel) -> tuple[RunFolder, RunWeights]:
-    """The run that ``gdro train`` made of this recipe, and the weights of it that the recipe evaluates.
-
-    Raises:
-        PrerequisiteError: it is not there or not finished.
-    """
-    folder = find_trained(recipe, workspace, model)
-    weights = None if folder is None else evaluated_weights(folder, recipe)
-    if folder is None or weights is None:
-        raise PrerequisiteError(
-            f"there is no trained model of the recipe {recipe.name} in {workspace}: run `gdro train` with the same"
-            " recipe, --set and --out first"
-        )
-    return folder, weights
-
-
-def find_trained(recipe: Recipe, workspace: Path, model: FlowModel) -> RunFolder | None:
-    """The run of this recipe, if its store and its training have been begun."""
-    if recipe.online_method is not None:
-        return find_run(recipe, workspace, expected_inputs(recipe, model))
-    prompts = open_prompts(recipe, recipe.prompts.train)
-    identity = store_identity(recipe, model, training_plan(recipe, model), prompts)
-    if not store_path(recipe, stores_folder(workspace), identity).exists():
-        return None
-    store, _ = training_store(recipe, workspace, model)
-    return find_run(recipe, workspace, run_inputs(store, open_table(recipe, store)))
-
-
-@contextmanager
-def applied(recipe: Recipe, model: FlowModel, weights: RunWeights) -> Iterator[None]:
-    """Attach the trained adapter; inside, the model is the one to evaluate."""
-    parameters = attach_adapter(recipe, model)
-    load_lora_state(model, weights.adapter)
-    if recipe.eval.weights == "raw":
-        yield
-        return
-    ema = Ema(parameters, recipe.train.ema.rate, recipe.train.ema.max_decay)
-    ema.load(weights.ema)
-    with ema.applied():
-        yield
+        return engine.from_main(conclude)
 
 
 @dataclass(frozen=True, slots=True)
 class _Tables:
-    """The complete tables of one model's pictures."""
+    """The complete tables of one model's images."""
 
     rewards: ScoreTable
     judgements: ScoreTable | None
 
 
-class _Evaluation:
-    """Samples and scores the held-out prompts, once per set of weights."""
+def _measure(session: Session, folder: Path, *, weights: str) -> _Tables:
+    """Sample, score and judge the held-out prompts with the model as it is now, in a store below ``folder``."""
+    recipe, engine = session.recipe, session.engine
+    who = "base model" if weights == "base" else "trained model"
+    plan = evaluation_plan(session, images_per_prompt=recipe.eval.images_per_prompt)
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        model: FlowModel,
-        plan: SamplingPlan,
-        engine: Engine,
-        reporter: Reporter,
-        stop: StopFlag,
-    ) -> None:
-        self.recipe, self.model, self.plan, self.engine = recipe, model, plan, engine
-        self.reporter, self.stop = reporter, stop
-        self.prompts = open_prompts(recipe, recipe.prompts.eval)
-        self.judge = open_judge(recipe)
+    def open_tables() -> _Tables:
+        store = open_store(session, folder, plan, session.prompts("eval"), weights=weights)
+        return _Tables(open_reward_table(session, store), open_judge_table(session, store))
 
-    @property
-    def protocol(self) -> dict[str, Any]:
-        """What two results must share to be compared."""
-        identity = store_identity(self.recipe, self.model, self.plan, self.prompts)
-        return {key: value for key, value in identity.items() if key not in ("model", "weights", "image_format")}
-
-    def measure(self, folder: Path, *, weights: str) -> _Tables:
-        """The complete tables of the model as it is now."""
-        recipe, engine, reporter, stop = self.recipe, self.engine, self.reporter, self.stop
-        who = "base model" if weights == "base" else "trained model"
-
-        def open_tables() -> _Tables:
-            identity = store_identity(recipe, self.model, self.plan, self.prompts, weights=weights)
-            store = open_store(recipe, folder, identity, self.prompts, self.plan)
-            judgements = None if self.judge is None else open_judge_table(self.judge, store)
-            return _Tables(open_table(recipe, store), judgements)
-
-        tables = engine.from_main(open_tables)
-        store, label, share = tables.rewards.store, f"sampling, {who}", engine.local_world
-        fill_store(self.model, store, self.plan, engine, recipe=recipe, reporter=reporter, stop=stop, label=label)
-        pool, label = open_pool(recipe, sharing=share), f"scoring, {who}"
-        score_missing(tables.rewards, pool, engine, reporter=reporter, stop=stop, label=label)
-        with engine.together():
-            refuse_failures(tables.rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
-        if self.judge is None or tables.judgements is None:
-            return tables
-        pool, label = open_judge_pool(recipe, self.judge, sharing=share), f"judging, {who}"
-        score_missing(tables.judgements, pool, engine, reporter=reporter, stop=stop, label=label, refuse_empty=True)
+    tables = engine.from_main(open_tables)
+    fill_store(session, tables.rewards.store, plan, label=f"sampling, {who}")
+    score_missing(session, tables.rewards, open_reward_pool(session), label=f"scoring, {who}")
+    with engine.together():
+        refuse_failures(tables.rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+    judges = open_judge_pool(session)
+    if judges is not None and tables.judgements is not None:
+        score_missing(session, tables.judgements, judges, label=f"judging, {who}", refuse_empty=True)
         with engine.together():
             refuse_failures(tables.judgements, allowed=recipe.judge.max_failed_share, key="judge.max_failed_share")
-        return tables
+    return tables
 
 
-def report(
-    recipe: Recipe,
-    workspace: Path,
-    folder: RunFolder,
-    weights: RunWeights,
-    base: _Tables,
-    trained: _Tables,
-    protocol: dict[str, Any],
-) -> EvalResult:
-    """Compare the two models, and write results.json, the CSV, the picture grid and report.html into the run."""
+def protocol_of(session: Session) -> dict[str, Any]:
+    """What two evaluations must share to be compared, beside reward and judge."""
+    plan = evaluation_plan(session, images_per_prompt=session.recipe.eval.images_per_prompt)
+    identity = store_identity(session, plan, session.prompts("eval"))
+    return {key: value for key, value in identity.items() if key not in ("model", "weights", "image_format")}
+
+
+def report(session: Session, folder: RunFolder, weights: RunWeights, base: _Tables, trained: _Tables) -> EvalResult:
+    """Compare the two models, and write results.json, the CSV, the image grid and report.html into the run."""
+    recipe, workspace = session.recipe, session.workspace
     tables = {"base": base, "trained": trained}
     rated = {name: rate_tables(recipe, each.rewards, each.judgements) for name, each in tables.items()}
     before, after = rated["base"], rated["trained"]
-    protocol = protocol | {
+    protocol = protocol_of(session) | {
         "reward": dict(base.rewards.provenance),
         "judge": None if base.judgements is None else dict(base.judgements.provenance),
     }
@@ -289,7 +198,7 @@ def report(
         protocol=protocol_name(recipe, protocol, prompts=len(before.prompts)),
         failed=before.failed + after.failed,
         unjudged=before.unjudged + after.unjudged,
-        seen=seen_before(recipe),
+        seen=seen_before(session),
         step=weights.step,
         results=folder.path / "results.json",
         page=folder.path / "report.html",
@@ -346,15 +255,10 @@ def _head(
     }
 
 
-def seen_before(recipe: Recipe) -> int:
-    """How many of the evaluation's prompts are in the training or validation prompts, too."""
-    sources = recipe.prompts
-    known = {
-        record.prompt
-        for source in (sources.train, sources.validation)
-        for record in open_prompts(recipe, source).records
-    }
-    return sum(record.prompt in known for record in open_prompts(recipe, sources.eval).records)
+def seen_before(session: Session) -> int:
+    """How many of the evaluation's prompts are also in the training or validation prompts."""
+    seen = {record.prompt for split in ("train", "validation") for record in session.prompts(split).records}
+    return sum(record.prompt in seen for record in session.prompts("eval").records)
 
 
 def protocol_name(recipe: Recipe, protocol: dict[str, Any], *, prompts: int) -> str:
@@ -365,7 +269,7 @@ def protocol_name(recipe: Recipe, protocol: dict[str, Any], *, prompts: int) -> 
 
 
 def _image_rows(rated: Rated, table: ScoreTable, workspace: Path) -> list[dict[str, Any]]:
-    """The rows as JSON, each with the place of its picture below the workspace."""
+    """The rows as JSON, each with the place of its image below the workspace."""
     stored = [image for number in range(len(table.store.shards)) for image in table.store.images(number)]
     return [
         {**row.to_json(), "file": os.path.relpath(image.path, workspace)}
@@ -374,7 +278,7 @@ def _image_rows(rated: Rated, table: ScoreTable, workspace: Path) -> list[dict[s
 
 
 def compared(wanted: Iterable[Measure], base: Rated, trained: Rated, recipe: Recipe) -> Iterator[Comparison]:
-    """Intervals of each measure that both models' pictures have, over prompts."""
+    """Intervals of each measure that both models' images have, over prompts."""
     samples = recipe.eval.bootstrap
     for measure in wanted:
         if comparable(measure, base, trained):

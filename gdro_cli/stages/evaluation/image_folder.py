@@ -29,10 +29,11 @@ from gdro_cli.files import (
     write_json,
 )
 from gdro_cli.rewards.pool import ScoringStopped
-from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
-from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.setup.rewards import known_classes, measured, measures, open_pool, open_reward
+from gdro_cli.stages.evaluation.measures import measured
+from gdro_cli.stages.setup.reward import known_classes, measures
+from gdro_cli.stages.setup.scorers import open_reward_pool
+from gdro_cli.stages.setup.session import Session
 
 _LONGEST_LINE = 2**24
 PART = 8  # prompts scored between two files; an interruption costs at most one part
@@ -56,7 +57,7 @@ class FolderResult:
         return rows | {"pictures without a score": str(self.failed), "results": str(self.results)}
 
 
-def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) -> FolderResult:
+def run(session: Session, *, folder: Path) -> FolderResult:
     """Score the pictures in ``folder`` (the official layout) with the recipe's reward; no model is needed.
 
     Raises:
@@ -65,19 +66,18 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) ->
         StoreError: nothing, or nothing of one tag, could be scored.
         Interrupted: stopped by the user; finished parts are kept.
     """
+    recipe = session.recipe
     entries = read_image_folder(folder, task=recipe.prompts.task, classes=known_classes(recipe))
-    version = dict(open_reward(recipe).version)
+    version = dict(session.reward.version)
     content = [[entry.prompt.id, [sha256_file(path) for path in entry.pictures]] for entry in entries]
-    place = workspace / "folders" / f"{recipe.prompts.task}-{digest([content, version])}"
+    place = session.workspace / "folders" / f"{recipe.prompts.task}-{digest([content, version])}"
     make_folder(place)
-    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop, folder_lock(place / "lock"):
-        rows = score_parts(recipe, entries, place, reporter=reporter, stop=stop)
+    with session, folder_lock(place / "lock"):
+        rows = score_parts(session, entries, place)
         return report(recipe, folder, entries, rows, place, version)
 
 
-def score_parts(
-    recipe: Recipe, entries: tuple[PromptPictures, ...], place: Path, *, reporter: Reporter, stop: StopFlag
-) -> list[ScoreRow]:
+def score_parts(session: Session, entries: tuple[PromptPictures, ...], place: Path) -> list[ScoreRow]:
     """The score of every picture, in order; parts that an earlier call has finished are read.
 
     Raises:
@@ -86,17 +86,20 @@ def score_parts(
     """
     parts = {place / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
     missing = [path for path in parts if not path.exists() or _lacks_digest(path)]
-    stopped = f"stopped while scoring; what is done is kept in {place}: run the command again to go on"
+    stopped = f"stopped while scoring; what is done is kept in {place}: run the command again to continue"
     if missing:
         total = sum(len(entry.pictures) for path in missing for entry in parts[path])
-        with open_pool(recipe) as pool, reporter.track("scoring", total=total, unit="images") as progress:
+        with (
+            open_reward_pool(session, sharing=1) as pool,
+            session.reporter.track("scoring", total=total, unit="images") as progress,
+        ):
             for path in missing:
                 asked = [
                     (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.pictures)
                 ]
                 files, prompts = [file for *_, file in asked], [prompt for prompt, *_ in asked]
                 try:
-                    scores = pool.score(files, prompts, on_scored=progress.advance, stop=lambda: stop.requested)
+                    scores = pool.score(files, prompts, on_scored=progress.advance, stop=lambda: session.stop.requested)
                 except ScoringStopped as error:
                     raise Interrupted(stopped) from error
                 rows = [
@@ -104,7 +107,7 @@ def score_parts(
                     for (prompt, index, _), score in zip(asked, scores, strict=True)
                 ]
                 write_bytes(path, part_bytes(rows))
-                stop.check(stopped)
+                session.stop.check(stopped)
     return [row for path, part in parts.items() for row in _read(path, part)]
 
 
@@ -178,7 +181,7 @@ def report(
     return FolderResult(found, failed, path)
 
 
-def write_pictures(folder: Path, tables: dict[str, ScoreTable], *, check: Callable[[], None] = lambda: None) -> None:
+def write_images(folder: Path, tables: dict[str, ScoreTable], *, check: Callable[[], None] = lambda: None) -> None:
     """Write the pictures of each table's store in the official layout into a folder of its name; all or nothing.
 
     ``check`` is called before each prompt; what it raises ends the writing.

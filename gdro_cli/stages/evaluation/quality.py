@@ -21,7 +21,8 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.rewards.base import UnreadableImageError, read_rgb
 from gdro_cli.rewards.judge.base import AXES
-from gdro_cli.stages.setup.rewards import Measure, Measured, measured, measures
+from gdro_cli.stages.evaluation.measures import Measured, measured
+from gdro_cli.stages.setup.reward import Measure, measures
 
 GROUP_SIGNALS = ("diversity", "rank_disagreement")
 

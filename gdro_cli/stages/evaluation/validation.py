@@ -16,31 +16,30 @@ from typing import Any
 from torch import Tensor
 
 from gdro_cli.config.base import digest
-from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import json_bytes, parse_json, read_bytes, sha256, write_bytes, write_json
-from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
-from gdro_cli.runtime.distributed import Engine
-from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.stages.evaluation.measures import headline
 from gdro_cli.stages.evaluation.quality import GROUP_SIGNALS, Rated, joined, pair_verdict, quality_measures, rate
 from gdro_cli.stages.reporting.image_sheet import draw_sheet
-from gdro_cli.stages.sampling.sample import decode_images, sample_images
-from gdro_cli.stages.scoring.drawn import score_drawn, why_none
-from gdro_cli.stages.setup.judging import open_judge, open_judge_pool
-from gdro_cli.stages.setup.rewards import Measure, measures, open_pool, open_reward, trained_detail
-from gdro_cli.stages.setup.workspace import SamplingPlan, evaluation_plan, open_prompts
+from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
+from gdro_cli.stages.scoring.fresh_images import score_images, why_none
+from gdro_cli.stages.setup.reward import Measure, trained_detail
+from gdro_cli.stages.setup.scorers import open_judge_pool, open_reward_pool
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import SamplingPlan, evaluation_plan
 
 FOLDER = "validation"
 _BASE = "base.json"
 
 
 class PointGivenUp(Interrupted):
-    """A stop was asked for while the pictures of an evaluation point were scored, and the scores did not come soon.
+    """A stop was asked for while the images of an evaluation point were scored, and the scores did not come soon.
 
     All processes raise it.
     """
@@ -55,21 +54,25 @@ class Protocol:
     measures: str
     """To be compared by everything but the reward that is trained on, which may be another."""
     base: str
-    """For the untrained model to have the same rows and pictures."""
+    """For the untrained model to have the same rows and images."""
 
 
-def validation_protocol(recipe: Recipe, model: FlowModel, prompts: PromptSet) -> Protocol:
+def validation_plan(session: Session) -> SamplingPlan:
+    """How the images of an evaluation point are sampled."""
+    return evaluation_plan(session, images_per_prompt=session.recipe.eval.validation_images_per_prompt)
+
+
+def validation_protocol(session: Session) -> Protocol:
     """What the evaluation points of a recipe depend on, beside the adapter."""
-    plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
-    judge = open_judge(recipe)
-    versions = [dict(open_reward(recipe).version), None if judge is None else dict(judge.version)]
-    drawn = [*astuple(plan), prompts.digest]
-    who = {key: value for key, value in model.identity.items() if key != "path"}
-    text = [who, str(model.dtype), recipe.model.max_sequence_length]
+    recipe, model, judge = session.recipe, session.model, session.judge
+    versions = [dict(session.reward.version), None if judge is None else dict(judge.version)]
+    images = [*astuple(validation_plan(session)), session.prompts("validation").digest]
+    identity = {key: value for key, value in model.identity.items() if key != "path"}
+    text = [identity, str(model.dtype), recipe.model.max_sequence_length]
     return Protocol(
-        points=digest([*drawn, recipe.eval.weights, *versions, {"trained on": trained_detail(recipe)}]),
-        measures=digest([*drawn, recipe.eval.weights, *versions, *text]),
-        base=digest([*drawn, *versions, *text, recipe.eval.grid_prompts]),
+        points=digest([*images, recipe.eval.weights, *versions, {"trained on": trained_detail(recipe)}]),
+        measures=digest([*images, recipe.eval.weights, *versions, *text]),
+        base=digest([*images, *versions, *text, recipe.eval.grid_prompts]),
     )
 
 
@@ -80,14 +83,12 @@ class Validation:
     The job's processes share the sampling; the main one scores and judges, and only it knows the results.
     """
 
-    recipe: Recipe
-    model: FlowModel
-    engine: Engine
+    session: Session
     prompts: PromptSet
     plan: SamplingPlan
     conditioning: list[Conditioning]
     folder: Path
-    """For the base model's rows and the sheets of pictures."""
+    """For the base model's rows and the image sheets."""
     rewards: ScoringPool | None
     """None in the other processes."""
     judges: ScoringPool | None
@@ -96,50 +97,36 @@ class Validation:
     """Digest of what two points must share to be compared."""
     shared: Path
     """Folder of the base model's rows that all runs of the workspace share."""
-    stop: StopFlag
-    """Heard while pictures are scored and judged; a point that is given up then is measured by the next start."""
     base: Rated | None = field(default=None)
-    """The untrained model's pictures, what verdicts compare with."""
+    """The untrained model's images, with which verdicts compare."""
     base_seconds: float = 0.0
-    """Wall time of getting them."""
-    asked: bool = False
-    """Whether ``base`` has been looked for."""
+    """Wall time of measuring or reading them."""
+    base_sought: bool = False
+    """Whether ``know_base`` has run."""
 
     @classmethod
-    def open(
-        cls,
-        recipe: Recipe,
-        model: FlowModel,
-        engine: Engine,
-        run: Path,
-        stack: ExitStack,
-        *,
-        stop: StopFlag,
-        rewards: ScoringPool | None = None,
-    ) -> Validation:
-        """Encode the prompts and start the scoring processes, which end with ``stack``; ``rewards`` run already."""
-        prompts = open_prompts(recipe, recipe.prompts.validation)
-        plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
-        conditioning = model.encode([prompt.prompt for prompt in prompts.records])
-        model.release_encoders()
-        protocol = engine.from_main(lambda: validation_protocol(recipe, model, prompts))
-        judge = open_judge(recipe) if engine.is_main else None
-        if rewards is None and engine.is_main:
-            rewards = stack.enter_context(open_pool(recipe))
-        judges = None if judge is None else stack.enter_context(open_judge_pool(recipe, judge))
+    def open(cls, session: Session, run: Path, stack: ExitStack, *, rewards: ScoringPool | None = None) -> Validation:
+        """Encode the prompts and start the scoring processes, which end with ``stack``; ``rewards`` already runs."""
+        engine, prompts = session.engine, session.prompts("validation")
+        conditioning = session.model.encode([prompt.prompt for prompt in prompts.records])
+        session.model.release_encoders()
+        protocol = engine.from_main(lambda: validation_protocol(session))
+        judges = None
+        if engine.is_main:
+            rewards = rewards or stack.enter_context(open_reward_pool(session, sharing=1))
+            judges = open_judge_pool(session, sharing=1)
+            if judges is not None:
+                stack.enter_context(judges)
         return cls(
-            recipe,
-            model,
-            engine,
-            prompts,
-            plan,
-            conditioning,
-            run / FOLDER,
-            rewards,
-            judges,
-            protocol.points,
-            run.parent.parent / FOLDER / protocol.base,
-            stop,
+            session=session,
+            prompts=prompts,
+            plan=validation_plan(session),
+            conditioning=conditioning,
+            folder=run / FOLDER,
+            rewards=rewards,
+            judges=judges,
+            protocol=protocol.points,
+            shared=run.parent.parent / FOLDER / protocol.base,
         )
 
     def know_base(self, without_adapter: Callable[[], AbstractContextManager[object]]) -> None:
@@ -147,14 +134,14 @@ class Validation:
 
         Once; all processes together.
         """
-        if self.asked:
+        if self.base_sought:
             return
         began = time.perf_counter()
-        self.asked = True
-        if not self.engine.from_main(self._recall_base):
+        self.base_sought = True
+        if not self.session.engine.from_main(self._recall_base):
             with without_adapter():
                 self.base = self.look(step=0)
-            with self.engine.together():
+            with self.session.engine.together():
                 if self.base is not None:
                     self._keep_base(self.base)
         self.base_seconds = time.perf_counter() - began
@@ -190,29 +177,29 @@ class Validation:
             EndedElsewhere: an error in another process.
         """
         began = time.perf_counter()
-        known = self.engine.from_main(lambda: self._base_serves(step))
+        known = self.session.engine.from_main(lambda: self._base_serves(step))
         rated = self.base if known else self.look(step=step)
-        with self.engine.together():
+        with self.session.engine.together():
             return None if rated is None else self._row(rated, known, began)
 
     def _base_serves(self, step: int) -> bool:
-        """Whether the base model's pictures are the adapter's: at step 0 it has not learnt and changes nothing."""
-        drawn = self._sheet(0).is_file() or not self.recipe.eval.grid_prompts
+        """Whether the base model's images are the adapter's: at step 0 it has not learnt and changes nothing."""
+        drawn = self._sheet(0).is_file() or not self.session.recipe.eval.grid_prompts
         return step == 0 and drawn and self.base is not None
 
     def _row(self, rated: Rated, known: bool, began: float) -> tuple[dict[str, float | int | str], Verdict | None]:
-        samples, headline = self.recipe.eval.bootstrap, measures(self.recipe)[0]
-        interval = rated.values(Measure("reward", trained_detail(self.recipe))).interval(samples=samples)
+        samples, first = self.session.recipe.eval.bootstrap, headline(self.session.recipe)
+        interval = rated.values(Measure("reward", trained_detail(self.session.recipe))).interval(samples=samples)
         row: dict[str, float | int | str] = {
             "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
         }
-        for measure in (headline, *quality_measures(self.recipe)):
+        for measure in (first, *quality_measures(self.session.recipe)):
             if rated.has(measure):
                 row[measure.name] = rated.values(measure).interval(samples=samples).mean
-        found = None if self.base is None else pair_verdict(self.recipe, self.base, rated)
+        found = None if self.base is None else pair_verdict(self.session.recipe, self.base, rated)
         row |= {} if found is None else {"verdict": found.level}
         row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
         row |= {"unjudged": rated.unjudged} if rated.judged else {}
@@ -225,8 +212,8 @@ class Validation:
             [self.plan.image_seed(prompt.id, index) for index in range(self.plan.images_per_prompt)]
             for prompt in self.prompts.records
         ]
-        size, engine = self.recipe.sample.batch_size, self.engine
-        latents = sample_images(self.model, self.conditioning, seeds, self.plan, batch_size=size, split=engine)
+        size, engine = self.session.recipe.sample.batch_size, self.session.engine
+        latents = sample_images(self.session.model, self.conditioning, seeds, self.plan, batch_size=size, split=engine)
         rated, given_up = None, False
         with engine.together():
             try:
@@ -235,22 +222,22 @@ class Validation:
                 given_up = True
         if engine.any(given_up):
             raise PointGivenUp(
-                f"stopped while the pictures of step {step} were scored; run the same command again to go on"
+                f"stopped while the images of step {step} were scored; run the same command again to continue"
             )
         return rated
 
     def _rated(self, latents: Tensor, step: int) -> Rated:
-        """Score and judge the images, and draw the sheet of pictures of a step."""
+        """Score and judge the images, and draw the sheet of images of a step."""
         if self.rewards is None:
             raise RuntimeError("only the main process scores")
-        size = self.recipe.sample.batch_size
-        pictures = decode_images(self.model, latents, self.plan, batch_size=size)
+        size = self.session.recipe.sample.batch_size
+        images = decode_images(self.session.model, latents, self.plan, batch_size=size)
         count = self.plan.images_per_prompt
         asked = self._asked
         texts = [prompt for prompt, _ in asked]
 
         def rows(pool: ScoringPool) -> list[ScoreRow]:
-            found = score_drawn(pool, pictures, texts, stop=self.stop)
+            found = score_images(pool, images, texts, stop=self.session.stop)
             return [
                 ScoreRow(prompt.id, index, score.value, score.reason, score.details)
                 for (prompt, index), score in zip(asked, found, strict=True)
@@ -261,15 +248,15 @@ class Validation:
             why = why_none(row.reason for row in scored)
             raise StoreError(f"none of the {len(scored)} validation images could be scored {why}")
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
-        full = [joined(self.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
-        if shown := self.prompts.records[: self.recipe.eval.grid_prompts]:
-            sheet = {f"step {step}": [(pictures[i * count], full[i * count]) for i in range(len(shown))]}
+        full = [joined(self.session.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
+        if shown := self.prompts.records[: self.session.recipe.eval.grid_prompts]:
+            sheet = {f"step {step}": [(images[i * count], full[i * count]) for i in range(len(shown))]}
             draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet)
-        return rate(self.recipe, self.prompts.records, full, pictures, judged=self.judges is not None)
+        return rate(self.session.recipe, self.prompts.records, full, images, judged=self.judges is not None)
 
     @property
     def _asked(self) -> list[tuple[PromptRecord, int]]:
-        """The prompt of each picture, and its place among the prompt's."""
+        """The prompt of each image, and its place among the prompt's."""
         count = self.plan.images_per_prompt
         return [(prompt, index) for prompt in self.prompts.records for index in range(count)]
 
@@ -278,7 +265,7 @@ class Validation:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a sheet of pictures, if there is one."""
+    """Copy a sheet of images, if there is one."""
     if source.is_file():
         write_bytes(target, read_bytes(source))
 

@@ -21,13 +21,13 @@ from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Merged, merge_into, read_adapter, refuse_undecodable
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.comparison.compare import find_run_folder
 from gdro_cli.stages.exporting import hub
 from gdro_cli.stages.reporting.evaluation_report import weights_text
 from gdro_cli.stages.reporting.model_card import CARD, EXPORTED_GRID, EXPORTED_RECIPE, Place, card
 from gdro_cli.stages.reporting.redaction import recipe_yaml
 from gdro_cli.stages.runs.finished_run import FinishedRun, open_finished
-from gdro_cli.stages.setup.workspace import EMBEDDED
+from gdro_cli.stages.runs.identity import run_named
+from gdro_cli.stages.setup.model import EMBEDDED
 from gdro_cli.tiny.assets import tiny_model_path
 
 
@@ -75,7 +75,7 @@ def describe(asked: Export, workspace: Path) -> list[tuple[str, str]]:
         UserError, PrerequisiteError, StoreError: as ``run``, except for what only the upload finds.
     """
     asked.check()
-    run = open_finished(find_run_folder(asked.run, workspace))
+    run = open_finished(run_named(asked.run, workspace))
     rows = [("run", run.name), ("adapter", weights_text(run.weights)), ("base model", str(run.model["path"]))]
     beside = [CARD, EXPORTED_RECIPE, *([EXPORTED_GRID] if _grid(run) else [])]
     if asked.merge is not None:
@@ -111,7 +111,7 @@ def run(asked: Export, workspace: Path, reporter: Reporter) -> dict[str, str]:
 
 
 def _run(asked: Export, workspace: Path, reporter: Reporter, stop: StopFlag) -> dict[str, str]:
-    found = open_finished(find_run_folder(asked.run, workspace))
+    found = open_finished(run_named(asked.run, workspace))
     nothing = "stopped before anything was exported: run the command again"
     if asked.push is not None:
         with _ending_at_once(stop, nothing):

@@ -61,7 +61,7 @@ def make_repository(repo: str, *, public: bool) -> bool:
 def upload(folder: Path, repo: str, *, message: str, again: str) -> str:
     """Upload all files of a folder in one commit; returns the repository's address.
 
-    ``again`` tells how to go on after a failure.
+    ``again`` tells how to continue after a failure.
 
     Raises:
         PrerequisiteError: the Hub refuses or cannot be reached.

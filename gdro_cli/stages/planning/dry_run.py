@@ -20,22 +20,12 @@ from gdro_cli.models.published import PublishedFolder
 from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import evaluation_time, sampling_needs, training_needs
 from gdro_cli.stages.runs.identity import run_path
-from gdro_cli.stages.setup.workspace import (
-    image_size,
-    model_folder,
-    open_model,
-    open_prompts,
-    refuse_online,
-    runs_folder,
-    store_identity,
-    store_path,
-    stores_folder,
-    training_plan,
-)
+from gdro_cli.stages.setup.model import model_folder, open_model
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import runs_folder, store_path, stores_folder, training_identity, training_plan
 from gdro_cli.stages.training.batch_sizes import check_shares, images_per_process, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
 from gdro_cli.stages.training.rounds import steps_per_round
-from gdro_cli.stages.training.training_data import expected_inputs
 
 PIXEL_BYTES = 1.6  # a PNG of a generated picture, per pixel: measured on a store of the embedded model
 
@@ -47,61 +37,58 @@ def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> 
         UserError: prompts cannot be used, or the processes cannot share a training step.
         PrerequisiteError: the model is missing.
     """
-    if stage != "train" and stage != "eval":
-        refuse_online(recipe, stage)
+    session = Session(recipe, workspace, planning=True)
+    if stage in ("sample", "score"):
+        session.require_store(stage)
     if stage == "train":
         check_shares(recipe, world)
     folder = open_folder(model_folder(recipe))
+    has_weights = not isinstance(folder, PublishedFolder)
     estimate = Estimate(recipe, world=world)
-    here = not isinstance(folder, PublishedFolder)
-    model: FlowModel = open_model(recipe, folder=folder) if here else estimate.model.flow
-    height, width = image_size(recipe, model)
+    session.model = model = open_model(recipe, folder=folder) if has_weights else estimate.model.flow
+    height, width = session.image_size
     rows = [
         ("recipe", f"{recipe.name}, digest {recipe.digest()}"),
-        ("model", f"{recipe.model.path} ({model.family}), pictures {width} x {height}"),
+        ("model", f"{recipe.model.path} ({model.family}), images {width} x {height}"),
     ]
-    if not here:
+    if not has_weights:
         rows.append(("weights", f"not here; described from the published configuration of {recipe.model.path}"))
     if stage == "eval":
-        return rows + _evaluation(recipe) + sampling_needs(estimate) + evaluation_time(estimate)
+        return rows + _evaluation(session) + sampling_needs(estimate) + evaluation_time(estimate, session)
     if recipe.online_method is not None:
-        return rows + _online(recipe, recipe.online_method, model, workspace, here) + training_needs(estimate)
-    rows += describe_store(recipe, model, workspace, here=here)
+        return rows + _online(session, recipe.online_method, has_weights) + training_needs(estimate, session)
+    rows += describe_store(session, has_weights=has_weights)
     if stage == "score":
         return rows
-    rows += [_encodings(recipe, estimate), *sampling_needs(estimate)]
-    return rows + _training(recipe, model, workspace, world) + training_needs(estimate) if stage == "train" else rows
+    size = len(session.prompts("train")) * estimate.text_per_prompt
+    rows.append(("text encodings", f"{size / 1e6:.0f} MB more on disk, and in the CPU's memory while training"))
+    rows += sampling_needs(estimate)
+    return rows + _training(session, world) + training_needs(estimate, session) if stage == "train" else rows
 
 
-def _encodings(recipe: Recipe, estimate: Estimate) -> tuple[str, str]:
-    prompts = len(open_prompts(recipe, recipe.prompts.train))
-    size = prompts * estimate.text_per_prompt
-    return "text encodings", f"{size / 1e6:.0f} MB more on disk, and in the CPU's memory while training"
+def describe_store(session: Session, *, has_weights: bool = True) -> list[tuple[str, str]]:
+    """Lines about the training store: its path, counts, what it holds already, what it costs.
 
-
-def describe_store(recipe: Recipe, model: FlowModel, workspace: Path, *, here: bool = True) -> list[tuple[str, str]]:
-    """Lines about the training store: where it lies, its counts, what is there, what it costs.
-
-    ``here``: whether the model's weights are, without which the store has no name.
+    ``has_weights``: whether the model's weights are on this machine; without them the store has no name.
     """
-    prompts = open_prompts(recipe, recipe.prompts.train)
-    plan = training_plan(recipe, model)
-    images = len(prompts) * plan.images_per_prompt
-    path = stores_folder(workspace) / "(named when the weights are there)"
-    if here:
-        path = store_path(recipe, stores_folder(workspace), store_identity(recipe, model, plan, prompts))
+    recipe, model, plan = session.recipe, session.model, training_plan(session)
+    prompts = len(session.prompts("train"))
+    images = prompts * plan.images_per_prompt
+    path = stores_folder(session.workspace) / "(named once the weights are here)"
+    if has_weights:
+        path = store_path(session, stores_folder(session.workspace), training_identity(session))
     if path.exists():
         store = GroupStore.open(path)
         missing = len(store.missing_shards())
-        state = f"{len(store.shards) - missing} of {len(store.shards)} shards are there"
+        state = f"{len(store.shards) - missing} of {len(store.shards)} shards are made"
     else:
-        state = "nothing is there yet"
+        state = "none is made yet"
     latent_bytes = images * math.prod(model.latent_shape(height=plan.height, width=plan.width)) * model.dtype.itemsize
     twice = ", 2 passes each" if takes_two_passes(model, plan.guidance) else ""
     disk = latent_bytes + images * plan.height * plan.width * PIXEL_BYTES
     return [
         ("store", str(path)),
-        ("samples", f"{len(prompts)} prompts x {plan.images_per_prompt} = {images} images; {state}"),
+        ("samples", f"{prompts} prompts x {plan.images_per_prompt} = {images} images; {state}"),
         ("forward passes", f"{math.ceil(images / recipe.sample.batch_size)} batches x {plan.steps} steps{twice}"),
         ("guidance", _guidance(model, plan.guidance)),
         ("disk", f"about {disk / 1e6:.0f} MB and the text encoders' outputs"),
@@ -121,20 +108,18 @@ def _guidance(model: FlowModel, scale: float, *, online: bool = False) -> str:
     return f"{scale:g}, so none: classifier-free guidance begins above 1"
 
 
-def _online(
-    recipe: Recipe, method: OnlineMethod, model: FlowModel, workspace: Path, here: bool
-) -> list[tuple[str, str]]:
-    train = recipe.train
+def _online(session: Session, method: OnlineMethod, has_weights: bool) -> list[tuple[str, str]]:
+    recipe, model, train = session.recipe, session.model, session.recipe.train
     images = method.prompts_per_round * method.group_size
     rounds = math.ceil(train.steps / method.steps_per_round)
-    height, width = image_size(recipe, model)
+    height, width = session.image_size
     values = math.prod(model.latent_shape(height=height, width=width)) * method.train_sample_steps
     guidance = policy_guidance(recipe, method)
     return [
-        ("runs", str(runs_folder(workspace))),
-        *([("run", run_path(recipe, workspace, expected_inputs(recipe, model)).name)] if here else []),
+        ("runs", str(runs_folder(session.workspace))),
+        *([("run", run_path(session).name)] if has_weights else []),
         ("method", f"{method.name}, clip range {method.clip_range:g}, KL weight {method.beta_kl:g}"),
-        ("prompts", f"{len(open_prompts(recipe, recipe.prompts.train))}"),
+        ("prompts", str(len(session.prompts("train")))),
         ("round", f"{method.prompts_per_round} prompts x {method.group_size} = {images} images, sampled and scored"),
         (
             "sampling",
@@ -148,17 +133,18 @@ def _online(
     ]
 
 
-def _training(recipe: Recipe, model: FlowModel, workspace: Path, world: int) -> list[tuple[str, str]]:
+def _training(session: Session, world: int) -> list[tuple[str, str]]:
+    recipe, model = session.recipe, session.model
     train, method = recipe.train, recipe.group_method
     images, own = train.groups_per_step * method.k, images_per_process(recipe, world)
     micro = min(train.micro_batch or own, own)
-    height, width = image_size(recipe, model)
+    height, width = session.image_size
     other: Reduction = "sum" if method.reduction == "mean" else "mean"
     dims = math.prod(model.latent_shape(height=height, width=width))
     same = equivalent_beta(method.beta, latent_dims=dims, given=method.reduction, wanted=other)
     shared = f", {own} in each of {world} processes" if world > 1 else ""
     return [
-        ("runs", str(runs_folder(workspace))),
+        ("runs", str(runs_folder(session.workspace))),
         (
             "method",
             f"{method.name}, K {method.k}, beta {method.beta:g} (errors are a {method.reduction} over {dims} numbers;"
@@ -185,8 +171,8 @@ def _rounds(recipe: Recipe) -> list[tuple[str, str]]:
     ]
 
 
-def _evaluation(recipe: Recipe) -> list[tuple[str, str]]:
-    prompts = open_prompts(recipe, recipe.prompts.eval)
+def _evaluation(session: Session) -> list[tuple[str, str]]:
+    recipe, prompts = session.recipe, session.prompts("eval")
     images = len(prompts) * recipe.eval.images_per_prompt
     return [
         (

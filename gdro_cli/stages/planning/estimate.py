@@ -30,7 +30,7 @@ from gdro_cli.models.diffusers_flow import DtypeName
 from gdro_cli.models.family import decoded_at_once
 from gdro_cli.models.meta_model import BlankModel, Part, blank_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, trace_forward, trace_update, whole_update, whole_work
-from gdro_cli.stages.setup.workspace import EMBEDDED, model_folder, open_prompts
+from gdro_cli.stages.setup.model import EMBEDDED, model_folder
 from gdro_cli.stages.training.batch_sizes import images_per_process, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
 
@@ -254,11 +254,10 @@ class Estimate:
         decoding = decoding_work(self.shape, 1)
         return drawn + (0 if decoding is None else images * decoding.flops)
 
-    @property
-    def store_flops(self) -> float:
-        """Operations to sample the groups, in all rounds."""
+    def store_flops(self, prompts: int) -> float:
+        """Operations to sample the groups of so many prompts, in all rounds."""
         sample = self.recipe.sample
-        images = len(open_prompts(self.recipe, self.recipe.prompts.train)) * sample.images_per_prompt
+        images = prompts * sample.images_per_prompt
         return self.recipe.train.rounds * self.drawing_flops(images, steps=sample.steps, passes=self.passes)
 
     @property

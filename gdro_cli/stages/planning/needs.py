@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours
 from gdro_cli.stages.planning.estimate import Estimate
-from gdro_cli.stages.setup.workspace import open_prompts
+from gdro_cli.stages.setup.session import Session
 
 Rows = list[tuple[str, str]]
 
@@ -29,7 +29,7 @@ def sampling_needs(estimate: Estimate) -> Rows:
     ]
 
 
-def training_needs(estimate: Estimate) -> Rows:
+def training_needs(estimate: Estimate, session: Session) -> Rows:
     """Adapter, memory of training, operations and GPU hours of the whole job."""
     recipe, adapter = estimate.recipe, estimate.adapter
     train = recipe.train
@@ -51,14 +51,17 @@ def training_needs(estimate: Estimate) -> Rows:
             f" {adapter.optimizer / 1e6:.0f} MB",
         ),
         ("memory, training", memory + shared),
-        *_time(estimate),
+        *_time(estimate, session),
     ]
 
 
-def _time(estimate: Estimate) -> Rows:
+def _time(estimate: Estimate, session: Session) -> Rows:
     recipe = estimate.recipe
     if recipe.online_method is None:
-        parts = {"sampling": estimate.store_flops, "training": recipe.train.steps * estimate.step_flops}
+        parts = {
+            "sampling": estimate.store_flops(len(session.prompts("train"))),
+            "training": recipe.train.steps * estimate.step_flops,
+        }
     else:
         parts = dict(zip(("rollouts", "updates"), estimate.online_flops, strict=True))
     return [
@@ -67,10 +70,10 @@ def _time(estimate: Estimate) -> Rows:
     ]
 
 
-def evaluation_time(estimate: Estimate) -> Rows:
+def evaluation_time(estimate: Estimate, session: Session) -> Rows:
     """GPU hours of drawing the held-out prompts with both models."""
     recipe = estimate.recipe
-    images = 2 * len(open_prompts(recipe, recipe.prompts.eval)) * recipe.eval.images_per_prompt
+    images = 2 * len(session.prompts("eval")) * recipe.eval.images_per_prompt
     flops = estimate.drawing_flops(images, steps=recipe.eval_steps, passes=estimate.passes)
     return [("GPU hours", f"{hours(flops)} {_ASSUMED}")]
 

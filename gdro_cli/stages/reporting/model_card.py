@@ -21,7 +21,7 @@ from gdro_cli.stages.reporting.html import MISSING, flat
 from gdro_cli.stages.reporting.markdown import Markdown, escape, fenced, render
 from gdro_cli.stages.reporting.redaction import changed_keys, command, last_part
 from gdro_cli.stages.runs.finished_run import FinishedRun, open_finished
-from gdro_cli.stages.setup.workspace import EMBEDDED
+from gdro_cli.stages.setup.model import EMBEDDED
 
 CARD = "README.md"
 EXPORTED_RECIPE = "recipe.yaml"

@@ -14,7 +14,7 @@ from gdro_cli.config.base import differences
 from gdro_cli.config.recipe import Recipe, load_recipe, shipped_recipes
 from gdro_cli.config.sweep import full_key
 from gdro_cli.errors import UserError
-from gdro_cli.stages.setup.workspace import EMBEDDED
+from gdro_cli.stages.setup.model import EMBEDDED
 
 ADDRESS = "https://judge.invalid/v1"
 """Stands for the address of a judge."""

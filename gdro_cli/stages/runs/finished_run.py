@@ -17,12 +17,12 @@ from gdro_cli.config.recipe import Recipe, build_recipe
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.files import sha256_file
 from gdro_cli.models.adapters import LORA_FILE
-from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import FAMILIES
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.results import read_shown
 from gdro_cli.stages.runs.weights import RunWeights
-from gdro_cli.stages.setup.workspace import evaluation_plan
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import evaluation_plan
 
 ADAPTER_NOTE = "adapter.json"
 _SCHEMA = 1
@@ -72,9 +72,10 @@ class FinishedRun:
         return self.folder.path / LORA_FILE
 
 
-def note_adapter(folder: RunFolder, recipe: Recipe, model: FlowModel, weights: RunWeights) -> Path:
-    """Write down what the adapter that now lies in the run is; returns the file."""
-    plan = evaluation_plan(recipe, model, images_per_prompt=1)
+def describe_adapter(session: Session, folder: RunFolder, weights: RunWeights) -> Path:
+    """Write ``adapter.json``: what the adapter in the run is. Returns the file."""
+    recipe, model = session.recipe, session.model
+    plan = evaluation_plan(session, images_per_prompt=1)
     note = {
         "schema": _SCHEMA,
         "model": {**model.identity, "family": model.family, "dtype": str(model.dtype).removeprefix("torch.")},

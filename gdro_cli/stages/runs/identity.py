@@ -1,4 +1,4 @@
-"""Where the run of a recipe lies: named by all that its training depends on, and by nothing else."""
+"""The name of a recipe's run: everything that its training depends on, and nothing else."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.suggest import similar
+from gdro_cli.errors import UserError
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.setup.workspace import runs_folder
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import runs_folder, training_identity
 
 # Keys that change how fast or how verbosely a run goes, or what is done after it, but not what it learns.
 _NOT_LEARNT_FROM: dict[str, Any] = {
@@ -64,21 +67,51 @@ def learnt_from(recipe: Recipe) -> dict[str, Any]:
     return kept
 
 
-def run_path(recipe: Recipe, workspace: Path, inputs: dict[str, str]) -> Path:
-    """Where the run of a recipe lies: named by all that its training depends on."""
-    return runs_folder(workspace) / f"{recipe.name}-{digest({'recipe': learnt_from(recipe), 'inputs': inputs})}"
+def run_inputs(session: Session) -> dict[str, str]:
+    """Digests of what the recipe's training starts from, which exist before any store does: they name the run.
+
+    A group method starts from a store and its scores. An online method keeps no store; it starts from prompts, model
+    and reward.
+    """
+    scores = digest(dict(session.reward.version))
+    if session.recipe.online_method is None:
+        return {"store": digest(training_identity(session)), "scores": scores}
+    model = {key: value for key, value in session.model.identity.items() if key != "path"}
+    text = [str(session.model.dtype), session.recipe.model.max_sequence_length]
+    return {"prompts": session.prompts("train").digest, "model": digest([model, *text]), "scores": scores}
 
 
-def open_run(recipe: Recipe, workspace: Path, inputs: dict[str, str]) -> RunFolder:
-    """Make or open the run folder of a recipe."""
+def run_path(session: Session) -> Path:
+    """Folder of the recipe's run, whether or not it exists."""
+    name = digest({"recipe": learnt_from(session.recipe), "inputs": run_inputs(session)})
+    return runs_folder(session.workspace) / f"{session.recipe.name}-{name}"
+
+
+def open_run(session: Session) -> RunFolder:
+    """Make or open the recipe's run folder."""
     return RunFolder.create_or_open(
-        run_path(recipe, workspace, inputs),
-        recipe=learnt_from(recipe),
-        inputs=inputs,
+        run_path(session),
+        recipe=learnt_from(session.recipe),
+        inputs=run_inputs(session),
         environment=environment(),
     )
 
 
-def find_run(recipe: Recipe, workspace: Path, inputs: dict[str, str]) -> RunFolder | None:
-    """The run folder of a recipe, if it has been made."""
-    return open_run(recipe, workspace, inputs) if run_path(recipe, workspace, inputs).exists() else None
+def find_run(session: Session) -> RunFolder | None:
+    """The recipe's run folder, or None if it does not exist."""
+    return open_run(session) if run_path(session).exists() else None
+
+
+_LISTED = 8
+"""Runs that a message names."""
+
+
+def run_named(name: str, workspace: Path) -> Path:
+    """The folder of a run, given as a path or by its name among the workspace's runs. Raises UserError."""
+    for path in (Path(name), runs_folder(workspace) / name):
+        if path.is_dir():
+            return path
+    names = sorted(path.parent.name for path in runs_folder(workspace).glob("*/recipe.json"))
+    listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
+    present = f"its runs are {listed}" if names else "it has no runs"
+    raise UserError(f"there is no run {name} in {workspace}{similar(name, names)} ({present})")

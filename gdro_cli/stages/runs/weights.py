@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from torch import Tensor
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import sha256_file, storage_errors
+from gdro_cli.models.adapters import Ema, load_lora_state
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.runs.identity import find_run
+from gdro_cli.stages.setup.model import attach_adapter
+from gdro_cli.stages.setup.session import Session
 
 STOPPED = "stopped.json"
 """Says at which step and why a run ended before its last one; see ``early_end``."""
@@ -121,6 +126,37 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
         chosen_by=None if kept is None else chosen.state,
         identity=f"{recipe.eval.weights} {sha256_file(file)}",
     )
+
+
+def trained_run(session: Session) -> tuple[RunFolder, RunWeights]:
+    """The run that ``gdro train`` made of the recipe, and the weights of it that the recipe evaluates.
+
+    Raises:
+        PrerequisiteError: there is no run, or it is not finished.
+    """
+    folder = find_run(session)
+    weights = None if folder is None else evaluated_weights(folder, session.recipe)
+    if folder is None or weights is None:
+        raise PrerequisiteError(
+            f"there is no trained model of the recipe {session.recipe.name} in {session.workspace}: run `gdro train`"
+            " with the same recipe, --set and --out first"
+        )
+    return folder, weights
+
+
+@contextmanager
+def applied(session: Session, weights: RunWeights) -> Iterator[None]:
+    """Attach the trained adapter to the session's model; inside the block the model is the one to evaluate."""
+    recipe = session.recipe
+    parameters = attach_adapter(recipe, session.model)
+    load_lora_state(session.model, weights.adapter)
+    if recipe.eval.weights == "raw":
+        yield
+        return
+    ema = Ema(parameters, recipe.train.ema.rate, recipe.train.ema.max_decay)
+    ema.load(weights.ema)
+    with ema.applied():
+        yield
 
 
 def best_folder(folder: RunFolder) -> Path:

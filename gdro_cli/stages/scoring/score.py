@@ -1,27 +1,18 @@
-"""Stage ``score``: give each stored image its reward. Scores are a side table; re-scoring never re-samples.
+"""Stage ``score``: give each stored image its reward. Scores are a side table; scoring again never samples again.
 
-An image that cannot be scored is missing with a reason, never zero; too many of them stop the stage.
+An image that cannot be scored is missing with a reason, never zero; too many missing images stop the stage.
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
-from gdro_cli.config.recipe import Recipe
-from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
-from gdro_cli.data.shard_times import add_time
-from gdro_cli.errors import Interrupted, StoreError
-from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
-from gdro_cli.runtime.distributed import Engine
-from gdro_cli.runtime.interrupt import STOPPING, StopFlag
-from gdro_cli.runtime.lock import clear_stale, folder_lock
-from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.sampling.sample import fill_store, own_part, training_store
-from gdro_cli.stages.setup.rewards import open_pool, open_table
-from gdro_cli.stages.setup.workspace import open_engine, open_model, refuse_online
+from gdro_cli.data.scores import ScoreSummary, ScoreTable
+from gdro_cli.stages.sampling.fill_store import fill_store
+from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing
+from gdro_cli.stages.setup.scorers import open_reward_pool, open_reward_table
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import SamplingPlan, open_training_store, training_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +38,8 @@ class ScoreResult:
         }
 
 
-def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
-    """Score the training store of ``recipe``; samples what is missing of it first.
+def run(session: Session) -> ScoreResult:
+    """Score the recipe's training store; samples what is missing of it first.
 
     Raises:
         UserError: the recipe's method keeps no store.
@@ -56,102 +47,42 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter) -> ScoreResult:
         StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
-    refuse_online(recipe, "score")
-    with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop:
-        engine = open_engine(recipe)
-        model = open_model(recipe, engine=engine)
-        store, plan = engine.from_main(lambda: training_store(recipe, workspace, model))
-        table = engine.from_main(lambda: open_table(recipe, store))
-        fill_store(model, store, plan, engine, recipe=recipe, reporter=reporter, stop=stop)
-        pool = open_pool(recipe, sharing=engine.local_world)
-        made = score_missing(table, pool, engine, reporter=reporter, stop=stop)
-        with engine.together():
-            refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
-        engine.end()
-    return ScoreResult(table, table.summary(), best_of_group(table), made)
+    session.require_store("score")
+    with session:
+        table, made = make_scored_store(session)
+        return ScoreResult(table, table.summary(), best_of_group(table), made)
 
 
-def score_missing(
-    table: ScoreTable,
-    pool: ScoringPool,
-    engine: Engine,
-    *,
-    reporter: Reporter,
-    stop: StopFlag,
-    label: str = "scoring",
-    refuse_empty: bool = False,
-) -> int:
-    """Score the shards that ``table`` lacks, all processes together, and return their number.
+def make_scored_store(session: Session) -> tuple[ScoreTable, int]:
+    """Sample and score what is missing of the training store, all processes together.
 
-    Each process has a ``pool`` of its own, which starts only if it has shards to score. ``refuse_empty`` takes a shard
-    without a single score for an outage: it is not kept, but asked again next time.
+    Returns:
+        The complete score table, and how many of its shards this call made.
 
     Raises:
-        Interrupted: a stop was asked for; finished shards are kept, and the one that is being scored if it is done
-            within ``STOP_GRACE`` seconds.
-        StoreError: another job is filling the table.
+        StoreError: too many images could not be scored, or another job is at work on them.
+        Interrupted: stopped by the user; finished shards are kept.
         EndedElsewhere: one of these was raised in another process.
     """
-    missing = engine.from_main(table.missing_shards)
-    if not missing:
-        if engine.is_main:
-            clear_stale(table.path / "lock")
-        return 0
-    store, own = table.store, engine.share(missing)
-    todo = sum(len(store.shards[number]) for number in own) * store.images_per_prompt
-    stopped = f"stopped while {label}; finished shards are kept in {table.path}: run the command again to go on"
-
-    def score_shard(number: int) -> None:
-        began = time.perf_counter()
-        images = store.images(number)
-        try:
-            scores = pool.score(
-                [image.path for image in images],
-                [image.prompt for image in images],
-                on_scored=progress.advance,
-                stop=lambda: stop.requested,
-            )
-        except ScoringStopped as error:
-            raise Interrupted(stopped) from error
-        rows = [
-            ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
-            for image, score in zip(images, scores, strict=True)
-        ]
-        if refuse_empty and all(row.value is None for row in rows):
-            raise StoreError(
-                f"stopped while {label}: not one of {len(rows)} images got an answer ({rows[0].reason}); what was"
-                f" finished is kept in {table.path}: mend the cause and run the command again"
-            )
-        table.write_shard(number, rows)
-        add_time(table.path, number, time.perf_counter() - began, processes=engine.world)
-        stop.check(stopped)
-
-    with (
-        engine.held_by_main(folder_lock(table.path / "lock")),
-        pool if own else nullcontext(),
-        reporter.track(label + own_part(engine), total=todo, unit="images") as progress,
-    ):
-        engine.take_turns(missing, score_shard)
-    return len(missing)
+    store = open_training_store(session)
+    table = session.engine.from_main(lambda: open_reward_table(session, store))
+    return table, fill_and_score(session, table, training_plan(session))
 
 
-def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
-    """Check the share of images without a score.
+def fill_and_score(session: Session, table: ScoreTable, plan: SamplingPlan, *, suffix: str = "") -> int:
+    """Sample what the store of ``table`` lacks, and score what the table lacks; returns the number of shards scored.
 
-    Raises:
-        StoreError: it is above ``allowed``, the value of the recipe key ``key``.
+    ``suffix`` is added to the labels of the progress lines. Raises what ``make_scored_store`` raises.
     """
-    totals = table.summary()
-    if totals.missing_share > allowed:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])
-        raise StoreError(
-            f"{totals.images - totals.scored} of {totals.images} images in {table.path} could not be scored, more than"
-            f" {key} ({allowed:g}) allows ({reasons}): mend the cause, delete that folder and run the command again"
-        )
+    fill_store(session, table.store, plan, label=f"sampling{suffix}")
+    made = score_missing(session, table, open_reward_pool(session), label=f"scoring{suffix}")
+    with session.engine.together():
+        refuse_failures(table, allowed=session.recipe.reward.max_failed_share, key="reward.max_failed_share")
+    return made
 
 
 def best_of_group(table: ScoreTable) -> float:
-    """Mean over the groups of their highest reward (nan if none is scored)."""
+    """Mean over the groups of their highest reward (nan if no image has a score)."""
     best: dict[str, float] = {}
     for row in table.rows():
         if row.value is not None:

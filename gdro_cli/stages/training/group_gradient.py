@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdro_cli.config.methods import DpoMethod, GdroMethod, GroupMethod, Top1Method
+from gdro_cli.config.methods import GroupMethod
 from gdro_cli.core.flow import interpolate, velocity_error, velocity_target
 from gdro_cli.core.losses import LossOutput, group_loss, image_weights
 from gdro_cli.core.seeds import generator
@@ -23,13 +23,8 @@ from gdro_cli.models.base import Conditioning, FlowModel
 
 def loss_arguments(method: GroupMethod) -> dict[str, Any]:
     """What ``group_loss`` and ``image_weights`` take from a recipe's method section."""
-    return {
-        "method": method.name,
-        "beta": method.beta,
-        "gamma": method.gamma,
-        "tau": method.tau if isinstance(method, (GdroMethod, Top1Method)) else None,
-        "pairs": method.pairs if isinstance(method, DpoMethod) else "best_worst",
-    }
+    settings = {key: getattr(method, key) for key in method.loss_settings}
+    return {"method": method.name, "beta": method.beta, "gamma": method.gamma, **settings}
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 A round draws groups of images with the current policy, scores them, and turns the rewards into advantages. Its
 optimizer steps then raise the likelihood of the sampling steps that led to better images of a group, and lower that of
-the others. A round is a function of its number and the weights it began with, so a run goes on bit-exactly from the end
+the others. A round is a function of its number and the weights it began with, so a run resumes bit-exactly from the end
 of any round.
 
 What differs from the public code is listed in docs/baselines.md.
@@ -20,33 +20,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.policy import clipped_surrogate, group_advantages, group_std
 from gdro_cli.core.sde import log_prob, step_kl
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, reference
-from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
+from gdro_cli.models.base import Conditioning, takes_two_passes
 from gdro_cli.rewards.base import Score
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
-from gdro_cli.runtime.distributed import Engine
-from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.scoring.drawn import score_drawn, why_none
-from gdro_cli.stages.setup.rewards import open_pool, trained_detail
-from gdro_cli.stages.setup.workspace import image_size, open_prompts
+from gdro_cli.stages.scoring.fresh_images import score_images, why_none
+from gdro_cli.stages.setup.reward import trained_detail
+from gdro_cli.stages.setup.scorers import open_reward_pool
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares
 from gdro_cli.stages.training.rollout import (
-    Drawn,
     Policy,
     Rollout,
+    RolloutImage,
     policy_guidance,
     prompts_of_round,
     roll_out,
     trained_steps,
 )
-from gdro_cli.stages.training.trainer import StepGradient
+from gdro_cli.stages.training.step_source import ResumePoint, StepGradient
 
 _SUMS = ("loss", "ratio_mean", "clip_fraction", "approx_kl", "kl")
 """Metrics of an update, each a mean over (image, sampling step)."""
@@ -65,7 +63,7 @@ class Round:
     advantages: Tensor
     """Of all images of all processes, in the order of the prompts [B * K]."""
     first: int
-    """Place of this process's first image among them."""
+    """Index of this process's first image among them."""
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
 
@@ -73,23 +71,23 @@ class Round:
 class OnlineSteps:
     """Each step learns from a part of the images of the present round; a ``StepSource``."""
 
-    shown: Mapping[str, str] = {"reward": "reward", "clip_fraction": "clipped", "ratio_mean": "ratio"}
+    progress_metrics: Mapping[str, str] = {"reward": "reward", "clip_fraction": "clipped", "ratio_mean": "ratio"}
     remedy = "lower train.lr"
 
-    def __init__(self, recipe: Recipe, model: FlowModel, engine: Engine) -> None:
-        method = recipe.online_method
+    def __init__(self, session: Session) -> None:
+        recipe, method = session.recipe, session.recipe.online_method
         if method is None:
-            raise TypeError(f"{recipe.method.name} is no online method")
-        check_shares(recipe, engine.world)
-        self.recipe, self.model, self.engine, self.method = recipe, model, engine, method
+            raise TypeError(f"{recipe.method.name} is not an online method")
+        check_shares(recipe, session.engine.world)
+        self.session, self.model, self.engine, self.method = session, session.model, session.engine, method
         self.seed = recipe.train_seed
-        self.prompts = open_prompts(recipe, recipe.prompts.train).records
+        self.prompts = session.prompts("train").records
         self.policy = Policy(
-            model=model,
+            model=session.model,
             method=method,
             guidance=policy_guidance(recipe, method),
-            size=image_size(recipe, model),
-            autocast=engine.autocast,
+            size=session.image_size,
+            autocast=session.engine.autocast,
         )
         self.conditioning: dict[str, Conditioning] = {}
         self.pool: ScoringPool | None = None
@@ -102,109 +100,103 @@ class OnlineSteps:
         if takes_two_passes(self.model, self.policy.guidance):
             self.model.unconditional()  # kept by the model
         self.model.release_encoders()
-        self.pool = stack.enter_context(open_pool(self.recipe, sharing=self.engine.local_world))
+        self.pool = stack.enter_context(open_reward_pool(self.session))
         return self.pool
 
-    def can_go_on_after(self, steps: int) -> bool:
-        """Only at the end of a round: its images were drawn with weights that are gone later."""
-        return steps % self.method.steps_per_round == 0
+    def resume_point(self, steps: int) -> ResumePoint:
+        """Only the end of a round: its images were drawn with weights that are gone later."""
+        return ResumePoint.NONE if steps % self.method.steps_per_round else ResumePoint.POSSIBLE
 
-    def needs_weights_of(self, steps: int) -> bool:
-        """No round outlives a stop."""
-        return False
-
-    def prepare(self, step: int, stop: StopFlag) -> bool:
-        """Draw and score a round where one begins; False if a stop was asked for on the way."""
+    def prepare(self, step: int) -> bool:
+        """Draw and score a round where one begins; False if a stop was asked for meanwhile."""
         number = step // self.method.steps_per_round
         if self.round is None or self.round.number != number:
             self.round = None  # frees its memory before the next is made
-            self.round = self._make_round(number, stop)
+            self.round = self._make_round(number)
         return self.round is not None
 
     # -- a round ------------------------------------------------------------------------------------------------
 
-    def _make_round(self, number: int, stop: StopFlag) -> Round | None:
+    def _make_round(self, number: int) -> Round | None:
         method, engine = self.method, self.engine
-        began = time.perf_counter()
-        whole = prompts_of_round(self.prompts, number, count=method.prompts_per_round, seed=self.seed)
-        share = len(whole) // engine.world
-        own = whole[engine.rank * share : (engine.rank + 1) * share]
-        drawn = [Drawn(prompt, visit, image) for prompt, visit in own for image in range(method.group_size)]
-        made = self._draw(drawn, stop)
-        if made is None:
+        start = time.perf_counter()
+        visits = prompts_of_round(self.prompts, number, count=method.prompts_per_round, seed=self.seed)
+        share = len(visits) // engine.world
+        own = visits[engine.rank * share : (engine.rank + 1) * share]
+        names = [RolloutImage(prompt, visit, image) for prompt, visit in own for image in range(method.group_size)]
+        drawn = self._draw(names)
+        if drawn is None:
             return None
-        rollout, pictures = made
+        rollout, images = drawn
         sampled = time.perf_counter()
-        rewards = self._rewards(drawn, pictures, number, stop)
+        rewards = self._rewards(names, images, number)
         if rewards is None:
             return None
-        seconds = {"sampling": sampled - began, "scoring": time.perf_counter() - sampled}
+        seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
         advantages = group_advantages(rewards, scale=method.advantage_std, clip=method.advantage_clip)
         first = number * method.steps_per_round
-        updates = min(method.steps_per_round, self.recipe.train.steps - first)
+        updates = min(method.steps_per_round, self.session.recipe.train.steps - first)
         return Round(
             number=number,
             rollout=rollout,
-            steps=trained_steps(method, drawn, seed=self.seed),
+            steps=trained_steps(method, names, seed=self.seed),
             conditioning=self.model.batch_conditioning([self.conditioning[prompt.id] for prompt, _ in own]),
             advantages=advantages.flatten(),
-            first=engine.rank * len(drawn),
+            first=engine.rank * len(names),
             metrics={"round": number + 1, **_reward_metrics(rewards, advantages)},
             seconds={name: value / updates for name, value in seconds.items()},
         )
 
-    def _draw(self, drawn: list[Drawn], stop: StopFlag) -> tuple[Rollout, list[Image.Image | None]] | None:
-        """Latents and pictures of this process's images; None if a stop was asked for in any process."""
-        size = self.recipe.sample.batch_size
+    def _draw(self, names: list[RolloutImage]) -> tuple[Rollout, list[Image.Image | None]] | None:
+        """Latents and images of this process; None if a stop was asked for in any process."""
+        size = self.session.recipe.sample.batch_size
+        height, width = self.policy.size
         parts: list[Rollout] = []
-        pictures: list[Image.Image | None] = []
-        for start in range(0, len(drawn), size):
-            if self.engine.hear(stop):  # all processes have as many batches
+        images: list[Image.Image | None] = []
+        for start in range(0, len(names), size):
+            if self.engine.hear(self.session.stop):  # all processes have as many batches
                 return None
-            names = drawn[start : start + size]
-            texts = [self.conditioning[name.prompt.id] for name in names]
-            parts.append(roll_out(self.policy, names, texts, seed=self.seed))
-            height, width = self.policy.size
-            pictures += self.model.decode(parts[-1].clean, height=height, width=width)
-        return Rollout.joined(parts), pictures
+            batch = names[start : start + size]
+            texts = [self.conditioning[name.prompt.id] for name in batch]
+            parts.append(roll_out(self.policy, batch, texts, seed=self.seed))
+            images += self.model.decode(parts[-1].clean, height=height, width=width)
+        return Rollout.joined(parts), images
 
-    def _rewards(
-        self, drawn: list[Drawn], pictures: list[Image.Image | None], number: int, stop: StopFlag
-    ) -> Tensor | None:
-        """Rewards [B, K] of the images of all processes; nan is missing. None if a stop was asked for in any."""
+    def _rewards(self, names: list[RolloutImage], images: list[Image.Image | None], number: int) -> Tensor | None:
+        """Rewards [B, K] of the images of all processes, nan where missing; None if any was asked to stop."""
         if self.pool is None:
             raise RuntimeError("open() comes before the first step")
-        detail = trained_detail(self.recipe)
+        detail = trained_detail(self.session.recipe)
         own: list[tuple[float, str | None]] = []
-        found: list[Score] = []
-        given_up = False
+        scores: list[Score] = []
+        stopped = False
         with self.engine.together():
             try:
-                found = score_drawn(self.pool, pictures, [name.prompt for name in drawn], stop=stop)
+                scores = score_images(self.pool, images, [name.prompt for name in names], stop=self.session.stop)
             except ScoringStopped:
-                given_up = True
-        if self.engine.any(given_up):
+                stopped = True
+        if self.engine.any(stopped):
             return None
-        for name, score in zip(drawn, found, strict=True):
+        for name, score in zip(names, scores, strict=True):
             row = ScoreRow(name.prompt.id, name.image, score.value, score.reason, score.details)
             value = row.measured(detail)
             own.append((math.nan if value is None else value, score.reason))
-        scores = self.engine.gather_objects(own)
-        rewards = torch.tensor([value for value, _ in scores], dtype=torch.float64)
+        gathered = self.engine.gather_objects(own)
+        rewards = torch.tensor([value for value, _ in gathered], dtype=torch.float64)
         if rewards.isnan().all():
             raise StoreError(
-                f"none of the {len(scores)} images of round {number + 1} could be scored"
-                f" {why_none(reason for _, reason in scores)}"
+                f"none of the {len(gathered)} images of round {number + 1} could be scored"
+                f" {why_none(reason for _, reason in gathered)}"
             )
         rewards = rewards.view(self.method.prompts_per_round, self.method.group_size)
-        return self._shuffled(rewards, number) if self.recipe.train.shuffle_rewards else rewards
+        return self._shuffled(rewards, number) if self.session.recipe.train.shuffle_rewards else rewards
 
     def _shuffled(self, rewards: Tensor, number: int) -> Tensor:
         """The control experiment: rewards permuted among the scored images of each group."""
         result = rewards.clone()
-        for place, row in enumerate(result):
+        for group, row in enumerate(result):
             scored = (~row.isnan()).nonzero().flatten()
-            order = torch.randperm(len(scored), generator=generator(self.seed, "shuffled rewards", number, place))
+            order = torch.randperm(len(scored), generator=generator(self.seed, "shuffled rewards", number, group))
             row[scored] = row[scored[order]]
         return result
 
@@ -212,51 +204,51 @@ class OnlineSteps:
 
     def gradient(self, step: int) -> StepGradient:
         """The gradient of this process's images of the step's part of the round."""
-        made = self.round
-        if made is None:
+        current = self.round
+        if current is None:
             raise RuntimeError("prepare() comes before gradient()")
         epoch, part = divmod(step % self.method.steps_per_round, self.method.updates_per_round)
-        chosen = self._part(made, epoch, part)
-        own = chosen[(chosen >= made.first) & (chosen < made.first + len(made.steps))] - made.first
-        total = len(chosen) * made.steps.shape[1]
+        chosen = self._part(current, epoch, part)
+        own = chosen[(chosen >= current.first) & (chosen < current.first + len(current.steps))] - current.first
+        total = len(chosen) * current.steps.shape[1]
         sums = torch.zeros(len(_SUMS), device=self.model.device)
-        images = own.repeat(made.steps.shape[1])  # one step of every image, then the next
-        steps = made.steps[own].T.flatten()
-        size = self.recipe.train.micro_batch or max(1, len(own))
+        images = own.repeat(current.steps.shape[1])  # one step of every image, then the next
+        steps = current.steps[own].T.flatten()
+        size = self.session.recipe.train.micro_batch or max(1, len(own))
         starts = range(0, len(images), size)
         for start in starts:
             micro = slice(start, start + size)
-            sums += self._backward(made, images[micro], steps[micro], total)
-        sound = made.rollout.states.isfinite().flatten(1).all(1).float().argmax().view(1).cpu()  # nan times 0 is nan
+            sums += self._backward(current, images[micro], steps[micro], total)
+        sound = current.rollout.states.isfinite().flatten(1).all(1).float().argmax().view(1).cpu()  # nan times 0 is nan
         for _ in range(self._idle_passes(len(starts))):
-            self._backward(made, sound, made.steps[sound, 0], total, weight=0.0)
+            self._backward(current, sound, current.steps[sound, 0], total, weight=0.0)
         means = (self.engine.sum(sums) / max(1, total)).tolist()
         metrics = dict(zip(_SUMS, means, strict=True))
         if not self.method.beta_kl:
             del metrics["kl"]
-        metrics |= {"images": len(chosen), **made.metrics}
-        return StepGradient(metrics, learns=total > 0, seconds=made.seconds)
+        metrics |= {"images": len(chosen), **current.metrics}
+        return StepGradient(metrics, learns=total > 0, seconds=current.seconds)
 
-    def _part(self, made: Round, epoch: int, part: int) -> Tensor:
+    def _part(self, current: Round, epoch: int, part: int) -> Tensor:
         """The images of one update, of all processes: a random part of those whose advantage is not 0."""
-        kept = made.advantages.nonzero().flatten()
-        order = torch.randperm(len(kept), generator=generator(self.seed, "parts of a round", made.number, epoch))
+        kept = current.advantages.nonzero().flatten()
+        order = torch.randperm(len(kept), generator=generator(self.seed, "parts of a round", current.number, epoch))
         return kept[order].tensor_split(self.method.updates_per_round)[part]
 
     def _idle_passes(self, passes: int) -> int:
         """How many more passes than its own a process must make: a sharded model's are made by all together."""
-        if self.recipe.model.sharding == "none" or self.engine.world == 1:
+        if self.session.recipe.model.sharding == "none" or self.engine.world == 1:
             return 0
         return self.engine.largest(passes) - passes
 
-    def _backward(self, made: Round, images: Tensor, steps: Tensor, total: int, *, weight: float = 1.0) -> Tensor:
+    def _backward(self, current: Round, images: Tensor, steps: Tensor, total: int, *, weight: float = 1.0) -> Tensor:
         """Add the gradient of some (image, sampling step) pairs [n]; returns the sums of their metrics."""
         device, method = self.model.device, self.method
         i, s = images.to(device), steps.to(device)
         group = i // method.group_size
-        conditioning = {key: value[group] for key, value in made.conditioning.items()}
-        before, after = made.rollout.states[i, s], made.rollout.states[i, s + 1]
-        old, advantage = made.rollout.log_probs[i, s], made.advantages[made.first + images].to(device)
+        conditioning = {key: value[group] for key, value in current.conditioning.items()}
+        before, after = current.rollout.states[i, s], current.rollout.states[i, s + 1]
+        old, advantage = current.rollout.log_probs[i, s], current.advantages[current.first + images].to(device)
         step = self.policy.step(before, s, conditioning)
         new = log_prob(after, step)
         surrogate = clipped_surrogate(new, old, advantage, clip_range=method.clip_range)

@@ -9,21 +9,21 @@ from typing import Generic, TypeVar
 _T = TypeVar("_T")
 
 
-class Ahead(Generic[_T]):
-    """Makes the things of steps 0, 1, 2 ..., one step ahead of who takes them.
+class Prefetch(Generic[_T]):
+    """Makes the items of steps 0, 1, 2 ..., one step ahead of ``take``.
 
     Args:
-        make: gives the thing of a step, from the step's number alone; called in another thread.
+        make: gives the item of a step, from the step's number alone; called in another thread.
         steps: how many steps there are.
     """
 
     def __init__(self, make: Callable[[int], _T], *, steps: int) -> None:
         self._make, self._steps = make, steps
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ahead")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
         self._next: tuple[int, Future[_T]] | None = None
 
     def take(self, step: int) -> _T:
-        """The thing of ``step``, and begin with the next; raises what making it raised."""
+        """The item of ``step``, and begin with the next; raises what making it raised."""
         if self._next is not None and self._next[0] == step:
             future = self._next[1]
         else:

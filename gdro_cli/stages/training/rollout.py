@@ -1,4 +1,4 @@
-"""Rollouts: images drawn with the current policy by a stochastic sampler, and the steps by which they came about.
+"""Rollouts: images drawn with the current policy by a stochastic sampler, and the steps that led to them.
 
 Image k of a visit to a prompt depends on the policy's weights and on (seed, prompt, visit, k) only: batches, processes
 and restarts change nothing but rounding.
@@ -25,7 +25,7 @@ from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.sampling import away_from, guided_velocity
 
 
-class Drawn(NamedTuple):
+class RolloutImage(NamedTuple):
     """The name of an image of a rollout."""
 
     prompt: PromptRecord
@@ -101,45 +101,47 @@ class Rollout:
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("states", "log_probs", "clean")))
 
 
-def roll_out(policy: Policy, drawn: Sequence[Drawn], conditioning: Sequence[Conditioning], *, seed: int) -> Rollout:
+def roll_out(
+    policy: Policy, names: Sequence[RolloutImage], conditioning: Sequence[Conditioning], *, seed: int
+) -> Rollout:
     """Draw one batch of images.
 
     The last step goes to sigma 0 without noise, so that the reward sees a finished image.
 
     Args:
         policy: the model and its sampler.
-        drawn: names of the N images.
+        names: of the N images.
         conditioning: of each.
         seed: of initial noise and steps.
     """
     model, height, width = policy.model, policy.size[0], policy.size[1]
     stochastic = policy.method.train_sample_steps - 1
     sigmas = policy.schedule().tolist()
-    start = model.noise([_start_seed(policy.method, name, seed) for name in drawn], height=height, width=width)
-    noise = torch.stack([_step_noise(name, (stochastic, *start.shape[1:]), seed) for name in drawn])
+    start = model.noise([_start_seed(policy.method, name, seed) for name in names], height=height, width=width)
+    noise = torch.stack([_step_noise(name, (stochastic, *start.shape[1:]), seed) for name in names])
     # Made outside of inference mode, so that the updates may differentiate through functions of them.
-    states = torch.empty((len(drawn), stochastic + 1, *start.shape[1:]), device=model.device)
-    log_probs, clean = states.new_empty(len(drawn), stochastic), states.new_empty(start.shape)
+    states = torch.empty((len(names), stochastic + 1, *start.shape[1:]), device=model.device)
+    log_probs, clean = states.new_empty(len(names), stochastic), states.new_empty(start.shape)
     with torch.inference_mode():
         text = model.batch_conditioning(list(conditioning))
         states[:, 0] = start.to(model.device)
         for place in range(stochastic):
-            places = torch.full((len(drawn),), place, device=model.device)
+            places = torch.full((len(names),), place, device=model.device)
             step = policy.step(states[:, place], places, text)
             states[:, place + 1] = step.draw(noise[:, place].to(model.device))
             log_probs[:, place] = log_prob(states[:, place + 1], step)
-        level = torch.full((len(drawn),), sigmas[stochastic], device=model.device)
+        level = torch.full((len(names),), sigmas[stochastic], device=model.device)
         velocity = policy.velocity(states[:, -1], level, text)
         clean.copy_(euler_step(states[:, -1], velocity, sigmas[stochastic], sigmas[-1]))
     return Rollout(states, log_probs, clean)
 
 
-def trained_steps(method: OnlineMethod, drawn: Sequence[Drawn], *, seed: int) -> Tensor:
+def trained_steps(method: OnlineMethod, names: Sequence[RolloutImage], *, seed: int) -> Tensor:
     """Which stochastic steps of each image are trained, in random order [N, M]."""
     stochastic = method.train_sample_steps - 1
     orders = [
         torch.randperm(stochastic, generator=generator(seed, "trained steps", name.prompt.id, name.visit, name.image))
-        for name in drawn
+        for name in names
     ]
     return torch.stack(orders)[:, : method.trained_sample_steps]
 
@@ -161,10 +163,10 @@ def _permutation(count: int, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def _start_seed(method: OnlineMethod, name: Drawn, seed: int) -> int:
+def _start_seed(method: OnlineMethod, name: RolloutImage, seed: int) -> int:
     keys = (name.prompt.id, name.visit)
     return seed_for(seed, "rollout start", *(keys if method.share_initial_noise else (*keys, name.image)))
 
 
-def _step_noise(name: Drawn, shape: tuple[int, ...], seed: int) -> Tensor:
+def _step_noise(name: RolloutImage, shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator(seed, "rollout steps", name.prompt.id, name.visit, name.image))

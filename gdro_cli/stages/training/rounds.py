@@ -1,11 +1,11 @@
 """Semi-online training: groups that are sampled anew from the trained model, round after round.
 
-The first round learns from the store of the base model. Each later one begins with a store of its own in the run's
+The first round learns from the store of the base model. Each later round begins with a store of its own in the run's
 folder ``rounds``, sampled with the adapter's average as it is then and scored; the reference stays the base model. This
-answers a limitation that the GDRO paper (arXiv 2601.02036) states of offline groups: what they show is what the base
-model draws, however far the policy has come.
+answers a limitation that the GDRO paper (arXiv 2601.02036) states of offline groups: they show what the base model
+draws, however far the policy has come.
 
-A round's store depends on the weights at its first step, which a checkpoint of that step keeps. A run that goes on
+A round's store depends on the weights at its first step, which a checkpoint of that step keeps. A run that resumes
 later in the round finds the store by name.
 """
 
@@ -28,27 +28,24 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import sha256
 from gdro_cli.models.adapters import Ema
-from gdro_cli.models.base import FlowModel
-from gdro_cli.runtime.distributed import Engine
-from gdro_cli.runtime.interrupt import StopFlag
-from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
-from gdro_cli.stages.setup.rewards import open_table
-from gdro_cli.stages.setup.workspace import SamplingPlan, open_prompts, open_store, store_identity, training_plan
+from gdro_cli.stages.scoring.score import fill_and_score
+from gdro_cli.stages.setup.scorers import open_reward_table
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import SamplingPlan, open_store, training_plan
 from gdro_cli.stages.training.offline import GroupSteps
-from gdro_cli.stages.training.trainer import StepGradient
-from gdro_cli.stages.training.training_data import fill_and_score
+from gdro_cli.stages.training.step_source import ResumePoint, StepGradient
 
-_STORE = re.compile(r"[a-z0-9][a-z0-9-]*")
 ROUNDS = "rounds"
 """Folder of a run's own stores."""
+_STORE = re.compile(r"[a-z0-9][a-z0-9-]*")
 _COMMAND = "gdro train"
-"""What makes them and their scores."""
+"""Makes the rounds' stores and scores."""
 
 
-class _Open(NamedTuple):
-    """A round that can be worked at."""
+class _Run(NamedTuple):
+    """The run that the rounds belong to."""
 
     folder: RunFolder
     ema: Ema
@@ -59,46 +56,41 @@ def steps_per_round(recipe: Recipe) -> int:
     return math.ceil(recipe.train.steps / recipe.train.rounds)
 
 
-class RefreshedSteps:
+class RoundSteps:
     """Each round draws groups from a store of its own; a ``StepSource``."""
 
-    shown: Mapping[str, str] = GroupSteps.shown
+    progress_metrics: Mapping[str, str] = GroupSteps.progress_metrics
     remedy = GroupSteps.remedy
 
-    def __init__(self, recipe: Recipe, model: FlowModel, table: ScoreTable, engine: Engine, reporter: Reporter) -> None:
-        self.recipe, self.model, self.engine, self.reporter = recipe, model, engine, reporter
+    def __init__(self, session: Session, table: ScoreTable) -> None:
+        self.session = session
         self._number = 0
-        self._steps: GroupSteps | None = GroupSteps(recipe, model, table, engine, reporter)
-        self._run: _Open | None = None
+        self._steps: GroupSteps | None = GroupSteps(session, table)
+        self._run: _Run | None = None
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
-        """Remembers where the rounds lie and whose average draws them."""
-        self._run = _Open(folder, ema)
+        """Remembers the folder of the rounds and the average that draws them."""
+        self._run = _Run(folder, ema)
         stack.callback(self._close)
         if self._steps is not None:
             self._steps.open(stack, folder, ema)
 
-    def can_go_on_after(self, steps: int) -> bool:
-        """Every step is a function of its number and its round's store."""
-        return True
+    def resume_point(self, steps: int) -> ResumePoint:
+        """Every step is a function of its number and its round's store, which the weights at the round's start draw."""
+        return ResumePoint.POSSIBLE if steps % steps_per_round(self.session.recipe) else ResumePoint.NEEDED
 
-    def needs_weights_of(self, steps: int) -> bool:
-        """Where a round ends and another begins."""
-        return steps % steps_per_round(self.recipe) == 0
-
-    def prepare(self, step: int, stop: StopFlag) -> bool:
-        """Sample and score where a round begins; a stop on the way is raised, since the last checkpoint is this one."""
-        number = step // steps_per_round(self.recipe)
+    def prepare(self, step: int) -> bool:
+        """Sample and score where a round begins. A stop raises Interrupted: this step already has its checkpoint."""
+        number = step // steps_per_round(self.session.recipe)
         if number != self._number or self._steps is None:
             self._close()
             self._steps = None  # frees its images before others are loaded
-            table = self._table(number, step, stop)
-            self._steps = GroupSteps(self.recipe, self.model, table, self.engine, self.reporter)
+            self._steps = GroupSteps(self.session, self._table(number, step))
             self._number = number
         return True
 
     def gradient(self, step: int) -> StepGradient:
-        """That of the round's groups."""
+        """The gradient of the round's groups."""
         if self._steps is None:
             raise RuntimeError("prepare() comes before gradient()")
         return self._steps.gradient(step)
@@ -109,30 +101,22 @@ class RefreshedSteps:
 
     # -- a round ------------------------------------------------------------------------------------------------
 
-    def _table(self, number: int, step: int, stop: StopFlag) -> ScoreTable:
+    def _table(self, number: int, step: int) -> ScoreTable:
         """The complete store and scores of round ``number`` (from 0)."""
         if self._run is None:
             raise RuntimeError("open() comes before prepare()")
-        folder, ema = self._run
-        plan = self._plan(number)
-        first = number * steps_per_round(self.recipe)
+        (folder, ema), engine = self._run, self.session.engine
+        first = number * steps_per_round(self.session.recipe)
         name = f"round-{number + 1:02d}.json"
-        if step > first:  # its weights are gone, but its store was complete
-            return self.engine.from_main(lambda: self._kept(folder, name))
-        table = self.engine.from_main(lambda: self._opened(self._store(plan, folder, ema)))
+        if step > first:  # the weights that drew the store are gone, but it was complete
+            return engine.from_main(lambda: self._finished_table(folder, name))
+        plan = self._plan(number)
+        table = engine.from_main(lambda: self._open_table(self._open_store(plan, folder, ema)))
         with ema.applied():
-            fill_and_score(
-                self.recipe,
-                self.model,
-                table,
-                plan,
-                self.engine,
-                self.reporter,
-                stop,
-                about=f", round {number + 1} of {self.recipe.train.rounds}",
-            )
-        with self.engine.together():
-            if self.engine.is_main:
+            rounds = self.session.recipe.train.rounds
+            fill_and_score(self.session, table, plan, suffix=f", round {number + 1} of {rounds}")
+        with engine.together():
+            if engine.is_main:
                 about = {"round": number + 1, "step": first, "store": table.store.path.name}
                 folder.write_json(f"{ROUNDS}/{name}", about | {"reward": table.summary().mean})
                 note_batch(folder, batch_of(table, step=first), step=first)
@@ -140,21 +124,20 @@ class RefreshedSteps:
 
     def _plan(self, number: int) -> SamplingPlan:
         """That of the training store, with other noise in every round."""
-        plan = training_plan(self.recipe, self.model)
+        plan = training_plan(self.session)
         return replace(plan, seed=seed_for(plan.seed, "round", number))
 
-    def _store(self, plan: SamplingPlan, folder: RunFolder, ema: Ema) -> GroupStore:
-        prompts = open_prompts(self.recipe, self.recipe.prompts.train)
+    def _open_store(self, plan: SamplingPlan, folder: RunFolder, ema: Ema) -> GroupStore:
         weights = f"ema {sha256(save(ema.state()))}"
-        identity = store_identity(self.recipe, self.model, plan, prompts, weights=weights)
-        return open_store(self.recipe, folder.path / ROUNDS, identity, prompts, plan, command=_COMMAND)
+        prompts = self.session.prompts("train")
+        return open_store(self.session, folder.path / ROUNDS, plan, prompts, weights=weights, command=_COMMAND)
 
-    def _opened(self, store: GroupStore) -> ScoreTable:
-        return open_table(self.recipe, store, command=_COMMAND)
+    def _open_table(self, store: GroupStore) -> ScoreTable:
+        return open_reward_table(self.session, store, command=_COMMAND)
 
-    def _kept(self, folder: RunFolder, name: str) -> ScoreTable:
-        """The store of a round that has begun, which nothing can make again."""
-        table = self._opened(GroupStore.open(_held(folder, name), command=_COMMAND))
+    def _finished_table(self, folder: RunFolder, name: str) -> ScoreTable:
+        """The scores of a round that has begun, which nothing can make again."""
+        table = self._open_table(GroupStore.open(_store_of(folder, name), command=_COMMAND))
         if table.store.missing_shards() or table.missing_shards():
             raise StoreError(
                 f"the store {table.store.path} of a round of this run is not complete, and the weights that drew it"
@@ -163,11 +146,10 @@ class RefreshedSteps:
         return table
 
 
-def _held(folder: RunFolder, name: str) -> Path:
-    """Where a round's store lies. Raises StoreError where the file is missing or damaged, or leads out of the run."""
-    about = folder.read_object(f"{ROUNDS}/{name}")
-    held = str(about.get("store"))
-    path = folder.path / ROUNDS / held
-    if not _STORE.fullmatch(held) or path.is_symlink():
+def _store_of(folder: RunFolder, name: str) -> Path:
+    """Path of a round's store. Raises StoreError where the note is missing, damaged, or names a path out of the run."""
+    store = str(folder.read_object(f"{ROUNDS}/{name}").get("store"))
+    path = folder.path / ROUNDS / store
+    if not _STORE.fullmatch(store) or path.is_symlink():
         raise StoreError(f"{folder.path / ROUNDS / name} names no store of this run: delete the run and train it again")
     return path

@@ -111,7 +111,7 @@ def test_mask_of_another_size_is_refused() -> None:
 
 def test_classifier_is_the_mean_direction_of_the_three_sentences(folder: Path) -> None:
     """Each sentence alone, padded to 77 tokens as the original padded: length 1, mean of three, length 1 again."""
-    colours = ClipColours(str(folder), device="cpu")
+    colours = ClipColours(str(folder))
     made = colours.classifier("tv remote")
     network, _, tokenizer = colours._network()
     assert made.shape == (10, 16)
@@ -132,7 +132,7 @@ def test_classifier_is_the_mean_direction_of_the_three_sentences(folder: Path) -
 
 def test_names_are_those_of_the_nearest_direction(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
     """Each object alone through CLIP's image processor; 24 objects are two batches."""
-    colours = ClipColours(str(folder), device="cpu")
+    colours = ClipColours(str(folder))
     named = colours.classify(picture, things)
     network, processor, _ = colours._network()
     expected = []
@@ -149,7 +149,7 @@ def test_names_are_those_of_the_nearest_direction(folder: Path, picture: Image.I
 
 
 def test_only_the_object_counts(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
-    colours = ClipColours(str(folder), device="cpu")
+    colours = ClipColours(str(folder))
     found = things[10]
     pixels = np.asarray(picture).copy()
     pixels[~found.mask] = 255 - pixels[~found.mask]
@@ -163,12 +163,12 @@ def test_only_the_object_counts(folder: Path, picture: Image.Image, things: list
 def test_thin_objects_look_like_thick_ones(folder: Path) -> None:
     """Cut-outs of one colour, 1 and 3 pixels high: the latter could be taken for one with its channels first."""
     cuts = [Image.new("RGB", size, (200, 30, 90)) for size in ((SIZE, SIZE), (40, 1), (40, 3), (3, 40))]
-    embedded = ClipColours(str(folder), device="cpu")._embed_pictures(cuts)
+    embedded = ClipColours(str(folder))._embed_pictures(cuts)
     torch.testing.assert_close(embedded, embedded[:1].expand(4, -1), atol=1e-5, rtol=1e-4)
 
 
 def test_classifier_travels_without_its_weights(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
-    colours = ClipColours(str(folder), device="cpu")
+    colours = ClipColours(str(folder))
     before = pickle.dumps(colours)
     here = colours.classify(picture, things)
     assert abs(len(pickle.dumps(colours)) - len(before)) < 100
@@ -178,7 +178,7 @@ def test_classifier_travels_without_its_weights(folder: Path, picture: Image.Ima
 def test_version_is_that_of_the_files(folder: Path, tmp_path: Path) -> None:
     here = ClipColours(str(folder)).version
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert ClipColours(str(moved), device="cpu").version == here
+    assert ClipColours(str(moved)).version == here
     assert json.loads(json.dumps(here)) == here
     weights = load_file(moved / "model.safetensors")
     weights["logit_scale"] += 1.0

@@ -161,14 +161,14 @@ def test_a_prompt_with_the_model_s_own_mark_is_missing(folder: Path) -> None:
 
 
 def test_provenance_is_of_the_files_and_the_prompt(folder: Path, tmp_path: Path) -> None:
-    version = UnifiedRewardLocal(folder, device="cpu").version
+    version = UnifiedRewardLocal(folder).version
     copy = shutil.copytree(folder, tmp_path / "copy")
-    assert UnifiedRewardLocal(copy, device="cpu").version == version
+    assert UnifiedRewardLocal(copy).version == version
     assert UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE).version != version
     assert version["precision"] == "float32"
     with (copy / "config.json").open("a") as file:
         file.write("\n")
-    assert UnifiedRewardLocal(copy, device="cpu").version != version
+    assert UnifiedRewardLocal(copy).version != version
 
 
 def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
@@ -179,10 +179,10 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(PrerequisiteError, match="no chat template"):
-        UnifiedRewardLocal(copy, device="cpu").load()
+        UnifiedRewardLocal(copy).load()
     (copy / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(PrerequisiteError, match="cannot be loaded"):
-        UnifiedRewardLocal(copy, device="cpu").load()
+        UnifiedRewardLocal(copy).load()
     (copy / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(UserError, match="is a clip"):
-        UnifiedRewardLocal(copy, device="cpu").load()
+        UnifiedRewardLocal(copy).load()

@@ -24,15 +24,15 @@ from gdro_cli.config.recipe import Recipe, load_recipe
 from gdro_cli.config.sweep import Sweep, plan_sweep
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, StoreError
-from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.ablation import ablate
-from gdro_cli.stages.ablation.pictures import draw_pictures
+from gdro_cli.stages.ablation.images import draw_images
 from gdro_cli.stages.ablation.result import collect
-from gdro_cli.stages.ablation.trials import measure_end, places
+from gdro_cli.stages.ablation.trials import measure_end, trial_runs
 from gdro_cli.stages.evaluation import evaluate
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.runs.identity import learnt_from
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
@@ -64,14 +64,14 @@ def done(
     workspace = tmp_path_factory.mktemp("ablation")
     shutil.copytree(finished[0], workspace, dirs_exist_ok=True)
     sweep = plan_sweep(make_recipe(), ["tau"], ["0.05,0.5"], seeds=2)
-    return workspace, sweep, ablate.run(sweep, workspace, quiet)
+    return workspace, sweep, ablate.run(Session(sweep.recipe, workspace, quiet), sweep)
 
 
 def test_cells_share_one_store_and_reuse_an_earlier_run(finished: Finished, done: Done) -> None:
     workspace, _, result = done
     before = [path.name for path in (finished[0] / "stores").iterdir()]
     assert sorted(path.name for path in (workspace / "stores").iterdir()) == sorted(before)
-    runs = [each.run for each in result.found.cells]
+    runs = [each.run for each in result.ablation.cells]
     assert len(set(runs)) == 4 and runs[0].name == finished[1].run.path.name
     assert (runs[0] / "metrics.jsonl").read_bytes() == finished[1].run.metrics_path.read_bytes()
     assert [len(rows_of(run, "train")) for run in runs] == [4, 4, 4, 4]
@@ -79,7 +79,7 @@ def test_cells_share_one_store_and_reuse_an_earlier_run(finished: Finished, done
 
 def test_seeds_vary_the_training_alone(done: Done) -> None:
     """The same step of two seeds sees other groups, sigma and noise; the untrained model is the same."""
-    first, _, second, _ = done[2].found.cells
+    first, _, second, _ = done[2].ablation.cells
     assert (first.cell.label, second.cell.label) == ("tau 0.05", "tau 0.05")
     assert first.cell.seed != second.cell.seed and first.points[0]["reward"] == second.points[0]["reward"]
     assert rows_of(first.run, "train")[0]["loss"] != rows_of(second.run, "train")[0]["loss"]
@@ -88,16 +88,16 @@ def test_seeds_vary_the_training_alone(done: Done) -> None:
 
 
 def test_a_run_is_named_the_same_with_its_own_seed_named(make_recipe: MakeRecipe) -> None:
-    plain = train.learnt_from(make_recipe())
-    assert train.learnt_from(make_recipe(train={"seed": 0})) == plain
-    assert train.learnt_from(make_recipe(train={"seed": 1})) != plain
+    plain = learnt_from(make_recipe())
+    assert learnt_from(make_recipe(train={"seed": 0})) == plain
+    assert learnt_from(make_recipe(train={"seed": 1})) != plain
 
 
 def test_the_base_model_is_measured_once_for_all_cells(done: Done) -> None:
     workspace, _, result = done
     (shared,) = (workspace / "validation").iterdir()
     rows = json_of(shared / "base.json")["rows"]
-    for each in result.found.cells:
+    for each in result.ablation.cells:
         assert json_of(each.run / "validation" / "base.json")["rows"] == rows
         sheets = sorted(path.name for path in (each.run / "validation").glob("*.png"))
         assert sheets == ["step-000000.png", "step-000004.png"]
@@ -111,7 +111,7 @@ def test_numbers_are_those_of_the_runs(done: Done) -> None:
     assert (document["kind"], document["schema"], document["seeds"]) == ("gdro ablation", 1, [0, 1])
     assert document["parameters"] == [{"name": "tau", "key": "method.tau", "values": [0.05, 0.5]}]
     peaks: dict[str, list[float]] = {}
-    for cell, each in zip(document["cells"], result.found.cells, strict=True):
+    for cell, each in zip(document["cells"], result.ablation.cells, strict=True):
         points = rows_of(each.run, "validation")
         assert cell["points"] == points and [point["step"] for point in points] == [0, 4]
         last = points[-1]
@@ -139,7 +139,7 @@ def test_the_table_has_a_line_per_point(done: Done) -> None:
     assert [(row["method.tau"], row["seed"], row["step"]) for row in table] == [
         (tau, seed, step) for seed in ("0", "1") for tau in ("0.05", "0.5") for step in ("0", "4")
     ]
-    for row, point in zip(table, [p for each in result.found.cells for p in each.points], strict=True):
+    for row, point in zip(table, [p for each in result.ablation.cells for p in each.points], strict=True):
         assert float(row["corrected"]) == point["corrected"] and row["verdict"] == point["verdict"]
         assert row["overall"] == ""  # a measure of the other task
 
@@ -165,21 +165,21 @@ def test_pictures_are_those_of_the_kept_weights(done: Done) -> None:
 
 def test_pictures_that_cannot_be_opened_are_drawn_anew(done: Done, tmp_path: Path, quiet: Reporter) -> None:
     """Those of a setting of which one is empty, garbage, cut off or a link; the others are kept."""
-    folder, found = tmp_path / "ablation", done[2].found
+    folder, found = tmp_path / "ablation", done[2].ablation
     shutil.copytree(done[2].page.parent, folder)
     names = [row["files"][0] for row in json_of(done[2].files[0])["pictures"]["rows"]]
-    before = {path: path.read_bytes() for path in (folder / "pictures").iterdir()}
+    before = {path: path.read_bytes() for path in (folder / "images").iterdir()}
     first, second, third = (folder / name for name in names)
     times = {path: path.stat().st_mtime_ns for path in before}
     first.write_bytes(b"")
     second.write_bytes(before[second][:200])
-    draw_pictures(found, folder, quiet, StopFlag())
+    draw_images(Session(found.sweep.recipe, tmp_path, quiet), found, folder)
     assert {path: path.read_bytes() for path in before} == before
     assert third.stat().st_mtime_ns == times[third] and first.stat().st_mtime_ns != times[first]
     first.write_bytes(b"no picture")
     third.unlink()
     third.symlink_to(second)
-    draw_pictures(found, folder, quiet, StopFlag())
+    draw_images(Session(found.sweep.recipe, tmp_path, quiet), found, folder)
     assert {path: path.read_bytes() for path in before} == before and not third.is_symlink()
 
 
@@ -188,18 +188,18 @@ def test_held_out_prompts_are_not_looked_at(done: Done, make_recipe: MakeRecipe)
     held_out = load_prompts(make_recipe().prompts.eval, task="ocr").records
     seen = b"".join(path.read_bytes() for path in (result.page, *result.files)).decode()
     assert not any(prompt.id in seen or str(prompt.target) in seen for prompt in held_out)
-    assert [each.run.name for each in result.found.cells if (each.run / "evaluations").exists()] == [
-        result.found.cells[0].run.name  # evaluated before the ablation
+    assert [each.run.name for each in result.ablation.cells if (each.run / "evaluations").exists()] == [
+        result.ablation.cells[0].run.name  # evaluated before the ablation
     ]
 
 
 def test_the_same_command_again_does_nothing_again(done: Done, quiet: Reporter) -> None:
     workspace, sweep, result = done
     before, page = written(workspace), result.page.read_bytes()
-    again = ablate.run(sweep, workspace, quiet)
+    again = ablate.run(Session(sweep.recipe, workspace, quiet), sweep)
     assert written(workspace) == before
     assert again.page == result.page and again.page.read_bytes() == page
-    lines, cells = ablate.describe(sweep, workspace)
+    lines, cells = ablate.describe(Session(sweep.recipe, workspace, planning=True), sweep)
     assert dict(lines)["cells"] == "4, 4 of them finished" and dict(lines)["training"] == "0 steps are left"
     assert [cell[2] for cell in cells] == ["finished"] * 4
 
@@ -210,7 +210,7 @@ def test_an_ablation_in_use_is_refused(done: Done, quiet: Reporter) -> None:
         folder_lock(result.page.parent / "lock"),
         pytest.raises(StoreError, match=f"is in use by process {os.getpid()}"),
     ):
-        ablate.run(sweep, workspace, quiet)
+        ablate.run(Session(sweep.recipe, workspace, quiet), sweep)
 
 
 def test_a_run_without_points_gets_its_last_one(
@@ -219,11 +219,11 @@ def test_a_run_without_points_gets_its_last_one(
     """It was trained with `train.eval_every: 0`; the ablation adds what it needs and trains nothing again."""
     shutil.copytree(finished[0] / "stores", tmp_path / "stores")
     recipe = make_recipe(train={"eval_every": 0})
-    run = train.run(recipe, tmp_path, quiet).run.path
+    run = train.run(Session(recipe, tmp_path, quiet)).run.path
     assert not rows_of(run, "validation")
     steps = rows_of(run, "train")
     sweep = plan_sweep(recipe, ["tau"], ["0.05"])
-    (cell,) = ablate.run(sweep, tmp_path, quiet).found.cells
+    (cell,) = ablate.run(Session(sweep.recipe, tmp_path, quiet), sweep).ablation.cells
     assert cell.run == run and rows_of(run, "train") == steps
     points = rows_of(finished[1].run.path, "validation")
     assert [{**point, "seconds": 0} for point in cell.points] == [{**point, "seconds": 0} for point in points]
@@ -235,8 +235,8 @@ def test_without_a_judge_the_headline_measure_decides_and_this_is_said(
     """The same runs, measured anew at their end: nothing is learnt from a judge."""
     shutil.copytree(done[0], tmp_path, dirs_exist_ok=True)
     sweep = plan_sweep(make_recipe(judge={"kind": "none"}), ["tau"], ["0.05,0.5"])
-    result = ablate.run(sweep, tmp_path, quiet)
-    assert [each.run.name for each in result.found.cells] == [each.run.name for each in done[2].found.cells[:2]]
+    result = ablate.run(Session(sweep.recipe, tmp_path, quiet), sweep)
+    assert [each.run.name for each in result.ablation.cells] == [each.run.name for each in done[2].ablation.cells[:2]]
     document = json_of(result.files[0])
     assert document["deciding_measure"] == "reward" and "there is no judge" in document["summary"]
     for cell in document["cells"]:
@@ -244,14 +244,14 @@ def test_without_a_judge_the_headline_measure_decides_and_this_is_said(
         assert cell["figures"]["peak_corrected"] is None and cell["figures"]["final_u"] is None
     rewards = {cell["label"]: cell["points"][-1]["reward"] for cell in document["cells"]}
     assert document["best"] == [label for label, reward in rewards.items() if reward == max(rewards.values())]
-    columns, _ = result.found.cell_table
+    columns, _ = result.ablation.cell_table
     assert len(set(columns)) == len(columns) and not any("corrected" in column for column in columns)
 
 
 def test_objectives_are_compared_by_the_headline_measure(tmp_path: Path) -> None:
     """Their points are not of one curve's protocol, but all else is measured alike."""
     sweep = plan_sweep(load_recipe("geneval"), ["reward.geneval.objective"], ["soft,accuracy"])
-    one, other = places(sweep, tmp_path, open_model(sweep.recipe))
+    one, other = trial_runs(Session(sweep.recipe, tmp_path), sweep)
     assert one.protocol.points != other.protocol.points
     assert (one.protocol.measures, one.protocol.base) == (other.protocol.measures, other.protocol.base)
     found = collect(sweep, (one, other), tmp_path)
@@ -261,7 +261,8 @@ def test_objectives_are_compared_by_the_headline_measure(tmp_path: Path) -> None
 
 def test_only_keys_of_the_store_make_more_than_one(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     def stores(recipe: Recipe, key: str, values: str) -> list[str]:
-        lines, _ = ablate.describe(plan_sweep(recipe, [key], [values]), tmp_path)
+        session = Session(recipe, tmp_path, planning=True)
+        lines, _ = ablate.describe(session, plan_sweep(recipe, [key], [values]))
         return [text for name, text in lines if name == "store"]
 
     assert len(set(stores(make_recipe(), "k", "2,3,4"))) == 1
@@ -274,13 +275,14 @@ def test_a_finished_cell_loses_the_lock_of_a_dead_process(
 ) -> None:
     """One that was killed after its last checkpoint and before it let go."""
     workspace = shutil.copytree(done[0], tmp_path / "workspace")
-    (place,) = places(plan_sweep(make_recipe(), ["tau"], ["0.5"]), workspace, open_model(make_recipe()))
+    session, sweep = Session(make_recipe(), workspace, quiet), plan_sweep(make_recipe(), ["tau"], ["0.5"])
+    (place,) = trial_runs(session, sweep)
     lock = place.run / "lock"
     dying = "import os, sys; from pathlib import Path; from gdro_cli.runtime.lock import folder_lock\n"
     dying += "with folder_lock(Path(sys.argv[1])): os._exit(9)"
     subprocess.run([sys.executable, "-c", dying, str(lock)], check=False)
     assert place.finished and lock.exists()
-    ablate.run(plan_sweep(make_recipe(), ["tau"], ["0.5"]), workspace, quiet)
+    ablate.run(session, sweep)
     assert not lock.exists()
 
 
@@ -290,10 +292,11 @@ def test_the_untrained_model_is_measured_without_the_adapter(
     """A run without evaluation points, whose base model's rows are known, but not its sheet of pictures."""
     shutil.copytree(finished[0] / "stores", tmp_path / "stores")
     recipe = make_recipe(train={"eval_every": 0, "steps": 3, "lr": 0.03})
-    run = train.run(recipe, tmp_path, quiet).run.path
+    run = train.run(Session(recipe, tmp_path, quiet)).run.path
     for _ in range(2):
-        (place,) = places(plan_sweep(recipe, ["tau"], [str(recipe.method.tau)]), tmp_path, open_model(recipe))
-        measure_end(place, quiet, StopFlag())
+        session = Session(recipe, tmp_path, quiet)
+        (place,) = trial_runs(session, plan_sweep(recipe, ["tau"], [str(recipe.method.tau)]))
+        measure_end(session, place)
         (run / "validation" / "step-000000.png").unlink()
     first, trained, again, last = rows_of(run, "validation")
     quality = [[row[name] for name in ("reward", "u", "corrected")] for row in (first, again, trained, last)]
@@ -320,11 +323,11 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(
     shutil.copytree(done[0] / "stores", tmp_path / "stores")
     sweep = plan_sweep(make_recipe(), ["tau"], ["0.05,0.5"])
     with pytest.raises(Interrupted, match="after step 1 of 4; run the same command again"):
-        ablate.run(sweep, tmp_path, _Listener("cell 2 of 2"))
-    _, cells = ablate.describe(sweep, tmp_path)
+        ablate.run(Session(sweep.recipe, tmp_path, _Listener("cell 2 of 2")), sweep)
+    _, cells = ablate.describe(Session(sweep.recipe, tmp_path, planning=True), sweep)
     assert [cell[2] for cell in cells] == ["finished", "step 1 of 4"]
-    found = ablate.run(sweep, tmp_path, quiet).found
-    for each, straight in zip(found.cells, done[2].found.cells, strict=False):
+    found = ablate.run(Session(sweep.recipe, tmp_path, quiet), sweep).ablation
+    for each, straight in zip(found.cells, done[2].ablation.cells, strict=False):
         assert [{**point, "seconds": 0} for point in each.points] == [
             {**point, "seconds": 0} for point in straight.points
         ]
@@ -368,7 +371,7 @@ def test_two_jobs_share_the_cells(done: Done, make_recipe: MakeRecipe, tmp_path:
     (path,) = out.glob("ablations/small-tau-*/ablation.json")
     cells = json_of(path)["cells"]
     assert [cell["state"] for cell in cells] == ["finished", "finished"]
-    for cell, straight in zip(cells, done[2].found.cells, strict=False):
+    for cell, straight in zip(cells, done[2].ablation.cells, strict=False):
         assert cell["run"] == straight.run.name
         assert [point["step"] for point in cell["points"]] == [0, 4]
         assert cell["points"][-1]["u"] == pytest.approx(straight.points[-1]["u"], abs=0.05)

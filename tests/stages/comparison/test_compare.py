@@ -16,7 +16,8 @@ from gdro_cli.config.recipe import build_recipe
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.stages.comparison import compare
 from gdro_cli.stages.evaluation.quality import quality_measures
-from gdro_cli.stages.setup.rewards import measures
+from gdro_cli.stages.runs.identity import run_named
+from gdro_cli.stages.setup.reward import measures
 
 Values = Sequence[Sequence[float | None]]
 PROTOCOL = {"prompts": "df0ee8531091", "seed": 1000, "reward": {"rule": "substring", "width": 160}, "judge": None}
@@ -208,12 +209,12 @@ def test_other_pictures_than_the_protocol_says_are_refused(make_run: Callable[..
 
 def test_runs_are_found_by_name_or_folder(make_run: Callable[..., Path], tmp_path: Path) -> None:
     path = make_run("first-0123", make_results(FIRST))
-    assert compare.find_run_folder("first-0123", tmp_path) == path
-    assert compare.find_run_folder(str(path), tmp_path / "elsewhere") == path
+    assert run_named("first-0123", tmp_path) == path
+    assert run_named(str(path), tmp_path / "elsewhere") == path
     with pytest.raises(UserError, match="did you mean `first-0123`"):
-        compare.find_run_folder("first-0124", tmp_path)
-    with pytest.raises(UserError, match="there is no run there"):
-        compare.find_run_folder("first-0123", tmp_path / "elsewhere")
+        run_named("first-0124", tmp_path)
+    with pytest.raises(UserError, match="it has no runs"):
+        run_named("first-0123", tmp_path / "elsewhere")
 
 
 def test_results_that_cannot_be_read_are_one_sentence(make_run: Callable[..., Path]) -> None:

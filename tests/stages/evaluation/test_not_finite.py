@@ -23,16 +23,15 @@ from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema
 from gdro_cli.models.base import Conditioning
 from gdro_cli.models.latents import NOT_FINITE, complete, pictures
-from gdro_cli.runtime.distributed import make_engine
-from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.reporting.image_sheet import CELL, FAINT
-from gdro_cli.stages.sampling.sample import sample_groups
-from gdro_cli.stages.setup.workspace import open_model, open_prompts, training_plan
+from gdro_cli.stages.sampling.fill_store import sample_groups
+from gdro_cli.stages.setup.model import attach_adapter
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import training_plan
 from gdro_cli.stages.training.online import OnlineSteps
 from gdro_cli.stages.training.rollout import prompts_of_round
-from gdro_cli.stages.training.trainer import attach_adapter
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 MakeRecipe = Callable[..., Recipe]
@@ -60,9 +59,8 @@ def test_an_evaluation_point_leaves_them_out(make_recipe: MakeRecipe, tmp_path: 
     """Prompt 0 of 2 cannot be drawn: reward, axes and signals are missing, and the numbers are those of prompt 1."""
     recipe = make_recipe(eval={"validation_images_per_prompt": 2})
     with ExitStack() as stack:
-        model = open_model(recipe, device="cpu")
         run = tmp_path / "runs" / "small"
-        validation = Validation.open(recipe, model, make_engine(cpu=True), run, stack, stop=StopFlag())
+        validation = Validation.open(Session(recipe, tmp_path), run, stack)
         whole = validation.look(step=0)
         assert whole is not None and whole.failed == whole.unjudged == 0
         validation.base = whole
@@ -92,12 +90,12 @@ def test_a_round_leaves_them_out(make_online: MakeRecipe, tmp_path: Path) -> Non
     """The three pictures of one of the two prompts have no reward, and no update learns from them."""
     recipe = make_online()
     with ExitStack() as stack:
-        source = OnlineSteps(recipe, open_model(recipe, device="cpu"), make_engine(cpu=True))
+        source = OnlineSteps(Session(recipe, tmp_path))
         parameters = attach_adapter(recipe, source.model)
         source.open(stack, RunFolder(tmp_path), Ema(parameters, 0.001, 0.5))
         (first, _), (second, _) = prompts_of_round(source.prompts, 0, count=2, seed=source.seed)
         source.conditioning[first.id] = broken(source.conditioning[first.id])
-        assert source.prepare(0, StopFlag())
+        assert source.prepare(0)
         made = source.round
         assert made is not None and made.metrics["failed"] == 3
         assert not made.rollout.clean[:3].isfinite().any() and made.rollout.clean[3:].isfinite().all()
@@ -107,17 +105,17 @@ def test_a_round_leaves_them_out(make_online: MakeRecipe, tmp_path: Path) -> Non
         source.conditioning[second.id] = broken(source.conditioning[second.id])
         source.round = None
         with pytest.raises(StoreError, match=rf"none of the 6 .* of round 1 .* \({NOT_FINITE}\): lower train\.lr"):
-            source.prepare(0, StopFlag())
+            source.prepare(0)
 
 
-def test_a_store_takes_none(make_recipe: MakeRecipe) -> None:
+def test_a_store_takes_none(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Finite latents that the autoencoder makes no picture of."""
-    recipe = make_recipe()
-    model: Any = open_model(recipe, device="cpu")
-    prompts = open_prompts(recipe, recipe.prompts.train).records[:1]
-    (group,) = sample_groups(model, prompts, training_plan(recipe, model), batch_size=4)
+    session = Session(make_recipe(), tmp_path)
+    model: Any = session.model
+    prompts = session.prompts("train").records[:1]
+    (group,) = sample_groups(model, prompts, training_plan(session), batch_size=4)
     assert len(group.images) == 4
     for parameter in model._module("vae").parameters():
         parameter.data.fill_(torch.nan)
-    with pytest.raises(StoreError, match=rf"a picture of prompt {prompts[0].id} .* is not finite.* another dtype"):
-        sample_groups(model, prompts, training_plan(recipe, model), batch_size=4)
+    with pytest.raises(StoreError, match=rf"an image of prompt {prompts[0].id} .* is not finite.* another dtype"):
+        sample_groups(model, prompts, training_plan(session), batch_size=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,8 @@ from gdro_cli.stages.evaluation.quality import (
     rate,
     signal_measures,
 )
-from gdro_cli.stages.setup.rewards import Measure
+from gdro_cli.stages.setup.reward import Measure
+from gdro_cli.stages.setup.session import Session
 
 MakeRecipe = Callable[..., Recipe]
 BLACK, WHITE = (Image.new("RGB", (64, 64), colour) for colour in ("black", "white"))
@@ -312,5 +314,5 @@ def test_the_headline_of_the_task_is_the_reward_of_the_verdict(geneval: Recipe) 
 
 def test_prompts_that_are_not_held_out_are_counted(make_recipe: MakeRecipe) -> None:
     leaking = {"eval": {"builtin": "ocr-validation", "count": 4}}
-    assert seen_before(make_recipe()) == 0
-    assert seen_before(make_recipe(prompts=leaking)) == 2  # the small recipe validates on two
+    assert seen_before(Session(make_recipe(), Path())) == 0
+    assert seen_before(Session(make_recipe(prompts=leaking), Path())) == 2  # the small recipe validates on two

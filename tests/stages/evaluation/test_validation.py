@@ -30,16 +30,15 @@ from gdro_cli.files import json_bytes, sha256
 from gdro_cli.rewards import pool as pool_module
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.runtime.checkpoint import latest_checkpoint
-from gdro_cli.runtime.distributed import make_engine
-from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.ablation.trials import places
+from gdro_cli.stages.ablation.trials import trial_runs
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.evaluation.validation import Validation
+from gdro_cli.stages.runs.identity import learnt_from
 from gdro_cli.stages.runs.weights import STOPPED, best_folder
-from gdro_cli.stages.sampling.sample import training_store
-from gdro_cli.stages.setup.rewards import open_table
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.setup.scorers import open_reward_table
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import open_training_store
 from gdro_cli.stages.training import train
 from tests.support.judge_server import MODEL, JudgeServer, Reply, lines, says
 
@@ -127,7 +126,7 @@ def test_the_base_model_is_measured_once(finished: Finished, make_recipe: MakeRe
     base = run / "validation" / "base.json"
     before = base.stat().st_mtime_ns
     shutil.rmtree(run / "checkpoints" / "step-000004")
-    again = train.run(make_recipe(), tmp_path, Reporter(quiet=True))
+    again = train.run(Session(make_recipe(), tmp_path, Reporter(quiet=True)))
     assert again.resumed_from == 3
     assert base.stat().st_mtime_ns == before
     first, second = points_of(trained.run.path)[-1], points_of(run)[-1]
@@ -135,7 +134,7 @@ def test_the_base_model_is_measured_once(finished: Finished, make_recipe: MakeRe
 
     shutil.rmtree(run / "checkpoints" / "step-000004")
     other = make_recipe(eval={"validation_images_per_prompt": 2})
-    train.run(other, tmp_path, Reporter(quiet=True))
+    train.run(Session(other, tmp_path, Reporter(quiet=True)))
     third = points_of(run)[-1]
     assert (third["step"], third["images"]) == (4, 4) and third["protocol"] != first["protocol"]
     assert len(json_of(base)["rows"]) == 4 and json_of(base)["protocol"] == third["protocol"]
@@ -188,10 +187,7 @@ def test_rows_of_the_base_model_that_are_not_as_they_were_written_are_measured_a
     file = tmp_path / "runs" / "small" / "validation" / "base.json"
     recipe, whole = make_recipe(), file.read_bytes()
     with ExitStack() as stack:
-        model = open_model(recipe, device="cpu")
-        found = Validation.open(
-            recipe, model, make_engine(cpu=True), tmp_path / "runs" / "small", stack, stop=StopFlag()
-        )
+        found = Validation.open(Session(recipe, tmp_path), tmp_path / "runs" / "small", stack)
         assert found._recall_base() and found.base is not None
         assert [row.to_json() for row in found.base.rows] == json.loads(whole)["rows"]
         for name, harm in HARMS.items():
@@ -216,7 +212,7 @@ def test_a_best_point_has_a_checkpoint_of_its_own(
     """A run that is stopped goes on from there or later, so its best weights are always of its own past."""
     shutil.copytree(finished[0] / "stores", tmp_path / "stores")
     recipe = make_recipe(train={"steps": 6, "eval_every": 1, "checkpoint_every": 6, "lr": 3e-3})
-    run = train.run(recipe, tmp_path, quiet).run.path
+    run = train.run(Session(recipe, tmp_path, quiet)).run.path
     records, best = [], -100.0
     for point in points_of(run)[1:]:
         if point["corrected"] > best:
@@ -232,7 +228,7 @@ def test_a_best_point_beyond_where_a_run_goes_on_is_forgotten(
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     run = tmp_path / "runs" / finished[1].run.path.name
     shutil.rmtree(run / "checkpoints" / "step-000004")
-    again = train.run(make_recipe(train={"eval_every": 0}), tmp_path, quiet)
+    again = train.run(Session(make_recipe(train={"eval_every": 0}), tmp_path, quiet))
     assert again.run.path == run and again.resumed_from == 3
     assert not (run / "best").exists() and "weights kept" not in again.summary
 
@@ -261,17 +257,17 @@ def test_a_point_without_judgements_is_no_candidate(
     judge = {"kind": "unified-reward", "base_url": server.url, "model": MODEL, "retries": 0, "concurrency": 1}
     try:
         recipe = make_recipe(judge={**judge, "max_failed_share": allowed})
-        run = train.run(recipe, tmp_path, listener).run.path
+        run = train.run(Session(recipe, tmp_path, listener)).run.path
     finally:
         server.close()
     assert [row["unjudged"] for row in points_of(run)] == [1, 1]
-    told = [text for text in listener.said if "no candidate" in text]
+    told = [text for text in listener.said if "cannot be the best" in text]
     assert (run / "best").exists() == (allowed > 0.5) == (not told)
     assert told in (
         [],
         [
-            "step 4: 0 pictures have no reward, 1 no judgement, more than reward.max_failed_share or"
-            " judge.max_failed_share: this point is no candidate for the best"
+            "step 4: 0 images have no reward and 1 no judgement, more than reward.max_failed_share or"
+            " judge.max_failed_share: this point cannot be the best"
         ],
     )
 
@@ -301,7 +297,7 @@ def test_a_judge_that_hangs_does_not_hold_a_stop_up(
     judge = {"kind": "unified-reward", "base_url": server.url, "model": MODEL, "timeout": PATIENCE, "concurrency": 1}
     recipe = make_recipe(judge=judge, train={"eval_every": 2, "checkpoint_every": 100})
     try:
-        whole = train.run(recipe, undisturbed, Listener()).run.path
+        whole = train.run(Session(recipe, undisturbed, Listener())).run.path
         base = next(undisturbed.glob("validation/*/base.json"))
         shutil.copytree(
             base.parent, disturbed / "validation" / base.parent.name
@@ -309,27 +305,29 @@ def test_a_judge_that_hangs_does_not_hold_a_stop_up(
         server.otherwise, began = answer, time.monotonic()
         waiting = threading.Thread(target=stop_when_it_hangs, daemon=True)
         waiting.start()
-        with pytest.raises(Interrupted, match=f"stopped after step {point} of 4; run the same command again to go on"):
-            train.run(recipe, disturbed, Listener())
+        with pytest.raises(
+            Interrupted, match=f"stopped after step {point} of 4; run the same command again to continue"
+        ):
+            train.run(Session(recipe, disturbed, Listener()))
         waiting.join()
         assert time.monotonic() - began < PATIENCE / 2
         (run,) = (disturbed / "runs").iterdir()
         assert not (run / "lock").exists() and [row["step"] for row in points_of(run)] == list(range(0, point, 2))
         with pytest.raises(PrerequisiteError, match=f"stands at step {point} of 4: run `gdro train`"):
-            evaluate.run(recipe, disturbed, Listener())
+            evaluate.run(Session(recipe, disturbed, Listener()))
         with (run / "metrics.jsonl").open("ab") as file:  # as a kill does that comes before the checkpoint says so
             rows = (whole / "metrics.jsonl").read_bytes().splitlines(keepends=True)
             file.writelines(row for row in rows if b'"validation"' in row and b'"step": %d,' % point in row)
         assert [row["step"] for row in points_of(run)] == list(range(0, point + 1, 2))
         server.otherwise = lambda text: says(lines(3.5, 4.0, 2.25))
-        again = train.run(recipe, disturbed, Listener())
+        again = train.run(Session(recipe, disturbed, Listener()))
         assert (again.run.path, again.resumed_from, again.was_finished) == (run, point, False)
     finally:
         server.close()
     assert timeless(run) == timeless(whole)
     for name in ("pytorch_lora_weights.safetensors", "best/best.json", "checkpoints/step-000004/state.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
-    assert train.run(recipe, disturbed, Listener()).was_finished
+    assert train.run(Session(recipe, disturbed, Listener())).was_finished
 
 
 def test_groups_that_are_not_trained_on_are_told_and_counted(
@@ -337,12 +335,13 @@ def test_groups_that_are_not_trained_on_are_told_and_counted(
 ) -> None:
     shutil.copytree(finished[0] / "stores", tmp_path / "stores")
     recipe = make_recipe()
-    table = open_table(recipe, training_store(recipe, tmp_path, open_model(recipe))[0])
     listener = Listener()
+    session = Session(recipe, tmp_path, listener)
+    table = open_reward_table(session, open_training_store(session))
     rewards = [[row.value for row in table.rows()][4 * place : 4 * place + 4] for place in range(4)]
     spreads = sorted(max(group) - min(group) for group in rewards)
     limit = (spreads[1] + spreads[2]) / 2  # two of the four groups lie within
-    run = train.run(make_recipe(method={"min_spread": limit}, train={"eval_every": 0}), tmp_path, listener).run
+    run = train.run(Session(make_recipe(method={"min_spread": limit}, train={"eval_every": 0}), tmp_path, listener)).run
     (told,) = [text for text in listener.said if "can be trained on" in text]
     assert told == f"2 of 4 groups can be trained on; left out: 2 with no spread of rewards above {limit:g}"
     assert [row["dropped_groups_share"] for row in run.metrics()] == [0.5] * 4
@@ -406,7 +405,7 @@ def destroyed(
 ) -> tuple[Path, train.TrainResult]:
     workspace = tmp_path_factory.mktemp("destroyed")
     shutil.copytree(finished[0] / "stores", workspace / "stores")
-    return workspace, train.run(make_recipe(**DESTROYED), workspace, quiet)
+    return workspace, train.run(Session(make_recipe(**DESTROYED), workspace, quiet))
 
 
 def test_training_ends_where_the_pictures_collapse(destroyed: tuple[Path, train.TrainResult]) -> None:
@@ -429,7 +428,7 @@ def test_a_run_that_ended_early_is_not_continued(
 ) -> None:
     workspace, first = destroyed
     before = first.run.metrics_path.read_text()
-    again = train.run(make_recipe(**DESTROYED), workspace, quiet)
+    again = train.run(Session(make_recipe(**DESTROYED), workspace, quiet))
     assert again.run.path == first.run.path
     assert first.run.metrics_path.read_text() == before
     assert "collapsed" in again.summary["training"]
@@ -455,7 +454,7 @@ def test_a_kill_before_the_note_of_the_end_does_not_move_it(
     workspace, run = destroyed_copy
     before, note = (run / "metrics.jsonl").read_text(), (run / STOPPED).read_bytes()
     (run / STOPPED).unlink()
-    again = train.run(make_recipe(**DESTROYED), workspace, quiet)
+    again = train.run(Session(make_recipe(**DESTROYED), workspace, quiet))
     assert (run / STOPPED).read_bytes() == note and (run / "metrics.jsonl").read_text() == before
     assert again.resumed_from == json_of(run / STOPPED)["step"] and "collapsed" in again.summary["training"]
     assert (run / "pytorch_lora_weights.safetensors").is_file()
@@ -470,9 +469,9 @@ def test_a_note_without_its_checkpoint_ends_nothing(
     assert last is not None
     shutil.rmtree(last)
     recipe = make_recipe(**DESTROYED)
-    (place,) = places(plan_sweep(recipe, ["gamma"], ["0.0"]), workspace, open_model(recipe))
+    (place,) = trial_runs(Session(recipe, workspace), plan_sweep(recipe, ["gamma"], ["0.0"]))
     assert place.run == run and not place.trained
-    again = train.run(recipe, workspace, Listener())
+    again = train.run(Session(recipe, workspace, Listener()))
     assert again.resumed_from < json_of(run / STOPPED)["step"]
     assert timeless(run) == timeless(destroyed[1].run.path)
     assert (run / STOPPED).read_bytes() == (destroyed[1].run.path / STOPPED).read_bytes()
@@ -488,7 +487,7 @@ def test_what_a_kill_left_of_checkpoints_goes_when_the_run_is_opened(
     for folder in left:
         folder.mkdir(parents=True)
         (folder / "adapter.safetensors").write_bytes(b"half")
-    train.run(make_recipe(**DESTROYED), workspace, quiet)
+    train.run(Session(make_recipe(**DESTROYED), workspace, quiet))
     assert not any(folder.exists() for folder in left)
 
 
@@ -497,7 +496,7 @@ def test_a_destroyed_model_can_be_evaluated(
 ) -> None:
     workspace, trained = destroyed
     recipe = make_recipe(**DESTROYED, eval={"checkpoint": "last"})
-    found = evaluate.run(recipe, workspace, quiet)
+    found = evaluate.run(Session(recipe, workspace, quiet))
     assert found.step == json_of(trained.run.path / STOPPED)["step"]
     results = json_of(found.results)
     assert results["measures"]["u"]["difference"]["mean"] < -0.5
@@ -515,10 +514,10 @@ def test_where_it_ends_is_learnt_from_only_if_points_decide_it(make_recipe: Make
     ]
     unwatched = [{"eval": {"checkpoint": "last"}}, {"eval": {"images_per_prompt": 3}}, {"eval": {"grid_prompts": 1}}]
     for stop in (False, True):
-        plain = train.learnt_from(make_recipe(train={"stop_on_collapse": stop}))
+        plain = learnt_from(make_recipe(train={"stop_on_collapse": stop}))
         for change in [*watched, *unwatched]:
             section = {**change.get("train", {}), "stop_on_collapse": stop}
-            other = train.learnt_from(make_recipe(**{**change, "train": section}))
+            other = learnt_from(make_recipe(**{**change, "train": section}))
             assert (other != plain) == (stop and change in watched), change
 
 
@@ -533,7 +532,7 @@ def test_without_a_judge_there_is_no_quality_and_the_best_point_goes_by_the_rewa
         if json_of(table / "manifest.json")["name"] == "judge":
             shutil.rmtree(table)
     recipe = make_recipe(judge={"kind": "none"})
-    trained = train.run(recipe, tmp_path, quiet)
+    trained = train.run(Session(recipe, tmp_path, quiet))
     assert trained.run.path.name == finished[1].run.path.name  # nothing is learnt from a judge
     points = points_of(trained.run.path)
     for row in points:
@@ -541,7 +540,7 @@ def test_without_a_judge_there_is_no_quality_and_the_best_point_goes_by_the_rewa
         assert row["verdict"] in LEVELS
     assert points[0]["protocol"] != points_of(finished[1].run.path)[0]["protocol"]
     assert json_of(trained.run.path / "best" / "best.json") == {"step": 4, "reward": points[-1]["reward"]}
-    found = evaluate.run(recipe, tmp_path, quiet)
+    found = evaluate.run(Session(recipe, tmp_path, quiet))
     results = json_of(found.results)
     assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area"}
     assert "rank_disagreement" not in results["signals"] and "dark_share" in results["signals"]

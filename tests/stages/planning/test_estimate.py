@@ -17,7 +17,7 @@ from gdro_cli.stages.planning import dry_run as plan
 from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import cards, gigabytes, hours
 from gdro_cli.stages.sampling import sample
-from gdro_cli.stages.setup.workspace import open_prompts
+from gdro_cli.stages.setup.session import Session
 
 REAL = ("flux-geneval", "flux-ocr", "sd35-geneval", "sd35-ocr")
 
@@ -83,7 +83,7 @@ def test_sampling_says_what_to_download(name: str, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     recipe = load_recipe(name)
     with pytest.raises(PrerequisiteError) as caught:
-        sample.run(recipe, tmp_path, Reporter(quiet=True))
+        sample.run(Session(recipe, tmp_path, Reporter(quiet=True)))
     message = str(caught.value)
     assert f"accept its licence at https://huggingface.co/{recipe.model.path}" in message
     assert f"`hf download {recipe.model.path}`" in message and "set model.path=FOLDER" in message
@@ -115,8 +115,7 @@ def test_an_estimate_adds_up() -> None:
         two_pass=True,
     )
     assert estimate.step_flops == step
-    drawn = len(open_prompts(recipe, recipe.prompts.train)) * 16
-    assert estimate.store_flops > drawn * 40 * 2 * estimate.reference_flops
+    assert estimate.store_flops(10) > 160 * 40 * 2 * estimate.reference_flops
 
     smaller = Estimate(load_recipe("sd35-ocr", overrides=["model.quantization=nf4", "model.offload=true"]))
     assert smaller.transformer_bytes < 0.35 * estimate.transformer_bytes

@@ -9,24 +9,21 @@ import pytest
 
 from gdro_cli.config.recipe import load_recipe
 from gdro_cli.stages.runs.identity import learnt_from, run_path
-from gdro_cli.stages.setup.workspace import open_model, open_prompts, store_identity, training_plan
-from gdro_cli.stages.training.training_data import expected_inputs
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import training_identity
 
 
 def names(*overrides: str) -> tuple[str, dict[str, Any]]:
     """Name of the run of ``ocr`` with changes, and the identity of its store."""
-    recipe = load_recipe("ocr", overrides=["model.dtype=float32", *overrides])
-    model = open_model(recipe, device="cpu")
-    prompts = open_prompts(recipe, recipe.prompts.train)
-    identity = store_identity(recipe, model, training_plan(recipe, model), prompts)
-    return run_path(recipe, Path(), expected_inputs(recipe, model)).name, identity
+    session = Session(load_recipe("ocr", overrides=["model.dtype=float32", *overrides]), Path())
+    return run_path(session).name, training_identity(session)
 
 
 def test_keys_that_came_later_leave_older_names_alone() -> None:
     recipe = load_recipe("ocr")
     kept = learnt_from(recipe)
     assert "quantization" not in kept["model"] and "optimizer" not in kept["train"]
-    assert run_path(recipe, Path(), expected_inputs(recipe, open_model(recipe, device="cpu"))).name == RUN
+    assert run_path(Session(recipe, Path())).name == RUN
 
 
 RUN = "ocr-a44c17f8e1a4"

@@ -23,13 +23,15 @@ from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.evaluation import evaluate
-from gdro_cli.stages.evaluation import image_folder as imagefolder
+from gdro_cli.stages.evaluation import evaluate, image_folder
+from gdro_cli.stages.evaluation.measures import measured
 from gdro_cli.stages.reporting.image_sheet import caption, seen
-from gdro_cli.stages.sampling.sample import training_store
+from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.scoring import score
-from gdro_cli.stages.setup.rewards import Measure, measured, open_table, trained_detail
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.setup.reward import Measure, trained_detail
+from gdro_cli.stages.setup.scorers import open_reward_table
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import open_training_store
 from gdro_cli.stages.training import train
 
 MakeRecipe = Callable[..., Recipe]
@@ -60,8 +62,8 @@ def small(make_recipe: MakeRecipe, **reward: Any) -> Recipe:
 def job(tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, quiet: Reporter) -> Job:
     """Workspace, training, evaluation and exported pictures of the small recipe."""
     workspace, export = tmp_path_factory.mktemp("geneval"), tmp_path_factory.mktemp("pictures")
-    trained = train.run(small(make_recipe), workspace, quiet)
-    return workspace, trained, evaluate.run(small(make_recipe), workspace, quiet, export=export), export
+    trained = train.run(Session(small(make_recipe), workspace, quiet))
+    return workspace, trained, evaluate.run(Session(small(make_recipe), workspace, quiet), export=export), export
 
 
 def results_of(job: Job) -> dict[str, Any]:
@@ -70,8 +72,9 @@ def results_of(job: Job) -> dict[str, Any]:
 
 
 def training_table(job: Job, recipe: Recipe) -> tuple[GroupStore, ScoreTable]:
-    store, _ = training_store(recipe, job[0], open_model(recipe))
-    return store, open_table(recipe, store)
+    session = Session(recipe, job[0])
+    store = open_training_store(session)
+    return store, open_reward_table(session, store)
 
 
 def test_all_three_rewards_are_stored(job: Job, make_recipe: MakeRecipe) -> None:
@@ -95,8 +98,8 @@ def test_another_objective_is_trained_on_without_new_scores(job: Job, make_recip
         recipe = small(make_recipe, objective=objective)
         other_store, other_table = training_table(job, recipe)
         assert (other_store.path, other_table.path) == (store.path, table.path)
-        assert score.run(recipe, job[0], quiet).shards_made == 0
-        paths.add(train.run_path(recipe, job[0], train.run_inputs(store, table)))
+        assert score.run(Session(recipe, job[0], quiet)).shards_made == 0
+        paths.add(run_path(Session(recipe, job[0])))
         detail = trained_detail(recipe)
         by_hand = torch.tensor([float(row.details[objective]) for row in rows]).reshape(6, 4)
         varied = by_hand.amax(dim=1) > by_hand.amin(dim=1)
@@ -161,9 +164,9 @@ def test_unequal_tags_weigh_alike() -> None:
     assert measured(Measure("counting", "accuracy", tag="counting"), prompts, rows).values == [[1.0], [1.0], [1.0]]
     missing = [*rows[:3], ScoreRow(prompts[3].id, 0, None, "broken")]
     lost = measured(Measure("overall", "accuracy", by_tag=True), prompts, missing)
-    with pytest.raises(StoreError, match="no scored image to average in colors: mend"):
+    with pytest.raises(StoreError, match="no scored image to average in colors: fix"):
         lost.interval(samples=100)
-    with pytest.raises(StoreError, match="no scored image to average in colors: mend"):
+    with pytest.raises(StoreError, match="no scored image to average in colors: fix"):
         overall.gain(lost, samples=100)
 
 
@@ -186,7 +189,7 @@ def test_exported_pictures_score_as_in_the_evaluation(
     assert sorted(path.name for path in export.iterdir()) == ["base", "trained"]
     recipe = small(make_recipe)
     for side in ("base", "trained"):
-        found = imagefolder.run(recipe, tmp_path, quiet, folder=export / side)
+        found = image_folder.run(Session(recipe, tmp_path, quiet), folder=export / side)
         folder = json.loads(found.results.read_text())
         for again, row in zip(folder["images"], results["images"][side], strict=True):
             kept = {key: row[key] for key in again}  # the evaluation may say more of a picture
@@ -210,16 +213,16 @@ def test_scoring_a_folder_goes_on_after_the_parts_that_are_there(
 ) -> None:
     """12 prompts are two parts of 8 and 4: the first stays as it is, the lost one is made again."""
     recipe, folder = small(make_recipe), job[3] / "base"
-    first = imagefolder.run(recipe, tmp_path, quiet, folder=folder)
+    first = image_folder.run(Session(recipe, tmp_path, quiet), folder=folder)
     parts = sorted(first.results.parent.glob("*.jsonl"))
     assert [path.name for path in parts] == ["00000.jsonl", "00008.jsonl"]
     kept, made = (path.stat().st_mtime_ns for path in parts)
     parts[1].unlink()
-    assert imagefolder.run(recipe, tmp_path, quiet, folder=folder) == first
+    assert image_folder.run(Session(recipe, tmp_path, quiet), folder=folder) == first
     assert parts[0].stat().st_mtime_ns == kept and parts[1].stat().st_mtime_ns > made
     parts[1].write_bytes(parts[1].read_bytes()[:-20])
     with pytest.raises(StoreError, match=r"00008\.jsonl is damaged: delete it"):
-        imagefolder.run(recipe, tmp_path, quiet, folder=folder)
+        image_folder.run(Session(recipe, tmp_path, quiet), folder=folder)
 
 
 def test_a_part_that_an_earlier_version_wrote_is_measured_again(
@@ -227,12 +230,12 @@ def test_a_part_that_an_earlier_version_wrote_is_measured_again(
 ) -> None:
     """It has no digest, and may have been changed since."""
     recipe, folder = small(make_recipe), copied(job, tmp_path, 1)
-    first = imagefolder.run(recipe, tmp_path / "out", quiet, folder=folder)
+    first = image_folder.run(Session(recipe, tmp_path / "out", quiet), folder=folder)
     (path,) = first.results.parent.glob("*.jsonl")
     written = path.read_bytes()
     rows = [json.loads(line) for line in written.splitlines()[1:]]
     path.write_text("".join(json.dumps(row | {"value": 0.123, "reason": None}) + "\n" for row in rows))
-    assert imagefolder.run(recipe, tmp_path / "out", quiet, folder=folder) == first
+    assert image_folder.run(Session(recipe, tmp_path / "out", quiet), folder=folder) == first
     assert path.read_bytes() == written
 
 
@@ -249,7 +252,7 @@ def test_a_truncated_picture_is_missing_with_a_reason(
     folder = copied(job, tmp_path, 2)
     cut = folder / "00001" / "samples" / "0000.png"
     cut.write_bytes(cut.read_bytes()[:60])
-    found = imagefolder.run(small(make_recipe), tmp_path / "out", quiet, folder=folder)
+    found = image_folder.run(Session(small(make_recipe), tmp_path / "out", quiet), folder=folder)
     images = json.loads(found.results.read_text())["images"]
     assert found.failed == 1 and found.summary["pictures without a score"] == "1"
     assert [row["value"] is None for row in images] == [False, False, True, False]
@@ -266,7 +269,7 @@ def test_a_folder_without_a_single_score_says_why_and_what_to_delete(
     for path in (folder / "00000" / "samples").iterdir():
         Image.new("RGB", (60, 60)).save(path)
     with pytest.raises(StoreError, match=r"no scored image .*delete .*folders/geneval-.*2 x .*multiples of 8"):
-        imagefolder.run(small(make_recipe), tmp_path / "out", quiet, folder=folder)
+        image_folder.run(Session(small(make_recipe), tmp_path / "out", quiet), folder=folder)
 
 
 def test_nothing_scored_of_one_tag_is_one_sentence(job: Job, make_recipe: MakeRecipe) -> None:
@@ -300,13 +303,13 @@ def test_a_class_that_the_detector_lacks_is_refused_before_anything_is_made(
     prompts = {**GENEVAL["prompts"], "train": {"builtin": None, "count": None, "file": str(file)}}
     recipe = make_recipe(**{**GENEVAL, "prompts": prompts})
     with pytest.raises(UserError) as caught:
-        train.run(recipe, tmp_path / "out", quiet)
+        train.run(Session(recipe, tmp_path / "out", quiet))
     assert f"{file} has a bad line; line 1: " in str(caught.value)
     assert "'cirle', which the detector does not know; did you mean 'circle'?" in str(caught.value)
     assert not (tmp_path / "out" / "stores").exists()
     coco = {**GENEVAL["prompts"], "train": {"builtin": "geneval-coco-train", "count": 6}}
     with pytest.raises(UserError, match="asks for objects such as .* choose one of geneval-train"):
-        train.run(make_recipe(**{**GENEVAL, "prompts": coco}), tmp_path / "out", quiet)
+        train.run(Session(make_recipe(**{**GENEVAL, "prompts": coco}), tmp_path / "out", quiet))
 
 
 # --- through the command line --------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ def test_eval_images_prints_each_measure_and_makes_no_model_s_store(
 ) -> None:
     out = tmp_path / "out"
     images = copied(job, tmp_path, 6)
-    code, shown, _ = run(["eval", *options[:2], "--out", str(out), "--images", str(images)], capsys)
+    code, shown, _ = run(["score", *options[:2], "--out", str(out), "--images", str(images)], capsys)
     assert code == 0
     lines = [line.split() for line in shown.splitlines()]
     for tag in TAGS:

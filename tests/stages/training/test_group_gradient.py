@@ -15,9 +15,9 @@ from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
-from gdro_cli.stages.training.train import attach_adapter, learning_rate
+from gdro_cli.stages.training.trainer import learning_rate
 
 PROMPTS = ('a red sign that says "OPEN" on a brick background', 'a blue sign that says "SALE" on a sandy background')
 

@@ -18,17 +18,17 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
-from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
-from gdro_cli.stages.evaluation.evaluate import applied, trained_run
 from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.runs.identity import run_path
+from gdro_cli.stages.runs.weights import applied, trained_run
 from gdro_cli.stages.sampling import sample
-from gdro_cli.stages.sampling.sample import fill_store, sample_groups, training_store
+from gdro_cli.stages.sampling.fill_store import fill_store, sample_groups
 from gdro_cli.stages.scoring import score
-from gdro_cli.stages.setup.rewards import open_table
-from gdro_cli.stages.setup.workspace import evaluation_plan, open_model, open_prompts
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import evaluation_plan, open_training_store, training_plan
 from gdro_cli.stages.training import train
 from gdro_cli.tiny.assets import tiny_model_path
 
@@ -71,9 +71,9 @@ def test_results_hold_intervals_protocol_and_every_image(finished: Finished) -> 
 def test_a_second_call_reuses_everything(finished: Finished, make_recipe: MakeRecipe, quiet: Reporter) -> None:
     workspace, trained, evaluated = finished
     before = {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
-    again = train.run(make_recipe(), workspace, quiet)
+    again = train.run(Session(make_recipe(), workspace, quiet))
     assert (again.run.path, again.resumed_from) == (trained.run.path, 4)
-    assert evaluate.run(make_recipe(), workspace, quiet).comparisons == evaluated.comparisons
+    assert evaluate.run(Session(make_recipe(), workspace, quiet)).comparisons == evaluated.comparisons
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
 
 
@@ -81,32 +81,28 @@ def test_changed_settings_get_their_own_store_or_run(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
     workspace, trained, _ = finished
-    model = open_model(make_recipe())
-    same, _ = training_store(make_recipe(train={"lr": 1e-3}), workspace, model)
+    same = open_training_store(Session(make_recipe(train={"lr": 1e-3}), workspace))
     for change in ({"steps": 2}, {"image_format": "webp"}):
-        other, _ = training_store(make_recipe(sample=change), workspace, model)
+        other = open_training_store(Session(make_recipe(sample=change), workspace))
         assert same.path != other.path
-    inputs = train.run_inputs(same, open_table(make_recipe(), same))
-    assert train.run_path(make_recipe(), workspace, inputs) == trained.run.path
+    assert run_path(Session(make_recipe(), workspace)) == trained.run.path
     paths = {
-        train.run_path(recipe, workspace, inputs)
+        run_path(Session(recipe, workspace))
         for recipe in (make_recipe(), make_recipe(train={"lr": 1e-3}), make_recipe(method={"tau": 0.1}))
     }
     assert len(paths) == 3
     shown = make_recipe(
         eval={"bootstrap": 200}, train={"keep_checkpoints": 2}, sample={"batch_size": 3, "prompts_per_shard": 1}
     )
-    stored, _ = training_store(shown, tmp_path, model)
-    inputs = train.run_inputs(stored, open_table(shown, stored))
-    assert train.run_path(shown, workspace, inputs) == trained.run.path
+    assert run_path(Session(shown, workspace)) == trained.run.path
 
 
 def test_the_same_image_whatever_batch_and_shard(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Batches of 3 and shards of one prompt against batches of 32 and shards of two."""
     workspace, _, _ = finished
     recipe = make_recipe(sample={"batch_size": 3, "prompts_per_shard": 1})
-    first, _ = training_store(recipe, workspace, open_model(recipe))
-    second = sample.run(recipe, tmp_path, Reporter(quiet=True)).store
+    first = open_training_store(Session(recipe, workspace))
+    second = sample.run(Session(recipe, tmp_path, Reporter(quiet=True))).store
     assert second.identity == first.identity
     images = [image for number in range(len(first.shards)) for image in first.images(number)]
     others = [image for number in range(len(second.shards)) for image in second.images(number)]
@@ -127,7 +123,7 @@ def test_resumed_training_equals_straight_training(finished: Finished, make_reci
     copy = tmp_path / "runs" / trained.run.path.name
     for step in ("step-000003", "step-000004"):
         shutil.rmtree(copy / "checkpoints" / step)
-    again = train.run(make_recipe(), tmp_path, Reporter(quiet=True))
+    again = train.run(Session(make_recipe(), tmp_path, Reporter(quiet=True)))
     assert again.resumed_from == 2
     checkpoints = [load_checkpoint(latest_checkpoint(path)) for path in (trained.run.path, copy)]  # type: ignore[arg-type]
     for name, tensors in checkpoints[0].tensors.items():
@@ -145,14 +141,13 @@ def test_the_pipeline_with_the_adapter_draws_the_evaluated_pictures(
 ) -> None:
     """``pipe.load_lora_weights(run)`` on the untouched pipeline folder gives the pictures that were evaluated."""
     workspace, trained, _ = finished
-    recipe = make_recipe()
-    model = open_model(recipe)
-    settings = evaluation_plan(recipe, model, images_per_prompt=1)
-    prompt = open_prompts(recipe, recipe.prompts.eval).records[0]
-    folder, weights = trained_run(recipe, workspace, model)
+    session = Session(make_recipe(), workspace)
+    settings = evaluation_plan(session, images_per_prompt=1)
+    prompt = session.prompts("eval").records[0]
+    folder, weights = trained_run(session)
     assert (folder.path, weights.step) == (trained.run.path, 4)
-    with applied(recipe, model, weights):
-        (group,) = sample_groups(model, (prompt,), settings, batch_size=1)
+    with applied(session, weights):
+        (group,) = sample_groups(session.model, (prompt,), settings, batch_size=1)
     pipe = FluxPipeline.from_pretrained(tiny_model_path(), dtype=torch.float32)
     pipe.load_lora_weights(trained.run.path)
     pipe.set_progress_bar_config(disable=True)
@@ -171,7 +166,7 @@ def test_one_pass_and_two_passes_train_the_same(finished: Finished, make_recipe:
     workspace, trained, _ = finished
     shutil.copytree(workspace / "stores", tmp_path / "stores")
     recipe = make_recipe(train={"group_gradient": "two_pass", "micro_batch": 2, "eval_every": 0})
-    two = train.run(recipe, tmp_path, Reporter(quiet=True))
+    two = train.run(Session(recipe, tmp_path, Reporter(quiet=True)))
     for one_row, two_row in zip(
         [row for row in trained.run.metrics() if row["kind"] == "train"], two.run.metrics(), strict=True
     ):
@@ -197,14 +192,14 @@ def test_training_starts_at_the_reference(finished: Finished) -> None:
 
 def test_evaluating_before_training_says_what_to_do(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match="run `gdro train`"):
-        evaluate.run(make_recipe(), tmp_path, quiet)
+        evaluate.run(Session(make_recipe(), tmp_path, quiet))
     assert not list(tmp_path.iterdir())
 
 
 def test_too_many_failed_images_are_refused(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
     """One of 16 pictures is no picture: missing with a reason, and 6 % is more than the 2 % allowed."""
     recipe = make_recipe()
-    store = sample.run(recipe, tmp_path, quiet).store
+    store = sample.run(Session(recipe, tmp_path, quiet)).store
     path = store.images(0)[0].path
     broken = path.read_bytes()[:60]
     groups = store.path / "shards" / "00000"
@@ -216,16 +211,16 @@ def test_too_many_failed_images_are_refused(make_recipe: MakeRecipe, quiet: Repo
     entry["bytes"], entry["sha256"] = len(broken), hashlib.sha256(broken).hexdigest()
     (groups / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(StoreError, match=r"1 of 16 images .* could not be scored"):
-        score.run(recipe, tmp_path, quiet)
+        score.run(Session(recipe, tmp_path, quiet))
     tolerant = make_recipe(reward={"max_failed_share": 0.1})
-    result = score.run(tolerant, tmp_path, quiet)
+    result = score.run(Session(tolerant, tmp_path, quiet))
     assert (result.totals.scored, result.totals.images) == (15, 16)
     assert "decode" in result.totals.reasons[0][0]
 
 
 def test_dry_run_counts_and_makes_nothing(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     rows = dict(plan.describe(make_recipe(), "train", tmp_path))
-    assert rows["samples"] == "4 prompts x 4 = 16 images; nothing is there yet"
+    assert rows["samples"] == "4 prompts x 4 = 16 images; none is made yet"
     assert rows["step"] == "2 groups x 3 = 6 images, in micro-batches of 6"
     assert not list(tmp_path.iterdir())
 
@@ -243,24 +238,22 @@ def test_dry_run_tells_what_each_of_several_processes_does(make_recipe: MakeReci
 def test_dry_run_tells_beta_in_the_other_convention(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """The beta of a sum is smaller by the count of the latent values."""
     recipe = make_recipe(method={"beta": 12.0})
-    dims = math.prod(open_model(recipe).latent_shape(height=64, width=64))
+    dims = math.prod(Session(recipe, tmp_path).model.latent_shape(height=64, width=64))
     told = dict(plan.describe(recipe, "train", tmp_path))["method"]
     assert f"beta 12 (errors are a mean over {dims} numbers; for a sum it would be {12 / dims:.3g})" in told
 
 
 def test_a_stop_while_sampling_keeps_finished_shards(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
     """The flag goes up as soon as the first of two shards is whole: the second is not begun, the first stays."""
-    recipe = make_recipe()
-    model = open_model(recipe)
-    store, settings = training_store(recipe, tmp_path, model)
+    session = Session(make_recipe(), tmp_path, quiet)
+    store = open_training_store(session)
 
     class StopAfterOneShard(StopFlag):
         def check(self, message: str) -> None:
             self.requested = store.missing_shards() == [1]
             super().check(message)
 
+    session.stop = StopAfterOneShard()
     with pytest.raises(Interrupted, match="run the command again"):
-        fill_store(
-            model, store, settings, make_engine(cpu=True), recipe=recipe, reporter=quiet, stop=StopAfterOneShard()
-        )
+        fill_store(session, store, training_plan(session))
     assert store.missing_shards() == [1]

@@ -25,7 +25,6 @@ from gdro_cli.models.base import FlowModel
 from gdro_cli.rewards.base import Score
 from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
-from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.ablation import ablate
@@ -34,11 +33,13 @@ from gdro_cli.stages.planning import dry_run as plan
 from gdro_cli.stages.runs.identity import open_run, run_path
 from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.scoring import score
-from gdro_cli.stages.setup.workspace import open_model
+from gdro_cli.stages.setup.model import attach_adapter, open_model
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.online import OnlineSteps
-from gdro_cli.stages.training.trainer import Trainer, attach_adapter, train_loop
-from gdro_cli.stages.training.training_data import expected_inputs
+from gdro_cli.stages.training.state import TrainingState
+from gdro_cli.stages.training.step_source import ResumePoint
+from gdro_cli.stages.training.trainer import Trainer
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -64,9 +65,11 @@ class Brightness:
         ]
 
 
-def steps_of(recipe: Recipe, scorer: Brightness, *, model: FlowModel | None = None) -> OnlineSteps:
+def steps_of(
+    recipe: Recipe, scorer: Brightness, *, model: FlowModel | None = None, workspace: Path = Path("unused")
+) -> OnlineSteps:
     """The source of a recipe's gradients, with another reward."""
-    source = OnlineSteps(recipe, open_model(recipe, device="cpu") if model is None else model, make_engine(cpu=True))
+    source = OnlineSteps(Session(recipe, workspace, model=model))
     texts = source.model.encode([prompt.prompt for prompt in source.prompts])
     source.conditioning = {prompt.id: text for prompt, text in zip(source.prompts, texts, strict=True)}
     source.pool = scorer  # type: ignore[assignment]
@@ -74,9 +77,9 @@ def steps_of(recipe: Recipe, scorer: Brightness, *, model: FlowModel | None = No
 
 
 def trainer_of(recipe: Recipe, workspace: Path, scorer: Brightness) -> Trainer:
-    source = steps_of(recipe, scorer)
-    folder = open_run(recipe, workspace, expected_inputs(recipe, source.model))
-    return Trainer(recipe, source.model, source, folder, source.engine)
+    source = steps_of(recipe, scorer, workspace=workspace)
+    session = source.session
+    return Trainer(session, TrainingState(session, open_run(session)), source, None)
 
 
 def gradient_of(source: OnlineSteps, parameters: Sequence[torch.nn.Parameter], step: int) -> torch.Tensor:
@@ -103,7 +106,7 @@ def trained(
 ) -> tuple[Path, train.TrainResult]:
     """Workspace and training of the small online recipe with the real OCR, undisturbed."""
     workspace = tmp_path_factory.mktemp("online")
-    return workspace, train.run(make_online(), workspace, quiet)
+    return workspace, train.run(Session(make_online(), workspace, quiet))
 
 
 Trained = tuple[Path, train.TrainResult]
@@ -145,7 +148,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     run = tmp_path / "runs" / result.run.path.name
     shutil.rmtree(run / "checkpoints" / "step-000004")
-    again = train.run(make_online(), tmp_path, quiet)
+    again = train.run(Session(make_online(), tmp_path, quiet))
     assert again.resumed_from == 2
     before, after = tensors_of(result.run.path), tensors_of(run)
     assert all(torch.equal(before[name], after[name]) for name in before | after)
@@ -153,7 +156,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
 
 
 def test_a_finished_run_starts_nothing(trained: Trained, make_online: MakeRecipe, quiet: Reporter) -> None:
-    again = train.run(make_online(), trained[0], quiet)
+    again = train.run(Session(make_online(), trained[0], quiet))
     assert (again.run.path, again.resumed_from) == (trained[1].run.path, 4)
 
 
@@ -175,7 +178,7 @@ def test_two_processes_equal_one(trained: Trained, make_online: MakeRecipe, tmp_
 
 
 def test_evaluation_takes_the_run(trained: Trained, make_online: MakeRecipe, quiet: Reporter) -> None:
-    result = evaluate.run(make_online(), trained[0], quiet)
+    result = evaluate.run(Session(make_online(), trained[0], quiet))
     held = json.loads(result.results.read_text())
     assert (held["method"]["name"], held["weights"]["step"]) == ("flow-grpo", 4)
     page = (trained[1].run.path / "report.html").read_text()
@@ -188,7 +191,7 @@ def test_evaluation_takes_the_run(trained: Trained, make_online: MakeRecipe, qui
 def test_images_that_fail_are_left_out(make_online: MakeRecipe) -> None:
     """Image 1 of group 0 has no score: the group's advantages are those of its other two, and no update draws it."""
     source = steps_of(make_online(method={"advantage_std": "group"}), Brightness(missing=[1]))
-    assert source.prepare(0, StopFlag())
+    assert source.prepare(0)
     made = source.round
     assert made is not None and made.metrics["failed"] == 1
     assert made.advantages[1] == 0
@@ -199,18 +202,19 @@ def test_images_that_fail_are_left_out(make_online: MakeRecipe) -> None:
 
 def test_a_round_without_a_score_ends_the_training(make_online: MakeRecipe) -> None:
     with pytest.raises(StoreError, match=r"none of the 6 images of round 1 could be scored \(a reason\)"):
-        steps_of(make_online(), Brightness(missing=range(6))).prepare(0, StopFlag())
+        steps_of(make_online(), Brightness(missing=range(6))).prepare(0)
 
 
 def test_equal_rewards_change_nothing(make_online: MakeRecipe, tmp_path: Path) -> None:
     trainer = trainer_of(make_online(), tmp_path, Brightness(constant=0.5))
-    before = [p.detach().clone() for p in trainer.parameters]
-    assert trainer.source.prepare(0, StopFlag())
-    found, norm = trainer.update()
-    assert (found.learns, found.metrics["loss"], found.metrics["images"], norm) == (False, 0.0, 0, 0.0)
+    before = [p.detach().clone() for p in trainer.state.parameters]
+    assert trainer.source.prepare(0)
+    found = trainer._update()
+    assert (found.learns, found.metrics["loss"], found.metrics["images"]) == (False, 0.0, 0)
+    assert trainer.state.folder.metrics()[-1]["grad_norm"] == 0.0
     assert found.metrics["no_advantage"] == 1
-    assert (trainer.step, trainer.ema.updates) == (1, 0)
-    assert all(torch.equal(p, old) for p, old in zip(trainer.parameters, before, strict=True))
+    assert (trainer.state.step, trainer.state.ema.updates) == (1, 0)
+    assert all(torch.equal(p, old) for p, old in zip(trainer.state.parameters, before, strict=True))
 
 
 def test_the_first_gradient_of_a_round_is_the_policy_gradient(make_online: MakeRecipe) -> None:
@@ -221,7 +225,7 @@ def test_the_first_gradient_of_a_round_is_the_policy_gradient(make_online: MakeR
     with torch.no_grad():
         for parameter in parameters:  # B is zero at the start, and then A has no gradient
             parameter.add_(0.01)
-    assert source.prepare(0, StopFlag())
+    assert source.prepare(0)
     made = source.round
     assert made is not None
     found = gradient_of(source, parameters, 1)
@@ -244,7 +248,7 @@ def test_micro_batches_give_the_same_gradient(make_online: MakeRecipe) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(0.01)
-    assert source.prepare(0, StopFlag())
+    assert source.prepare(0)
     together = gradient_of(source, parameters, 0)
     source.recipe = small
     assert (gradient_of(source, parameters, 0) - together).norm() < 1e-4 * together.norm()
@@ -252,13 +256,14 @@ def test_micro_batches_give_the_same_gradient(make_online: MakeRecipe) -> None:
 
 def test_epochs_and_parts_visit_every_image_once(make_online: MakeRecipe) -> None:
     source = steps_of(make_online(method={"inner_epochs": 2, "updates_per_round": 3}), Brightness())
-    assert source.prepare(5, StopFlag())
+    assert source.prepare(5)
     made = source.round
     assert made is not None and made.number == 0
     orders = [torch.cat([source._part(made, epoch, part) for part in range(3)]).tolist() for epoch in range(2)]
     assert [sorted(order) for order in orders] == [list(range(6))] * 2
     assert orders[0] != orders[1]
-    assert [source.can_go_on_after(steps) for steps in (5, 6, 7, 12)] == [False, True, False, True]
+    points = [source.resume_point(steps) for steps in (5, 6, 7, 12)]
+    assert points == [ResumePoint.NONE, ResumePoint.POSSIBLE] * 2
 
 
 def test_shuffled_rewards_stay_in_their_group(make_online: MakeRecipe) -> None:
@@ -279,49 +284,53 @@ def test_a_stop_in_the_middle_of_a_round_changes_nothing(
     """Asked to stop while round 1 is scored, a run stops after its last update, step 2, and goes on from there."""
     recipe = make_online(method=method, train={"eval_every": 0, "checkpoint_every": 100})
     whole = trainer_of(recipe, tmp_path / "whole", Brightness())
-    train_loop(whole, None, quiet, StopFlag())
+    whole.train()
 
-    scorer, stop = Brightness(), StopFlag()
-    scorer.on_call = lambda: setattr(stop, "requested", True)
+    part = trainer_of(recipe, tmp_path / "parts", scorer := Brightness())
+    scorer.on_call = lambda: setattr(part.session.stop, "requested", True)
     with pytest.raises(Interrupted, match="stopped after step 2 of 4; run the same command again"):
-        train_loop(trainer_of(recipe, tmp_path / "parts", scorer), None, quiet, stop)
+        part.train()
     rest = trainer_of(recipe, tmp_path / "parts", Brightness())
-    assert rest.resume() == 2
-    train_loop(rest, None, quiet, StopFlag())
-    before, after = tensors_of(whole.folder.path), tensors_of(rest.folder.path)
+    assert rest.state.resume() == 2
+    rest.train()
+    before, after = tensors_of(whole.state.folder.path), tensors_of(rest.state.folder.path)
     assert all(torch.equal(before[name], after[name]) for name in before | after)
-    assert timeless(rest.folder.metrics()) == timeless(whole.folder.metrics())
+    assert timeless(rest.state.folder.metrics()) == timeless(whole.state.folder.metrics())
 
 
 def test_a_stop_while_a_round_is_drawn_keeps_the_rounds_before(
     make_online: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
     recipe = make_online(train={"eval_every": 0, "checkpoint_every": 100})
-    trainer, stop = trainer_of(recipe, tmp_path, Brightness()), StopFlag()
+    trainer = trainer_of(recipe, tmp_path, Brightness())
+    folder, stop = trainer.state.folder.path, trainer.session.stop
     stop.requested = True
     with pytest.raises(Interrupted, match="stopped after step 0 of 4"):
-        train_loop(trainer, None, quiet, stop)
-    assert latest_checkpoint(trainer.folder.path) is None
-    assert trainer.source.prepare(0, StopFlag())
+        trainer.train()
+    assert latest_checkpoint(folder) is None
+    stop.requested = False
+    assert trainer.source.prepare(0)
     for _ in range(2):
-        trainer.update()
+        trainer._update()
+    stop.requested = True
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
-        train_loop(trainer, None, quiet, stop)
-    path = latest_checkpoint(trainer.folder.path)
+        trainer.train()
+    path = latest_checkpoint(folder)
     assert path is not None and load_checkpoint(path).step == 2
     written, again = path.stat(), trainer_of(recipe, tmp_path, Brightness())
-    assert again.resume() == 2
+    assert again.state.resume() == 2
+    again.session.stop.requested = True
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
-        train_loop(again, None, quiet, stop)
+        again.train()
     assert path.stat() == written  # not replaced by itself
 
 
 class Hanging(Brightness):
     """A stop is asked for during the second call, which is given up then, as that of a reward that hangs."""
 
-    def __init__(self, stop: StopFlag) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.stop, self.calls = stop, 0
+        self.stop, self.calls = StopFlag(), 0
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[object], *, stop: Callable[[], bool]
@@ -337,12 +346,12 @@ class Hanging(Brightness):
 def test_a_reward_that_hangs_does_not_hold_a_stop_up(make_online: MakeRecipe, tmp_path: Path, quiet: Reporter) -> None:
     """The round is dropped; what was learnt before it is kept, and the run goes on from there."""
     recipe = make_online(train={"eval_every": 0, "checkpoint_every": 100})
-    stop = StopFlag()
-    trainer = trainer_of(recipe, tmp_path, scorer := Hanging(stop))
+    trainer = trainer_of(recipe, tmp_path, scorer := Hanging())
+    trainer.session.stop = scorer.stop
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
-        train_loop(trainer, None, quiet, stop)
+        trainer.train()
     assert scorer.calls == 2
-    path = latest_checkpoint(trainer.folder.path)
+    path = latest_checkpoint(trainer.state.folder.path)
     assert path is not None and load_checkpoint(path).step == 2
 
 
@@ -354,7 +363,7 @@ def test_there_is_nothing_to_sample_or_score(
     stage: Any, name: str, make_online: MakeRecipe, quiet: Reporter, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=f"nothing to {name}: flow-grpo makes and scores its images while it trains"):
-        stage.run(make_online(), tmp_path, quiet)
+        stage.run(Session(make_online(), tmp_path, quiet))
     with pytest.raises(UserError, match=f"nothing to {name}"):
         plan.describe(make_online(), name, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -375,7 +384,7 @@ def test_a_run_is_named_by_what_it_learns_from(make_online: MakeRecipe, tmp_path
 
     def place(**changes: Any) -> Path:
         recipe = make_online(**changes)
-        return run_path(recipe, tmp_path, expected_inputs(recipe, model))
+        return run_path(Session(recipe, tmp_path, model=model))
 
     plain = place()
     assert place(sample={"steps": 7}) == plain  # of the evaluation alone
@@ -394,7 +403,7 @@ def test_an_ablation_of_methods_has_one_store(make_recipe: MakeRecipe, tmp_path:
     """GDRO's cell needs the store, Flow-GRPO's does not; keys of the store alone are let go of."""
     recipe = make_recipe()
     sweep = plan_sweep(recipe, ["method"], ["gdro,flow-grpo"])
-    rows, cells = ablate.describe(sweep, tmp_path)
+    rows, cells = ablate.describe(Session(recipe, tmp_path, planning=True), sweep)
     assert [value for name, value in rows if name == "store"] and len(
         [name for name, _ in rows if name == "store"]
     ) == 1
@@ -406,5 +415,7 @@ def test_processes_must_share_the_prompts_of_a_round(make_online: MakeRecipe) ->
     class Three:
         world, rank = 3, 0
 
+    session = Session(make_online(), Path("unused"))
+    session.engine = Three()  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"method.prompts_per_round is 2, which 3 processes cannot share"):
-        OnlineSteps(make_online(), open_model(make_online()), Three())  # type: ignore[arg-type]
+        OnlineSteps(session)

@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.group_gradient import GroupGradient
-from gdro_cli.stages.training.prefetch import Ahead
+from gdro_cli.stages.training.prefetch import Prefetch
 
 MakeRecipe = Callable[..., Recipe]
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
@@ -55,17 +56,17 @@ def test_kept_reference_errors_and_drawing_ahead_change_no_bit(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter, passes: list[int]
 ) -> None:
     out = fresh_workspace(finished, tmp_path)
-    plain = adapter(train.run(make_recipe(train=PLAIN), out, quiet))
+    plain = adapter(train.run(Session(make_recipe(train=PLAIN), out, quiet)))
     assert passes == [6, 6, 6, 6] and not [*out.glob("stores/*/references")]
     shutil.rmtree(out / "runs")
-    kept = adapter(train.run(make_recipe(train={"eval_every": 0}), out, quiet))
+    kept = adapter(train.run(Session(make_recipe(train={"eval_every": 0}), out, quiet)))
     assert passes[4:] == [6, 6, 6, 6] and same(plain, kept)
     shutil.rmtree(out / "runs")
-    reused = adapter(train.run(make_recipe(train={"eval_every": 0}), out, quiet))
+    reused = adapter(train.run(Session(make_recipe(train={"eval_every": 0}), out, quiet)))
     assert passes[8:] == [0, 0, 0, 0] and same(plain, reused)
     # Another beta has the same reference errors; another seed draws other noise.
-    train.run(make_recipe(method={"beta": 3}, train={"eval_every": 0}), out, quiet)
-    train.run(make_recipe(train={"eval_every": 0, "seed": 5}), out, quiet)
+    train.run(Session(make_recipe(method={"beta": 3}, train={"eval_every": 0}), out, quiet))
+    train.run(Session(make_recipe(train={"eval_every": 0, "seed": 5}), out, quiet))
     assert passes[12:] == [0, 0, 0, 0, 6, 6, 6, 6]
 
 
@@ -82,13 +83,13 @@ def test_other_draws_of_the_same_images_share_no_errors(
 ) -> None:
     """Images in other company have errors that differ by rounding, so a training that met them before is no help."""
     out = fresh_workspace(finished, tmp_path)
-    train.run(make_recipe(train={"eval_every": 0}), out, quiet)
+    train.run(Session(make_recipe(train={"eval_every": 0}), out, quiet))
     del passes[:]
     method, section = other.get("method", {}), other.get("train", {})
-    kept = adapter(train.run(make_recipe(method=method, train={"eval_every": 0} | section), out, quiet))
+    kept = adapter(train.run(Session(make_recipe(method=method, train={"eval_every": 0} | section), out, quiet)))
     assert passes == [6, 6, 6, 6]
     shutil.rmtree(out / "runs")
-    assert same(kept, adapter(train.run(make_recipe(method=method, train=PLAIN | section), out, quiet)))
+    assert same(kept, adapter(train.run(Session(make_recipe(method=method, train=PLAIN | section), out, quiet))))
 
 
 def test_a_bank_of_noise_repeats_its_draws(
@@ -97,10 +98,10 @@ def test_a_bank_of_noise_repeats_its_draws(
     """Four groups of four images, three drawn at a time: with one draw, 4 steps of 2 groups meet at most 16 images."""
     out = fresh_workspace(finished, tmp_path)
     bank = {"noise_bank": 1, "min_spread": 0.0}
-    kept = adapter(train.run(make_recipe(method=bank, train={"eval_every": 0}), out, quiet))
+    kept = adapter(train.run(Session(make_recipe(method=bank, train={"eval_every": 0}), out, quiet)))
     assert sum(passes) <= 16 < 24 and min(passes) < 6
     shutil.rmtree(out / "runs")
-    plain = adapter(train.run(make_recipe(method=bank, train=PLAIN), out, quiet))
+    plain = adapter(train.run(Session(make_recipe(method=bank, train=PLAIN), out, quiet)))
     for key in plain:
         torch.testing.assert_close(kept[key], plain[key], rtol=1e-3, atol=1e-6)
 
@@ -114,7 +115,7 @@ def test_ahead_gives_each_step_its_own_and_passes_errors_on() -> None:
             raise ValueError("no third")
         return step * 10
 
-    ahead = Ahead(make, steps=5)
+    ahead = Prefetch(make, steps=5)
     assert [ahead.take(0), ahead.take(1), ahead.take(2)] == [0, 10, 20]
     with pytest.raises(ValueError, match="no third"):
         ahead.take(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.flow import euler_step
 from gdro_cli.core.sde import log_prob
 from gdro_cli.models.base import FlowModel
-from gdro_cli.stages.setup.workspace import open_model, open_prompts
-from gdro_cli.stages.training.rollout import Drawn, Policy, Rollout, prompts_of_round, roll_out, trained_steps
+from gdro_cli.stages.setup.model import open_model
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.rollout import Policy, Rollout, RolloutImage, prompts_of_round, roll_out, trained_steps
 
 MakeRecipe = Callable[..., Recipe]
 
 
 @pytest.fixture(scope="module")
 def model(make_online: MakeRecipe) -> FlowModel:
-    return open_model(make_online(), device="cpu")
+    return open_model(make_online())
 
 
 def policy_of(recipe: Recipe, model: FlowModel) -> Policy:
@@ -28,12 +30,12 @@ def policy_of(recipe: Recipe, model: FlowModel) -> Policy:
     return Policy(model, recipe.online_method, 1.0, (64, 64), nullcontext)
 
 
-def images_of(recipe: Recipe, *, visit: int = 0) -> list[Drawn]:
-    records = open_prompts(recipe, recipe.prompts.train).records[:2]
-    return [Drawn(record, visit, image) for record in records for image in range(2)]
+def images_of(recipe: Recipe, *, visit: int = 0) -> list[RolloutImage]:
+    records = Session(recipe, Path()).prompts("train").records[:2]
+    return [RolloutImage(record, visit, image) for record in records for image in range(2)]
 
 
-def drawn_by(policy: Policy, names: list[Drawn]) -> Rollout:
+def drawn_by(policy: Policy, names: list[RolloutImage]) -> Rollout:
     return roll_out(policy, names, policy.model.encode([name.prompt.prompt for name in names]), seed=3)
 
 
@@ -88,7 +90,7 @@ def test_trained_steps_are_a_random_share_of_the_stochastic_ones(make_online: Ma
     """0.6 of 5 stochastic steps are 3, different for different images; a tiny share is one step."""
     recipe = make_online(method={"train_sample_steps": 6, "timestep_fraction": 0.6})
     assert recipe.online_method is not None
-    names = [Drawn(record, 0, image) for record, _, _ in images_of(recipe) for image in range(8)]
+    names = [RolloutImage(record, 0, image) for record, _, _ in images_of(recipe) for image in range(8)]
     found = trained_steps(recipe.online_method, names, seed=0)
     assert found.shape == (32, 3)
     assert all(len(set(row)) == 3 and set(row) <= set(range(5)) for row in found.tolist())
@@ -100,7 +102,7 @@ def test_trained_steps_are_a_random_share_of_the_stochastic_ones(make_online: Ma
 def test_rounds_visit_every_prompt_once_per_epoch(make_online: MakeRecipe) -> None:
     """Three rounds of four prompts are two epochs of six."""
     recipe = make_online(prompts={"train": {"count": 6}})
-    records = open_prompts(recipe, recipe.prompts.train).records
+    records = Session(recipe, Path()).prompts("train").records
     seen = [pair for number in range(3) for pair in prompts_of_round(records, number, count=4, seed=1)]
     assert sorted((record.id, visit) for record, visit in seen) == sorted(
         (record.id, visit) for record in records for visit in (0, 1)

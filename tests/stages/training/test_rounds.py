@@ -25,6 +25,7 @@ from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.planning import dry_run as plan
 from gdro_cli.stages.runs.identity import learnt_from
 from gdro_cli.stages.runs.store_times import read_batches
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
 MakeRecipe = Callable[..., Recipe]
@@ -39,7 +40,7 @@ def straight(
     """Two rounds of two steps, undisturbed."""
     out = tmp_path_factory.mktemp("rounds")
     shutil.copytree(finished[0] / "stores", out / "stores")
-    return out, train.run(make_recipe(**ROUNDS), out, quiet)
+    return out, train.run(Session(make_recipe(**ROUNDS), out, quiet))
 
 
 def pictures(store: GroupStore) -> list[bytes]:
@@ -93,8 +94,8 @@ def test_a_stop_changes_nothing(
         (run / "resolved.json").unlink()
     else:
         with pytest.raises(Interrupted, match="round 2 of 2; finished shards are kept"):
-            train.run(recipe, tmp_path, Impatient(moment))
-    again = train.run(recipe, tmp_path, quiet)
+            train.run(Session(recipe, tmp_path, Impatient(moment)))
+    again = train.run(Session(recipe, tmp_path, quiet))
     assert again.resumed_from == (3 if moment == "third step" else 2)
     expected = straight[1].run.path
     for name in ("pytorch_lora_weights.safetensors", "checkpoints/step-000004/adapter.safetensors"):
@@ -111,7 +112,7 @@ def test_a_lost_store_of_a_round_is_one_sentence(
     shutil.rmtree(run / "checkpoints" / "step-000004")
     shutil.rmtree(next(path for path in (run / "rounds").iterdir() if path.is_dir()))
     with pytest.raises(StoreError, match=r"there is no group store at .*/rounds/.*: run `gdro train`$"):
-        train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+        train.run(Session(make_recipe(**ROUNDS), tmp_path / "out", quiet))
 
 
 @pytest.mark.parametrize("lost", ["shards/00000", "scores/*/00000.json"])
@@ -125,7 +126,7 @@ def test_a_lost_part_of_a_round_that_has_begun_is_one_sentence(
     (found,) = store.glob(lost)
     remove_tree(found)
     with pytest.raises(StoreError, match="is not complete, .*: delete the run and train it again"):
-        train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+        train.run(Session(make_recipe(**ROUNDS), tmp_path / "out", quiet))
 
 
 def test_a_damaged_part_of_a_round_names_the_command_that_makes_it(
@@ -140,9 +141,9 @@ def test_a_damaged_part_of_a_round_names_the_command_that_makes_it(
     (picture, *_) = sorted((store / "shards" / "00000").rglob("*.png"))
     picture.write_bytes(b"")
     with pytest.raises(StoreError, match=r"delete the folder .*/rounds/.*/shards/00000 and run `gdro train`") as caught:
-        train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+        train.run(Session(make_recipe(**ROUNDS), tmp_path / "out", quiet))
     shutil.rmtree(store / "shards" / "00000")
-    again = train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+    again = train.run(Session(make_recipe(**ROUNDS), tmp_path / "out", quiet))
     assert again.resumed_from == 2 and "gdro sample" not in str(caught.value)
 
 
@@ -162,7 +163,7 @@ def test_a_round_names_no_store_outside_of_its_run(
     shutil.copytree(run / "rounds" / about["store"], tmp_path / "elsewhere", ignore=shutil.ignore_patterns("scores"))
     round_file.write_text(json.dumps(about | {"store": name}))
     with pytest.raises(StoreError, match="names no store of this run"):
-        train.run(make_recipe(**ROUNDS), tmp_path / "out", quiet)
+        train.run(Session(make_recipe(**ROUNDS), tmp_path / "out", quiet))
     assert not (tmp_path / "elsewhere" / "scores").exists()
 
 

@@ -24,6 +24,7 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation import evaluate
+from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
@@ -127,7 +128,7 @@ def test_a_job_killed_in_two_processes_goes_on_in_one(
             time.sleep(0.01)
         kill(process)
     same_stores(tmp_path / "out" / "stores", workspace / "stores", exact=True)
-    again = train.run(make_recipe(), tmp_path / "out", quiet)
+    again = train.run(Session(make_recipe(), tmp_path / "out", quiet))
     assert again.run.path.name == name and 1 <= again.resumed_from < 4
     same_training(again.run.path, trained.run.path)
 

@@ -1,4 +1,4 @@
-"""Pictures of a few validation prompts with the kept weights of each setting: same noise, the base model first."""
+"""Images of a few validation prompts with the kept weights of each setting: same noise, the base model first."""
 
 from __future__ import annotations
 
@@ -15,24 +15,22 @@ from gdro_cli.files import write_bytes
 from gdro_cli.models.base import Conditioning
 from gdro_cli.models.latents import NOT_FINITE
 from gdro_cli.rewards.base import UnreadableImageError, read_rgb
-from gdro_cli.runtime.interrupt import StopFlag
-from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ablation.result import Ablation
-from gdro_cli.stages.evaluation.evaluate import applied
 from gdro_cli.stages.reporting.image_sheet import blank
-from gdro_cli.stages.runs.weights import RunWeights, evaluated_weights
-from gdro_cli.stages.sampling.sample import decode_images, sample_images
-from gdro_cli.stages.setup.workspace import evaluation_plan, open_model, open_prompts
+from gdro_cli.stages.runs.weights import RunWeights, applied, evaluated_weights
+from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import evaluation_plan
 
 PROMPTS = 4
 """Prompts shown, at most `eval.grid_prompts`: the first ones of the validation prompts."""
-FOLDER = "pictures"
+FOLDER = "images"
 
 
 @dataclass(frozen=True, slots=True)
-class PictureRow:
-    """The pictures of one model."""
+class ImageRow:
+    """The images of one model."""
 
     label: str
     about: str
@@ -42,33 +40,32 @@ class PictureRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class Images:
     """What the report shows: a row per setting (its first seed), a column per prompt."""
 
     prompts: tuple[PromptRecord, ...]
-    rows: tuple[PictureRow, ...]
+    rows: tuple[ImageRow, ...]
 
 
-def draw_pictures(ablation: Ablation, folder: Path, reporter: Reporter, stop: StopFlag) -> Pictures:
-    """Sample what is not there yet; pictures are named by the weights that drew them.
+def draw_images(session: Session, ablation: Ablation, folder: Path) -> Images:
+    """Sample what is not there yet; images are named by the weights that drew them.
 
     Raises:
-        Interrupted: stopped by the user; finished pictures are kept.
+        Interrupted: stopped by the user; finished images are kept.
     """
-    recipe = ablation.sweep.recipe
-    prompts = open_prompts(recipe, recipe.prompts.validation).records[: min(PROMPTS, recipe.eval.grid_prompts)]
+    prompts = session.prompts("validation").records[: min(PROMPTS, session.recipe.eval.grid_prompts)]
     if not prompts:
-        return Pictures((), ())
-    painter = _Painter(recipe, prompts, folder / FOLDER)
+        return Images((), ())
+    painter = _Painter(session, prompts, folder / FOLDER)
     wanted = list(_wanted(ablation))
-    rows = [PictureRow("base model", "untrained", painter.draw(recipe, None, ablation.protocol))]
-    with reporter.track("drawing", total=len(wanted), unit="settings") as progress:
+    rows = [ImageRow("base model", "untrained", painter.draw(session.recipe, None, ablation.protocol))]
+    with session.reporter.track("drawing", total=len(wanted), unit="settings") as progress:
         for label, about, cell, weights in wanted:
-            stop.check("stopped while drawing pictures; run the same command again to go on")
+            session.stop.check("stopped while drawing images; run the same command again to continue")
             files = () if weights is None else painter.draw(cell, weights, ablation.protocol)
-            rows.append(PictureRow(label, about, files))
+            rows.append(ImageRow(label, about, files))
             progress.advance()
-    return Pictures(tuple(prompts), tuple(rows))
+    return Images(tuple(prompts), tuple(rows))
 
 
 def _wanted(ablation: Ablation) -> Iterator[tuple[str, str, Recipe, RunWeights | None]]:
@@ -77,7 +74,7 @@ def _wanted(ablation: Ablation) -> Iterator[tuple[str, str, Recipe, RunWeights |
         first = ablation.of(label)[0]
         recipe = first.cell.recipe
         if first.outcome.state in ("failed", "unfinished"):
-            yield label, f"{first.outcome.state}, no pictures", recipe, None
+            yield label, f"{first.outcome.state}, no images", recipe, None
             continue
         weights = evaluated_weights(RunFolder(first.run), recipe)
         about = "" if weights is None else f"step {weights.step} ({weights.checkpoint}), seed {first.cell.seed}"
@@ -87,8 +84,8 @@ def _wanted(ablation: Ablation) -> Iterator[tuple[str, str, Recipe, RunWeights |
 class _Painter:
     """Draws the prompts' first images; they are encoded once, and only if something is to be drawn."""
 
-    def __init__(self, recipe: Recipe, prompts: Sequence[PromptRecord], folder: Path) -> None:
-        self.recipe, self.prompts, self.folder = recipe, prompts, folder
+    def __init__(self, session: Session, prompts: Sequence[PromptRecord], folder: Path) -> None:
+        self.session, self.prompts, self.folder = session, prompts, folder
         self.conditioning: list[Conditioning] | None = None
 
     def draw(self, recipe: Recipe, weights: RunWeights | None, protocol: str) -> tuple[Path, ...]:
@@ -97,27 +94,28 @@ class _Painter:
         files = tuple(self.folder / f"{who}-{prompt.id}.png" for prompt in self.prompts)
         if all(_whole(file) for file in files):
             return files
-        model = open_model(recipe)
+        part = self.session.part(recipe)
+        model = part.model
         if self.conditioning is None:
             self.conditioning = model.encode([prompt.prompt for prompt in self.prompts])
             model.release_encoders()
-        plan = evaluation_plan(recipe, model, images_per_prompt=1)
+        plan = evaluation_plan(part, images_per_prompt=1)
         seeds = [[plan.image_seed(prompt.id, 0)] for prompt in self.prompts]
         size = recipe.sample.batch_size
         with ExitStack() as stack:
             if weights is not None:
-                stack.enter_context(applied(recipe, model, weights))
+                stack.enter_context(applied(part, weights))
             latents = sample_images(model, self.conditioning, seeds, plan, batch_size=size)
-            pictures = decode_images(model, latents, plan, batch_size=size)
-        for file, picture in zip(files, pictures, strict=True):
+            images = decode_images(model, latents, plan, batch_size=size)
+        for file, image in zip(files, images, strict=True):
             data = io.BytesIO()
-            (blank(NOT_FINITE) if picture is None else picture).save(data, "PNG")
+            (blank(NOT_FINITE) if image is None else image).save(data, "PNG")
             write_bytes(file, data.getvalue())
         return files
 
 
 def _whole(file: Path) -> bool:
-    """Whether there is a picture in it; what a crash or somebody has left is drawn anew."""
+    """Whether there is a image in it; what a crash or somebody has left is drawn anew."""
     try:
         return file.is_file() and not file.is_symlink() and bool(read_rgb(file))
     except UnreadableImageError:

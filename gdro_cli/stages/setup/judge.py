@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.data.scores import ScoreTable
-from gdro_cli.data.store import GroupStore
 from gdro_cli.rewards.judge.base import Judge, JudgeReward, u_axes
-from gdro_cli.rewards.pool import ScoringPool, usable_cores
-from gdro_cli.stages.setup.workspace import EMBEDDED
+from gdro_cli.stages.setup.model import EMBEDDED
 from gdro_cli.tiny.assets import tiny_judge_path
 
 
@@ -45,17 +42,3 @@ def _open(recipe: Recipe, kind: str) -> Judge:
         timeout=settings.timeout,
         retries=settings.retries,
     )
-
-
-def open_judge_pool(recipe: Recipe, judge: JudgeReward, *, sharing: int = 1) -> ScoringPool:
-    """Processes that judge. An endpoint is asked by one, which sends several requests at a time; a large model is
-    loaded by one. ``sharing`` is how many processes of this machine have a pool each: they share the cores.
-    """
-    if dict(judge.version["judge"]).get("judge") == "embedded":
-        return ScoringPool(judge, workers=max(1, usable_cores() // sharing))
-    return ScoringPool(judge, workers=1, largest_chunk=4 * recipe.judge.concurrency)
-
-
-def open_judge_table(judge: JudgeReward, store: GroupStore) -> ScoreTable:
-    """Make or open the table of the judge beside ``store``."""
-    return ScoreTable.create_or_open(store, "judge", provenance=judge.version, command="gdro eval")

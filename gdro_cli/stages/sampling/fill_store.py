@@ -1,0 +1,190 @@
+"""Filling a store: images of the groups that it lacks, drawn by the model as it is now.
+
+Image i of prompt p depends only on (seed, p, i): batches, shards, restarts and processes change nothing but rounding.
+Several processes share the shards. Each shard is made by one process, in the batches that a single process would make.
+A sharded model runs in all processes at once: they share the images of every shard, and the main process writes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.shard_times import add_time
+from gdro_cli.data.store import Group, GroupStore
+from gdro_cli.errors import StoreError
+from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.latents import complete
+from gdro_cli.models.sampling import sample_latents
+from gdro_cli.runtime.distributed import Engine
+from gdro_cli.runtime.lock import clear_stale, folder_lock
+from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import SamplingPlan
+
+
+def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label: str = "sampling") -> int:
+    """Sample the shards that ``store`` lacks, all processes together, and return their number.
+
+    Raises:
+        Interrupted: between two steps of a batch; finished shards are kept.
+        StoreError: another job is filling the store, or an image is not finite.
+        EndedElsewhere: one of these was raised in another process.
+    """
+    engine, recipe, stop = session.engine, session.recipe, session.stop
+    missing = engine.from_main(store.missing_shards)
+    if not missing:
+        if engine.is_main:
+            clear_stale(store.path / "lock")
+        return 0
+    sharded = engine.world > 1 and recipe.model.sharding == "fsdp"
+    own = missing if sharded else engine.share(missing)
+    total = sum(len(store.shards[number]) for number in own) * plan.images_per_prompt
+    stopped = f"stopped while {label}; finished shards are kept in {store.path}: run the command again to continue"
+    image_steps = 0
+
+    def advance(images: int) -> None:
+        nonlocal image_steps
+        image_steps += images * (engine.world if sharded else 1)
+        progress.advance(min(image_steps // plan.steps, total) - progress.done)
+        if not sharded:
+            stop.check(stopped)
+        elif engine.hear(
+            stop
+        ):  # a process that stopped alone would leave the others waiting in the middle of the model
+            engine.stop_together(stopped)
+
+    def draw(number: int) -> list[Group]:
+        return sample_groups(
+            session.model,
+            store.shards[number],
+            plan,
+            batch_size=recipe.sample.batch_size,
+            on_step=advance,
+            split=engine if sharded else None,
+        )
+
+    def make(number: int) -> None:
+        start = time.perf_counter()
+        store.write_shard(number, draw(number))
+        add_time(store.path, number, time.perf_counter() - start, processes=engine.world)
+
+    with (
+        engine.held_by_main(folder_lock(store.path / "lock")),
+        session.reporter.track(label + own_part(engine, sharded), total=total, unit="images") as progress,
+    ):
+        if not sharded:
+            engine.take_turns(missing, make)
+            return len(missing)
+        for number in missing:
+            start = time.perf_counter()
+            groups = draw(number)
+            with engine.together():
+                if engine.is_main:
+                    store.write_shard(number, groups)
+                    add_time(store.path, number, time.perf_counter() - start)
+    return len(missing)
+
+
+def own_part(engine: Engine, sharded: bool = False) -> str:
+    """Suffix of a progress label where the progress is that of one process of several."""
+    return "" if sharded or engine.world == 1 else f" (process {engine.rank + 1} of {engine.world})"
+
+
+def sample_groups(
+    model: FlowModel,
+    prompts: tuple[PromptRecord, ...],
+    plan: SamplingPlan,
+    *,
+    batch_size: int,
+    on_step: Callable[[int], None] | None = None,
+    split: Engine | None = None,
+) -> list[Group]:
+    """Sample one group per prompt; each prompt is encoded once, and batches run across groups.
+
+    Args:
+        model: the model, with or without an adapter.
+        prompts: B prompts.
+        plan: K images per prompt, and the settings.
+        batch_size: images per forward pass.
+        on_step: passed to ``sample_latents``.
+        split: see ``sample_images``. The main process then makes the groups, and the others get none.
+
+    Returns:
+        B groups with latents [K, ...] in the model's dtype.
+
+    Raises:
+        StoreError: an image is not finite.
+    """
+    count = plan.images_per_prompt
+    conditioning = model.encode([prompt.prompt for prompt in prompts])
+    seeds = [[plan.image_seed(prompt.id, index) for index in range(count)] for prompt in prompts]
+    latents = sample_images(model, conditioning, seeds, plan, batch_size=batch_size, on_step=on_step, split=split)
+    if split is not None and not split.is_main:
+        return []
+    groups = []
+    for position, prompt in enumerate(prompts):
+        own = latents[position * count : (position + 1) * count]
+        images = _all_finite(prompt, decode_images(model, own, plan, batch_size=batch_size))
+        groups.append(Group(prompt, own.to("cpu", model.dtype), conditioning[position], images, seeds[position]))
+    return groups
+
+
+def _all_finite(prompt: PromptRecord, images: Sequence[Image.Image | None]) -> list[Image.Image]:
+    try:
+        return complete(images)
+    except ValueError as error:
+        raise StoreError(
+            f"an image of prompt {prompt.id} ({prompt.prompt[:80]!r}) is not finite, so its shard was not written:"
+            " sample with another dtype (float32 or bfloat16) or with less guidance"
+        ) from error
+
+
+def decode_images(
+    model: FlowModel, latents: torch.Tensor, plan: SamplingPlan, *, batch_size: int
+) -> list[Image.Image | None]:
+    """Images of clean latents [N, ...]; None stands for one that is not finite."""
+    return [
+        image
+        for part in latents.split(batch_size)
+        for image in model.decode(part, height=plan.height, width=plan.width)
+    ]
+
+
+def sample_images(
+    model: FlowModel,
+    conditioning: list[Conditioning],
+    seeds: list[list[int]],
+    plan: SamplingPlan,
+    *,
+    batch_size: int,
+    on_step: Callable[[int], None] | None = None,
+    split: Engine | None = None,
+) -> torch.Tensor:
+    """Clean latents [sum of seeds, ...]: prompt p has one image for each of ``seeds[p]``.
+
+    ``split`` shares the images equally among the processes and gives all of them to all; every process must ask for the
+    same images. The batches then differ from those of a single process, which changes rounding.
+    """
+    flat = [seed for group in seeds for seed in group]
+    texts = [text for text, group in zip(conditioning, seeds, strict=True) for _ in group]
+    whole = len(flat)
+    if split is not None and split.world > 1:
+        count = -(-whole // split.world)
+        own = [min(split.rank * count + offset, whole - 1) for offset in range(count)]  # the last image fills up
+        flat, texts = [flat[i] for i in own], [texts[i] for i in own]
+    latents = sample_latents(
+        model,
+        model.noise(flat, height=plan.height, width=plan.width),
+        texts,
+        steps=plan.steps,
+        guidance=plan.guidance,
+        height=plan.height,
+        width=plan.width,
+        batch_size=batch_size,
+        on_step=on_step,
+    )
+    return latents if split is None else split.gather_rows(latents)[:whole]

@@ -1,0 +1,87 @@
+"""Filling a score table: the stored images that it lacks, scored by a pool of processes."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+
+from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.shard_times import add_time
+from gdro_cli.errors import Interrupted, StoreError
+from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
+from gdro_cli.runtime.lock import clear_stale, folder_lock
+from gdro_cli.stages.sampling.fill_store import own_part
+from gdro_cli.stages.setup.session import Session
+
+
+def score_missing(
+    session: Session, table: ScoreTable, pool: ScoringPool, *, label: str = "scoring", refuse_empty: bool = False
+) -> int:
+    """Score the shards that ``table`` lacks, all processes together, and return their number.
+
+    Each process has a ``pool`` of its own, which starts only if the process has shards to score. ``refuse_empty`` takes
+    a shard without a single score for an outage: the shard is not kept, and the next start scores it again.
+
+    Raises:
+        Interrupted: a stop was asked for; finished shards are kept, and the one at work if it is done within
+            ``STOP_GRACE`` seconds.
+        StoreError: another job is filling the table.
+        EndedElsewhere: one of these was raised in another process.
+    """
+    engine, stop = session.engine, session.stop
+    missing = engine.from_main(table.missing_shards)
+    if not missing:
+        if engine.is_main:
+            clear_stale(table.path / "lock")
+        return 0
+    store, own = table.store, engine.share(missing)
+    total = sum(len(store.shards[number]) for number in own) * store.images_per_prompt
+    stopped = f"stopped while {label}; finished shards are kept in {table.path}: run the command again to continue"
+
+    def score_shard(number: int) -> None:
+        start = time.perf_counter()
+        images = store.images(number)
+        try:
+            scores = pool.score(
+                [image.path for image in images],
+                [image.prompt for image in images],
+                on_scored=progress.advance,
+                stop=lambda: stop.requested,
+            )
+        except ScoringStopped as error:
+            raise Interrupted(stopped) from error
+        rows = [
+            ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
+            for image, score in zip(images, scores, strict=True)
+        ]
+        if refuse_empty and all(row.value is None for row in rows):
+            raise StoreError(
+                f"stopped while {label}: none of {len(rows)} images got an answer ({rows[0].reason}); finished shards"
+                f" are kept in {table.path}: fix the cause and run the command again"
+            )
+        table.write_shard(number, rows)
+        add_time(table.path, number, time.perf_counter() - start, processes=engine.world)
+        stop.check(stopped)
+
+    with (
+        engine.held_by_main(folder_lock(table.path / "lock")),
+        pool if own else nullcontext(),
+        session.reporter.track(label + own_part(engine), total=total, unit="images") as progress,
+    ):
+        engine.take_turns(missing, score_shard)
+    return len(missing)
+
+
+def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
+    """Check the share of images without a score.
+
+    Raises:
+        StoreError: it is above ``allowed``, the value of the recipe key ``key``.
+    """
+    totals = table.summary()
+    if totals.missing_share > allowed:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])
+        raise StoreError(
+            f"{totals.images - totals.scored} of {totals.images} images in {table.path} could not be scored, more than"
+            f" {key} ({allowed:g}) allows ({reasons}): fix the cause, delete that folder and run the command again"
+        )

@@ -1,0 +1,54 @@
+"""Scoring processes and score tables of a session's reward and judge."""
+
+from __future__ import annotations
+
+from gdro_cli.data.scores import ScoreTable
+from gdro_cli.data.store import GroupStore
+from gdro_cli.rewards.pool import ScoringPool, usable_cores
+from gdro_cli.stages.setup.reward import needs_one_process
+from gdro_cli.stages.setup.session import Session
+
+
+def open_reward_pool(session: Session, *, sharing: int | None = None) -> ScoringPool:
+    """Processes that score; a context manager. Large networks get one process with all threads, not one per core.
+
+    ``sharing``: how many processes of this machine have a pool each and share its cores. Default: all of the job's.
+    """
+    workers = session.recipe.reward.workers
+    if workers != "auto":
+        return ScoringPool(session.reward, workers=workers)
+    if needs_one_process(session.recipe):
+        return ScoringPool(session.reward, workers=1)
+    return ScoringPool(session.reward, workers=_own_cores(session, sharing))
+
+
+def open_reward_table(session: Session, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:
+    """Make or open the table of the reward beside ``store``; ``command`` makes the scores, for error messages."""
+    return ScoreTable.create_or_open(
+        store, session.recipe.reward.kind, provenance=session.reward.version, command=command
+    )
+
+
+def open_judge_pool(session: Session, *, sharing: int | None = None) -> ScoringPool | None:
+    """Processes that judge, or None where there is no judge.
+
+    One process sends an endpoint several requests at a time, and one loads a large model.
+    """
+    judge = session.judge
+    if judge is None:
+        return None
+    if dict(judge.version["judge"]).get("judge") == "embedded":
+        return ScoringPool(judge, workers=_own_cores(session, sharing))
+    return ScoringPool(judge, workers=1, largest_chunk=4 * session.recipe.judge.concurrency)
+
+
+def open_judge_table(session: Session, store: GroupStore) -> ScoreTable | None:
+    """Make or open the table of the judge beside ``store``, or None where there is no judge."""
+    judge = session.judge
+    if judge is None:
+        return None
+    return ScoreTable.create_or_open(store, "judge", provenance=judge.version, command="gdro eval")
+
+
+def _own_cores(session: Session, sharing: int | None) -> int:
+    return max(1, usable_cores() // (session.engine.local_world if sharing is None else sharing))

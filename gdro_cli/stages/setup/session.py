@@ -1,0 +1,135 @@
+"""A session: one command at work on one recipe, with everything that the recipe names."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.prompts import PromptSet, load_prompts
+from gdro_cli.errors import UserError
+from gdro_cli.models.base import FlowModel
+from gdro_cli.rewards.base import Reward
+from gdro_cli.rewards.judge.base import JudgeReward
+from gdro_cli.runtime.distributed import Engine, make_engine
+from gdro_cli.runtime.interrupt import STOPPING, StopFlag
+from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.setup.judge import open_judge
+from gdro_cli.stages.setup.model import open_model, precision
+from gdro_cli.stages.setup.reward import known_classes, open_reward
+
+Split = Literal["train", "validation", "eval"]
+
+
+class Session:
+    """One command at work: its recipe, its folder, and what the recipe names, opened when first used and then kept.
+
+    Inside ``with session:`` the first Ctrl-C, SIGTERM or SIGHUP only sets ``stop``, for which the stages look at their
+    safe points.
+
+    Args:
+        recipe: what is to be done.
+        workspace: folder of stores and runs (``--out``).
+        reporter: where progress goes. Default: nowhere.
+        parent: the session that this one is a part of, such as the ablation of a trial. It lends its processes.
+        model: the recipe's model, where the caller has opened it already.
+        planning: only describe the work. The session then joins no other processes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        workspace: Path,
+        reporter: Reporter | None = None,
+        *,
+        parent: Session | None = None,
+        model: FlowModel | None = None,
+        planning: bool = False,
+    ) -> None:
+        self.recipe, self.workspace = recipe, workspace
+        self.reporter = reporter or Reporter(quiet=True)
+        self.stop = StopFlag(on_request=lambda: self.reporter.say(STOPPING))
+        self._parent, self._planning, self._tracked = parent, planning, False
+        self._prompts: dict[Split, PromptSet] = {}
+        if model is not None:
+            self.model = model
+
+    def __enter__(self) -> Self:
+        self.stop.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None and "engine" in self.__dict__ and (self._parent is None or self._tracked):
+                self.engine.end()
+        finally:
+            self.stop.__exit__(kind, error, trace)
+
+    def part(self, recipe: Recipe, *, model: FlowModel | None = None) -> Session:
+        """A session on another recipe in the same processes. What both recipes name is opened once.
+
+        ``model``: the recipe's model, where it is only asked what it is; a part that works opens its own.
+        """
+        part = Session(recipe, self.workspace, self.reporter, parent=self, model=model, planning=self._planning)
+        if recipe.reward == self.recipe.reward:
+            part.reward = self.reward
+            if recipe.prompts == self.recipe.prompts:
+                part._prompts = self._prompts
+        if recipe.judge == self.recipe.judge:
+            part.judge = self.judge
+        return part
+
+    def track(self) -> None:
+        """Let the engine send metrics to the recipe's trackers. Must come before the engine is first used."""
+        self._tracked = bool(self.recipe.train.trackers)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The processes of the job; see ``make_engine``."""
+        if self._parent is not None and not self._tracked:
+            return self._parent.engine
+        trackers = self.recipe.train.trackers if self._tracked else ()
+        return make_engine(trackers=trackers, out=self.workspace, precision=precision(self.recipe))
+
+    @cached_property
+    def model(self) -> FlowModel:
+        """The recipe's model. Raises PrerequisiteError if it is missing."""
+        return open_model(self.recipe, engine=None if self._planning else self.engine)
+
+    @cached_property
+    def reward(self) -> Reward:
+        """The recipe's reward. Raises PrerequisiteError if its packages or weights are missing."""
+        return open_reward(self.recipe)
+
+    @cached_property
+    def judge(self) -> JudgeReward | None:
+        """The recipe's judge; None if the recipe has none. Raises PrerequisiteError if its weights are missing."""
+        return open_judge(self.recipe)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        sample = self.recipe.sample
+        if sample.height is None or sample.width is None:
+            return self.model.default_size
+        return sample.height, sample.width
+
+    def prompts(self, split: Split) -> PromptSet:
+        """The recipe's training, validation or held-out prompts. Raises UserError for prompts that do not fit it."""
+        if split not in self._prompts:
+            source = getattr(self.recipe.prompts, split)
+            classes = known_classes(self.recipe)
+            self._prompts[split] = load_prompts(source, task=self.recipe.prompts.task, classes=classes)
+        return self._prompts[split]
+
+    def require_store(self, stage: str) -> None:
+        """Raise UserError if the recipe keeps no store: ``gdro sample`` and ``gdro score`` have nothing to do."""
+        if self.recipe.online_method is not None:
+            raise UserError(
+                f"the recipe {self.recipe.name} has nothing to {stage}: {self.recipe.method.name} makes and scores its"
+                " images while it trains (gdro train)"
+            )

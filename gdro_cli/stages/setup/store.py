@@ -1,0 +1,137 @@
+"""The stores of a workspace: how their images are sampled, what they are named by, and how they are opened.
+
+    <out>/stores/<task>-<digest>/    groups of images, named by what the images depend on
+    <out>/runs/<recipe>-<digest>/    one training run, named by what the training depends on
+
+So recipes that sample the same images share one store, and a recipe never meets the store of another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.config.base import digest
+from gdro_cli.core.seeds import seed_for
+from gdro_cli.data.prompts import PromptSet
+from gdro_cli.data.store import GroupStore
+from gdro_cli.stages.setup.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingPlan:
+    """What the images of a store depend on, beside the model and the prompts."""
+
+    seed: int
+    images_per_prompt: int
+    steps: int
+    guidance: float
+    height: int
+    width: int
+
+    def image_seed(self, prompt_id: str, index: int) -> int:
+        """Seed of the noise of image ``index`` of a prompt. It depends on no batch, shard or process."""
+        return seed_for(self.seed, "image", prompt_id, index)
+
+
+def training_plan(session: Session) -> SamplingPlan:
+    """How the groups of the training store are sampled."""
+    sample = session.recipe.sample
+    return SamplingPlan(
+        session.recipe.seed, sample.images_per_prompt, sample.steps, sample.guidance, *session.image_size
+    )
+
+
+def evaluation_plan(session: Session, *, images_per_prompt: int) -> SamplingPlan:
+    """How images for an evaluation are sampled."""
+    recipe = session.recipe
+    return SamplingPlan(
+        recipe.eval.seed, images_per_prompt, recipe.eval_steps, recipe.eval_guidance, *session.image_size
+    )
+
+
+def store_identity(
+    session: Session, plan: SamplingPlan, prompts: PromptSet, *, weights: str = "base"
+) -> dict[str, Any]:
+    """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one."""
+    recipe, model = session.recipe, session.model
+    reduced: dict[str, Any] = {}  # only where they are set, so that stores made before keep their names
+    if recipe.model.quantization != "none":
+        reduced["quantization"] = recipe.model.quantization
+    if recipe.model.vae_tiling:
+        reduced["vae_tiling"] = True
+    return {
+        "model": {key: value for key, value in model.identity.items() if key != "path"},  # wherever it lies
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_sequence_length": recipe.model.max_sequence_length,
+        "weights": weights,
+        "prompts": prompts.digest,
+        "seed": plan.seed,
+        "images_per_prompt": plan.images_per_prompt,
+        "steps": plan.steps,
+        "guidance": plan.guidance,
+        "height": plan.height,
+        "width": plan.width,
+        "image_format": recipe.sample.image_format,
+        **reduced,
+    }
+
+
+def training_identity(session: Session) -> dict[str, Any]:
+    """What the images of the training store depend on."""
+    return store_identity(session, training_plan(session), session.prompts("train"))
+
+
+def store_path(session: Session, folder: Path, identity: dict[str, Any]) -> Path:
+    """Path of the store of ``identity`` below ``folder``."""
+    return folder / f"{session.recipe.prompts.task}-{digest(identity)}"
+
+
+def open_store(
+    session: Session,
+    folder: Path,
+    plan: SamplingPlan,
+    prompts: PromptSet,
+    *,
+    weights: str = "base",
+    command: str = "gdro sample",
+) -> GroupStore:
+    """Make or open a store below ``folder``; it may still be empty.
+
+    Args:
+        session: gives the model.
+        folder: holds the store.
+        plan: how its images are sampled.
+        prompts: one group each.
+        weights: names the adapter, if there is one.
+        command: makes its shards, for error messages.
+    """
+    identity = store_identity(session, plan, prompts, weights=weights)
+    sample = session.recipe.sample
+    return GroupStore.create_or_open(
+        store_path(session, folder, identity),
+        identity=identity,
+        prompts=prompts,
+        images_per_prompt=plan.images_per_prompt,
+        prompts_per_shard=sample.prompts_per_shard,
+        image_format=sample.image_format,
+        command=command,
+    )
+
+
+def open_training_store(session: Session) -> GroupStore:
+    """Make or open the training store; the main process does it for all."""
+    return session.engine.from_main(
+        lambda: open_store(session, stores_folder(session.workspace), training_plan(session), session.prompts("train"))
+    )
+
+
+def stores_folder(workspace: Path) -> Path:
+    """Folder of the stores that base models made."""
+    return workspace / "stores"
+
+
+def runs_folder(workspace: Path) -> Path:
+    """Folder of the training runs."""
+    return workspace / "runs"

@@ -1,0 +1,69 @@
+"""Where the gradients of a training come from: what a trainer asks of stored groups or fresh images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
+
+from gdro_cli.models.adapters import Ema
+from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.runtime.run import RunFolder
+
+
+class ResumePoint(Enum):
+    """Whether a run that stops after a step can continue as if it had not."""
+
+    NONE = "none"
+    """It cannot: what the next step needs would be lost."""
+    POSSIBLE = "possible"
+    """It can, from a checkpoint of that step."""
+    NEEDED = "needed"
+    """It can, and what comes next is made with the weights of this step, so a checkpoint must keep them."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepGradient:
+    """A gradient that now lies in the parameters."""
+
+    metrics: Mapping[str, float]
+    """Over all processes; ``loss`` is among them."""
+    learns: bool = True
+    """Whether there is a gradient at all; without one the weights, their average and the optimizer stay."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Wall time spent before the step began, by purpose: its share of work that several steps have in common."""
+
+
+class StepSource(Protocol):
+    """Where the gradients of a training come from."""
+
+    @property
+    def progress_metrics(self) -> Mapping[str, str]:
+        """The few metrics that the progress line has room for, and their labels there."""
+
+    @property
+    def remedy(self) -> str:
+        """What the user can do when the loss is no longer finite."""
+
+    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> ScoringPool | None:
+        """Begin or continue; whatever is started ends with ``stack``.
+
+        Args:
+            stack: of the training.
+            folder: the run.
+            ema: the adapter's average.
+
+        Returns:
+            The source's own scoring processes, which others may use, or None.
+        """
+
+    def prepare(self, step: int) -> bool:
+        """Make what optimizer step ``step`` (from 0) needs; False if a stop was asked for before it was complete."""
+
+    def gradient(self, step: int) -> StepGradient:
+        """Add this process's part of the gradient of the step to the parameters; the parts are summed later."""
+
+    def resume_point(self, steps: int) -> ResumePoint:
+        """Whether a run that stops after ``steps`` steps can continue as if it had not."""
