@@ -5,44 +5,33 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gdro_cli.config.base import OnlyFor, StrictModel, Task
+from gdro_cli.config.keys import field_names, foreign_keys, full_key
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
-from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, MOST, PromptSource, SampleSection, TrainSection
-from gdro_cli.config.suggest import similar, similar_key
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource
+from gdro_cli.suggest import similar, similar_key
 
-if TYPE_CHECKING:
-    from gdro_cli.config.recipe import Recipe
-
-#: The keys of a prompt source that only one task's built-in sets have.
-_OCR_KEYS = ("two_line_share", "min_letters", "max_letters")
-_GENEVAL_KEYS = ("tags", "plurals")
-#: Keys that only training on stored groups has a use for, and what online methods have in their place.
-STORED_ONLY = {
-    "sample.images_per_prompt": "method.group_size",
-    "train.groups_per_step": "method.prompts_per_round",
-    "train.group_gradient": None,
-    "train.rounds": None,
-    "train.cache_reference": None,
-    "train.prefetch": None,
-}
+_TASK_NAMES: dict[Task, str] = {"ocr": "OCR", "geneval": "GenEval"}
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with a recipe: the dotted path of a key and the rest of the sentence about it.
-
-    ``involves`` are other keys that the rule looked at.
-    """
+    """One thing wrong with a recipe."""
 
     path: str
+    """The key at fault."""
     message: str
+    """The rest of the sentence about it."""
     involves: tuple[str, ...] = ()
+    """Other keys that the rule depends on."""
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every broken rule of a recipe whose single fields are all valid."""
+    """Every rule between keys that a recipe breaks; each key by itself is valid."""
     yield from _model(recipe)
     yield from _method(recipe)
     yield from _prompts(recipe)
@@ -64,21 +53,15 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
-    large = [key for key, value in recipe.method if isinstance(value, int) and value > MOST]
-    if large:
-        yield from (Problem(f"method.{key}", f"must be at most {MOST}") for key in large)
-    elif isinstance(recipe.method, OnlineMethod):
-        yield from _online(recipe, recipe.method)
-    else:
-        yield from _stored(recipe, recipe.method)
+    method = recipe.method
+    yield from _online(recipe, method) if isinstance(method, OnlineMethod) else _stored(recipe, method)
 
 
 def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
-    for path, instead in STORED_ONLY.items():
-        section, _, key = path.partition(".")
-        model = SampleSection if section == "sample" else TrainSection
-        if getattr(getattr(recipe, section), key) != model.model_fields[key].default:
-            advice = "remove it" if instead is None else f"remove it; {instead} says how many"
+    for path, doc in foreign_keys(method.name).items():
+        section, key = path.split(".")
+        if section != "method" and _is_set(getattr(recipe, section), key):
+            advice = "remove it" if doc.instead is None else f"remove it and set {doc.instead}"
             yield Problem(path, f"has no meaning for the online method {method.name!r}: {advice}", ("method.name",))
     images = method.prompts_per_round * method.group_size
     if method.updates_per_round > images:
@@ -120,28 +103,29 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
 
 
 def source_problems(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
-    """Every broken rule of one prompt source; ``path`` is the dotted path of its section."""
+    """Every rule that a prompt source breaks; ``path`` is the dotted path of its section."""
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
     elif source.file is not None and source.builtin is not None:
         yield Problem(path, "names both a `file` and a `builtin` set: keep one")
     elif source.builtin is not None:
-        known = BUILTIN_PROMPTS.get(task, ())
-        if source.builtin in known:
+        sets = BUILTIN_PROMPTS[task]
+        if source.builtin in sets:
             yield from _builtin(source, source.builtin, task=task, path=path)
         else:
-            names = ", ".join(known) if known else f"none for the task {task!r}, name a `file`"
-            hint = similar(source.builtin, known)
+            names, hint = ", ".join(sets), similar(source.builtin, sets)
             yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
     else:
-        for key in _given(source, ("seed", *_OCR_KEYS, *_GENEVAL_KEYS)):
-            yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
+        for key in ("seed", *_keys_for("ocr"), *_keys_for("geneval")):
+            if _is_set(source, key):
+                yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
 
 
 def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterator[Problem]:
-    foreign, owner = (_GENEVAL_KEYS, "GenEval") if task == "ocr" else (_OCR_KEYS, "OCR")
-    for key in _given(source, foreign):
-        yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
+    foreign = {key: owner for other, owner in _TASK_NAMES.items() if other != task for key in _keys_for(other)}
+    for key, owner in foreign.items():
+        if _is_set(source, key):
+            yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
     if task == "ocr":
         if source.min_letters > source.max_letters:
             yield Problem(
@@ -158,9 +142,14 @@ def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterat
         yield Problem(f"{path}.tags", "gives no tag a weight above 0: give one, or remove it")
 
 
-def _given(source: PromptSource, keys: tuple[str, ...]) -> Iterator[str]:
-    """Those of the keys that do not have their default value."""
-    return (key for key in keys if getattr(source, key) != PromptSource.model_fields[key].default)
+def _keys_for(task: Task) -> list[str]:
+    """The keys of a prompt source that only the built-in sets of one task have."""
+    return [key for key, field in PromptSource.model_fields.items() if OnlyFor(task) in field.metadata]
+
+
+def _is_set(section: StrictModel, key: str) -> bool:
+    """Whether a key has another value than its default."""
+    return bool(getattr(section, key) != type(section).model_fields[key].default)
 
 
 def _sizes(recipe: Recipe) -> Iterator[Problem]:
@@ -220,33 +209,30 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
         yield from _secret(f"judge.{key}", getattr(judge, key), path=f"judge.{key}")
     takes = {"unified-reward": ("base_url", "model"), "unified-reward-local": ("model",)}.get(judge.kind, ())
     for key in ("base_url", "model"):
-        given = getattr(judge, key) is not None
-        if key in takes and not given:
+        is_set = getattr(judge, key) is not None
+        if key in takes and not is_set:
             yield Problem(f"judge.{key}", f"is needed for the judge {judge.kind!r}", ("judge.kind",))
-        elif key not in takes and given:
+        elif key not in takes and is_set:
             yield Problem(f"judge.{key}", f"has no meaning for the judge {judge.kind!r}: remove it", ("judge.kind",))
 
 
 def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
-    """What may be a secret in a value of the judge's; the sentence does not say it again."""
+    """Refuses what may be a secret in a value of the judge's, in a sentence that does not repeat it."""
     if key not in ("judge.base_url", "judge.api_key_env") or value is None:
         return
     if not isinstance(value, str):
         yield Problem(path, "must be text")
     elif key == "judge.base_url" and re.search("[@?#;]", value):
-        yield Problem(path, "must not hold a name, a key or a query: name the key's variable in judge.api_key_env")
+        yield Problem(path, "must not hold a user name, a key or a query: name the key's variable in judge.api_key_env")
     elif key == "judge.api_key_env" and not _VARIABLE.fullmatch(value):
         yield Problem(
             path,
             "must be the name of an environment variable (letters, digits and '_'), not the key itself: put the key"
-            " into a variable such as JUDGE_API_KEY and name that",
+            " into a variable such as JUDGE_API_KEY and give its name",
         )
 
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
-    from gdro_cli.config.keys import field_names
-    from gdro_cli.config.sweep import full_key
-
     for name, values in recipe.ablation.items():
         path = f"ablation.{name}"
         key = full_key(name)

@@ -13,7 +13,7 @@ import torch
 
 from gdro_cli.cli.app import main
 from gdro_cli.cli.failures import exit_code_of
-from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
@@ -277,7 +277,7 @@ IN_PROCESSES = """
 import sys
 from pathlib import Path
 from gdro_cli.cli.launch import Job, run_in_processes
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 import typer
 try:
     run_in_processes(Job("train", load_recipe("smoke"), Path("."), tuple(sys.argv[1:])), 2)

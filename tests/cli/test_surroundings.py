@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 
 GDRO = [sys.executable, "-P", "-m", "gdro_cli"]
 ASCII = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
 from gdro_cli.core.verdict import Verdict
@@ -21,6 +20,7 @@ from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import write_json
+from gdro_cli.identity import digest
 from gdro_cli.models.adapters import Ema, load_lora_state
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.distributed import Engine
@@ -235,7 +235,7 @@ class _Evaluation:
     def protocol(self) -> dict[str, Any]:
         """What two results must share to be compared."""
         identity = store_identity(self.recipe, self.model, self.plan, self.prompts)
-        return {key: value for key, value in identity.items() if key not in ("model", "weights", "image_format")}
+        return {key: value for key, value in identity.items() if key not in ("model", "weights")}
 
     def measure(self, folder: Path, *, weights: str) -> _Tables:
         """The complete tables of the model as it is now."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
+from gdro_cli.identity import digest
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
