@@ -32,7 +32,11 @@ RECIPE_FOLDERS = (
 )
 #: Keys that say something about one recipe only.
 _OWN_KEYS = ("name", "description")
-_PROMPT_SPLITS = ("train", "validation", "eval")
+_PATHS = (
+    *(f"prompts.{split}.file" for split in ("train", "validation", "eval")),
+    "model.path",
+    "reward.ocr.model_dir",
+)
 #: Characters that no key has.
 _KEY_ENDS = re.compile(r"[\s:=]")
 
@@ -48,18 +52,20 @@ def shipped_recipes() -> dict[str, Path]:
 
 def find_recipe(name_or_path: str) -> Path:
     """The file of a recipe: an existing path, else a shipped recipe by name with or without ``.yaml``."""
-    path = Path(os.path.expanduser(name_or_path))  # unlike Path's own, it takes any text
-    if os.path.isfile(path):
+    path = _find(name_or_path, folder=Path())
+    if path is not None:
         return path
-    shipped = shipped_recipes()
-    if name_or_path.removesuffix(".yaml") in shipped:
-        return shipped[name_or_path.removesuffix(".yaml")]
-    if os.path.isdir(path):
+    if os.path.isdir(os.path.expanduser(name_or_path)):
         raise UserError(f"{name_or_path} is a folder: name the recipe file inside it")
     raise UserError(
         f"there is no recipe file {describe(name_or_path)} and no shipped recipe of that name "
-        f"(shipped: {', '.join(shipped) or 'none'}): correct the path or the name"
+        f"(shipped: {', '.join(shipped_recipes()) or 'none'}): correct the path or the name"
     )
+
+
+def _find(name: str, *, folder: Path) -> Path | None:
+    path = folder / os.path.expanduser(name)  # unlike Path's own, it takes any text
+    return path if os.path.isfile(path) else shipped_recipes().get(name.removesuffix(".yaml"))
 
 
 def file_layers(path: Path) -> list[dict[str, Any]]:
@@ -86,15 +92,11 @@ def file_layers(path: Path) -> list[dict[str, Any]]:
 def _extended(extends: object, *, by: Path) -> Path:
     if not isinstance(extends, str) or not extends:
         raise UserError(f"{by}: `extends` must be a path or the name of a shipped recipe, not {describe(extends)}")
-    beside = by.resolve().parent / os.path.expanduser(extends)
-    if os.path.isfile(beside):
-        return beside
-    shipped = shipped_recipes().get(extends.removesuffix(".yaml"))
-    if shipped is None:
-        raise UserError(
-            f"{by} extends {describe(extends)}, which is neither a file beside it nor a shipped recipe: correct it"
-        )
-    return shipped
+    path = _find(extends, folder=by.resolve().parent)
+    if path is None:
+        problem = "which is neither a file beside it nor a shipped recipe: correct it"
+        raise UserError(f"{by} extends {describe(extends)}, {problem}")
+    return path
 
 
 def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
@@ -125,29 +127,16 @@ def nested(parts: Sequence[str], value: Any) -> dict[str, Any]:
 
 def resolve_paths(layer: dict[str, Any], *, folder: Path) -> None:
     """Make the layer's relative paths absolute where they exist: in ``folder``, else in the current folder."""
-    prompts = layer.get("prompts")
-    if isinstance(prompts, dict):
-        for split in _PROMPT_SPLITS:
-            _resolve(prompts.get(split), key="file", folder=folder)
-    model = layer.get("model")
-    if isinstance(model, dict) and model.get("path") != "tiny":
-        _resolve(model, key="path", folder=folder)
-    reward = layer.get("reward")
-    if isinstance(reward, dict):
-        _resolve(reward.get("ocr"), key="model_dir", folder=folder)
-    judge = layer.get("judge")
-    if isinstance(judge, dict) and judge.get("kind") == "unified-reward-local":
-        _resolve(judge, key="model", folder=folder)
-
-
-def _resolve(section: object, *, key: str, folder: Path) -> None:
-    if not isinstance(section, dict) or not isinstance(section.get(key), str) or not section[key]:
-        return
-    for base in (folder, Path()):
-        candidate = base / os.path.expanduser(section[key])
-        if os.path.exists(candidate):
-            section[key] = os.path.abspath(candidate)
-            return
+    judge = _inner(layer.get("judge"), "kind") == "unified-reward-local"  # else its model is a name, not a folder
+    for path in (*_PATHS, *(["judge.model"] if judge else [])):
+        *parents, key = path.split(".")
+        section: Any = layer
+        for parent in parents:
+            section = _inner(section, parent)
+        value = _inner(section, key)
+        if isinstance(value, str) and value and (path, value) != ("model.path", "tiny"):
+            candidates = [base / os.path.expanduser(value) for base in (folder, Path())]
+            section[key] = next((os.path.abspath(file) for file in candidates if os.path.exists(file)), value)
 
 
 def merge_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -202,7 +191,7 @@ def _inner(section: object, key: str) -> object:
 
 def _other_kind(inherited: object, given: object) -> bool:
     """Whether a prompt source changes from file to built-in set or back."""
-    for old, new in (("file", "builtin"), ("builtin", "file")):
-        if _inner(inherited, old) is not None and _inner(given, new) is not None and _inner(given, old) is None:
-            return True
-    return False
+    return any(
+        _inner(inherited, old) is not None and _inner(given, new) is not None and _inner(given, old) is None
+        for old, new in (("file", "builtin"), ("builtin", "file"))
+    )

@@ -60,7 +60,6 @@ class GdroMethod(GroupMethod):
     """Group-level Direct Reward Optimization (eqs. 7-9): the group's order, weighted by its rewards."""
 
     name: Literal["gdro"]
-    """`gdro`."""
     tau: float = Field(0.05, ge=0)
     """Temperature of the target distribution softmax(r / tau), in units of the reward. 0 or more; 0 is the exact limit
     (one-hot on the best remaining image), not a small number. Paper: 0.05; 0.5 is too weak, 0.025 is unstable."""
@@ -70,14 +69,12 @@ class RankMethod(GroupMethod):
     """Plackett-Luce likelihood of the order alone (eq. 12): the size of the rewards does not matter."""
 
     name: Literal["rank"]
-    """`rank`."""
 
 
 class Top1Method(GroupMethod):
     """Only the first term of GDRO (eq. 6): the best image against the whole group."""
 
     name: Literal["top1"]
-    """`top1`."""
     tau: float = Field(0.05, ge=0)
     """Temperature of the target distribution softmax(r / tau), in units of the reward. 0 or more; 0 is one-hot on the
     best."""
@@ -87,7 +84,6 @@ class DpoMethod(GroupMethod):
     """Diffusion-DPO on pairs from the group (eqs. 18-19): -log sigmoid(s_better - s_worse)."""
 
     name: Literal["dpo"]
-    """`dpo`."""
     pairs: Literal["best_worst", "all"] = "best_worst"
     """`best_worst`: one pair per group, the highest against the lowest reward. `all`: every pair whose
     rewards differ."""
@@ -148,7 +144,6 @@ class FlowGrpoMethod(OnlineMethod):
     """Flow-GRPO (arXiv 2505.05470): policy gradient on an SDE with more noise at high noise levels."""
 
     name: Literal["flow-grpo"]
-    """`flow-grpo`."""
     noise_level: float = Field(0.7, gt=0)
     """Strength a of the sampler's noise a * sqrt(sigma / (1 - sigma)). Above 0. Published: 0.7 on SD3.5, 0.9 on
     FLUX."""
@@ -158,27 +153,17 @@ class DanceGrpoMethod(OnlineMethod):
     """DanceGRPO (arXiv 2505.07818): policy gradient on an SDE with constant noise, from one initial noise per group."""
 
     name: Literal["dance-grpo"]
-    """`dance-grpo`."""
     eta: float = Field(0.3, gt=0)
     """Strength of the sampler's noise at every noise level. Above 0. Published: 0.3 on FLUX."""
+    # Published settings of the shared keys.
     group_size: int = Field(12, ge=2)
-    """Images of each prompt in a round. 2 or more. Published: 12."""
     prompts_per_round: int = Field(16, ge=1)
-    """Prompts in a round, over all processes together. 1 or more. Published: 16, one per GPU."""
     updates_per_round: int = Field(3, ge=1)
-    """Equal parts into which a round's images are split, with one optimizer step each. 1 or more. Published: 3."""
     train_sample_steps: int = Field(16, ge=2)
-    """Sampling steps in the rounds. 2 or more. The last step has no noise and is not trained. Published: 16."""
     timestep_fraction: float = Field(0.6, gt=0, le=1)
-    """Share of the steps with noise to train, drawn for each image and rounded down to at least one step. In (0, 1].
-    Published: 0.6."""
     share_initial_noise: bool = True
-    """One initial noise for all images of a group. Published: yes."""
     beta_kl: float = Field(0.0, ge=0)
-    """Weight of the divergence from the reference; 0 saves the reference's forward passes. 0 or more. Published:
-    none."""
     advantage_std: Literal["global", "group"] = "group"
-    """The standard deviation that divides a group's rewards. Published: group."""
 
 
 Method = Annotated[

@@ -15,6 +15,7 @@ from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource
 from gdro_cli.suggest import similar, similar_key
 
 _TASK_NAMES: dict[Task, str] = {"ocr": "OCR", "geneval": "GenEval"}
+_DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -25,9 +26,12 @@ class Problem:
     path: str
     """The key at fault."""
     message: str
-    """The rest of the sentence about it."""
-    involves: tuple[str, ...] = ()
-    """Other keys that the rule depends on."""
+    """The rest of the sentence. It names in full the other keys that the fault depends on."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key at fault and those that the message names."""
+        return self.path, *_DOTTED.findall(self.message)
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
@@ -47,9 +51,7 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
     if model.sharding == "fsdp":
         for key, off in (("quantization", "none"), ("offload", False)):
             if getattr(model, key) != off:
-                yield Problem(
-                    f"model.{key}", "does not go with model.sharding 'fsdp': choose one of them", ("model.sharding",)
-                )
+                yield Problem(f"model.{key}", "cannot be combined with model.sharding 'fsdp': choose one of them")
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
@@ -62,13 +64,13 @@ def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
         section, key = path.split(".")
         if section != "method" and _is_set(getattr(recipe, section), key):
             advice = "remove it" if doc.instead is None else f"remove it and set {doc.instead}"
-            yield Problem(path, f"has no meaning for the online method {method.name!r}: {advice}", ("method.name",))
+            yield Problem(path, f"has no meaning for method.name {method.name!r}: {advice}")
     images = method.prompts_per_round * method.group_size
     if method.updates_per_round > images:
         yield Problem(
             "method.updates_per_round",
-            f"{method.updates_per_round} is more than the {images} images of a round",
-            ("method.prompts_per_round", "method.group_size"),
+            f"{method.updates_per_round} is more than the {images} images of a round (method.prompts_per_round *"
+            " method.group_size)",
         )
 
 
@@ -78,28 +80,19 @@ def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
         yield Problem(
             "method.k",
             f"{method.k} is more than sample.images_per_prompt ({images}): lower k or sample more images",
-            ("sample.images_per_prompt",),
         )
     if method.sigma_min >= method.sigma_max:
-        yield Problem(
-            "method.sigma_min",
-            f"{method.sigma_min:g} must be below method.sigma_max ({method.sigma_max:g})",
-            ("method.sigma_max",),
-        )
+        message = f"{method.sigma_min:g} must be below method.sigma_max ({method.sigma_max:g})"
+        yield Problem("method.sigma_min", message)
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:
     task = recipe.prompts.task
     if recipe.reward.kind != task:
-        yield Problem(
-            "reward.kind",
-            f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)",
-            ("prompts.task",),
-        )
+        message = f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)"
+        yield Problem("reward.kind", message)
     for split in ("train", "validation", "eval"):
-        source: PromptSource = getattr(recipe.prompts, split)
-        for problem in source_problems(source, task=task, path=f"prompts.{split}"):
-            yield Problem(problem.path, problem.message, (f"prompts.{split}", "prompts.task"))
+        yield from source_problems(getattr(recipe.prompts, split), task=task, path=f"prompts.{split}")
 
 
 def source_problems(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
@@ -128,9 +121,8 @@ def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterat
             yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
     if task == "ocr":
         if source.min_letters > source.max_letters:
-            yield Problem(
-                f"{path}.min_letters", f"{source.min_letters} is more than max_letters ({source.max_letters})"
-            )
+            message = f"{source.min_letters} is more than {path}.max_letters ({source.max_letters})"
+            yield Problem(f"{path}.min_letters", message)
         return
     if source.plurals != "naive" and not name.startswith("geneval-coco-"):
         yield Problem(f"{path}.plurals", f"only applies to a geneval-coco set, not to {name!r}: remove it")
@@ -156,23 +148,16 @@ def _sizes(recipe: Recipe) -> Iterator[Problem]:
     height, width = recipe.sample.height, recipe.sample.width
     if (height is None) != (width is None):
         missing = "sample.height" if height is None else "sample.width"
-        yield Problem(missing, "is missing: set both height and width, or neither", ("sample.height", "sample.width"))
+        yield Problem(missing, "is missing: set both height and width, or neither")
 
 
 def _train(recipe: Recipe) -> Iterator[Problem]:
     train = recipe.train
-    if train.warmup_steps > train.steps:
-        yield Problem(
-            "train.warmup_steps",
-            f"{train.warmup_steps} is more than train.steps ({train.steps})",
-            ("train.steps",),
-        )
-    if train.rounds > train.steps:
-        yield Problem("train.rounds", f"{train.rounds} is more than train.steps ({train.steps})", ("train.steps",))
+    for key in ("warmup_steps", "rounds"):
+        if getattr(train, key) > train.steps:
+            yield Problem(f"train.{key}", f"{getattr(train, key)} is more than train.steps ({train.steps})")
     if train.stop_on_collapse and not train.eval_every:
-        yield Problem(
-            "train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0", ("train.eval_every",)
-        )
+        yield Problem("train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0")
     if isinstance(recipe.method, OnlineMethod) or train.group_gradient != "one_pass" or train.micro_batch is None:
         return
     if train.micro_batch < recipe.method.k:
@@ -180,7 +165,6 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
             "train.group_gradient",
             "'one_pass' needs a whole group in one forward pass, but train.micro_batch "
             f"({train.micro_batch}) is less than method.k ({recipe.method.k}): use 'two_pass' or 'auto'",
-            ("train.micro_batch", "method.k"),
         )
 
 
@@ -191,15 +175,14 @@ def _geneval(recipe: Recipe) -> Iterator[Problem]:
     if settings.detector_model is not None and settings.detector != "mask2former":
         yield Problem(
             "reward.geneval.detector_model",
-            f"has no meaning for the detector {settings.detector!r}: remove it, or set the detector to 'mask2former'",
-            ("reward.geneval.detector",),
+            f"has no meaning for reward.geneval.detector {settings.detector!r}: remove it, or use 'mask2former'",
         )
     clip = settings.colours == "clip" or (settings.colours == "auto" and settings.detector == "mask2former")
     if settings.colour_model is not None and not clip:
         yield Problem(
             "reward.geneval.colour_model",
-            "has no meaning where the palette names colours: remove it, or set reward.geneval.colours to 'clip'",
-            ("reward.geneval.colours", "reward.geneval.detector"),
+            f"has no meaning for reward.geneval.colours {settings.colours!r} with reward.geneval.detector"
+            f" {settings.detector!r}: remove it, or let 'clip' name the colours",
         )
 
 
@@ -211,9 +194,9 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
     for key in ("base_url", "model"):
         is_set = getattr(judge, key) is not None
         if key in takes and not is_set:
-            yield Problem(f"judge.{key}", f"is needed for the judge {judge.kind!r}", ("judge.kind",))
+            yield Problem(f"judge.{key}", f"is needed for judge.kind {judge.kind!r}")
         elif key not in takes and is_set:
-            yield Problem(f"judge.{key}", f"has no meaning for the judge {judge.kind!r}: remove it", ("judge.kind",))
+            yield Problem(f"judge.{key}", f"has no meaning for judge.kind {judge.kind!r}: remove it")
 
 
 def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:

@@ -8,17 +8,11 @@ from pydantic import Field
 
 from gdro_cli.config.base import Affects, FallsBackTo, OnlyFor, StrictModel, Task
 
+_SPLITS = ("train", "validation", "test")
 #: Prompt sets that the tool draws itself, by task. Train, validation and test share no word (OCR) or content (GenEval).
 BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {
-    "ocr": ("ocr-train", "ocr-validation", "ocr-test"),
-    "geneval": (
-        "geneval-train",
-        "geneval-validation",
-        "geneval-test",
-        "geneval-coco-train",
-        "geneval-coco-validation",
-        "geneval-coco-test",
-    ),
+    "ocr": tuple(f"ocr-{split}" for split in _SPLITS),
+    "geneval": tuple(f"{words}-{split}" for words in ("geneval", "geneval-coco") for split in _SPLITS),
 }
 #: The kinds of GenEval prompts.
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
@@ -26,6 +20,9 @@ GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position",
 #: The most scoring processes: a slip of the keyboard must not start thousands.
 MOST_WORKERS = 1024
 
+Attention = Literal[
+    "auto", "native", "native_cudnn", "native_efficient", "native_flash", "native_math", "flash", "flash_3", "xformers"
+]
 Objective = Literal["soft", "strict", "accuracy"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -60,20 +57,7 @@ class ModelSection(StrictModel):
     compile: Annotated[bool, Affects("speed")] = False
     """Compile the transformer's blocks with torch.compile at their first use. Takes a minute or more and, on the CPU, a
     C++ compiler. Changes speed, and results by rounding."""
-    attention: Annotated[
-        Literal[
-            "auto",
-            "native",
-            "native_cudnn",
-            "native_efficient",
-            "native_flash",
-            "native_math",
-            "flash",
-            "flash_3",
-            "xformers",
-        ],
-        Affects("speed"),
-    ] = "auto"
+    attention: Annotated[Attention, Affects("speed")] = "auto"
     """The kernels that compute attention, by diffusers' names: PyTorch's own (`native`, or one of its kinds), or those
     of a package that you have installed. `auto`: `native`. Changes speed and memory, and results by rounding."""
 
@@ -126,7 +110,7 @@ class SampleSection(StrictModel):
     """How groups are made: deterministic (ODE) Euler sampling from the untrained model."""
 
     images_per_prompt: Annotated[int, OnlyFor("stored groups", instead="method.group_size")] = Field(16, ge=2)
-    """Images of each training prompt in the store (the stored group). 2 or more. Paper: 16. Not for online methods."""
+    """Images of each training prompt in the store (the stored group). 2 or more. Paper: 16."""
     steps: int = Field(8, ge=1)
     """Euler steps from noise to image. 1 or more. Online methods have their own number and use this one for evaluations
     only."""
@@ -254,8 +238,7 @@ class TrainSection(StrictModel):
     steps: int = Field(300, ge=1)
     """Optimizer steps. 1 or more."""
     groups_per_step: Annotated[int, OnlyFor("stored groups", instead="method.prompts_per_round")] = Field(8, ge=1)
-    """Groups per optimizer step, over all processes together. 1 or more. A step uses this times `method.k` images. Not
-    for online methods."""
+    """Groups per optimizer step, over all processes together. 1 or more. A step uses this times `method.k` images."""
     lr: float = Field(3e-4, gt=0)
     """Highest learning rate of AdamW. Above 0. Paper: 3e-4."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -279,14 +262,13 @@ class TrainSection(StrictModel):
     the gradient by rounding only. For online methods an image counts once per sampling step."""
     rounds: Annotated[int, OnlyFor("stored groups")] = Field(1, ge=1)
     """Rounds of equally many steps, 1 or more, at most `steps`. Every round after the first samples and scores its
-    groups anew, with the adapter's average at that point; the reference stays the base model. Not for online
-    methods."""
+    groups anew, with the adapter's average at that point; the reference stays the base model."""
     group_gradient: Annotated[Literal["auto", "one_pass", "two_pass"], Affects("speed"), OnlyFor("stored groups")] = (
         "auto"
     )
     """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first and
     needs memory for `micro_batch` images only. The gradients are equal. `auto`: one pass where all images of the step
-    fit into `micro_batch`. Not for online methods."""
+    fit into `micro_batch`."""
     checkpoint_every: Annotated[int, Affects("speed")] = Field(50, ge=1)
     """Steps between checkpoints. 1 or more. The last step always has one. With online methods a checkpoint waits for
     the end of its round."""
@@ -313,10 +295,9 @@ class TrainSection(StrictModel):
     cache_reference: Annotated[bool, Affects("speed"), OnlyFor("stored groups")] = True
     """Keep the reference's velocity errors beside the store. No later training with the same draws computes them again:
     the other values of an ablation, or this training where `method.noise_bank` repeats draws. Changes speed, not the
-    result (by rounding with a `noise_bank`). No effect with `model.sharding: fsdp`. Not for online methods."""
+    result (by rounding with a `noise_bank`). No effect with `model.sharding: fsdp`."""
     prefetch: Annotated[bool, Affects("speed"), OnlyFor("stored groups")] = True
-    """Draw the next step's groups and noise during the present step. Changes speed, not the result. Not for online
-    methods."""
+    """Draw the next step's groups and noise during the present step. Changes speed, not the result."""
     gradient_checkpointing: Annotated[bool, Affects("speed")] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -47,11 +47,6 @@ class Axis:
     """Its dotted path."""
     values: tuple[Any, ...]
 
-    @property
-    def resamples(self) -> bool:
-        """Whether another value means other images in the store."""
-        return "images" in field_doc(self.key).affects
-
 
 @dataclass(frozen=True, slots=True)
 class Cell:
@@ -226,7 +221,7 @@ def _refuse_equal(cells: Sequence[Cell]) -> None:
 
 def _notes(recipe: Recipe, axes: Sequence[Axis], cells: Sequence[Cell]) -> Iterator[str]:
     for axis in axes:
-        if axis.resamples:
+        if "images" in field_doc(axis.key).affects:
             yield f"{axis.name} changes the images of the store: its {len(axis.values)} values have a store each"
         if axis.key == "method.name":
             yield from _dropped(recipe, axis.values)
