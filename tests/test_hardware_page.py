@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, USABLE, fits
 from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import gigabytes

@@ -52,7 +52,7 @@ def prepare(
 
     Raises ``UserError``.
     """
-    from gdro_cli.config.recipe import load_recipe
+    from gdro_cli.config.load import load_recipe
 
     changes = tuple(part for override in overrides or () for part in ("--set", override))
     last = ("--debug",) if debug else ()

@@ -33,7 +33,7 @@ def default(context: typer.Context) -> None:
 def list_() -> None:
     """List the shipped recipes."""
     from gdro_cli.cli.tables import print_table
-    from gdro_cli.config.recipe import load_recipe, shipped_recipes
+    from gdro_cli.config.load import load_recipe, shipped_recipes
 
     rows = [[name, load_recipe(str(path)).description] for name, path in shipped_recipes().items()]
     print_table("Shipped recipes", ["name", "purpose"], rows)
@@ -47,7 +47,7 @@ def show(
     debug: DebugOption = False,
 ) -> None:
     """Print a recipe with every key, defaults and `extends` resolved; the output is a recipe itself."""
-    from gdro_cli.config.recipe import load_recipe
+    from gdro_cli.config.load import load_recipe
 
     resolved = load_recipe(recipe, overrides=overrides or ()).resolved()
     if as_json:
@@ -67,7 +67,7 @@ def check(
     debug: DebugOption = False,
 ) -> None:
     """Load recipes and report everything wrong with them."""
-    from gdro_cli.config.recipe import load_recipe, shipped_recipes
+    from gdro_cli.config.load import load_recipe, shipped_recipes
 
     faults = []
     for name in names or [str(path) for path in shipped_recipes().values()]:
@@ -90,7 +90,7 @@ def fields(
     from rich.text import Text
 
     from gdro_cli.config.keys import describe_fields, field_names
-    from gdro_cli.config.suggest import similar_key
+    from gdro_cli.suggest import similar_key
 
     chosen = [doc for doc in describe_fields() if not prefix or f"{doc.path}.".startswith(f"{prefix}.")]
     if not chosen:
@@ -100,8 +100,8 @@ def fields(
         head = Text(doc.path, style="bold")
         if not doc.section:
             head.append(f"  {doc.type}, default {doc.default}", style="not bold dim")
-        if doc.methods:
-            head.append(f"  only for {', '.join(doc.methods)}", style="not bold dim")
+        if owners := ", ".join(doc.methods) or doc.task:
+            head.append(f"  only for {owners}", style="not bold dim")
         console.print(head, soft_wrap=True)
         console.print(Text(f"    {doc.text}"), soft_wrap=not console.is_terminal)
 
@@ -118,7 +118,7 @@ def prompts(
     """Print a built-in prompt set as JSON Lines, which a recipe's `prompts.*.file` reads back."""
     from gdro_cli.config.rules import source_problems
     from gdro_cli.config.sections import BUILTIN_PROMPTS, PromptSource
-    from gdro_cli.config.suggest import similar
+    from gdro_cli.suggest import similar
 
     tasks = {known: task for task, names in BUILTIN_PROMPTS.items() for known in names}
     if name not in tasks:

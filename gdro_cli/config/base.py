@@ -1,17 +1,24 @@
-"""The base of every recipe section, and the two things done with a resolved recipe: digest and compare."""
+"""The base of every recipe section, and the annotations that say what a key is for."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-#: Hexadecimal digits kept of a sha256 digest: 48 bits, ample to tell recipes apart, short enough to read.
-DIGEST_LENGTH = 12
+Task = Literal["ocr", "geneval"]
+Effect = Literal["images", "scores", "training", "measurement", "evaluation", "speed", "label"]
+"""What another value of a key changes:
+
+- ``images``: the images in a store.
+- ``scores``: the rewards of given images.
+- ``training``: what a training learns from given images and rewards.
+- ``measurement``: what the evaluation points of a training measure, and ``gdro eval`` with them.
+- ``evaluation``: what ``gdro eval`` alone measures, or the weights that it measures.
+- ``speed``: speed, memory, disk space and messages only. Numbers may change by rounding.
+- ``label``: what the recipe says about itself.
+"""
 
 
 class StrictModel(BaseModel):
@@ -27,50 +34,24 @@ class StrictModel(BaseModel):
     )
 
 
-def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
-    """One fixed text per value: sorted keys, no spaces, ASCII; equal values give equal texts."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+class Affects:
+    """The effects of a key. On a section: the effects of its keys that have no annotation of their own."""
 
-
-def digest(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
-    """First 12 hexadecimal digits of the sha256 of the canonical JSON."""
-    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()[:DIGEST_LENGTH]
+    def __init__(self, *effects: Effect) -> None:
+        self.effects = frozenset(effects)
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
-    """One key whose value differs; a side that lacks the key has ``None`` and ``present`` false for it."""
+class OnlyFor:
+    """The recipes that a key, or a whole section, is for: those that train on stored groups, or those of one task."""
 
-    path: str
-    before: Any
-    after: Any
-    before_present: bool = True
-    after_present: bool = True
-
-    def __str__(self) -> str:
-        before = json.dumps(self.before, ensure_ascii=False) if self.before_present else "(absent)"
-        after = json.dumps(self.after, ensure_ascii=False) if self.after_present else "(absent)"
-        return f"{self.path}: {before} -> {after}"
+    use: Task | Literal["stored groups"]
+    instead: str | None = None
+    """The key that the other recipes have in its place."""
 
 
-def differences(before: BaseModel | Mapping[str, Any], after: BaseModel | Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Every key whose value differs between two resolved recipes, by dotted path, in ``before``'s order."""
-    return tuple(_differences(_plain(before), _plain(after), prefix=""))
+@dataclass(frozen=True, slots=True)
+class FallsBackTo:
+    """The key whose value counts where the annotated key is not set."""
 
-
-def _plain(value: BaseModel | Mapping[str, Any]) -> Mapping[str, Any]:
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-
-
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any], *, prefix: str) -> Iterator[Difference]:
-    for key in [*before, *(key for key in after if key not in before)]:
-        path = f"{prefix}{key}"
-        if key not in after:
-            yield Difference(path, before[key], None, after_present=False)
-        elif key not in before:
-            yield Difference(path, None, after[key], before_present=False)
-        elif isinstance(before[key], Mapping) and isinstance(after[key], Mapping):
-            yield from _differences(before[key], after[key], prefix=f"{path}.")
-        elif before[key] != after[key]:
-            yield Difference(path, before[key], after[key])
+    key: str

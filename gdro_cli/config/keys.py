@@ -1,40 +1,60 @@
-"""Every key of a recipe with its type, default and meaning: for ``gdro recipes fields`` and suggestions."""
+"""Every key of a recipe: its type, default and meaning (``gdro recipes fields``), whom it is for, what it affects."""
 
 from __future__ import annotations
 
 import json
 import types
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, reduce
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gdro_cli.config.methods import METHODS
+from gdro_cli.config.base import Affects, Effect, FallsBackTo, OnlyFor
+from gdro_cli.config.methods import METHODS, AnyMethod, GroupMethod
+from gdro_cli.config.recipe import Recipe
 
+SHORT_NAMES = {
+    "method": "method.name",
+    "lr": "train.lr",
+    "rank": "train.lora.rank",
+    "alpha": "train.lora.alpha",
+}
+"""Short names beside those of the keys of `method`, which may be named alone: `tau` is `method.tau`."""
 _TYPE_NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true | false"}
+_STORED = tuple(name for name, model in METHODS.items() if issubclass(model, GroupMethod))
+"""The methods that train on stored groups."""
+
+_Note = TypeVar("_Note", Affects, OnlyFor, FallsBackTo)
 
 
 @dataclass(frozen=True, slots=True)
 class FieldDoc:
-    """One key; ``section``: it only holds other keys; ``methods``: those that have it, if not all do."""
+    """One key, or one section."""
 
     path: str
     type: str
     default: str
     text: str
-    section: bool = False
-    methods: tuple[str, ...] = ()
+    section: bool
+    """Whether it only holds other keys."""
+    methods: tuple[str, ...]
+    """The methods that have a use for it; empty for all."""
+    task: str | None
+    """The only task that has a use for it."""
+    instead: str | None
+    """The key that the other methods have in its place."""
+    affects: frozenset[Effect]
+    falls_back_to: str | None
+    """The key whose value counts where this one is not set."""
 
 
 @cache
 def describe_fields() -> tuple[FieldDoc, ...]:
     """Every key in the order of the recipe, sections included."""
-    from gdro_cli.config.recipe import Recipe
-
-    return tuple(_walk(Recipe, prefix=""))
+    return tuple(_walk(Recipe, prefix="", notes=()))
 
 
 @cache
@@ -43,53 +63,119 @@ def field_names(*, sections: bool = False) -> tuple[str, ...]:
     return tuple(doc.path for doc in describe_fields() if sections or not doc.section)
 
 
-def _walk(model: type[BaseModel], *, prefix: str) -> Iterator[FieldDoc]:
+@cache
+def _docs() -> dict[str, FieldDoc]:
+    return {doc.path: doc for doc in describe_fields()}
+
+
+def field_doc(path: str) -> FieldDoc:
+    """The key or section at a dotted path, which must exist."""
+    return _docs()[path]
+
+
+def full_key(name: str) -> str | None:
+    """The dotted path of the recipe key that a name stands for; None where there is none."""
+    candidates = (name, SHORT_NAMES.get(name, ""), f"method.{name}")
+    return next((key for key in candidates if key in field_names()), None)
+
+
+def foreign_keys(method: str) -> dict[str, FieldDoc]:
+    """The keys that a method has no use for, by path."""
+    return {doc.path: doc for doc in describe_fields() if doc.methods and method not in doc.methods}
+
+
+def values_that_affect(recipe: Recipe, *effects: Effect) -> dict[str, Any]:
+    """The values of the keys with one of the effects, in their sections, as plain JSON.
+
+    Keys that the recipe has no use for are left out. A key that is not set has the value of the key it falls back to.
+    """
+    resolved = recipe.resolved()
+    chosen: dict[str, Any] = {}
+    for doc in describe_fields():
+        if doc.affects.isdisjoint(effects) or not _is_for(doc, recipe):
+            continue
+        *sections, name = doc.path.split(".")
+        value = _value(resolved, doc.path)
+        if value is None and doc.falls_back_to is not None:
+            value = _value(resolved, doc.falls_back_to)
+        reduce(lambda section, part: section.setdefault(part, {}), sections, chosen)[name] = value
+    return chosen
+
+
+def _is_for(doc: FieldDoc, recipe: Recipe) -> bool:
+    return not (doc.methods and recipe.method.name not in doc.methods) and doc.task in (None, recipe.prompts.task)
+
+
+def _value(resolved: dict[str, Any], path: str) -> Any:
+    return reduce(lambda section, part: section[part], path.split("."), resolved)
+
+
+# -- from the classes of the recipe ---------------------------------------------------------------------------
+
+
+def _walk(model: type[BaseModel], *, prefix: str, notes: Sequence[object]) -> Iterator[FieldDoc]:
+    """The fields of a section; ``notes`` are the annotations of the sections around it, the innermost last."""
     for name, field in model.model_fields.items():
-        path = f"{prefix}{name}"
-        annotation = field.annotation
+        path, own = f"{prefix}{name}", (*notes, *field.metadata)
+        inner = field.annotation
         if path == "method":
-            yield FieldDoc(path, "section", "", _text(field), section=True)
-            yield from _method_fields()
-        elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield FieldDoc(path, "section", "", _text(field), section=True)
-            yield from _walk(annotation, prefix=f"{path}.")
+            yield _doc(path, field, own, section=True)
+            yield from _method_fields(own)
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield _doc(path, field, own, section=True)
+            yield from _walk(inner, prefix=f"{path}.", notes=own)
         else:
-            yield FieldDoc(path, type_text(annotation), _default(field), _text(field))
+            yield _doc(path, field, own)
 
 
-def _method_fields() -> Iterator[FieldDoc]:
-    yield FieldDoc("method.name", " | ".join(METHODS), "gdro", "Which method trains.")
-    names = dict.fromkeys(name for model in METHODS.values() for name in model.model_fields if name != "name")
-    for name in names:
-        owners = tuple(method for method, model in METHODS.items() if name in model.model_fields)
-        field = METHODS[owners[0]].model_fields[name]
-        methods = owners if len(owners) < len(METHODS) else ()
-        default = _default(field)
-        for owner in owners[1:]:
-            other = _default(METHODS[owner].model_fields[name])
-            if other != _default(field):
-                default += f" ({owner}: {other})"
-        yield FieldDoc(f"method.{name}", type_text(field.annotation), default, _text(field), methods=methods)
+def _method_fields(notes: Sequence[object]) -> Iterator[FieldDoc]:
+    name = _doc("method.name", AnyMethod.model_fields["name"], notes)
+    yield replace(name, type=" | ".join(METHODS), default="gdro")
+    for key in dict.fromkeys(key for model in METHODS.values() for key in model.model_fields if key != "name"):
+        fields = {method: model.model_fields[key] for method, model in METHODS.items() if key in model.model_fields}
+        field = next(iter(fields.values()))
+        doc = _doc(f"method.{key}", field, (*notes, *field.metadata))
+        defaults = {method: _default(other) for method, other in fields.items()}
+        others = "".join(f" ({method}: {value})" for method, value in defaults.items() if value != doc.default)
+        methods = tuple(fields) if len(fields) < len(METHODS) else ()
+        yield replace(doc, default=doc.default + others, methods=methods)
 
 
-def _text(field: FieldInfo) -> str:
-    return " ".join((field.description or "").split())
+def _doc(path: str, field: FieldInfo, notes: Sequence[object], *, section: bool = False) -> FieldDoc:
+    affects, only, fallback = _last(notes, Affects), _last(notes, OnlyFor), _last(notes, FallsBackTo)
+    stored = only is not None and only.use == "stored groups"
+    return FieldDoc(
+        path=path,
+        type="section" if section else type_text(field.annotation),
+        default="" if section else _default(field),
+        text=" ".join((field.description or "").split()),
+        section=section,
+        methods=_STORED if stored else (),
+        task=None if only is None or stored else only.use,
+        instead=None if only is None else only.instead,
+        affects=frozenset() if section or affects is None else affects.effects,
+        falls_back_to=None if fallback is None else fallback.key,
+    )
+
+
+def _last(notes: Sequence[object], kind: type[_Note]) -> _Note | None:
+    return next((note for note in reversed(notes) if isinstance(note, kind)), None)
 
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "(required)"
     value = field.get_default(call_default_factory=True, validated_data={})
-    return "(nothing)" if value is None else value if isinstance(value, str) and value else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def type_text(annotation: Any) -> str:
-    """A field's type as a reader of YAML says it: ``whole number``, ``png | webp``, ``list of text``."""
+    """A field's type in the words of a YAML reader: ``whole number``, ``png | webp``, ``list of text``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in _TYPE_NAMES:
         return _TYPE_NAMES[annotation]
     if annotation is type(None):
-        return "nothing"
+        return "null"
     if origin is Annotated:
         return type_text(arguments[0])
     if origin is Literal:

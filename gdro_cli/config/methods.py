@@ -1,6 +1,6 @@
 """The training methods: one class each, told apart by ``method.name``.
 
-Methods on stored groups learn offline; their symbols and equations are those of the GDRO paper (arXiv 2601.02036): K
+Methods on stored groups learn offline. Their symbols and equations are those of the GDRO paper (arXiv 2601.02036): K
 images per group, tau the temperature of the target distribution (eqs. 7, 17), beta the strength of the implicit reward
 (eq. 3), gamma the weight of the top-1 likelihood (eqs. 8-9). Online methods make their images while they train:
 Flow-GRPO (arXiv 2505.05470) and DanceGRPO (arXiv 2505.07818). A new method is one class here, one entry in ``Method``
@@ -14,18 +14,18 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from gdro_cli.config.base import StrictModel
+from gdro_cli.config.base import FallsBackTo, StrictModel
 
 
 class AnyMethod(StrictModel):
-    """What every method has."""
+    """The key that every method has."""
 
     name: str
-    """Which method trains."""
+    """The method that trains."""
 
 
 class GroupMethod(AnyMethod):
-    """What every method that trains on stored groups shares."""
+    """The keys that all methods on stored groups share."""
 
     loss_settings: ClassVar[tuple[str, ...]] = ()
     """The keys that the method's loss (``core.losses.LOSSES``) takes beside beta and gamma."""
@@ -34,29 +34,29 @@ class GroupMethod(AnyMethod):
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
     Paper: 6; 2 is unstable."""
     beta: float = Field(12.0, gt=0)
-    """Strength of the implicit reward, beta = T * beta_KL (eq. 3), for the reduction named below. Above 0.
-    Paper: 12 for OCR, 6 for GenEval; too low and the images collapse."""
+    """Strength of the implicit reward, beta = T * beta_KL (eq. 3), for the `reduction` below. Above 0. Paper: 12 for
+    OCR, 6 for GenEval; if it is too low, the images collapse."""
     gamma: float = Field(0.5, ge=0)
-    """Weight of the velocity error of the group's best image (eqs. 8-9), which holds its likelihood up. 0 or
-    more. Paper: 0.5 for OCR, 1 for GenEval; 0 collapses."""
+    """Weight of the velocity error of the group's best image (eqs. 8-9), which keeps its likelihood high. 0 or more.
+    Paper: 0.5 for OCR, 1 for GenEval; at 0 the images collapse."""
     reduction: Literal["mean", "sum"] = "mean"
-    """How a velocity error is taken over the latent's dimensions. `sum` multiplies it by their number, so
-    beta must shrink by as much."""
+    """How a velocity error is reduced over the latent's dimensions. `sum` multiplies it by their number, so beta must
+    shrink by the same factor."""
     share_noise: bool = True
-    """One noise for all images of a group (lower variance of the differences), or one for each image."""
+    """`true`: one noise for all images of a group (lower variance of the differences); `false`: one for each image."""
     share_sigma: bool = True
-    """One noise level for all images of a group, or one for each image."""
+    """`true`: one noise level for all images of a group; `false`: one for each image."""
     noise_bank: int | None = Field(None, ge=1)
-    """How many draws of noise and noise level a prompt (or an image, where they are not shared) has, used over and
-    over, so that the reference's errors need computing once only (`train.cache_reference`). 1 or more. Nothing: a new
-    draw at every visit."""
+    """Draws of noise and noise level per prompt (per image where they are not shared). They are used again and again,
+    so that the reference's errors are computed only once (`train.cache_reference`). 1 or more. Unset: a new draw at
+    every visit."""
     sigma_min: float = Field(0.0, ge=0, lt=1)
     """Lowest noise level trained, 0 = clean. In [0, 1), below `sigma_max`."""
     sigma_max: float = Field(1.0, gt=0, le=1)
     """Highest noise level trained, 1 = pure noise. In (0, 1], above `sigma_min`."""
     min_spread: float = Field(0.0, ge=0)
-    """Groups whose highest and lowest reward differ by no more than this carry no preference and are left
-    out. In units of the reward, 0 or more."""
+    """Groups whose highest and lowest reward differ by no more than this carry no preference and are left out. In units
+    of the reward, 0 or more."""
 
 
 class GdroMethod(GroupMethod):
@@ -64,18 +64,15 @@ class GdroMethod(GroupMethod):
 
     loss_settings: ClassVar[tuple[str, ...]] = ("tau",)
     name: Literal["gdro"]
-    """`gdro`."""
     tau: float = Field(0.05, ge=0)
-    """Temperature of the target distribution softmax(r / tau), in units of the reward. 0 is the exact limit
-    (one-hot on the best remaining image), not a small number. Paper: 0.05; 0.5 is too weak, 0.025 is
-    unstable."""
+    """Temperature of the target distribution softmax(r / tau), in units of the reward. 0 or more; 0 is the exact limit
+    (one-hot on the best remaining image), not a small number. Paper: 0.05; 0.5 is too weak, 0.025 is unstable."""
 
 
 class RankMethod(GroupMethod):
-    """Plackett-Luce likelihood of the order alone (eq. 12): how large the rewards are does not matter."""
+    """Plackett-Luce likelihood of the order alone (eq. 12): the size of the rewards does not matter."""
 
     name: Literal["rank"]
-    """`rank`."""
 
 
 class Top1Method(GroupMethod):
@@ -83,9 +80,8 @@ class Top1Method(GroupMethod):
 
     loss_settings: ClassVar[tuple[str, ...]] = ("tau",)
     name: Literal["top1"]
-    """`top1`."""
     tau: float = Field(0.05, ge=0)
-    """Temperature of the target distribution softmax(r / tau), in units of the reward. 0 is one-hot on the
+    """Temperature of the target distribution softmax(r / tau), in units of the reward. 0 or more; 0 is one-hot on the
     best."""
 
 
@@ -94,14 +90,13 @@ class DpoMethod(GroupMethod):
 
     loss_settings: ClassVar[tuple[str, ...]] = ("pairs",)
     name: Literal["dpo"]
-    """`dpo`."""
     pairs: Literal["best_worst", "all"] = "best_worst"
     """`best_worst`: one pair per group, the highest against the lowest reward. `all`: every pair whose
     rewards differ."""
 
 
 class OnlineMethod(AnyMethod):
-    """What the methods share that sample with the policy, score, and update it, round after round.
+    """The keys that the online methods share: they sample with the policy, score, and update it, round after round.
 
     Sources of the defaults: the public code's settings for OCR and GenEval on SD3.5-M (Flow-GRPO) and for FLUX
     (DanceGRPO); the table is in docs/baselines.md.
@@ -110,35 +105,35 @@ class OnlineMethod(AnyMethod):
     group_size: int = Field(24, ge=2)
     """Images of each prompt in a round. 2 or more. Flow-GRPO: 24; DanceGRPO: 12."""
     prompts_per_round: int = Field(48, ge=1)
-    """Prompts of a round, over all processes together. 1 or more. Flow-GRPO: 48; DanceGRPO: 16, one per GPU."""
+    """Prompts in a round, over all processes together. 1 or more. Flow-GRPO: 48; DanceGRPO: 16, one per GPU."""
     updates_per_round: int = Field(2, ge=1)
     """Equal parts into which a round's images are split, with one optimizer step each. 1 or more. Flow-GRPO: 2;
     DanceGRPO: 3, of 4 images per GPU."""
     inner_epochs: int = Field(1, ge=1)
-    """Passes over the images of a round. 1 or more. A round has this times `updates_per_round` optimizer steps. Both:
-    1."""
+    """Passes over the images of a round. 1 or more. A round has this times `updates_per_round` optimizer steps.
+    Flow-GRPO and DanceGRPO: 1."""
     train_sample_steps: int = Field(10, ge=2)
-    """Sampling steps of the rounds, few to save time; evaluations take their own number. 2 or more; the last is taken
-    without noise and not trained. Flow-GRPO: 10 on SD3.5, 6 on FLUX; DanceGRPO: 16."""
+    """Sampling steps in the rounds, few to save time; evaluations have their own number. 2 or more. The last step has
+    no noise and is not trained. Flow-GRPO: 10 on SD3.5, 6 on FLUX; DanceGRPO: 16."""
     timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the steps with noise that is trained, drawn for each image and rounded down to at least one step. In
-    (0, 1]. Flow-GRPO: all; DanceGRPO: 0.6."""
+    """Share of the steps with noise to train, drawn for each image and rounded down to at least one step. In (0, 1].
+    Flow-GRPO: all; DanceGRPO: 0.6."""
     share_initial_noise: bool = False
-    """One initial noise for all images of a group, so that they differ by the noise of the steps alone. Flow-GRPO: no;
+    """One initial noise for all images of a group, so that they differ only by the noise of the steps. Flow-GRPO: no;
     DanceGRPO: yes."""
-    guidance: float | None = Field(None, ge=0)
-    """Guidance scale of the rounds and updates, 0 or more. Nothing: as in `sample`."""
+    guidance: Annotated[float | None, FallsBackTo("sample.guidance")] = Field(None, ge=0)
+    """Guidance scale of the rounds and updates, 0 or more. Unset: `sample.guidance`."""
     clip_range: float = Field(1e-4, gt=0)
-    """Half the width of the range that likelihood ratios are clipped to. Above 0. Both: 1e-4, for log-likelihoods that
-    are means over the latent's dimensions."""
+    """Half the width of the range that likelihood ratios are clipped to. Above 0. Flow-GRPO and DanceGRPO: 1e-4, for
+    log-likelihoods that are means over the latent's dimensions."""
     beta_kl: float = Field(0.04, ge=0)
     """Weight of the divergence from the reference; 0 saves the reference's forward passes. 0 or more. Flow-GRPO: 0.04
     on SD3.5 (OCR, GenEval), 0 on FLUX; DanceGRPO: 0."""
     advantage_std: Literal["global", "group"] = "global"
-    """By whose standard deviation a group's rewards are divided: that of all rewards of the round, or the group's own.
-    Flow-GRPO: global; DanceGRPO: group."""
+    """The standard deviation that divides a group's rewards: that of all rewards of the round (`global`), or the
+    group's own (`group`). Flow-GRPO: global; DanceGRPO: group."""
     advantage_clip: float = Field(5.0, gt=0)
-    """Largest advantage. Above 0. Both: 5."""
+    """Largest advantage. Above 0. Flow-GRPO and DanceGRPO: 5."""
 
     @property
     def steps_per_round(self) -> int:
@@ -155,7 +150,6 @@ class FlowGrpoMethod(OnlineMethod):
     """Flow-GRPO (arXiv 2505.05470): policy gradient on an SDE with more noise at high noise levels."""
 
     name: Literal["flow-grpo"]
-    """`flow-grpo`."""
     noise_level: float = Field(0.7, gt=0)
     """Strength a of the sampler's noise a * sqrt(sigma / (1 - sigma)). Above 0. Published: 0.7 on SD3.5, 0.9 on
     FLUX."""
@@ -165,27 +159,17 @@ class DanceGrpoMethod(OnlineMethod):
     """DanceGRPO (arXiv 2505.07818): policy gradient on an SDE with constant noise, from one initial noise per group."""
 
     name: Literal["dance-grpo"]
-    """`dance-grpo`."""
     eta: float = Field(0.3, gt=0)
     """Strength of the sampler's noise at every noise level. Above 0. Published: 0.3 on FLUX."""
+    # Published settings of the shared keys.
     group_size: int = Field(12, ge=2)
-    """Images of each prompt in a round. 2 or more. Published: 12."""
     prompts_per_round: int = Field(16, ge=1)
-    """Prompts of a round, over all processes together. 1 or more. Published: 16, one per GPU."""
     updates_per_round: int = Field(3, ge=1)
-    """Equal parts into which a round's images are split, with one optimizer step each. 1 or more. Published: 3."""
     train_sample_steps: int = Field(16, ge=2)
-    """Sampling steps of the rounds. 2 or more; the last is taken without noise and not trained. Published: 16."""
     timestep_fraction: float = Field(0.6, gt=0, le=1)
-    """Share of the steps with noise that is trained, drawn for each image and rounded down to at least one step. In
-    (0, 1]. Published: 0.6."""
     share_initial_noise: bool = True
-    """One initial noise for all images of a group. Published: yes."""
     beta_kl: float = Field(0.0, ge=0)
-    """Weight of the divergence from the reference; 0 saves the reference's forward passes. 0 or more. Published:
-    none."""
     advantage_std: Literal["global", "group"] = "group"
-    """By whose standard deviation a group's rewards are divided. Published: group."""
 
 
 Method = Annotated[

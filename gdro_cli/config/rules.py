@@ -5,44 +5,37 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from gdro_cli.config.base import OnlyFor, StrictModel, Task
+from gdro_cli.config.keys import field_names, foreign_keys, full_key
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
-from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, MOST, PromptSource, SampleSection, TrainSection
-from gdro_cli.config.suggest import similar, similar_key
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource
+from gdro_cli.suggest import similar, similar_key
 
-if TYPE_CHECKING:
-    from gdro_cli.config.recipe import Recipe
-
-#: The keys of a prompt source that only one task's built-in sets have.
-_OCR_KEYS = ("two_line_share", "min_letters", "max_letters")
-_GENEVAL_KEYS = ("tags", "plurals")
-#: Keys that only training on stored groups has a use for, and what online methods have in their place.
-STORED_ONLY = {
-    "sample.images_per_prompt": "method.group_size",
-    "train.groups_per_step": "method.prompts_per_round",
-    "train.group_gradient": None,
-    "train.rounds": None,
-    "train.cache_reference": None,
-    "train.prefetch": None,
-}
+_TASK_NAMES: dict[Task, str] = {"ocr": "OCR", "geneval": "GenEval"}
+_DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing wrong with a recipe: the dotted path of a key and the rest of the sentence about it.
-
-    ``involves`` are other keys that the rule looked at.
-    """
+    """One thing wrong with a recipe."""
 
     path: str
+    """The key at fault."""
     message: str
-    involves: tuple[str, ...] = ()
+    """The rest of the sentence. It names in full the other keys that the fault depends on."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The key at fault and those that the message names."""
+        return self.path, *_DOTTED.findall(self.message)
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every broken rule of a recipe whose single fields are all valid."""
+    """Every rule between keys that a recipe breaks; each key by itself is valid."""
     yield from _model(recipe)
     yield from _method(recipe)
     yield from _prompts(recipe)
@@ -58,34 +51,26 @@ def _model(recipe: Recipe) -> Iterator[Problem]:
     if model.sharding == "fsdp":
         for key, off in (("quantization", "none"), ("offload", False)):
             if getattr(model, key) != off:
-                yield Problem(
-                    f"model.{key}", "does not go with model.sharding 'fsdp': choose one of them", ("model.sharding",)
-                )
+                yield Problem(f"model.{key}", "cannot be combined with model.sharding 'fsdp': choose one of them")
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
-    large = [key for key, value in recipe.method if isinstance(value, int) and value > MOST]
-    if large:
-        yield from (Problem(f"method.{key}", f"must be at most {MOST}") for key in large)
-    elif isinstance(recipe.method, OnlineMethod):
-        yield from _online(recipe, recipe.method)
-    else:
-        yield from _stored(recipe, recipe.method)
+    method = recipe.method
+    yield from _online(recipe, method) if isinstance(method, OnlineMethod) else _stored(recipe, method)
 
 
 def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
-    for path, instead in STORED_ONLY.items():
-        section, _, key = path.partition(".")
-        model = SampleSection if section == "sample" else TrainSection
-        if getattr(getattr(recipe, section), key) != model.model_fields[key].default:
-            advice = "remove it" if instead is None else f"remove it; {instead} says how many"
-            yield Problem(path, f"has no meaning for the online method {method.name!r}: {advice}", ("method.name",))
+    for path, doc in foreign_keys(method.name).items():
+        section, key = path.split(".")
+        if section != "method" and _is_set(getattr(recipe, section), key):
+            advice = "remove it" if doc.instead is None else f"remove it and set {doc.instead}"
+            yield Problem(path, f"has no meaning for method.name {method.name!r}: {advice}")
     images = method.prompts_per_round * method.group_size
     if method.updates_per_round > images:
         yield Problem(
             "method.updates_per_round",
-            f"{method.updates_per_round} is more than the {images} images of a round",
-            ("method.prompts_per_round", "method.group_size"),
+            f"{method.updates_per_round} is more than the {images} images of a round (method.prompts_per_round *"
+            " method.group_size)",
         )
 
 
@@ -95,58 +80,49 @@ def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
         yield Problem(
             "method.k",
             f"{method.k} is more than sample.images_per_prompt ({images}): lower k or sample more images",
-            ("sample.images_per_prompt",),
         )
     if method.sigma_min >= method.sigma_max:
-        yield Problem(
-            "method.sigma_min",
-            f"{method.sigma_min:g} must be below method.sigma_max ({method.sigma_max:g})",
-            ("method.sigma_max",),
-        )
+        message = f"{method.sigma_min:g} must be below method.sigma_max ({method.sigma_max:g})"
+        yield Problem("method.sigma_min", message)
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:
     task = recipe.prompts.task
     if recipe.reward.kind != task:
-        yield Problem(
-            "reward.kind",
-            f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)",
-            ("prompts.task",),
-        )
+        message = f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)"
+        yield Problem("reward.kind", message)
     for split in ("train", "validation", "eval"):
-        source: PromptSource = getattr(recipe.prompts, split)
-        for problem in source_problems(source, task=task, path=f"prompts.{split}"):
-            yield Problem(problem.path, problem.message, (f"prompts.{split}", "prompts.task"))
+        yield from source_problems(getattr(recipe.prompts, split), task=task, path=f"prompts.{split}")
 
 
 def source_problems(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
-    """Every broken rule of one prompt source; ``path`` is the dotted path of its section."""
+    """Every rule that a prompt source breaks; ``path`` is the dotted path of its section."""
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
     elif source.file is not None and source.builtin is not None:
         yield Problem(path, "names both a `file` and a `builtin` set: keep one")
     elif source.builtin is not None:
-        known = BUILTIN_PROMPTS.get(task, ())
-        if source.builtin in known:
+        sets = BUILTIN_PROMPTS[task]
+        if source.builtin in sets:
             yield from _builtin(source, source.builtin, task=task, path=path)
         else:
-            names = ", ".join(known) if known else f"none for the task {task!r}, name a `file`"
-            hint = similar(source.builtin, known)
+            names, hint = ", ".join(sets), similar(source.builtin, sets)
             yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
     else:
-        for key in _given(source, ("seed", *_OCR_KEYS, *_GENEVAL_KEYS)):
-            yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
+        for key in ("seed", *_keys_for("ocr"), *_keys_for("geneval")):
+            if _is_set(source, key):
+                yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
 
 
 def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterator[Problem]:
-    foreign, owner = (_GENEVAL_KEYS, "GenEval") if task == "ocr" else (_OCR_KEYS, "OCR")
-    for key in _given(source, foreign):
-        yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
+    foreign = {key: owner for other, owner in _TASK_NAMES.items() if other != task for key in _keys_for(other)}
+    for key, owner in foreign.items():
+        if _is_set(source, key):
+            yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
     if task == "ocr":
         if source.min_letters > source.max_letters:
-            yield Problem(
-                f"{path}.min_letters", f"{source.min_letters} is more than max_letters ({source.max_letters})"
-            )
+            message = f"{source.min_letters} is more than {path}.max_letters ({source.max_letters})"
+            yield Problem(f"{path}.min_letters", message)
         return
     if source.plurals != "naive" and not name.startswith("geneval-coco-"):
         yield Problem(f"{path}.plurals", f"only applies to a geneval-coco set, not to {name!r}: remove it")
@@ -158,32 +134,30 @@ def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterat
         yield Problem(f"{path}.tags", "gives no tag a weight above 0: give one, or remove it")
 
 
-def _given(source: PromptSource, keys: tuple[str, ...]) -> Iterator[str]:
-    """Those of the keys that do not have their default value."""
-    return (key for key in keys if getattr(source, key) != PromptSource.model_fields[key].default)
+def _keys_for(task: Task) -> list[str]:
+    """The keys of a prompt source that only the built-in sets of one task have."""
+    return [key for key, field in PromptSource.model_fields.items() if OnlyFor(task) in field.metadata]
+
+
+def _is_set(section: StrictModel, key: str) -> bool:
+    """Whether a key has another value than its default."""
+    return bool(getattr(section, key) != type(section).model_fields[key].default)
 
 
 def _sizes(recipe: Recipe) -> Iterator[Problem]:
     height, width = recipe.sample.height, recipe.sample.width
     if (height is None) != (width is None):
         missing = "sample.height" if height is None else "sample.width"
-        yield Problem(missing, "is missing: set both height and width, or neither", ("sample.height", "sample.width"))
+        yield Problem(missing, "is missing: set both height and width, or neither")
 
 
 def _train(recipe: Recipe) -> Iterator[Problem]:
     train = recipe.train
-    if train.warmup_steps > train.steps:
-        yield Problem(
-            "train.warmup_steps",
-            f"{train.warmup_steps} is more than train.steps ({train.steps})",
-            ("train.steps",),
-        )
-    if train.rounds > train.steps:
-        yield Problem("train.rounds", f"{train.rounds} is more than train.steps ({train.steps})", ("train.steps",))
+    for key in ("warmup_steps", "rounds"):
+        if getattr(train, key) > train.steps:
+            yield Problem(f"train.{key}", f"{getattr(train, key)} is more than train.steps ({train.steps})")
     if train.stop_on_collapse and not train.eval_every:
-        yield Problem(
-            "train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0", ("train.eval_every",)
-        )
+        yield Problem("train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0")
     if isinstance(recipe.method, OnlineMethod) or train.group_gradient != "one_pass" or train.micro_batch is None:
         return
     if train.micro_batch < recipe.method.k:
@@ -191,7 +165,6 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
             "train.group_gradient",
             "'one_pass' needs a whole group in one forward pass, but train.micro_batch "
             f"({train.micro_batch}) is less than method.k ({recipe.method.k}): use 'two_pass' or 'auto'",
-            ("train.micro_batch", "method.k"),
         )
 
 
@@ -202,15 +175,14 @@ def _geneval(recipe: Recipe) -> Iterator[Problem]:
     if settings.detector_model is not None and settings.detector != "mask2former":
         yield Problem(
             "reward.geneval.detector_model",
-            f"has no meaning for the detector {settings.detector!r}: remove it, or set the detector to 'mask2former'",
-            ("reward.geneval.detector",),
+            f"has no meaning for reward.geneval.detector {settings.detector!r}: remove it, or use 'mask2former'",
         )
     clip = settings.colours == "clip" or (settings.colours == "auto" and settings.detector == "mask2former")
     if settings.colour_model is not None and not clip:
         yield Problem(
             "reward.geneval.colour_model",
-            "has no meaning where the palette names colours: remove it, or set reward.geneval.colours to 'clip'",
-            ("reward.geneval.colours", "reward.geneval.detector"),
+            f"has no meaning for reward.geneval.colours {settings.colours!r} with reward.geneval.detector"
+            f" {settings.detector!r}: remove it, or let 'clip' name the colours",
         )
 
 
@@ -220,33 +192,30 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
         yield from _secret(f"judge.{key}", getattr(judge, key), path=f"judge.{key}")
     takes = {"unified-reward": ("base_url", "model"), "unified-reward-local": ("model",)}.get(judge.kind, ())
     for key in ("base_url", "model"):
-        given = getattr(judge, key) is not None
-        if key in takes and not given:
-            yield Problem(f"judge.{key}", f"is needed for the judge {judge.kind!r}", ("judge.kind",))
-        elif key not in takes and given:
-            yield Problem(f"judge.{key}", f"has no meaning for the judge {judge.kind!r}: remove it", ("judge.kind",))
+        is_set = getattr(judge, key) is not None
+        if key in takes and not is_set:
+            yield Problem(f"judge.{key}", f"is needed for judge.kind {judge.kind!r}")
+        elif key not in takes and is_set:
+            yield Problem(f"judge.{key}", f"has no meaning for judge.kind {judge.kind!r}: remove it")
 
 
 def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
-    """What may be a secret in a value of the judge's; the sentence does not say it again."""
+    """Refuses what may be a secret in a value of the judge's, in a sentence that does not repeat it."""
     if key not in ("judge.base_url", "judge.api_key_env") or value is None:
         return
     if not isinstance(value, str):
         yield Problem(path, "must be text")
     elif key == "judge.base_url" and re.search("[@?#;]", value):
-        yield Problem(path, "must not hold a name, a key or a query: name the key's variable in judge.api_key_env")
+        yield Problem(path, "must not hold a user name, a key or a query: name the key's variable in judge.api_key_env")
     elif key == "judge.api_key_env" and not _VARIABLE.fullmatch(value):
         yield Problem(
             path,
             "must be the name of an environment variable (letters, digits and '_'), not the key itself: put the key"
-            " into a variable such as JUDGE_API_KEY and name that",
+            " into a variable such as JUDGE_API_KEY and give its name",
         )
 
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
-    from gdro_cli.config.keys import field_names
-    from gdro_cli.config.sweep import full_key
-
     for name, values in recipe.ablation.items():
         path = f"ablation.{name}"
         key = full_key(name)

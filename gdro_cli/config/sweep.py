@@ -1,6 +1,7 @@
 """A sweep: one recipe, one or more of its keys with several values each, and the cells, one recipe per combination.
 
-A cell is an ordinary recipe, made as ``--set`` makes one. What cannot be compared is refused here, before any work.
+A cell is an ordinary recipe, made as ``--set`` makes one. Cells that could not be compared are refused here, before any
+work.
 """
 
 from __future__ import annotations
@@ -10,56 +11,30 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import digest
-from gdro_cli.config.keys import field_names
-from gdro_cli.config.layers import merge_layers, resolve_paths
+from gdro_cli.config.keys import SHORT_NAMES, describe_fields, field_doc, field_names, full_key
+from gdro_cli.config.layers import merge, merge_layers, nested, resolve_paths
+from gdro_cli.config.load import build_recipe
 from gdro_cli.config.methods import METHODS
-from gdro_cli.config.recipe import Recipe, build_recipe
-from gdro_cli.config.suggest import similar_key
-from gdro_cli.config.yamlfile import check_keys, parse_yaml
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.yamlfile import parse_yaml
 from gdro_cli.errors import UserError
-from gdro_cli.files import working_folder
+from gdro_cli.identity import digest
+from gdro_cli.suggest import similar_key
 
-SHORT_NAMES = {
-    "method": "method.name",
-    "lr": "train.lr",
-    "rank": "train.lora.rank",
-    "alpha": "train.lora.alpha",
-}
-"""Short names beside those of the keys of `method`, which may be named alone: `tau` is `method.tau`."""
 POINTS = 4
-"""Evaluation points of a training whose recipe asks for none."""
+"""Evaluation points of a training whose recipe has none."""
 
 MOST_CELLS = 1000
 """Trainings of one ablation; all of their recipes are held at once."""
 
-_MEASURED = "changes what is measured, so the cells could not be compared"
-_UNLEARNT = "changes speed, files or messages and not what is learnt"
-_SAID = "says something about the recipe and not about the training"
-_REFUSED: dict[str, str] = {
-    "seed": "is not swept: `--seeds N` repeats every cell with N training seeds",
-    "train.seed": "is not swept: `--seeds N` repeats every cell with N training seeds",
-    **dict.fromkeys(("name", "description", "ablation"), _SAID),
-    **dict.fromkeys(("prompts.task", "reward.kind"), "is the task itself, and cells of two tasks cannot be compared"),
-    **dict.fromkeys(("prompts.validation", "prompts.eval", "judge", "eval", "reward.ocr"), _MEASURED),
-    **dict.fromkeys(("reward.geneval.detector", "reward.geneval.detector_model"), _MEASURED),
-    **dict.fromkeys(("reward.geneval.colours", "reward.geneval.colour_model"), _MEASURED),
-    **dict.fromkeys(("sample.height", "sample.width"), _MEASURED),
-    "model": "changes the base model that all cells are compared with",
-    "train.eval_every": "changes when is measured and not what is learnt",
-    **dict.fromkeys(("reward.workers", "reward.max_failed_share"), _UNLEARNT),
-    **dict.fromkeys(("sample.batch_size", "sample.prompts_per_shard", "sample.image_format"), _UNLEARNT),
-    **dict.fromkeys(("train.micro_batch", "train.group_gradient", "train.gradient_checkpointing"), _UNLEARNT),
-    **dict.fromkeys(("train.checkpoint_every", "train.keep_checkpoints"), _UNLEARNT),
-    **dict.fromkeys(("train.log_every", "train.trackers", "train.cache_reference", "train.prefetch"), _UNLEARNT),
-}
-"""Keys and whole sections that are not swept, and why."""
-_ALSO_EVALUATED = {"sample.steps": "eval.steps", "sample.guidance": "eval.guidance"}
-"""Keys that the evaluation takes over where its own is not set."""
-_RESAMPLED = ("sample", "prompts.train")
-"""Sections that the images of the store depend on."""
+_SEEDS = "cannot be swept: `--seeds N` repeats every cell with N training seeds"
+_TASK = "is the task itself, and cells of two tasks cannot be compared"
+_REASONS = {"seed": _SEEDS, "train.seed": _SEEDS, "prompts.task": _TASK, "reward.kind": _TASK}
+"""Why a key is not swept, where what it affects does not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +42,10 @@ class Axis:
     """One swept key."""
 
     name: str
-    """As it was asked for, perhaps short."""
+    """As the user gave it, perhaps short."""
     key: str
     """Its dotted path."""
     values: tuple[Any, ...]
-
-    @property
-    def resamples(self) -> bool:
-        """Whether another value means other images in the store."""
-        return _within(self.key, _RESAMPLED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +69,7 @@ class Sweep:
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     notes: tuple[str, ...]
-    """What was decided on the way and should be known, a sentence each."""
+    """Decisions that the user should know of, a sentence each."""
 
     @property
     def name(self) -> str:
@@ -120,37 +90,30 @@ class Sweep:
     @property
     def trains_on_another(self) -> bool:
         """Whether the cells are trained on different rewards, so that `reward` is not one measure."""
-        return any(_within(axis.key, ("reward.geneval.objective",)) for axis in self.axes)
-
-
-def full_key(name: str) -> str | None:
-    """The dotted path of the recipe key that a name stands for; None where there is none."""
-    known = field_names()
-    candidates = (name, SHORT_NAMES.get(name, ""), f"method.{name}")
-    return next((key for key in candidates if key in known), None)
+        return any(axis.key == "reward.geneval.objective" for axis in self.axes)
 
 
 def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | None = None, *, seeds: int = 1) -> Sweep:
     """Every cell of a sweep, checked.
 
     Args:
-        recipe: what all cells have in common.
-        names: swept keys, in full or short.
+        recipe: the recipe that all cells share.
+        names: the keys to sweep, in full or short.
         values: for each name its values, separated by commas, as YAML; None takes them from ``recipe.ablation``.
         seeds: trainings per combination of values, with the recipe's training seed and the next ones.
 
     Raises:
-        UserError: an unknown key or one that makes no sense to sweep, values that are missing, repeated or no
-            valid values of their key, cells that could not be compared, or more of them than ``MOST_CELLS``.
+        UserError: an unknown key or one that cannot be swept, values that are missing, repeated or invalid, cells that
+            could not be compared, or more of them than ``MOST_CELLS``.
     """
     if not names:
-        known = ", ".join(recipe.ablation)
-        there = f"the recipe {recipe.name} has values for {known}" if known else "for example --param tau"
-        raise UserError(f"name the key to sweep with --param ({there}).")
+        keys_with_values = ", ".join(recipe.ablation)
+        hint = f"the recipe {recipe.name} has values for {keys_with_values}" if keys_with_values else "such as tau"
+        raise UserError(f"no key to sweep: name one with --param ({hint})")
     keys = [_key(name, recipe) for name in names]
-    twice = [name for number, name in enumerate(names) if keys[number] in keys[:number]]
-    if twice:
-        raise UserError(f"--param {twice[0]} is given twice: name each key once.")
+    repeated = [name for number, name in enumerate(names) if keys[number] in keys[:number]]
+    if repeated:
+        raise UserError(f"--param {repeated[0]} is given twice: name each key once")
     if values and len(values) != len(names):
         raise UserError(
             f"--values is given {len(values)} times for {len(names)} --param: give it once for each, in the same"
@@ -177,57 +140,57 @@ def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | Non
     return Sweep(recipe, axes, numbers, cells, tuple(_notes(recipe, axes, cells)))
 
 
-def _within(key: str, sections: Sequence[str]) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in sections)
-
-
 def _key(name: str, recipe: Recipe) -> str:
+    """The key that a name stands for. Raises UserError where it cannot be swept."""
     key = full_key(name)
     if key is None:
-        if any(each.startswith(f"{name}.") for each in field_names()):
-            raise UserError(f"--param {name}: {name} is a section; name one of its keys (gdro recipes fields {name}).")
+        if any(path.startswith(f"{name}.") for path in field_names()):
+            raise UserError(f"--param {name}: {name} is a section: name one of its keys (gdro recipes fields {name})")
         hint = similar_key(name, [*field_names(), *SHORT_NAMES])
-        raise UserError(f"--param {name}: there is no recipe key {name!r}{hint or '; gdro recipes fields lists them.'}")
-    for section, reason in _REFUSED.items():
-        if _within(key, (section,)):
-            raise UserError(f"--param {name}: {key} {reason}.")
-    pinned = _ALSO_EVALUATED.get(key)
-    if pinned is not None and getattr(recipe.eval, pinned.removeprefix("eval.")) is None:
-        present = getattr(recipe.sample, key.removeprefix("sample."))
-        raise UserError(
-            f"--param {name}: {key} also changes how the validation pictures are drawn: pin that first, as in"
-            f" --set {pinned}={present}."
-        )
+        raise UserError(f"--param {name}: there is no recipe key {name!r}{hint or ': gdro recipes fields lists them'}")
+    reason = _REASONS.get(key) or _reason(key)
+    if reason is not None:
+        raise UserError(f"--param {name}: {key} {reason}")
+    for doc in describe_fields():
+        if doc.falls_back_to == key and "measurement" in doc.affects and attrgetter(doc.path)(recipe) is None:
+            raise UserError(
+                f"--param {name}: {key} also changes how the validation images are drawn: pin that first, as in"
+                f" --set {doc.path}={attrgetter(key)(recipe)}"
+            )
     return key
+
+
+def _reason(key: str) -> str | None:
+    """Why a key cannot be swept, by what it affects; None where it can."""
+    affects = field_doc(key).affects
+    if "label" in affects:
+        return "says something about the recipe and not about the training"
+    if key.startswith("model.") and "measurement" in affects:
+        return "changes the base model that all cells are compared with"
+    if not affects.isdisjoint(("measurement", "evaluation")):
+        return "changes what is measured, so the cells could not be compared"
+    return "changes speed, files or messages, not what is learnt" if affects == {"speed"} else None
 
 
 def _values(name: str, key: str, recipe: Recipe, text: str | None) -> tuple[Any, ...]:
     if text is not None:
-        source = f"--values {text!r} for {name}"
-        found = parse_yaml(f"[{text}]", source=source)
-        for value in found:
-            if isinstance(value, dict):
-                check_keys(value, source=source)
+        values = parse_yaml(f"[{text}]", source=f"--values {text!r} for {name}")
     else:
-        found = next((values for short, values in recipe.ablation.items() if full_key(short) == key), ())
-    if not found:
+        values = next((values for short, values in recipe.ablation.items() if full_key(short) == key), ())
+    if not values:
         raise UserError(
             f"--param {name}: there are no values, and the recipe {recipe.name} has none in its section `ablation`:"
             " give some with --values, as in --values 0.5,0.05"
         )
-    return tuple(found)
+    return tuple(values)
 
 
 def _cell_recipe(recipe: Recipe, axes: Sequence[Axis], values: Sequence[Any], seed: int) -> Recipe:
     """The recipe with the values in it, as ``--set`` would put them."""
     layer: dict[str, Any] = {"train": {"seed": seed}}
     for axis, value in zip(axes, values, strict=True):
-        section = layer
-        *parents, last = axis.key.split(".")
-        for parent in parents:
-            section = section.setdefault(parent, {})
-        section[last] = value
-    resolve_paths(layer, folder=working_folder())
+        layer = merge(layer, nested(axis.key.split("."), value))
+    resolve_paths(layer, folder=Path())
     data = merge_layers([recipe.resolved(), layer])
     data["ablation"] = recipe.resolved()["ablation"]  # a cell of another method keeps it, unread
     steps = data["train"]["steps"]
@@ -241,34 +204,34 @@ def _label(axes: Sequence[Axis], values: Sequence[Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value as it is told: text as it is, the rest as JSON."""
+    """A value in a label: text as it is, the rest as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _refuse_equal(cells: Sequence[Cell]) -> None:
-    """12 and 12.0 are one value; so the recipes are compared and not what was written."""
-    seen: dict[str, str] = {}
+    """12 and 12.0 are one value, so this compares the recipes and not the text of the values."""
+    labels: dict[str, str] = {}
     for cell in cells:
-        found = cell.recipe.digest()
-        if found in seen:
-            both = cell.label if seen[found] == cell.label else f"{seen[found]} and {cell.label}"
-            raise UserError(f"{both}: the same value twice; name each value once.")
-        seen[found] = cell.label
+        key = cell.recipe.digest()
+        if key in labels:
+            both = " and ".join(dict.fromkeys((labels[key], cell.label)))
+            raise UserError(f"{both}: the same value twice: name each value once")
+        labels[key] = cell.label
 
 
 def _notes(recipe: Recipe, axes: Sequence[Axis], cells: Sequence[Cell]) -> Iterator[str]:
     for axis in axes:
-        if axis.resamples:
-            yield f"{axis.name} changes how the store is sampled: each of its {len(axis.values)} values has a store"
+        if "images" in field_doc(axis.key).affects:
+            yield f"{axis.name} changes the images of the store: its {len(axis.values)} values have a store each"
         if axis.key == "method.name":
             yield from _dropped(recipe, axis.values)
         if axis.key == "train.lora.rank":
-            yield f"rank is swept with train.lora.alpha kept at {recipe.train.lora.alpha:g}"
+            yield f"train.lora.alpha stays at {recipe.train.lora.alpha:g} for every rank"
     if recipe.train.eval_every == 0:
         every = ", ".join(dict.fromkeys(str(cell.recipe.train.eval_every) for cell in cells))
         yield f"the recipe has no evaluation points: train.eval_every is set to {every}, a quarter of train.steps"
     if len({cell.seed for cell in cells}) > 1:
-        yield "seeds vary the training alone (train.seed); the store, its scores and the validation are the same"
+        yield "seeds vary only the training (train.seed); the store, its scores and the validation are the same"
 
 
 def _dropped(recipe: Recipe, methods: Sequence[Any]) -> Iterator[str]:
@@ -278,6 +241,6 @@ def _dropped(recipe: Recipe, methods: Sequence[Any]) -> Iterator[str]:
         lost = [name for name in own if name not in other]
         gained = [f"{name} {value_text(other[name].default)}" for name in other if name not in own]
         if lost:
-            yield f"{method} has no {' or '.join(lost)}; the other keys of the method are the recipe's"
+            yield f"{method} has no {' or '.join(lost)}; its other keys have the recipe's values"
         if gained:
-            yield f"{method} takes its default {', '.join(gained)}, which {recipe.method.name} does not have"
+            yield f"{method} has the default {', '.join(gained)}, which {recipe.method.name} does not have"

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from gdro_cli.config.keys import field_names
-from gdro_cli.config.methods import METHODS
-from gdro_cli.config.rules import Problem
-from gdro_cli.config.suggest import similar, similar_key
+from gdro_cli.config.keys import field_doc, field_names
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.rules import Problem, problems
 from gdro_cli.config.yamlfile import describe, shown
 from gdro_cli.errors import UserError
+from gdro_cli.suggest import similar, similar_key
 
-if TYPE_CHECKING:
-    from gdro_cli.config.recipe import Recipe
-
-_RULES = "recipe_rules"
 MAX_PROBLEMS = 20
 """How many problems one message lists."""
-_MOST_HINTS = 100
-"""Unknown keys and values that are compared with the known ones: a file that has more is no recipe."""
-#: pydantic's error types -> what the value must be.
+_SECTION = "a section of keys and values"
+#: pydantic's error types -> what the value must be, with the error's context.
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -33,90 +28,91 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "string_unicode": "text",
     "string_too_short": "text that is not empty",
+    "string_too_long": "text of at most {max_length} letters",
     "string_pattern_mismatch": "letters, digits, '.', '_' or '-', beginning with a letter or digit",
     "tuple_type": "a list",
-    "dict_type": "a section of keys and values",
-    "model_type": "a section of keys and values",
-    "model_attributes_type": "a section of keys and values",
-}
-#: The same for limits, with the name of the limit in the error's context.
-_LIMITS = {
-    "greater_than": ("gt", "greater than {}"),
-    "greater_than_equal": ("ge", "at least {}"),
-    "less_than": ("lt", "less than {}"),
-    "less_than_equal": ("le", "at most {}"),
-    "string_too_long": ("max_length", "text of at most {} letters"),
-    "too_long": ("max_length", "a list of at most {} values"),
-    "too_short": ("min_length", "a list of at least {} values"),
+    "too_long": "a list of at most {max_length} values",
+    "too_short": "a list of at least {min_length} values",
+    "dict_type": _SECTION,
+    "model_type": _SECTION,
+    "model_attributes_type": _SECTION,
+    "union_tag_not_found": _SECTION,
+    "union_tag_invalid": "one of {expected_tags}",
+    "literal_error": "{expected}",
+    "greater_than": "greater than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
 }
 
 
-def validate(model: type[Recipe], data: Mapping[str, Any], *, source: str) -> Recipe:
+def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
     """``data`` as a recipe, or a ``UserError`` with all its problems."""
     try:
-        return model.model_validate(data)
+        recipe = Recipe.model_validate(data)
     except ValidationError as error:
-        found = [*_broken_rules(error), *_field_problems(error, data)]
-        if not _broken_rules(error):  # the rules between keys only run once every single key is valid
-            found += _rules_despite(model, data, error, found)
-    lines = [f"{shown(problem.path)}: {problem.message}" for problem in found[:MAX_PROBLEMS]]
+        details = error.errors(include_url=False)
+        faults = _field_problems(details, data)
+        raise _refusal([*faults, *_rule_problems_despite(faults, details, data)], source) from error
+    broken = list(problems(recipe))
+    if broken:
+        raise _refusal(broken, source)
+    return recipe
+
+
+def _refusal(faults: Sequence[Problem], source: str) -> UserError:
+    lines = [f"{shown(problem.path)}: {problem.message}" for problem in faults[:MAX_PROBLEMS]]
     if len(lines) == 1:
-        raise UserError(f"{source}: {lines[0]}" + ("" if lines[0].endswith("?") else "."))
-    more = [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
-    raise UserError(f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
+        return UserError(f"{source}: {lines[0]}")
+    more = [f"and {len(faults) - len(lines)} more"] if len(faults) > len(lines) else []
+    return UserError(f"{source} has {len(faults)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
 
 
-def _broken_rules(error: ValidationError) -> list[Problem]:
-    return [problem for e in error.errors() if e["type"] == _RULES for problem in e["ctx"]["problems"]]
-
-
-def _field_problems(error: ValidationError, data: Mapping[str, Any]) -> list[Problem]:
+def _field_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any]) -> list[Problem]:
     """One problem per key, in the order of the errors; the branches of a union become one sentence."""
-    expected: dict[str, list[str]] = {}
-    inputs: dict[str, Any] = {}
-    hints: dict[str, str] = {}
-    whole: dict[str, Problem] = {}
-    for detail in error.errors(include_url=False):
+    keys: dict[str, str] = {}
+    values: dict[str, list[ErrorDetails]] = {}
+    for detail in details:
         path = _path(detail)
-        if detail["type"] == _RULES:
-            continue
         if detail["type"] == "missing":
-            whole[path] = Problem(path, "is missing")
+            keys[path] = "is missing"
         elif detail["type"] == "extra_forbidden":
-            whole[path] = Problem(path, _unknown(path, data) if len(whole) < _MOST_HINTS else "unknown key")
+            keys[path] = _unknown(path, data) if len(keys) < MAX_PROBLEMS else "unknown key"
         else:
-            expected.setdefault(path, []).append(_expectation(detail))
-            inputs[path] = _input(detail, data)
-            hints[path] = hints.get(path, "") or (_value_hint(detail) if len(hints) < _MOST_HINTS else "")
-    found = list(whole.values())
-    lists = {path[: match.start()] for path in expected for match in re.finditer(r"\[", path)}
-    for path, phrases in expected.items():
-        if path in lists:
-            continue  # an element of this list is at fault; the other branches of the union add nothing
-        wanted = " or ".join(dict.fromkeys(phrases))
-        found.append(Problem(path, f"must be {wanted}, not {describe(inputs[path])}{hints[path]}"))
-    return found
+            values.setdefault(path, []).append(detail)
+    # Where an element of a list is at fault, the other branches of the list's union add nothing.
+    lists = {path[: match.start()] for path in values for match in re.finditer(r"\[", path)}
+    wrong = [(path, own) for path, own in values.items() if path not in lists]
+    faults = [Problem(path, message) for path, message in keys.items()]
+    return faults + [Problem(path, _wrong(own, hint=n < MAX_PROBLEMS)) for n, (path, own) in enumerate(wrong)]
 
 
-def _rules_despite(
-    model: type[Recipe], data: Mapping[str, Any], error: ValidationError, found: list[Problem]
+def _wrong(details: Sequence[ErrorDetails], *, hint: bool) -> str:
+    """What a value must be, by all branches of its type, and what it is."""
+    expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
+    hints = (_value_hint(detail) for detail in details) if hint else ()
+    return f"must be {expected}, not {describe(_value(details[-1]))}{next(filter(None, hints), '')}"
+
+
+def _rule_problems_despite(
+    faults: Sequence[Problem], details: Sequence[ErrorDetails], data: Mapping[str, Any]
 ) -> list[Problem]:
-    """The broken rules between keys that are fine themselves: the rest is tried without the faulty keys."""
+    """The rules that the rest of the recipe breaks, without those that depend on a faulty key."""
     rest = copy.deepcopy(dict(data))
-    for detail in error.errors(include_url=False, include_input=False):
+    for detail in details:
         _remove(rest, _path(detail))
     rest.setdefault("name", "recipe")
     try:
-        model.model_validate(rest)
-    except ValidationError as second:
-        faulty = [problem.path for problem in found]
-        return [
-            problem
-            for problem in _broken_rules(second)
-            if not any(_overlap(key, fault) for key in (problem.path, *problem.involves) for fault in faulty)
-        ]
-    return []
+        recipe = Recipe.model_validate(rest)
+    except ValidationError:
+        return []
+    return [
+        problem
+        for problem in problems(recipe)
+        if not any(_overlap(key, fault.path) for key in problem.keys for fault in faults)
+    ]
 
 
 def _overlap(one: str, other: str) -> bool:
@@ -134,62 +130,35 @@ def _remove(data: dict[str, Any], path: str) -> None:
 
 def _path(detail: ErrorDetails) -> str:
     """The dotted path of the key at fault, without pydantic's labels for the branches of unions."""
-    from gdro_cli.config.recipe import Recipe
-
     path = ""
-    model: type[BaseModel] | None = Recipe
-    location = list(detail["loc"])
-    for position, part in enumerate(location):
-        if path == "method" and part in METHODS:
-            model = METHODS[str(part)]
-        elif isinstance(part, int):
+    for number, part in enumerate(detail["loc"], start=1):
+        inner = f"{path}.{part}".lstrip(".")
+        unknown = number == len(detail["loc"]) and detail["type"] == "extra_forbidden"
+        if isinstance(part, int):
             path += f"[{part}]"
-        elif model is not None or path == "ablation" or path.endswith(".tags"):  # sections whose keys are free
-            path += f".{part}" if path else part
-            field = model.model_fields.get(part) if model is not None else None
-            annotation = field.annotation if field is not None else None
-            model = annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
-        elif position == len(location) - 1 and detail["type"] == "extra_forbidden":
-            path += f".{part}"
+        elif unknown or inner in field_names(sections=True) or path == "ablation" or path.endswith(".tags"):
+            path = inner
     return f"{path}.name" if detail["type"] == "union_tag_invalid" else path
 
 
 def _expectation(detail: ErrorDetails) -> str:
-    kind, context = detail["type"], detail.get("ctx", {})
-    if kind == "literal_error":
-        return str(context["expected"])
-    if kind == "union_tag_invalid":
-        return f"one of {context['expected_tags']}"
-    if kind == "union_tag_not_found":
-        return "a section of keys and values"
-    if kind in _LIMITS:
-        name, phrase = _LIMITS[kind]
-        limit = context[name]
-        return phrase.format(f"{limit:g}" if isinstance(limit, float) else limit)
-    return _EXPECTED.get(kind, detail["msg"])
+    phrase = _EXPECTED.get(detail["type"])
+    return detail["msg"] if phrase is None else phrase.format(**detail.get("ctx", {}))
 
 
-def _input(detail: ErrorDetails, data: Mapping[str, Any]) -> Any:
-    return data["method"]["name"] if detail["type"] == "union_tag_invalid" else detail["input"]
+def _value(detail: ErrorDetails) -> Any:
+    return detail.get("ctx", {}).get("tag", detail["input"])
 
 
 def _value_hint(detail: ErrorDetails) -> str:
-    given = detail["input"]
-    if detail["type"] == "literal_error" and isinstance(given, str):
-        return similar(given, detail["ctx"]["expected"].split("'")[1::2])
-    if detail["type"] == "union_tag_invalid":
-        return similar(str(detail["ctx"]["tag"]), METHODS)
-    return ""
+    context, value = detail.get("ctx", {}), _value(detail)
+    choices = context.get("expected") or context.get("expected_tags")
+    return similar(value, choices.split("'")[1::2]) if choices and isinstance(value, str) else ""
 
 
 def _unknown(path: str, data: Mapping[str, Any]) -> str:
-    """What to say about a key that the recipe, or its method, does not have."""
-    method = data.get("method")
-    if path.startswith("method.") and isinstance(method, Mapping):
-        key = path.removeprefix("method.")
-        owners = [name for name, model in METHODS.items() if key in model.model_fields]
-        if owners:
-            chosen, others = method.get("name"), ", ".join(owners)
-            return f"the method {chosen!r} has no such key (it belongs to {others}): remove it"
-        return f"unknown key{similar_key(path, field_names())}"
+    """The message about a key that the recipe, or its method, does not have."""
+    if path in field_names():
+        owners = ", ".join(field_doc(path).methods)
+        return f"the method {data['method']['name']!r} has no such key (it belongs to {owners}): remove it"
     return f"unknown key{similar_key(path, field_names(sections=True))}"

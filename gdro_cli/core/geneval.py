@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
 
+from gdro_cli.suggest import similar
+
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """The six kinds of prompt, in the order of the official report."""
 
@@ -150,10 +152,5 @@ def _position(value: Any, where: str, number: int) -> tuple[str, int]:
 
 
 def _known(label: str, classes: Sequence[str]) -> str:
-    import difflib
-
-    near = difflib.get_close_matches(label, classes, n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
     names = ", ".join(classes) if len(classes) <= 10 else f"{len(classes)} names such as {classes[0]!r}"
-    return f": it knows {names}"
+    return similar(label, classes) or f": it knows {names}"

@@ -15,13 +15,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gdro_cli.config.base import digest
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import Detail, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import sha256
+from gdro_cli.identity import digest
 
 MAX_REDRAWS = 16
 """Draws of K images until one has spread; with one odd image of 16 and K = 6, none has in 1 of 1,800 visits.

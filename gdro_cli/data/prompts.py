@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -14,6 +13,7 @@ from gdro_cli.data.geneval_prompts import GENEVAL_SETS, geneval_prompts, vocabul
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptRecord, PromptSet, quoted_text
 from gdro_cli.errors import UserError
+from gdro_cli.suggest import similar
 
 if TYPE_CHECKING:
     from gdro_cli.config.sections import PromptSource
@@ -61,10 +61,9 @@ def load_prompts(
 def _load_builtin(source: PromptSource, name: str, *, task: str, classes: Collection[str] | None) -> PromptSet:
     known = builtin_sets(task)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        choice = f"choose one of {', '.join(known)}" if known else "name a prompt file"
-        hint = f"did you mean {near[0]}?" if near else choice
-        raise UserError(f"there is no built-in prompt set {name!r} for the task {task}: {hint}")
+        choice = f": choose one of {', '.join(known)}" if known else ": name a prompt file"
+        hint = similar(name, known) or choice
+        raise UserError(f"there is no built-in prompt set {name!r} for the task {task}{hint}")
     if task == "geneval":
         _check_vocabulary(name, classes)
         return PromptSet.of(

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdro_cli.config.base import digest
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import append_bytes, json_lines, make_folder, parse_json, read_bytes, reading, write_json
+from gdro_cli.identity import digest
 
 _KIND = "gdro reference errors"
 _FOLDER = "references"

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from gdro_cli.config.base import canonical_json, digest
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import (
@@ -32,6 +31,7 @@ from gdro_cli.files import (
     write_bytes,
     write_json,
 )
+from gdro_cli.identity import canonical_json, digest
 
 TABLE_SCHEMA = 1
 _KIND = "gdro score table"

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar, get_args
 
-from gdro_cli.config.base import canonical_json, differences, digest
 from gdro_cli.data.records import PromptRecord, PromptSet
 from gdro_cli.data.shards import Group, ImageFormat, Shard, ShardDamageError, StoredGroup, StoredImage
 from gdro_cli.errors import StoreError
 from gdro_cli.files import json_bytes, parse_json, read_bytes, refuse_links, sha256, write_new_bytes
+from gdro_cli.identity import canonical_json, differences, digest
 
 __all__ = ["Group", "GroupStore", "ImageFormat", "StoredGroup", "StoredImage"]
 
@@ -67,8 +67,10 @@ class GroupStore:
     ) -> Self:
         """Make an empty store at ``path``, or open the one that is there if it is the same.
 
-        An existing store keeps its division into shards: ``prompts_per_shard`` changes no image and is not
-        compared. Raises StoreError for a store of something else (listing what differs), a damaged one, or a
+        An existing store keeps its division into shards and its file format: ``prompts_per_shard`` and
+        ``image_format`` change no pixel and are not compared.
+
+        Raises StoreError for a store of something else (listing what differs), a damaged one, or a
         folder that cannot be written; ValueError for impossible numbers.
         """
         if not prompts.records or images_per_prompt < 1 or prompts_per_shard < 1:
@@ -88,7 +90,7 @@ class GroupStore:
             if not write_new_bytes(manifest, json_bytes(content | {"digest": digest(content)})):
                 refuse_links([manifest])  # else another process has made the store just now
         store = cls.open(path, command=command)
-        store._refuse_other(_described(identity, prompts.records, images_per_prompt, image_format))
+        store._refuse_other(_described(identity, prompts.records, images_per_prompt))
         return store
 
     @classmethod
@@ -180,7 +182,7 @@ class GroupStore:
                 raise ShardDamageError(f"{folder.name} is a link that leaves the store")
 
     def _refuse_other(self, asked: Mapping[str, Any]) -> None:
-        held = _described(self.identity, self.prompts, self.images_per_prompt, self.image_format)
+        held = _described(self.identity, self.prompts, self.images_per_prompt)
         found = [
             f"{item.path}: {_shown(item.before, item.before_present)} there, "
             f"{_shown(item.after, item.after_present)} asked"
@@ -201,12 +203,9 @@ def _shown(value: Any, present: bool) -> str:
     return text if len(text) <= _MAX_SHOWN else text[: _MAX_SHOWN - 3] + "..."
 
 
-def _described(
-    identity: Mapping[str, Any], prompts: Sequence[PromptRecord], images_per_prompt: int, image_format: str
-) -> dict[str, Any]:
+def _described(identity: Mapping[str, Any], prompts: Sequence[PromptRecord], images_per_prompt: int) -> dict[str, Any]:
     return _as_json(identity) | {
         "images_per_prompt": images_per_prompt,
-        "image_format": image_format,
         "prompt_set": {"count": len(prompts), "digest": digest([record.id for record in prompts])},
     }
 

@@ -6,7 +6,6 @@ second copy of the transformer. Adapter weights are float32 whatever the dtype o
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import write_tensors
 from gdro_cli.models.base import FlowModel
+from gdro_cli.suggest import similar
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The name under which ``pipe.load_lora_weights(folder)`` of diffusers looks for an adapter."""
@@ -264,9 +264,8 @@ def _target_names(model: FlowModel, targets: Sequence[str] | str) -> list[str]:
     for target in wanted:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             ends = {name.split(".", 2)[-1] for name in linear}
-            near = difflib.get_close_matches(target, sorted(ends), n=1)
             raise UserError(
                 f"train.lora.targets names {target}, but no linear layer of the transformer ends like that"
-                + (f": did you mean {near[0]}?" if near else "")
+                f"{similar(target, sorted(ends))}"
             )
     return wanted

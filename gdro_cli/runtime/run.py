@@ -17,7 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import differences
 from gdro_cli.errors import StoreError
 from gdro_cli.files import (
     append_bytes,
@@ -30,6 +29,7 @@ from gdro_cli.files import (
     write_bytes,
     write_json,
 )
+from gdro_cli.identity import differences
 from gdro_cli.runtime.lock import folder_lock
 
 SCHEMA = 1

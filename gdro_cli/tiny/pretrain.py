@@ -22,10 +22,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gdro_cli.config.base import differences
 from gdro_cli.core.seeds import generator, seed_for
 from gdro_cli.errors import UserError
 from gdro_cli.files import write_json
+from gdro_cli.identity import differences
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.flow_model import TinyFlux, build_pipeline, save_pipeline
 from gdro_cli.tiny.pictures import CHUNK, load_pictures, make_pictures

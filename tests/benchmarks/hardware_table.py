@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from gdro_cli.core.footprint import fits
 from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import gigabytes

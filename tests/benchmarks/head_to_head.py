@@ -26,7 +26,7 @@ from threading import Event, Lock
 
 from PIL import Image, ImageDraw, ImageFont
 
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from gdro_cli.stages.comparison.compare import compare
 from gdro_cli.stages.comparison.result import Comparison
 from gdro_cli.stages.reporting.charts import time_chart

@@ -12,7 +12,8 @@ from itertools import count
 
 import torch
 
-from gdro_cli.config.recipe import Recipe, load_recipe
+from gdro_cli.config.load import load_recipe
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.training.group_gradient import draw_noise, noisy_groups
 from gdro_cli.stages.training.prefetch import Prefetch

@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from gdro_cli.config.recipe import Recipe, load_recipe
+from gdro_cli.config.load import load_recipe
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.models.adapters import reference

@@ -13,7 +13,7 @@ import torch
 
 from gdro_cli.cli.app import main
 from gdro_cli.cli.failures import exit_code_of
-from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
@@ -147,7 +147,7 @@ def test_env_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--recipe", "nowhere.yaml"], "There is no recipe file 'nowhere.yaml'"),
+        (["--recipe", "nowhere.yaml"], "there is no recipe file 'nowhere.yaml'"),
         (["--set", "method.taau=1"], "did you mean `method.tau`?"),
         (["--set", "method.tau=-1"], "method.tau: must be at least 0"),
         (["--set", "method.k=17"], "more than sample.images_per_prompt (16)"),
@@ -170,7 +170,7 @@ def test_a_wrong_recipe_is_one_sentence_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "name the key to sweep with --param"),
+        ([], "name one with --param"),
         (["--param", "taau"], "did you mean `method.tau`?"),
         (["--param", "tau", "--values", "0.5,-1"], "method.tau: must be at least 0, not -1"),
         (["--param", "k", "--values", "17"], "more than sample.images_per_prompt (16)"),
@@ -229,7 +229,7 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", "--recipe", "nowhere", "--debug") == 2
     err = capsys.readouterr().err
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("Error: There is no recipe file")
+    assert err.splitlines()[-1].startswith("Error: there is no recipe file")
 
 
 @pytest.mark.parametrize(
@@ -277,7 +277,7 @@ IN_PROCESSES = """
 import sys
 from pathlib import Path
 from gdro_cli.cli.launch import Job, run_in_processes
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 import typer
 try:
     run_in_processes(Job("train", load_recipe("smoke"), Path("."), tuple(sys.argv[1:])), 2)
@@ -303,7 +303,7 @@ def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> 
     command = [sys.executable, "-c", IN_PROCESSES, "recipes", "check", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "There is no recipe file 'nowhere'" in done.stderr
+    assert "there is no recipe file 'nowhere'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 
 GDRO = [sys.executable, "-P", "-m", "gdro_cli"]
 ASCII = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
@@ -151,5 +151,5 @@ def test_a_signal_to_a_process_that_ends_changes_nothing_that_was_said(number: s
     assert process.stdout is not None and process.stdout.readline() == "ending\n"
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 2 and errors.startswith("Error: There is no recipe file 'nowhere'")
+    assert process.returncode == 2 and errors.startswith("Error: there is no recipe file 'nowhere'")
     assert errors.count("\n") == 1

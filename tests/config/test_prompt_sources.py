@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.config.base import digest
 from gdro_cli.config.keys import describe_fields
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from gdro_cli.config.rules import source_problems
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.errors import UserError
+from gdro_cli.identity import digest
 
 
 def found(task: str, **keys: Any) -> list[str]:
@@ -121,7 +121,7 @@ def test_sources_that_are_wrong(task: str, keys: dict[str, Any], expected: list[
 )
 def test_in_a_recipe_a_problem_is_one_sentence(override: str, expected: str) -> None:
     text = message(override)
-    assert expected in text
+    assert expected in f"{text}."
     assert "\n" not in text
 
 
@@ -133,5 +133,5 @@ def test_equal_weights_are_equal_recipes_however_they_are_written() -> None:
 
 def test_the_fields_say_that_tags_are_numbers() -> None:
     types = {doc.path: doc.type for doc in describe_fields()}
-    assert types["prompts.train.tags"] == "section of numbers | nothing"
+    assert types["prompts.train.tags"] == "section of numbers | null"
     assert types["ablation"] == "section of lists"

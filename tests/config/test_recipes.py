@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gdro_cli.config.base import differences, digest
 from gdro_cli.config.layers import merge_layers
-from gdro_cli.config.recipe import build_recipe, load_recipe, shipped_recipes
+from gdro_cli.config.load import build_recipe, load_recipe, shipped_recipes
 from gdro_cli.errors import UserError
+from gdro_cli.identity import differences, digest
 
 MINIMAL = """
 prompts:

@@ -122,7 +122,7 @@ def test_folders_with_one_prompt_count_as_one(tmp_path: Path) -> None:
     [
         ("{", "it is not JSON"),
         (official(tag="colours"), "the tag 'colours' is not one of"),
-        (official(include=[{"class": "dgo", "count": 1}]), "did you mean 'dog'?"),
+        (official(include=[{"class": "dgo", "count": 1}]), "did you mean `dog`?"),
         ('{"prompt": "a dog"}', "the key tag is missing"),
     ],
 )

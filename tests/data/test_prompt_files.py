@@ -195,7 +195,7 @@ GENEVAL_CASES: dict[str, tuple[dict[str, Any], str]] = {
     "class is empty": (geneval(DOG | {"class": " "}), "include[0] has the class ' '; it must be a text"),
     "unknown class": (
         geneval(DOG, CAT | {"class": "umbrela"}),
-        "include[1] asks for the class 'umbrela', which the detector does not know; did you mean 'umbrella'?",
+        "include[1] asks for the class 'umbrela', which the detector does not know; did you mean `umbrella`?",
     ),
     "unlike any class": (geneval(DOG | {"class": "qqq"}), "it knows 80 names such as 'person'"),
     "unknown excluded class": (geneval(DOG, exclude=[DOG | {"class": "clok"}]), "exclude[0] asks for the class 'clok'"),
@@ -321,7 +321,7 @@ def test_built_in_sets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "task", "hint"),
     [
-        ("ocr-tset", "ocr", "did you mean ocr-test"),
+        ("ocr-tset", "ocr", "did you mean `ocr-test`"),
         ("zzz", "ocr", "choose one of ocr-train, ocr-validation, ocr-test"),
         ("ocr-train", "geneval", "for the task geneval"),
     ],

@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from gdro_cli.config.base import digest
 from gdro_cli.data.prompts import PromptRecord, PromptSet
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
+from gdro_cli.identity import digest
 
 Open = Callable[..., GroupStore]
 Make = Callable[..., Group]
@@ -152,7 +152,6 @@ def test_a_manifest_that_is_a_link_to_nothing(open_store: Open, tmp_path: Path) 
             'sample: {"guidance": 1.0, "steps": 8} there, nothing asked',
         ),
         ({"images_per_prompt": 2}, "images_per_prompt: 4 there, 2 asked"),
-        ({"image_format": "webp"}, 'image_format: "png" there, "webp" asked'),
         (
             {"prompts": PromptSet.of([PromptRecord.of('"X"', target="X")])},
             "prompt_set.count: 5 there, 1 asked",

@@ -132,7 +132,7 @@ GENEVAL = [
     Case("clause is null", demands(None), 2, "include[0] must be an object"),
     Case("clause is empty", demands({}), 2, "include[0] lacks the key class"),
     Case("no count", demands({"class": "dog"}), 2, "include[0] lacks the key count"),
-    Case("unknown class", demands(clause(**{"class": "dgo"})), 2, "did you mean 'dog'?"),
+    Case("unknown class", demands(clause(**{"class": "dgo"})), 2, "did you mean `dog`?"),
     Case("class of another language", demands(clause(**{"class": "犬"})), 2, "which the detector does not know"),
     Case("class in capitals", demands(clause(**{"class": "DOG"})), 2, "which the detector does not know"),
     Case("class of 50 kB", demands(clause(**{"class": "d" * 50_000})), 2, "which the detector does not know"),

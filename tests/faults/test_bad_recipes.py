@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdro_cli.config.keys import describe_fields
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from tests.support.faulty import Case, check, command, never_unexpected, outcome, rows
 
 BASE = b"extends: ocr\n"
@@ -23,10 +23,11 @@ def _bomb() -> bytes:
 
 
 FILES = [
-    Case("billion laughs", _bomb(), 2, "aliases"),
-    Case("alias of a section", BASE + b"sample: &s {steps: 3}\neval: *s\n", 2, "aliases"),
-    Case("alias of itself", b"a: &a [*a]\n", 2, "aliases"),
-    Case("anchor that nobody uses", BASE + b"seed: &x 3\n", 0),
+    Case("billion laughs", _bomb(), 2, "anchors"),
+    Case("alias of a section", BASE + b"sample: &s {steps: 3}\neval: *s\n", 2, "anchors"),
+    Case("alias of itself", b"a: &a [*a]\n", 2, "anchors"),
+    Case("alias of nothing", BASE + b"seed: *x\n", 2, "aliases"),
+    Case("anchor without an alias", BASE + b"seed: &x 3\n", 2, "anchors"),
     Case("merge key", BASE + b"sample:\n  <<: {steps: 3}\n", 2, "sample.<<: unknown key"),
     Case("key twice", b"seed: 1\nseed: 2\n", 2, "repeated key 'seed'"),
     Case("key twice, quoted once", b"seed: 1\n'seed': 2\n", 2, "repeated key 'seed'"),
@@ -35,7 +36,7 @@ FILES = [
     Case("python call", b"a: !!python/object/apply:os.system [id]\n", 2, "not valid YAML"),
     Case("python name", b"a: !!python/name:os.system\n", 2, "not valid YAML"),
     Case("own tag", b"a: !mine 3\n", 2, "not valid YAML"),
-    Case("binary tag", BASE + b"description: !!binary aGk=\n", 2, "the tag 'binary' is not supported"),
+    Case("binary tag", BASE + b"description: !!binary aGk=\n", 2, "tags (!name) are not supported"),
     Case("binary tag of nonsense", BASE + b"description: !!binary '*'\n", 2),
     Case("timestamp", BASE + b"seed: !!timestamp 2001-01-01\n", 2, "not supported"),
     Case("timestamp of nonsense", BASE + b"seed: !!timestamp soon\n", 2, "not valid YAML"),
@@ -51,7 +52,7 @@ FILES = [
     Case("ordered map", BASE + b"train: !!omap [steps: 3]\n", 2, "not supported"),
     Case("map of text", BASE + b"train: !!map steps\n", 2, "not valid YAML"),
     Case("list of a map", BASE + b"train: !!seq {steps: 3}\n", 2, "not valid YAML"),
-    Case("text of a number", BASE + b"name: !!str 3\n", 0),
+    Case("text of a number", BASE + b"name: !!str 3\n", 2, "not supported"),
     Case("UTF-16", "extends: ocr\n".encode("utf-16"), 2, "UTF-8"),
     Case("UTF-32", "extends: ocr\n".encode("utf-32"), 2, "UTF-8"),
     Case("Latin-1", BASE + b"description: caf\xe9\n", 2, "UTF-8"),
@@ -59,10 +60,9 @@ FILES = [
     Case("NUL", BASE + b"seed: \x00\n", 2, "not valid YAML"),
     Case("only NUL", b"\x00" * 100, 2, "not valid YAML"),
     Case("escape sequence", BASE + b"description: \x1b[31m\n", 2, "not valid YAML"),
-    Case("escaped NUL in a name", BASE + b'name: "a\\0b"\n', 2, "the character U+0000 is not text"),
-    Case("half a surrogate pair in a name", BASE + b'name: "\\ud800"\n', 2, "U+D800"),
-    Case("half a surrogate pair in a text", BASE + b'description: "\\udfff"\n', 2, "U+DFFF"),
-    Case("escaped NUL in a model path", BASE + b'model: {path: "a\\0b"}\n', 2, "U+0000"),
+    Case("escaped NUL in a name", BASE + b'name: "a\\0b"\n', 2, "name: must be letters"),
+    Case("half a surrogate pair in a name", BASE + b'name: "\\ud800"\n', 2, "name: must be text, not '\\ud800'"),
+    Case("half a surrogate pair in a text", BASE + b'description: "\\udfff"\n', 2, "description: must be text"),
     Case("tab for indentation", b"train:\n\tsteps: 3\n", 2, "not valid YAML"),
     Case("CRLF", b"extends: ocr\r\nseed: 3\r\n", 0),
     Case("two documents", b"a: 1\n---\nb: 2\n", 2, "not valid YAML"),
@@ -73,9 +73,9 @@ FILES = [
     Case("null", b"null\n", 2, "prompts: is missing"),
     Case("only a comment", b"# nothing\n", 2, "prompts: is missing"),
     Case("key is true", b"true: 1\n", 2, "the key True is not a name"),
-    Case("key is null", b"~: 1\n", 2, "the key None is not a name"),
+    Case("key is null", b"~: 1\n", 2, "the key ~ is not a name"),
     Case("key is empty", BASE + b"'': 1\n", 2, "unknown key"),
-    Case("key is a list", b"? [a]\n: 1\n", 2, "a key must be a plain name"),
+    Case("key is a list", b"? [a]\n: 1\n", 2, "the key a list of 1 is not a name"),
     Case("key with a line end", BASE + b'"a\\nb": 1\n', 2, "unknown key"),
     Case("key of 100 kB", BASE + b"? " + b"k" * 100_000 + b"\n: 1\n", 2, "unknown key"),
     Case("value of 100 kB", BASE + b"prompts: {task: " + b"v" * 100_000 + b"}\n", 2, "prompts.task"),
@@ -83,11 +83,11 @@ FILES = [
     Case("20,000 unknown trackers", BASE + b"train: {trackers: [" + b"wandbb, " * 20_000 + b"]}\n", 2, "problems"),
     Case("1 MB and one byte", b"#" * 1_000_001, 2, "1 MB"),
     Case("5,000 brackets", b"[" * 5000, 2, "nested too deeply"),
-    Case("51 brackets", BASE + b"seed: " + b"[" * 51 + b"]" * 51, 2, "nested too deeply"),
-    Case("50 brackets", BASE + b"seed: " + b"[" * 50 + b"]" * 50, 2, "seed: must be a whole number"),
+    Case("50 brackets", BASE + b"seed: " + b"[" * 50 + b"]" * 50, 2, "nested too deeply"),
+    Case("49 brackets", BASE + b"seed: " + b"[" * 49 + b"]" * 49, 2, "seed: must be a whole number"),
     Case("900 sections", b"".join(b" " * n + b"a:\n" for n in range(900)), 2, "nested too deeply"),
-    Case("100 sections", b"".join(b" " * n + b"a:\n" for n in range(100)), 2, "a: unknown key"),
-    Case("integer of 5,000 digits", BASE + b"seed: " + b"9" * 5000, 2, "not valid YAML"),
+    Case("50 sections", b"".join(b" " * n + b"a:\n" for n in range(50)), 2, "a: unknown key"),
+    Case("integer of 5,000 digits", BASE + b"seed: " + b"9" * 5000, 2, "seed: must be a whole number"),
     Case("integer of 400 digits", BASE + b"train: {lr: " + b"9" * 400 + b"}", 2, "train.lr"),
     Case("number beyond all numbers", BASE + b"train: {lr: 1e400}\n", 2, "finite number"),
     Case("number near zero", BASE + b"train: {lr: 1e-400}\n", 2, "greater than 0"),
@@ -99,7 +99,7 @@ FILES = [
     Case("extends nothing", b"extends: ''\n", 2, "`extends` must be a path"),
     Case("extends what is not there", b"extends: nowhere.yaml\n", 2, "neither a file beside it nor"),
     Case("extends a folder", b"extends: .\n", 2, "neither a file beside it nor"),
-    Case("extends a NUL", b'extends: "a\\0b"\n', 2, "U+0000"),
+    Case("extends a NUL", b'extends: "a\\0b"\n', 2, "neither a file beside it nor"),
     Case("extends nobody's home", b"extends: ~no-such-user/r.yaml\n", 2, "neither a file beside it nor"),
     Case("extends a name of 5,000 letters", b"extends: " + b"x" * 5000, 2, "neither a file beside it nor"),
     Case("model path of 5,000 letters", BASE + b"model: {path: " + b"x" * 5000 + b"}\n", 0),
@@ -192,8 +192,8 @@ def test_every_key_given_a_section_names_itself(case: Case) -> None:
 def test_a_recipe_with_half_a_surrogate_pair_is_refused_by_the_command_line_too(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(BASE + b'description: "\\ud800"\n')
-    check(command("recipes", "show", str(path)), 2, "U+D800")
-    check(command("recipes", "check", str(path)), 2, "U+D800")
+    check(command("recipes", "show", str(path)), 2, "description: must be text")
+    check(command("recipes", "check", str(path)), 2, "description: must be text")
 
 
 _SCALARS = st.one_of(

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import digest
 from gdro_cli.files import sha256
+from gdro_cli.identity import digest
 from tests.support.faulty import Case, check, outcome, rows
 from tests.support.small_store import PROMPTS, use
 

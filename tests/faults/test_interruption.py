@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train

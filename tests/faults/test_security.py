@@ -24,7 +24,7 @@ from PIL import Image
 import gdro_cli
 from gdro_cli.cli.app import main
 from gdro_cli.cli.failures import exit_code_of
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from gdro_cli.core.sweeps import CurvePoint, Spread
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.folder import PipelineFolder

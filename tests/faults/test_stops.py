@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from gdro_cli.data.imagefolder import PromptPictures, write_image_folder
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import Group

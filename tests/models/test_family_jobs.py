@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from gdro_cli.config.layers import merge_layers
-from gdro_cli.config.recipe import Recipe, build_recipe
+from gdro_cli.config.load import build_recipe
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.sde import log_prob
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.models.adapters import load_lora_state

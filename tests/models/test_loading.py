@@ -92,7 +92,7 @@ def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
     """Through the sample stage, as the user meets it."""
     from huggingface_hub import constants
 
-    from gdro_cli.config.recipe import load_recipe
+    from gdro_cli.config.load import load_recipe
     from gdro_cli.runtime.progress import Reporter
     from gdro_cli.stages.sampling import sample
 

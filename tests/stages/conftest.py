@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from gdro_cli.config.recipe import Recipe, build_recipe
+from gdro_cli.config.load import build_recipe
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.models.adapters import save_lora
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder

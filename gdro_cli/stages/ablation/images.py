@@ -8,10 +8,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.files import write_bytes
+from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.models.latents import NOT_FINITE
 from gdro_cli.rewards.base import UnreadableImageError, read_rgb

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import Difference, differences, digest
 from gdro_cli.config.sections import JudgeSection, RewardSection
 from gdro_cli.core.evaluation_points import MissingLimits
 from gdro_cli.core.geneval import TAGS
@@ -22,6 +21,7 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import write_bytes
+from gdro_cli.identity import Difference, differences, digest
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.comparison.matched_reward import EvaluatedRun, Gain, match

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gdro_cli.config.base import Difference, differences
 from gdro_cli.core.scores import Interval
 from gdro_cli.files import json_bytes
+from gdro_cli.identity import Difference, differences
 from gdro_cli.stages.comparison.matched_reward import EvaluatedRun, MatchedPoint
 from gdro_cli.stages.comparison.result import Comparison
 from gdro_cli.stages.comparison.seed_groups import arms_table, times_table

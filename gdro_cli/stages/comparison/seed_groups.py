@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from gdro_cli.config.base import digest
 from gdro_cli.core.costs import Costs, costs_until, first_step_at
 from gdro_cli.core.sweeps import Spread, spread
+from gdro_cli.identity import digest
 from gdro_cli.stages.comparison.matched_reward import POINT_VALUES, EvaluatedRun, Gain, Matching
 from gdro_cli.stages.reporting.charts import Banded
 from gdro_cli.stages.reporting.html import MISSING, number

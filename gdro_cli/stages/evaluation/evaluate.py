@@ -12,13 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.files import write_json
+from gdro_cli.identity import digest
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.image_folder import write_images
@@ -177,7 +177,7 @@ def protocol_of(session: Session) -> dict[str, Any]:
     """What two evaluations must share to be compared, beside reward and judge."""
     plan = evaluation_plan(session, images_per_prompt=session.recipe.eval.images_per_prompt)
     identity = store_identity(session, plan, session.prompts("eval"))
-    return {key: value for key, value in identity.items() if key not in ("model", "weights", "image_format")}
+    return {key: value for key, value in identity.items() if key not in ("model", "weights")}
 
 
 def report(session: Session, folder: RunFolder, weights: RunWeights, base: _Tables, trained: _Tables) -> EvalResult:

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
 from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, refuse_used, write_image_folder
@@ -28,6 +27,7 @@ from gdro_cli.files import (
     write_bytes,
     write_json,
 )
+from gdro_cli.identity import digest
 from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.evaluation.measures import measured

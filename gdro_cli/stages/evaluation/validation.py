@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from gdro_cli.config.base import digest
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import json_bytes, parse_json, read_bytes, sha256, write_bytes, write_json
+from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.stages.evaluation.measures import headline

@@ -10,10 +10,11 @@ from typing import Any
 
 import yaml
 
-from gdro_cli.config.base import differences
-from gdro_cli.config.recipe import Recipe, load_recipe, shipped_recipes
-from gdro_cli.config.sweep import full_key
+from gdro_cli.config.keys import full_key
+from gdro_cli.config.load import load_recipe, shipped_recipes
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import UserError
+from gdro_cli.identity import differences
 from gdro_cli.stages.setup.model import EMBEDDED
 
 ADDRESS = "https://judge.invalid/v1"

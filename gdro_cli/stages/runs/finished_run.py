@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.recipe import Recipe, build_recipe
+from gdro_cli.config.load import build_recipe
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.files import sha256_file
 from gdro_cli.models.adapters import LORA_FILE

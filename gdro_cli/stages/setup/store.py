@@ -8,14 +8,15 @@ So recipes that sample the same images share one store, and a recipe never meets
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import digest
+from gdro_cli.config.keys import values_that_affect
 from gdro_cli.core.seeds import seed_for
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.store import GroupStore
+from gdro_cli.identity import digest
 from gdro_cli.stages.setup.session import Session
 
 
@@ -54,27 +55,18 @@ def evaluation_plan(session: Session, *, images_per_prompt: int) -> SamplingPlan
 def store_identity(
     session: Session, plan: SamplingPlan, prompts: PromptSet, *, weights: str = "base"
 ) -> dict[str, Any]:
-    """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one."""
-    recipe, model = session.recipe, session.model
-    reduced: dict[str, Any] = {}  # only where they are set, so that stores made before keep their names
-    if recipe.model.quantization != "none":
-        reduced["quantization"] = recipe.model.quantization
-    if recipe.model.vae_tiling:
-        reduced["vae_tiling"] = True
+    """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one.
+
+    The model and its number format count as they are, wherever the model lies and whatever ``auto`` stands for.
+    """
+    model, settings = session.model, values_that_affect(session.recipe, "images")["model"]
     return {
-        "model": {key: value for key, value in model.identity.items() if key != "path"},  # wherever it lies
+        "model": {key: value for key, value in model.identity.items() if key != "path"},
+        **{key: value for key, value in settings.items() if key != "path"},
         "dtype": str(model.dtype).removeprefix("torch."),
-        "max_sequence_length": recipe.model.max_sequence_length,
         "weights": weights,
         "prompts": prompts.digest,
-        "seed": plan.seed,
-        "images_per_prompt": plan.images_per_prompt,
-        "steps": plan.steps,
-        "guidance": plan.guidance,
-        "height": plan.height,
-        "width": plan.width,
-        "image_format": recipe.sample.image_format,
-        **reduced,
+        **asdict(plan),
     }
 
 

@@ -172,7 +172,7 @@ def test_too_few_answers_never_shift_to_another_image() -> None:
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        ({"tag": "single_object", "include": [{"class": "clok", "count": 1}]}, r"'clok'.*did you mean 'clock'\?"),
+        ({"tag": "single_object", "include": [{"class": "clok", "count": 1}]}, r"'clok'.*did you mean `clock`\?"),
         ({"tag": "single_object", "include": [{"class": "xyz", "count": 1}]}, "it knows clock, bus, bottle"),
         ({"tag": "counting", "include": [CLOCK], "exclude": [{"class": "dog", "count": 2}]}, r"exclude\[0\].*'dog'"),
         ({"include": [CLOCK]}, "the key tag is missing"),

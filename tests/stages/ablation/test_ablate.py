@@ -20,7 +20,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from gdro_cli.cli.app import main
-from gdro_cli.config.recipe import Recipe, load_recipe
+from gdro_cli.config.load import load_recipe
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import Sweep, plan_sweep
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, StoreError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gdro_cli.config.recipe import build_recipe
+from gdro_cli.config.load import build_recipe
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.stages.comparison import compare
 from gdro_cli.stages.evaluation.quality import quality_measures

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 
 from gdro_cli.cli.app import main
-from gdro_cli.config.recipe import load_recipe
+from gdro_cli.config.load import load_recipe
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.config.recipe import load_recipe, shipped_recipes
+from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.core.footprint import adapter_bytes, group_step_flops, weight_bytes
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.published import published_name

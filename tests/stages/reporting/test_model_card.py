@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from gdro_cli.config.recipe import Recipe, load_recipe
+from gdro_cli.config.load import load_recipe
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.stages.reporting.markdown import Markdown, escape, fenced
 from gdro_cli.stages.reporting.model_card import Place, card, loading_code, write_card

@@ -2,44 +2,80 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from gdro_cli.config.recipe import load_recipe
-from gdro_cli.stages.runs.identity import learnt_from, run_path
+from gdro_cli.config.keys import describe_fields
+from gdro_cli.config.load import load_recipe
+from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.setup.session import Session
-from gdro_cli.stages.setup.store import training_identity
+from gdro_cli.stages.setup.store import store_path, training_identity
+
+JUDGE = ("judge.kind=unified-reward", "judge.base_url=http://one/v1", "judge.model=m")
+SPEED = {
+    "model.sharding": "fsdp",
+    "model.offload": "true",
+    "model.vae_slicing": "true",
+    "model.compile": "true",
+    "model.attention": "native",
+    "sample.batch_size": "3",
+    "sample.prompts_per_shard": "3",
+    "sample.image_format": "webp",
+    "reward.workers": "3",
+    "judge.base_url": "http://other/v1",
+    "judge.api_key_env": "JUDGE_API_KEY",
+    "judge.concurrency": "3",
+    "judge.timeout": "3",
+    "judge.retries": "3",
+    "train.micro_batch": "1",
+    "train.group_gradient": "two_pass",
+    "train.checkpoint_every": "3",
+    "train.keep_checkpoints": "7",
+    "train.log_every": "3",
+    "train.trackers": "[wandb]",
+    "train.cache_reference": "false",
+    "train.prefetch": "false",
+    "train.gradient_checkpointing": "true",
+}
+"""Every key that changes nothing but speed, memory, disk space and messages, with another value than its default."""
 
 
-def names(*overrides: str) -> tuple[str, dict[str, Any]]:
-    """Name of the run of ``ocr`` with changes, and the identity of its store."""
+@cache
+def names(*overrides: str) -> tuple[str, str]:
+    """The names of the run and of the store of ``ocr`` with changes."""
     session = Session(load_recipe("ocr", overrides=["model.dtype=float32", *overrides]), Path())
-    return run_path(session).name, training_identity(session)
+    return run_path(session).name, store_path(session, Path(), training_identity(session)).name
 
 
-def test_keys_that_came_later_leave_older_names_alone() -> None:
-    recipe = load_recipe("ocr")
-    kept = learnt_from(recipe)
-    assert "quantization" not in kept["model"] and "optimizer" not in kept["train"]
-    assert run_path(Session(recipe, Path())).name == RUN
+def test_the_table_holds_every_key_of_speed() -> None:
+    assert set(SPEED) == {doc.path for doc in describe_fields() if doc.affects == {"speed"}}
 
 
-RUN = "ocr-a44c17f8e1a4"
-"""The run of the shipped recipe on the CPU, as it was called before there were these keys."""
+@pytest.mark.parametrize(("key", "value"), SPEED.items())
+def test_what_changes_speed_alone_changes_no_name(key: str, value: str) -> None:
+    """Not even where the evaluation points decide when the training ends, and so the judge counts."""
+    base = ("train.stop_on_collapse=true", *JUDGE)
+    assert names(*base, f"{key}={value}") == names(*base)
 
 
 @pytest.mark.parametrize(
     ("override", "run", "store"),
     [
-        ("model.offload=true", False, False),
-        ("model.vae_slicing=true", False, False),
         ("model.vae_tiling=true", True, True),
         ("model.quantization=int8", True, True),
+        ("sample.steps=3", True, True),
+        ("prompts.train.count=7", True, True),
+        ("reward.ocr.recognition_width=320", True, False),
+        ("method.tau=0.06", True, False),
         ("train.optimizer=adamw8bit", True, False),
+        ("train.seed=5", True, False),
+        ("train.seed=0", False, False),  # it is the recipe's seed
+        ("eval.seed=7", False, False),
+        ("description=other", False, False),
     ],
 )
-def test_what_a_memory_key_renames(override: str, run: bool, store: bool) -> None:
+def test_what_a_key_renames(override: str, run: bool, store: bool) -> None:
     plain, changed = names(), names(override)
     assert (plain[0] != changed[0], plain[1] != changed[1]) == (run, store)

@@ -305,7 +305,7 @@ def test_a_class_that_the_detector_lacks_is_refused_before_anything_is_made(
     with pytest.raises(UserError) as caught:
         train.run(Session(recipe, tmp_path / "out", quiet))
     assert f"{file} has a bad line; line 1: " in str(caught.value)
-    assert "'cirle', which the detector does not know; did you mean 'circle'?" in str(caught.value)
+    assert "'cirle', which the detector does not know; did you mean `circle`?" in str(caught.value)
     assert not (tmp_path / "out" / "stores").exists()
     coco = {**GENEVAL["prompts"], "train": {"builtin": "geneval-coco-train", "count": 6}}
     with pytest.raises(UserError, match="asks for objects such as .* choose one of geneval-train"):

@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-#: How alike two names must be (difflib's ratio, 1 = equal) to be offered.
+#: The least similarity (difflib's ratio, 1 = equal) of a name that is suggested.
 _SIMILAR = 0.6
-#: The same where the whole recipe is searched, so that chance finds more.
+#: The same for a search of the whole recipe, which finds more by chance.
 _SIMILAR_ANYWHERE = 0.75
 _MOST = 3
 
 
-def similar(given: str, known: Iterable[str]) -> str:
-    """``; did you mean `x`?`` with the most similar known name, else nothing."""
-    best = get_close_matches(given, list(known), n=1, cutoff=_SIMILAR)
+def similar(given: str, names: Iterable[str]) -> str:
+    """``; did you mean `x`?`` with the most similar name, else nothing."""
+    best = get_close_matches(given, list(names), n=1, cutoff=_SIMILAR)
     return f"; did you mean `{best[0]}`?" if best else ""
 
 
-def similar_key(given: str, known: Iterable[str]) -> str:
-    """The same for a dotted key: first a like name in the same section, then the same name in another section
-    (``method.tau`` for ``tau``), then a like name anywhere."""
-    names = list(known)
+def similar_key(given: str, keys: Iterable[str]) -> str:
+    """The same for a dotted key: first a similar name in the same section, then the same name in another section
+    (``method.tau`` for ``tau``), then a similar name anywhere."""
+    names = list(keys)
     section, _, leaf = given.rpartition(".")
     siblings = {_leaf(name): name for name in names if name.rpartition(".")[0] == section}
     best = [siblings[name] for name in get_close_matches(leaf, siblings, n=1, cutoff=_SIMILAR)]

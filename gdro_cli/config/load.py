@@ -1,0 +1,32 @@
+"""From a file, a shipped name or a mapping to a recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, override_layer, shipped_recipes
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.validation import validate
+
+__all__ = ["build_recipe", "load_recipe", "shipped_recipes"]
+
+
+def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe at a path or of a shipped name (``ocr``, ``ocr.yaml``; a path wins), ``--set`` applied.
+
+    Raises ``UserError`` that lists every problem at once, each with the dotted path of its key.
+    """
+    path = find_recipe(name_or_path)
+    data = merge_layers([*file_layers(path), override_layer(overrides)])
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe")
+    return build_recipe(data, source=f"{path.name} with --set" if overrides else str(path))
+
+
+def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
+    """The recipe of a plain mapping with no ``extends``; error messages call it ``source``."""
+    method = data.get("method")
+    if isinstance(method, Mapping) and "name" not in method:
+        data = {**data, "method": {"name": "gdro", **method}}
+    return validate(data, source=source)
