@@ -145,7 +145,7 @@ def test_a_run_that_ran_out_of_memory_continues_with_smaller_batches(
     for step in ("step-000003", "step-000004"):
         shutil.rmtree(copy / "checkpoints" / step)
     recipe = make_recipe(train={"micro_batch": 1, "group_gradient": "two_pass", "gradient_checkpointing": True})
-    again = train.run(recipe, tmp_path, Reporter(quiet=True))
+    again = train.run(Session(recipe, tmp_path))
     assert (again.run.path, again.resumed_from) == (copy, 2)
     straight, resumed = (load_checkpoint(latest_checkpoint(path)) for path in (trained.run.path, copy))  # type: ignore[arg-type]
     assert resumed.step == straight.step == 4

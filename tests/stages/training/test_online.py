@@ -250,7 +250,7 @@ def test_micro_batches_give_the_same_gradient(make_online: MakeRecipe) -> None:
             parameter.add_(0.01)
     assert source.prepare(0)
     together = gradient_of(source, parameters, 0)
-    source.recipe = small
+    source.session.recipe = small
     assert (gradient_of(source, parameters, 0) - together).norm() < 1e-4 * together.norm()
 
 
