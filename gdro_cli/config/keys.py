@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from gdro_cli.config.methods import METHODS
+from gdro_cli.config.rewards import IN_REGISTRY, REWARDS
 
 _TYPE_NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true | false"}
 
@@ -54,7 +55,8 @@ def _walk(model: type[BaseModel], *, prefix: str) -> Iterator[FieldDoc]:
             yield FieldDoc(path, "section", "", _text(field), section=True)
             yield from _walk(annotation, prefix=f"{path}.")
         else:
-            yield FieldDoc(path, type_text(annotation), _default(field), _text(field))
+            kind = " | ".join(REWARDS) if IN_REGISTRY in field.metadata else type_text(annotation)
+            yield FieldDoc(path, kind, _default(field), _text(field))
 
 
 def _method_fields() -> Iterator[FieldDoc]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
-from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, MOST, PromptSource, SampleSection, TrainSection
+from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, OPTIONS, BuiltinSet, fitting_sets
+from gdro_cli.config.rewards import reward_needs
+from gdro_cli.config.sections import MOST, PromptSource, SampleSection, TrainSection
 from gdro_cli.config.suggest import similar, similar_key
 
 if TYPE_CHECKING:
     from gdro_cli.config.recipe import Recipe
 
-#: The keys of a prompt source that only one task's built-in sets have.
-_OCR_KEYS = ("two_line_share", "min_letters", "max_letters")
-_GENEVAL_KEYS = ("tags", "plurals")
 #: Keys that only training on stored groups has a use for, and what online methods have in their place.
 STORED_ONLY = {
     "sample.images_per_prompt": "method.group_size",
@@ -113,43 +112,47 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
             f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)",
             ("prompts.task",),
         )
+    known = fitting_sets(reward_needs(task))
     for split in ("train", "validation", "eval"):
         source: PromptSource = getattr(recipe.prompts, split)
-        for problem in source_problems(source, task=task, path=f"prompts.{split}"):
+        for problem in source_problems(source, known=known, path=f"prompts.{split}"):
             yield Problem(problem.path, problem.message, (f"prompts.{split}", "prompts.task"))
 
 
-def source_problems(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
-    """Every broken rule of one prompt source; ``path`` is the dotted path of its section."""
+def source_problems(source: PromptSource, *, known: Collection[str], path: str) -> Iterator[Problem]:
+    """Every broken rule of one prompt source.
+
+    Args:
+        source: the prompt source.
+        known: the built-in sets that fit its reward.
+        path: the dotted path of its section.
+    """
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
     elif source.file is not None and source.builtin is not None:
         yield Problem(path, "names both a `file` and a `builtin` set: keep one")
     elif source.builtin is not None:
-        known = BUILTIN_PROMPTS.get(task, ())
         if source.builtin in known:
-            yield from _builtin(source, source.builtin, task=task, path=path)
+            yield from _builtin(source, source.builtin, BUILTIN_SETS[source.builtin], path=path)
         else:
-            names = ", ".join(known) if known else f"none for the task {task!r}, name a `file`"
+            names = ", ".join(known) if known else "none for this reward, name a `file`"
             hint = similar(source.builtin, known)
             yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
     else:
-        for key in _given(source, ("seed", *_OCR_KEYS, *_GENEVAL_KEYS)):
+        for key in _given(source, ("seed", *OPTIONS)):
             yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
 
 
-def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterator[Problem]:
-    foreign, owner = (_GENEVAL_KEYS, "GenEval") if task == "ocr" else (_OCR_KEYS, "OCR")
-    for key in _given(source, foreign):
-        yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
-    if task == "ocr":
-        if source.min_letters > source.max_letters:
-            yield Problem(
-                f"{path}.min_letters", f"{source.min_letters} is more than max_letters ({source.max_letters})"
-            )
-        return
-    if source.plurals != "naive" and not name.startswith("geneval-coco-"):
-        yield Problem(f"{path}.plurals", f"only applies to a geneval-coco set, not to {name!r}: remove it")
+def _builtin(source: PromptSource, name: str, facts: BuiltinSet, *, path: str) -> Iterator[Problem]:
+    for key in _given(source, tuple(key for key in OPTIONS if key not in facts.options)):
+        yield Problem(f"{path}.{key}", f"only applies to {OPTIONS[key]}, not to {name!r}: remove it")
+    if "min_letters" in facts.options and source.min_letters > source.max_letters:
+        yield Problem(f"{path}.min_letters", f"{source.min_letters} is more than max_letters ({source.max_letters})")
+    if "tags" in facts.options:
+        yield from _tags(source, path=path)
+
+
+def _tags(source: PromptSource, *, path: str) -> Iterator[Problem]:
     for tag in source.tags or {}:
         if tag not in GENEVAL_TAGS:
             names = ", ".join(GENEVAL_TAGS)

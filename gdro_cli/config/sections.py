@@ -7,21 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gdro_cli.config.base import StrictModel
-
-#: Prompt sets drawn by the tool itself, per task. Train, validation and test share no word (OCR), no content (GenEval).
-BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {
-    "ocr": ("ocr-train", "ocr-validation", "ocr-test"),
-    "geneval": (
-        "geneval-train",
-        "geneval-validation",
-        "geneval-test",
-        "geneval-coco-train",
-        "geneval-coco-validation",
-        "geneval-coco-test",
-    ),
-}
-#: The kinds of GenEval prompts.
-GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+from gdro_cli.config.rewards import RewardName
 
 #: Upper bounds of whole numbers, far above what any job needs: of optimizer steps, seeds, sizes and other counts.
 MOST_STEPS = 10_000_000
@@ -113,7 +99,7 @@ class PromptSource(StrictModel):
 class PromptsSection(StrictModel):
     """The task, and its prompts for training, for watching the training, and for the final evaluation."""
 
-    task: Literal["ocr", "geneval"]
+    task: RewardName
     """What is asked of the images: `ocr` (write this text) or `geneval` (these objects, counts, colours, places)."""
     train: PromptSource
     """Prompts whose groups are sampled, scored and trained on."""
@@ -187,7 +173,7 @@ class GenEvalReward(StrictModel):
 class RewardSection(StrictModel):
     """How stored images are scored."""
 
-    kind: Literal["ocr", "geneval"] = "ocr"
+    kind: RewardName = "ocr"
     """Which reward; must be the one of `prompts.task`."""
     workers: Annotated[int, Field(ge=1, le=MOST)] | Literal["auto"] = "auto"
     """Scoring processes, 1 or more. `auto`: one per CPU core that may be used; for mask2former and clip, one."""

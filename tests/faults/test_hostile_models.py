@@ -27,7 +27,7 @@ from gdro_cli.rewards.judge.endpoint import check_url, retry_after
 from gdro_cli.rewards.judge.unified_prompt import read_answer
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
-from gdro_cli.rewards.ocr_models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
+from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
 from gdro_cli.tiny.assets import tiny_model_path
 from tests.support.faulty import check, outcome
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, says

@@ -14,7 +14,7 @@ from gdro_cli.runtime.progress import clock_time
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ablation.trials import Outcome, Place, outcome
 from gdro_cli.stages.reporting.html import MISSING, number
-from gdro_cli.stages.setup.rewards import measures, missing_limits
+from gdro_cli.stages.setup.rewards import missing_limits, open_reward
 
 Point = Mapping[str, Any]
 FIGURES: Mapping[str, str] = {
@@ -190,7 +190,7 @@ class Ablation:
 
 def collect(sweep: Sweep, places: tuple[Place, ...], folder: Path) -> Ablation:
     """Read the runs of all cells."""
-    headline = measures(sweep.recipe)[0].name
+    headline = open_reward(sweep.recipe).measures[0].name
     points = [place.points for place in places]
     judged = any("corrected" in point for each in points for point in each)
     measure = "corrected" if judged else headline

@@ -15,6 +15,7 @@ from typing import Any
 
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.measures import Measure
 from gdro_cli.core.scores import Interval
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.imagefolder import refuse_used
@@ -29,15 +30,8 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.image_folder import write_pictures
-from gdro_cli.stages.evaluation.quality import (
-    Rated,
-    change,
-    comparable,
-    pair_verdict,
-    quality_measures,
-    rate_tables,
-    signal_measures,
-)
+from gdro_cli.stages.evaluation.measures import quality_measures, signal_measures
+from gdro_cli.stages.evaluation.quality import Rated, change_between, comparable, pair_verdict, rate_tables
 from gdro_cli.stages.reporting.evaluation_report import write_csv, write_report
 from gdro_cli.stages.reporting.image_sheet import draw_grid
 from gdro_cli.stages.reporting.model_card import write_card
@@ -48,7 +42,7 @@ from gdro_cli.stages.runs.weights import RunWeights, evaluated_weights
 from gdro_cli.stages.sampling.sample import fill_store, training_store
 from gdro_cli.stages.scoring.score import refuse_failures, score_missing
 from gdro_cli.stages.setup.judging import open_judge, open_judge_pool, open_judge_table
-from gdro_cli.stages.setup.rewards import Measure, measures, open_pool, open_table
+from gdro_cli.stages.setup.rewards import open_pool, open_reward, open_table
 from gdro_cli.stages.setup.workspace import (
     SamplingPlan,
     evaluation_plan,
@@ -274,8 +268,8 @@ def report(
     protocol: dict[str, Any],
 ) -> EvalResult:
     """Compare the two models, and write results.json, the CSV, the picture grid and report.html into the run."""
-    tables = {"base": base, "trained": trained}
-    rated = {name: rate_tables(recipe, each.rewards, each.judgements) for name, each in tables.items()}
+    tables, reward = {"base": base, "trained": trained}, open_reward(recipe)
+    rated = {name: rate_tables(reward, each.rewards, each.judgements) for name, each in tables.items()}
     before, after = rated["base"], rated["trained"]
     protocol = protocol | {
         "reward": dict(base.rewards.provenance),
@@ -283,9 +277,9 @@ def report(
     }
     out = folder.path / "evaluations" / f"results-{_identity(tables.values(), recipe)}"
     result = EvalResult(
-        comparisons=tuple(compared([*measures(recipe), *quality_measures(recipe)], before, after, recipe)),
-        signals=tuple(compared(signal_measures(recipe), before, after, recipe)),
-        verdict=pair_verdict(recipe, before, after),
+        comparisons=tuple(compared([*reward.measures, *quality_measures(reward)], before, after, recipe)),
+        signals=tuple(compared(signal_measures(reward), before, after, recipe)),
+        verdict=pair_verdict(reward, before, after, samples=recipe.eval.bootstrap),
         protocol=protocol_name(recipe, protocol, prompts=len(before.prompts)),
         failed=before.failed + after.failed,
         unjudged=before.unjudged + after.unjudged,
@@ -378,5 +372,5 @@ def compared(wanted: Iterable[Measure], base: Rated, trained: Rated, recipe: Rec
     samples = recipe.eval.bootstrap
     for measure in wanted:
         if comparable(measure, base, trained):
-            found = change(measure, base, trained, samples=samples)
+            found = change_between(measure, base, trained, samples=samples)
             yield Comparison(measure.name, found.base, found.trained, found.difference)

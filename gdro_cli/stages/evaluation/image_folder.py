@@ -32,7 +32,9 @@ from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.setup.rewards import known_classes, measured, measures, open_pool, open_reward
+from gdro_cli.stages.evaluation.measures import measured
+from gdro_cli.stages.scoring.score_rows import score_rows
+from gdro_cli.stages.setup.rewards import open_pool, open_reward
 
 _LONGEST_LINE = 2**24
 PART = 8  # prompts scored between two files; an interruption costs at most one part
@@ -65,10 +67,11 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) ->
         StoreError: nothing, or nothing of one tag, could be scored.
         Interrupted: stopped by the user; finished parts are kept.
     """
-    entries = read_image_folder(folder, task=recipe.prompts.task, classes=known_classes(recipe))
-    version = dict(open_reward(recipe).version)
+    reward = open_reward(recipe)
+    entries = read_image_folder(folder, reward=reward)
+    version = dict(reward.version)
     content = [[entry.prompt.id, [sha256_file(path) for path in entry.pictures]] for entry in entries]
-    place = workspace / "folders" / f"{recipe.prompts.task}-{digest([content, version])}"
+    place = workspace / "folders" / f"{reward.name}-{digest([content, version])}"
     make_folder(place)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop, folder_lock(place / "lock"):
         rows = score_parts(recipe, entries, place, reporter=reporter, stop=stop)
@@ -91,19 +94,13 @@ def score_parts(
         total = sum(len(entry.pictures) for path in missing for entry in parts[path])
         with open_pool(recipe) as pool, reporter.track("scoring", total=total, unit="images") as progress:
             for path in missing:
-                asked = [
-                    (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.pictures)
-                ]
-                files, prompts = [file for *_, file in asked], [prompt for prompt, *_ in asked]
+                slots = [(entry.prompt, index) for entry in parts[path] for index in range(len(entry.pictures))]
+                files, prompts = [file for entry in parts[path] for file in entry.pictures], [slot[0] for slot in slots]
                 try:
                     scores = pool.score(files, prompts, on_scored=progress.advance, stop=lambda: stop.requested)
                 except ScoringStopped as error:
                     raise Interrupted(stopped) from error
-                rows = [
-                    ScoreRow(prompt.id, index, score.value, score.reason, score.details)
-                    for (prompt, index, _), score in zip(asked, scores, strict=True)
-                ]
-                write_bytes(path, part_bytes(rows))
+                write_bytes(path, part_bytes(score_rows(slots, scores)))
                 stop.check(stopped)
     return [row for path, part in parts.items() for row in _read(path, part)]
 
@@ -148,14 +145,14 @@ def report(
     place: Path,
     version: dict[str, Any],
 ) -> FolderResult:
-    """Intervals of what the task reports, also as results.json."""
+    """Intervals of what the reward reports, also as results.json."""
     prompts = [entry.prompt for entry in entries]
     tags = {prompt.metadata.get("tag") for prompt in prompts}
     reasons = Counter(row.reason for row in rows if row.reason is not None)
     try:
         found = tuple(
             (measure.name, measured(measure, prompts, rows).interval(samples=recipe.eval.bootstrap))
-            for measure in measures(recipe)
+            for measure in open_reward(recipe).measures
             if measure.tag is None or measure.tag in tags
         )
     except StoreError as error:

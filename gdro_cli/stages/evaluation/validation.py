@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.measures import Measure
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.records import PromptRecord
@@ -27,12 +28,13 @@ from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
-from gdro_cli.stages.evaluation.quality import GROUP_SIGNALS, Rated, joined, pair_verdict, quality_measures, rate
+from gdro_cli.stages.evaluation.measures import GROUP_SIGNALS, quality_measures
+from gdro_cli.stages.evaluation.quality import Rated, joined, pair_verdict, rate
 from gdro_cli.stages.reporting.image_sheet import draw_sheet
 from gdro_cli.stages.sampling.sample import decode_images, sample_images
-from gdro_cli.stages.scoring.drawn import score_drawn, why_none
+from gdro_cli.stages.scoring.score_rows import score_drawn, why_none
 from gdro_cli.stages.setup.judging import open_judge, open_judge_pool
-from gdro_cli.stages.setup.rewards import Measure, measures, open_pool, open_reward, trained_detail
+from gdro_cli.stages.setup.rewards import open_pool, open_reward
 from gdro_cli.stages.setup.workspace import SamplingPlan, evaluation_plan, open_prompts
 
 FOLDER = "validation"
@@ -61,13 +63,13 @@ class Protocol:
 def validation_protocol(recipe: Recipe, model: FlowModel, prompts: PromptSet) -> Protocol:
     """What the evaluation points of a recipe depend on, beside the adapter."""
     plan = evaluation_plan(recipe, model, images_per_prompt=recipe.eval.validation_images_per_prompt)
-    judge = open_judge(recipe)
-    versions = [dict(open_reward(recipe).version), None if judge is None else dict(judge.version)]
+    judge, reward = open_judge(recipe), open_reward(recipe)
+    versions = [dict(reward.version), None if judge is None else dict(judge.version)]
     drawn = [*astuple(plan), prompts.digest]
     who = {key: value for key, value in model.identity.items() if key != "path"}
     text = [who, str(model.dtype), recipe.model.max_sequence_length]
     return Protocol(
-        points=digest([*drawn, recipe.eval.weights, *versions, {"trained on": trained_detail(recipe)}]),
+        points=digest([*drawn, recipe.eval.weights, *versions, {"trained on": reward.trained_on}]),
         measures=digest([*drawn, recipe.eval.weights, *versions, *text]),
         base=digest([*drawn, *versions, *text, recipe.eval.grid_prompts]),
     )
@@ -201,18 +203,18 @@ class Validation:
         return step == 0 and drawn and self.base is not None
 
     def _row(self, rated: Rated, known: bool, began: float) -> tuple[dict[str, float | int | str], Verdict | None]:
-        samples, headline = self.recipe.eval.bootstrap, measures(self.recipe)[0]
-        interval = rated.values(Measure("reward", trained_detail(self.recipe))).interval(samples=samples)
+        samples, reward = self.recipe.eval.bootstrap, open_reward(self.recipe)
+        interval = rated.values(Measure("reward", reward.trained_on)).interval(samples=samples)
         row: dict[str, float | int | str] = {
             "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
         }
-        for measure in (headline, *quality_measures(self.recipe)):
+        for measure in (reward.measures[0], *quality_measures(reward)):
             if rated.has(measure):
                 row[measure.name] = rated.values(measure).interval(samples=samples).mean
-        found = None if self.base is None else pair_verdict(self.recipe, self.base, rated)
+        found = None if self.base is None else pair_verdict(reward, self.base, rated, samples=samples)
         row |= {} if found is None else {"verdict": found.level}
         row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
         row |= {"unjudged": rated.unjudged} if rated.judged else {}
@@ -245,27 +247,21 @@ class Validation:
             raise RuntimeError("only the main process scores")
         size = self.recipe.sample.batch_size
         pictures = decode_images(self.model, latents, self.plan, batch_size=size)
-        count = self.plan.images_per_prompt
-        asked = self._asked
-        texts = [prompt for prompt, _ in asked]
+        count, reward = self.plan.images_per_prompt, open_reward(self.recipe)
 
         def rows(pool: ScoringPool) -> list[ScoreRow]:
-            found = score_drawn(pool, pictures, texts, stop=self.stop)
-            return [
-                ScoreRow(prompt.id, index, score.value, score.reason, score.details)
-                for (prompt, index), score in zip(asked, found, strict=True)
-            ]
+            return score_drawn(pool, pictures, self._asked, stop=self.stop)
 
         scored = rows(self.rewards)
         if all(row.value is None for row in scored):
             why = why_none(row.reason for row in scored)
             raise StoreError(f"none of the {len(scored)} validation images could be scored {why}")
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
-        full = [joined(self.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
+        full = [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
         if shown := self.prompts.records[: self.recipe.eval.grid_prompts]:
             sheet = {f"step {step}": [(pictures[i * count], full[i * count]) for i in range(len(shown))]}
-            draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet)
-        return rate(self.recipe, self.prompts.records, full, pictures, judged=self.judges is not None)
+            draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet, reward=reward)
+        return rate(reward, self.prompts.records, full, pictures, judged=self.judges is not None)
 
     @property
     def _asked(self) -> list[tuple[PromptRecord, int]]:

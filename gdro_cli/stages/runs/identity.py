@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.base import digest
+from gdro_cli.config.base import StrictModel, digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.run import RunFolder
@@ -45,9 +45,9 @@ def learnt_from(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that its training depends on, as JSON."""
     whole = recipe.model_dump(mode="json")
     kept = recipe.model_dump(mode="json", exclude=_NOT_LEARNT_FROM)
-    for kind in ("ocr", "geneval"):
-        if kind != recipe.reward.kind:
-            kept["reward"].pop(kind)
+    for name, value in recipe.reward:
+        if isinstance(value, StrictModel) and name != recipe.reward.kind:  # the settings of another reward
+            kept["reward"].pop(name)
     for section, defaults in _LATER.items():
         kept[section] = {k: v for k, v in kept[section].items() if k not in defaults or v != defaults[k]}
     if recipe.online_method is not None:

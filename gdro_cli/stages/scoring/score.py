@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.data.scores import ScoreRow, ScoreSummary, ScoreTable
+from gdro_cli.data.scores import ScoreSummary, ScoreTable
 from gdro_cli.data.shard_times import add_time
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
@@ -20,6 +20,7 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import clear_stale, folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.sampling.sample import fill_store, own_part, training_store
+from gdro_cli.stages.scoring.score_rows import score_rows
 from gdro_cli.stages.setup.rewards import open_pool, open_table
 from gdro_cli.stages.setup.workspace import open_engine, open_model, refuse_online
 
@@ -113,10 +114,7 @@ def score_missing(
             )
         except ScoringStopped as error:
             raise Interrupted(stopped) from error
-        rows = [
-            ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
-            for image, score in zip(images, scores, strict=True)
-        ]
+        rows = score_rows([(image.prompt, image.index) for image in images], scores)
         if refuse_empty and all(row.value is None for row in rows):
             raise StoreError(
                 f"stopped while {label}: not one of {len(rows)} images got an answer ({rows[0].reason}); what was"

@@ -5,14 +5,15 @@ from __future__ import annotations
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
-from gdro_cli.rewards.judge.base import Judge, JudgeReward, u_axes
+from gdro_cli.rewards.judge.base import Judge, JudgeReward
 from gdro_cli.rewards.pool import ScoringPool, usable_cores
+from gdro_cli.stages.setup.rewards import open_reward
 from gdro_cli.stages.setup.workspace import EMBEDDED
 from gdro_cli.tiny.assets import tiny_judge_path
 
 
 def open_judge(recipe: Recipe) -> JudgeReward | None:
-    """The recipe's judge with the axes of its task; None where it has none.
+    """The recipe's judge with the axes that go with the reward; None where it has none.
 
     Raises:
         PrerequisiteError: its weights are missing.
@@ -22,7 +23,7 @@ def open_judge(recipe: Recipe) -> JudgeReward | None:
         kind = "embedded" if recipe.model.path == EMBEDDED else "none"
     if kind == "none":
         return None
-    return JudgeReward(_open(recipe, kind), axes=u_axes(recipe.prompts.task))
+    return JudgeReward(_open(recipe, kind), axes=open_reward(recipe).judge_axes)
 
 
 def _open(recipe: Recipe, kind: str) -> Judge:

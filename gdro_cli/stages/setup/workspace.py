@@ -29,7 +29,7 @@ from gdro_cli.models.diffusers_flow import flow_of
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine, Precision, make_engine
-from gdro_cli.stages.setup.rewards import known_classes
+from gdro_cli.stages.setup.rewards import open_reward
 from gdro_cli.tiny.assets import tiny_model_path
 
 EMBEDDED = "tiny"
@@ -105,7 +105,7 @@ def memory_options(recipe: Recipe) -> MemoryOptions:
 
 def open_prompts(recipe: Recipe, source: PromptSource) -> PromptSet:
     """Load a prompt source of the recipe. Raises UserError for prompts that its reward cannot judge."""
-    return load_prompts(source, task=recipe.prompts.task, classes=known_classes(recipe))
+    return load_prompts(source, reward=open_reward(recipe))
 
 
 def refuse_online(recipe: Recipe, stage: str) -> None:

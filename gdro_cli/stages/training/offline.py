@@ -28,7 +28,7 @@ from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
-from gdro_cli.stages.setup.rewards import trained_detail
+from gdro_cli.stages.setup.rewards import open_reward
 from gdro_cli.stages.setup.workspace import image_size, precision
 from gdro_cli.stages.training.batch_sizes import check_shares, takes_one_pass
 from gdro_cli.stages.training.group_gradient import (
@@ -45,7 +45,7 @@ from gdro_cli.stages.training.trainer import StepGradient
 
 def training_set(recipe: Recipe, table: ScoreTable) -> GroupDataset:
     """Load the training groups of a complete store and its scores into memory."""
-    method, detail = recipe.group_method, trained_detail(recipe)
+    method, detail = recipe.group_method, open_reward(recipe).trained_on
     dataset = GroupDataset.load(table.store, table, k=method.k, min_spread=method.min_spread, detail=detail)
     if recipe.train.shuffle_rewards:
         dataset = dataset.with_shuffled_rewards(recipe.train_seed)

@@ -28,13 +28,12 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
-from gdro_cli.rewards.base import Score
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.scoring.drawn import score_drawn, why_none
-from gdro_cli.stages.setup.rewards import open_pool, trained_detail
+from gdro_cli.stages.scoring.score_rows import score_drawn, why_none
+from gdro_cli.stages.setup.rewards import open_pool, open_reward
 from gdro_cli.stages.setup.workspace import image_size, open_prompts
 from gdro_cli.stages.training.batch_sizes import check_shares
 from gdro_cli.stages.training.rollout import (
@@ -174,21 +173,18 @@ class OnlineSteps:
         """Rewards [B, K] of the images of all processes; nan is missing. None if a stop was asked for in any."""
         if self.pool is None:
             raise RuntimeError("open() comes before the first step")
-        detail = trained_detail(self.recipe)
-        own: list[tuple[float, str | None]] = []
-        found: list[Score] = []
+        detail = open_reward(self.recipe).trained_on
+        rows: list[ScoreRow] = []
         given_up = False
         with self.engine.together():
             try:
-                found = score_drawn(self.pool, pictures, [name.prompt for name in drawn], stop=stop)
+                rows = score_drawn(self.pool, pictures, [(name.prompt, name.image) for name in drawn], stop=stop)
             except ScoringStopped:
                 given_up = True
         if self.engine.any(given_up):
             return None
-        for name, score in zip(drawn, found, strict=True):
-            row = ScoreRow(name.prompt.id, name.image, score.value, score.reason, score.details)
-            value = row.measured(detail)
-            own.append((math.nan if value is None else value, score.reason))
+        values = [row.measured(detail) for row in rows]
+        own = [(math.nan if value is None else value, row.reason) for value, row in zip(values, rows, strict=True)]
         scores = self.engine.gather_objects(own)
         rewards = torch.tensor([value for value, _ in scores], dtype=torch.float64)
         if rewards.isnan().all():

@@ -37,6 +37,7 @@ from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.evaluation.measures import deciding_measure
 from gdro_cli.stages.evaluation.validation import PointGivenUp, Validation
 from gdro_cli.stages.runs.finished_run import note_adapter
 from gdro_cli.stages.runs.weights import (
@@ -48,7 +49,7 @@ from gdro_cli.stages.runs.weights import (
     forget_best_after,
     keep_if_best,
 )
-from gdro_cli.stages.setup.rewards import measures, missing_limits
+from gdro_cli.stages.setup.rewards import missing_limits, open_reward
 
 _COLLAPSE = "collapse"
 """In the state of a checkpoint where the training ended early: its step and the reasons."""
@@ -175,7 +176,8 @@ class Trainer:
         self.folder.append_metrics({"kind": "validation", "step": self.step, **row})
         numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}
         self.engine.log(numbers, self.step)
-        headline = measures(self.recipe)[0].name
+        reward = open_reward(self.recipe)
+        headline = reward.measures[0].name
         more = "".join(
             f" {name} {row[name]:.3f}," for name in (headline, "u", "corrected") if name in row and name != "reward"
         )
@@ -190,7 +192,7 @@ class Trainer:
             )
         elif self.step:
             tensors = {"adapter": lora_state(self.model), "ema": self.ema.state()}
-            measure = headline if validation.judges is None else "corrected"
+            measure = deciding_measure(reward, judged=validation.judges is not None)
             if keep_if_best(self.folder, {"step": self.step, **row}, measure=measure, tensors=tensors):
                 self.best = self.step
         if not self.recipe.train.stop_on_collapse or found is None or found.level != "collapsed":

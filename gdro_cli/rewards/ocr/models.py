@@ -22,7 +22,7 @@ from typing import Any, Literal
 import yaml
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.rewards.base import describe
+from gdro_cli.rewards.base import one_line
 
 DETECTION_MODEL = "PP-OCRv6_small_det"
 RECOGNITION_MODEL = "PP-OCRv6_small_rec"
@@ -264,7 +264,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             raise ValueError("its aliases make it too large")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise PrerequisiteError(
-            f"the OCR model configuration {path} cannot be read ({describe(error)}): give the model's own file"
+            f"the OCR model configuration {path} cannot be read ({one_line(error)}): give the model's own file"
         ) from error
     if not isinstance(config, dict):
         raise PrerequisiteError(f"the OCR model configuration {path} is not a mapping: give the model's own file")
