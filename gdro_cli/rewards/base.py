@@ -9,6 +9,7 @@ Importing this loads neither Pillow nor any numerical library, because a recipe 
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 import zlib
@@ -62,11 +63,15 @@ class Score:
     """What the reward was computed from, as JSON values."""
 
     def __post_init__(self) -> None:
-        """A score is either measured or missing with a reason. Raises ``ValueError`` for anything else."""
+        """A score is either measured or missing with a reason.
+
+        Raises ``ValueError`` for anything else, and ``TypeError`` for details that are no JSON values.
+        """
         if (self.value is None) != (self.reason is not None):
             raise ValueError("a score has a value, or a reason why it has none")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"a score is a finite number, not {self.value}")
+        json.dumps(dict(self.details), allow_nan=False)
 
 
 class PromptLike(Protocol):
