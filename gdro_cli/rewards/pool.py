@@ -243,19 +243,7 @@ class _Batch:
         try:
             answer = worker.pipe.recv()
         except CONNECTION_LOST:
-            was_ready, code = worker.ready, replace(worker)
-            if not was_ready:
-                raise PrerequisiteError(
-                    f"a scoring worker ended while it started (exit code {code}): look at the messages "
-                    f"above, and try fewer workers if memory is short"
-                ) from None
-            self._deaths_in_a_row += 1
-            if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
-                raise PrerequisiteError(
-                    f"{DEATHS_IN_A_ROW} scoring workers in a row have died at work (exit code {code}): try fewer "
-                    f"workers if memory is short, and check that the reward's packages belong together"
-                ) from None
-            self._try_again(chunk, f"the scoring worker died on this image (exit code {code})")
+            self._died(started=worker.ready, chunk=chunk, code=replace(worker))
             return
         if isinstance(answer, Ready):
             worker.ready = True
@@ -268,6 +256,21 @@ class _Batch:
             self._try_again(chunk, answer.reason)
         elif chunk is not None:
             self._finish(dict(zip(chunk.indices, answer, strict=True)))
+
+    def _died(self, *, started: bool, chunk: _Chunk | None, code: int | None) -> None:
+        """Try a dead worker's images again. Raises ``PrerequisiteError`` where its death is not an image's fault."""
+        if not started:
+            raise PrerequisiteError(
+                f"a scoring worker ended while it started (exit code {code}): look at the messages "
+                f"above, and try fewer workers if memory is short"
+            )
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
+            raise PrerequisiteError(
+                f"{DEATHS_IN_A_ROW} scoring workers in a row have died at work (exit code {code}): try fewer "
+                f"workers if memory is short, and check that the reward's packages belong together"
+            )
+        self._try_again(chunk, f"the scoring worker died on this image (exit code {code})")
 
     def _try_again(self, chunk: _Chunk | None, reason: str) -> None:
         """Queue the images of a failed chunk one by one, or give them up."""
