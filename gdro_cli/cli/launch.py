@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from gdro_cli.errors import EndedElsewhere, GdroError, Interrupted, PrerequisiteError, UserError
+from gdro_cli.processes import only_gpu
 from gdro_cli.runtime.terminal import is_main_process
 
 if TYPE_CHECKING:
@@ -110,10 +111,7 @@ def alone_on_its_device() -> None:
 
     The processes of the group then do not wait for each other, and a training in one is a training of its own.
     """
-    place = os.environ.get("LOCAL_RANK", "0")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible != "":  # an empty list hides all GPUs
-        os.environ["CUDA_VISIBLE_DEVICES"] = place if visible is None else visible.split(",")[int(place)]
+    os.environ["CUDA_VISIBLE_DEVICES"] = only_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     for name in list(os.environ):
         if name in _GROUP or name.startswith(("TORCHELASTIC_", "ROLE_", "GROUP_")):
             del os.environ[name]

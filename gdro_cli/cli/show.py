@@ -100,7 +100,7 @@ def fields(
         head = Text(doc.path, style="bold")
         if not doc.section:
             head.append(f"  {doc.type}, default {doc.default}", style="not bold dim")
-        if owners := ", ".join(doc.methods) or doc.task:
+        if owners := ", ".join(doc.methods) or doc.reward:
             head.append(f"  only for {owners}", style="not bold dim")
         console.print(head, soft_wrap=True)
         console.print(Text(f"    {doc.text}"), soft_wrap=not console.is_terminal)
@@ -116,21 +116,21 @@ def prompts(
     debug: DebugOption = False,
 ) -> None:
     """Print a built-in prompt set as JSON Lines, which a recipe's `prompts.*.file` reads back."""
+    from gdro_cli.config.prompt_sets import BUILTIN_SETS
     from gdro_cli.config.rules import source_problems
-    from gdro_cli.config.sections import BUILTIN_PROMPTS, PromptSource
+    from gdro_cli.config.sections import PromptSource
     from gdro_cli.suggest import similar
 
-    tasks = {known: task for task, names in BUILTIN_PROMPTS.items() for known in names}
-    if name not in tasks:
-        hint = similar(name, tasks) or f": choose one of {', '.join(tasks)}."
+    if name not in BUILTIN_SETS:
+        hint = similar(name, BUILTIN_SETS) or f": choose one of {', '.join(BUILTIN_SETS)}."
         raise UserError(f"There is no built-in prompt set {name!r}{hint}")
     source = PromptSource(builtin=name, count=count, seed=seed, plurals=plurals)
-    for problem in source_problems(source, task=tasks[name], path=name):
+    for problem in source_problems(source, sets=BUILTIN_SETS, path=name):
         raise UserError(f"{problem.path}: {problem.message}.")
-    from gdro_cli.data.prompts import load_prompts
+    from gdro_cli.data.prompts import draw_prompts
 
     escaped = not takes_any_letter()
-    for record in load_prompts(source, task=tasks[name]).records:
+    for record in draw_prompts(source, name):
         target = {} if record.target is None else {"target": record.target}
         typer.echo(json.dumps({"prompt": record.prompt, **target, **record.metadata}, ensure_ascii=escaped))
 

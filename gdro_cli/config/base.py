@@ -7,7 +7,6 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Task = Literal["ocr", "geneval"]
 Effect = Literal["images", "scores", "training", "measurement", "evaluation", "speed", "label"]
 """What another value of a key changes:
 
@@ -42,12 +41,11 @@ class Affects:
 
 
 @dataclass(frozen=True, slots=True)
-class OnlyFor:
-    """The recipes that a key, or a whole section, is for: those that train on stored groups, or those of one task."""
+class StoredGroupsOnly:
+    """The key is for methods that train on stored groups."""
 
-    use: Task | Literal["stored groups"]
     instead: str | None = None
-    """The key that the other recipes have in its place."""
+    """The key that online methods have in its place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from gdro_cli.config.base import Affects, Effect, FallsBackTo, OnlyFor
+from gdro_cli.config.base import Affects, Effect, FallsBackTo, StoredGroupsOnly
 from gdro_cli.config.methods import METHODS, AnyMethod, GroupMethod
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.rewards import IN_REGISTRY, REWARDS
 
 SHORT_NAMES = {
     "method": "method.name",
@@ -27,7 +28,7 @@ _TYPE_NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text"
 _STORED = tuple(name for name, model in METHODS.items() if issubclass(model, GroupMethod))
 """The methods that train on stored groups."""
 
-_Note = TypeVar("_Note", Affects, OnlyFor, FallsBackTo)
+_Note = TypeVar("_Note", Affects, StoredGroupsOnly, FallsBackTo)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +43,8 @@ class FieldDoc:
     """Whether it only holds other keys."""
     methods: tuple[str, ...]
     """The methods that have a use for it; empty for all."""
-    task: str | None
-    """The only task that has a use for it."""
+    reward: str | None
+    """The reward whose setting it is."""
     instead: str | None
     """The key that the other methods have in its place."""
     affects: frozenset[Effect]
@@ -103,7 +104,7 @@ def values_that_affect(recipe: Recipe, *effects: Effect) -> dict[str, Any]:
 
 
 def _is_for(doc: FieldDoc, recipe: Recipe) -> bool:
-    return not (doc.methods and recipe.method.name not in doc.methods) and doc.task in (None, recipe.prompts.task)
+    return not (doc.methods and recipe.method.name not in doc.methods) and doc.reward in (None, recipe.reward.kind)
 
 
 def _value(resolved: dict[str, Any], path: str) -> Any:
@@ -142,17 +143,17 @@ def _method_fields(notes: Sequence[object]) -> Iterator[FieldDoc]:
 
 
 def _doc(path: str, field: FieldInfo, notes: Sequence[object], *, section: bool = False) -> FieldDoc:
-    affects, only, fallback = _last(notes, Affects), _last(notes, OnlyFor), _last(notes, FallsBackTo)
-    stored = only is not None and only.use == "stored groups"
+    affects, stored, fallback = _last(notes, Affects), _last(notes, StoredGroupsOnly), _last(notes, FallsBackTo)
+    parts = path.split(".")
     return FieldDoc(
         path=path,
-        type="section" if section else type_text(field.annotation),
+        type="section" if section else _type_of(field),
         default="" if section else _default(field),
         text=" ".join((field.description or "").split()),
         section=section,
-        methods=_STORED if stored else (),
-        task=None if only is None or stored else only.use,
-        instead=None if only is None else only.instead,
+        methods=() if stored is None else _STORED,
+        reward=parts[1] if parts[0] == "reward" and parts[1:] and parts[1] in REWARDS else None,
+        instead=None if stored is None else stored.instead,
         affects=frozenset() if section or affects is None else affects.effects,
         falls_back_to=None if fallback is None else fallback.key,
     )
@@ -167,6 +168,10 @@ def _default(field: FieldInfo) -> str:
         return "(required)"
     value = field.get_default(call_default_factory=True, validated_data={})
     return value if isinstance(value, str) and value else json.dumps(value)
+
+
+def _type_of(field: FieldInfo) -> str:
+    return " | ".join(REWARDS) if IN_REGISTRY in field.metadata else type_text(field.annotation)
 
 
 def type_text(annotation: Any) -> str:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from gdro_cli.config.base import OnlyFor, StrictModel, Task
+from gdro_cli.config.base import StrictModel
 from gdro_cli.config.keys import field_names, foreign_keys, full_key
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
+from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, OPTIONS, BuiltinSet, fitting_sets
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource
+from gdro_cli.config.rewards import reward_needs
+from gdro_cli.config.sections import PromptSource
 from gdro_cli.suggest import similar, similar_key
 
-_TASK_NAMES: dict[Task, str] = {"ocr": "OCR", "geneval": "GenEval"}
 _DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
@@ -91,52 +92,54 @@ def _prompts(recipe: Recipe) -> Iterator[Problem]:
     if recipe.reward.kind != task:
         message = f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)"
         yield Problem("reward.kind", message)
+    sets = fitting_sets(reward_needs(task))
     for split in ("train", "validation", "eval"):
-        yield from source_problems(getattr(recipe.prompts, split), task=task, path=f"prompts.{split}")
+        yield from source_problems(getattr(recipe.prompts, split), sets=sets, path=f"prompts.{split}")
 
 
-def source_problems(source: PromptSource, *, task: str, path: str) -> Iterator[Problem]:
-    """Every rule that a prompt source breaks; ``path`` is the dotted path of its section."""
+def source_problems(source: PromptSource, *, sets: Collection[str], path: str) -> Iterator[Problem]:
+    """Every rule that a prompt source breaks.
+
+    Args:
+        source: the prompt source.
+        sets: the built-in sets that fit its reward.
+        path: the dotted path of its section.
+    """
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
     elif source.file is not None and source.builtin is not None:
         yield Problem(path, "names both a `file` and a `builtin` set: keep one")
     elif source.builtin is not None:
-        sets = BUILTIN_PROMPTS[task]
         if source.builtin in sets:
-            yield from _builtin(source, source.builtin, task=task, path=path)
+            yield from _builtin(source, source.builtin, BUILTIN_SETS[source.builtin], path=path)
         else:
-            names, hint = ", ".join(sets), similar(source.builtin, sets)
+            names = ", ".join(sets) if sets else "none for this reward, name a `file`"
+            hint = similar(source.builtin, sets)
             yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
     else:
-        for key in ("seed", *_keys_for("ocr"), *_keys_for("geneval")):
+        for key in ("seed", *OPTIONS):
             if _is_set(source, key):
                 yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
 
 
-def _builtin(source: PromptSource, name: str, *, task: str, path: str) -> Iterator[Problem]:
-    foreign = {key: owner for other, owner in _TASK_NAMES.items() if other != task for key in _keys_for(other)}
-    for key, owner in foreign.items():
-        if _is_set(source, key):
-            yield Problem(f"{path}.{key}", f"only applies to a built-in {owner} set, not to {name!r}: remove it")
-    if task == "ocr":
-        if source.min_letters > source.max_letters:
-            message = f"{source.min_letters} is more than {path}.max_letters ({source.max_letters})"
-            yield Problem(f"{path}.min_letters", message)
-        return
-    if source.plurals != "naive" and not name.startswith("geneval-coco-"):
-        yield Problem(f"{path}.plurals", f"only applies to a geneval-coco set, not to {name!r}: remove it")
+def _builtin(source: PromptSource, name: str, facts: BuiltinSet, *, path: str) -> Iterator[Problem]:
+    for key, owners in OPTIONS.items():
+        if key not in facts.options and _is_set(source, key):
+            yield Problem(f"{path}.{key}", f"only applies to {owners}, not to {name!r}: remove it")
+    if "min_letters" in facts.options and source.min_letters > source.max_letters:
+        message = f"{source.min_letters} is more than {path}.max_letters ({source.max_letters})"
+        yield Problem(f"{path}.min_letters", message)
+    if "tags" in facts.options:
+        yield from _tags(source, path=path)
+
+
+def _tags(source: PromptSource, *, path: str) -> Iterator[Problem]:
     for tag in source.tags or {}:
         if tag not in GENEVAL_TAGS:
             names = ", ".join(GENEVAL_TAGS)
             yield Problem(f"{path}.tags.{tag}", f"is not a tag (they are: {names}){similar(tag, GENEVAL_TAGS)}")
     if source.tags is not None and not any(source.tags.values()):
         yield Problem(f"{path}.tags", "gives no tag a weight above 0: give one, or remove it")
-
-
-def _keys_for(task: Task) -> list[str]:
-    """The keys of a prompt source that only the built-in sets of one task have."""
-    return [key for key, field in PromptSource.model_fields.items() if OnlyFor(task) in field.metadata]
 
 
 def _is_set(section: StrictModel, key: str) -> bool:

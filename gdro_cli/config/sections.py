@@ -6,16 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gdro_cli.config.base import Affects, FallsBackTo, OnlyFor, StrictModel, Task
-
-_SPLITS = ("train", "validation", "test")
-#: Prompt sets that the tool draws itself, by task. Train, validation and test share no word (OCR) or content (GenEval).
-BUILTIN_PROMPTS: dict[str, tuple[str, ...]] = {
-    "ocr": tuple(f"ocr-{split}" for split in _SPLITS),
-    "geneval": tuple(f"{words}-{split}" for words in ("geneval", "geneval-coco") for split in _SPLITS),
-}
-#: The kinds of GenEval prompts.
-GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+from gdro_cli.config.base import Affects, FallsBackTo, StoredGroupsOnly, StrictModel
+from gdro_cli.config.rewards import RewardName
 
 #: The most scoring processes: a slip of the keyboard must not start thousands.
 MOST_WORKERS = 1024
@@ -78,17 +70,17 @@ class PromptSource(StrictModel):
     553 of `geneval-coco-test`)."""
     seed: int = Field(0, ge=0)
     """Which draw of a built-in set. 0 or more. A file has no draws, so it must stay 0 there."""
-    two_line_share: Annotated[float, OnlyFor("ocr")] = Field(0.0, ge=0, le=1)
+    two_line_share: float = Field(0.0, ge=0, le=1)
     """Share of a built-in OCR set whose signs carry two words, one above the other. 0 to 1."""
-    min_letters: Annotated[int, OnlyFor("ocr")] = Field(4, ge=1)
+    min_letters: int = Field(4, ge=1)
     """Letters of the shortest word of a built-in OCR set. 1 or more, at most `max_letters`."""
-    max_letters: Annotated[int, OnlyFor("ocr")] = Field(6, ge=1)
+    max_letters: int = Field(6, ge=1)
     """Letters of the longest word of a built-in OCR set. At least `min_letters`."""
-    tags: Annotated[dict[str, Annotated[float, Field(ge=0)]] | None, OnlyFor("geneval")] = None
+    tags: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Weight of each tag in a built-in GenEval set, such as `{position: 7, counting: 5}`. 0 or more, not all 0. A tag
     that is not named has weight 0. A tag that runs out of prompts leaves the rest to the others. Unset: the official
     sizes for `geneval-coco-test`, else the same weight for every tag."""
-    plurals: Annotated[Literal["naive", "correct"], OnlyFor("geneval")] = "naive"
+    plurals: Literal["naive", "correct"] = "naive"
     """Plurals in a built-in GenEval set of COCO's classes: `naive` as in the official prompts ("three knifes"), or
     `correct` ("three knives")."""
 
@@ -96,7 +88,7 @@ class PromptSource(StrictModel):
 class PromptsSection(StrictModel):
     """The task, and its prompts for the training, for its evaluation points, and for the final evaluation."""
 
-    task: Annotated[Task, Affects("scores", "measurement")]
+    task: Annotated[RewardName, Affects("scores", "measurement")]
     """What the prompts ask for: `ocr` (this text), or `geneval` (these objects, counts, colours and places)."""
     train: Annotated[PromptSource, Affects("images", "training")]
     """Prompts whose groups are sampled, scored and trained on."""
@@ -109,7 +101,7 @@ class PromptsSection(StrictModel):
 class SampleSection(StrictModel):
     """How groups are made: deterministic (ODE) Euler sampling from the untrained model."""
 
-    images_per_prompt: Annotated[int, OnlyFor("stored groups", instead="method.group_size")] = Field(16, ge=2)
+    images_per_prompt: Annotated[int, StoredGroupsOnly(instead="method.group_size")] = Field(16, ge=2)
     """Images of each training prompt in the store (the stored group). 2 or more. Paper: 16."""
     steps: int = Field(8, ge=1)
     """Euler steps from noise to image. 1 or more. Online methods have their own number and use this one for evaluations
@@ -169,7 +161,7 @@ class GenEvalReward(StrictModel):
 class RewardSection(StrictModel):
     """How images are scored."""
 
-    kind: Task = "ocr"
+    kind: RewardName = "ocr"
     """The reward. Must be the one of `prompts.task`."""
     workers: Annotated[Annotated[int, Field(ge=1, le=MOST_WORKERS)] | Literal["auto"], Affects("speed")] = "auto"
     """Scoring processes, 1 or more. `auto`: one per available CPU core; one in all for mask2former and clip."""
@@ -177,9 +169,9 @@ class RewardSection(StrictModel):
     """Share of images that may lack a score. With more, `gdro score` and `gdro eval` refuse, and an evaluation point
     cannot be the best one. 0 to 1. A failed image has no score, never a score of 0. Online methods continue without the
     failed images, as long as a round has one score."""
-    ocr: Annotated[OcrReward, OnlyFor("ocr")] = OcrReward()
+    ocr: OcrReward = OcrReward()
     """Settings of the OCR reward."""
-    geneval: Annotated[GenEvalReward, OnlyFor("geneval")] = GenEvalReward()
+    geneval: GenEvalReward = GenEvalReward()
     """Settings of the GenEval reward."""
 
 
@@ -237,7 +229,7 @@ class TrainSection(StrictModel):
 
     steps: int = Field(300, ge=1)
     """Optimizer steps. 1 or more."""
-    groups_per_step: Annotated[int, OnlyFor("stored groups", instead="method.prompts_per_round")] = Field(8, ge=1)
+    groups_per_step: Annotated[int, StoredGroupsOnly(instead="method.prompts_per_round")] = Field(8, ge=1)
     """Groups per optimizer step, over all processes together. 1 or more. A step uses this times `method.k` images."""
     lr: float = Field(3e-4, gt=0)
     """Highest learning rate of AdamW. Above 0. Paper: 3e-4."""
@@ -260,12 +252,10 @@ class TrainSection(StrictModel):
     micro_batch: Annotated[int | None, Affects("speed")] = Field(None, ge=1)
     """Images per forward pass in one process, 1 or more. Unset: all images of the step. Changes memory and speed, and
     the gradient by rounding only. For online methods an image counts once per sampling step."""
-    rounds: Annotated[int, OnlyFor("stored groups")] = Field(1, ge=1)
+    rounds: Annotated[int, StoredGroupsOnly()] = Field(1, ge=1)
     """Rounds of equally many steps, 1 or more, at most `steps`. Every round after the first samples and scores its
     groups anew, with the adapter's average at that point; the reference stays the base model."""
-    group_gradient: Annotated[Literal["auto", "one_pass", "two_pass"], Affects("speed"), OnlyFor("stored groups")] = (
-        "auto"
-    )
+    group_gradient: Annotated[Literal["auto", "one_pass", "two_pass"], Affects("speed"), StoredGroupsOnly()] = "auto"
     """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first and
     needs memory for `micro_batch` images only. The gradients are equal. `auto`: one pass where all images of the step
     fit into `micro_batch`."""
@@ -292,11 +282,11 @@ class TrainSection(StrictModel):
     shuffle_rewards: bool = False
     """Control experiment: permute the rewards among the images of each group, so that there is nothing to learn. The
     reward did not cause what such a run gains."""
-    cache_reference: Annotated[bool, Affects("speed"), OnlyFor("stored groups")] = True
+    cache_reference: Annotated[bool, Affects("speed"), StoredGroupsOnly()] = True
     """Keep the reference's velocity errors beside the store. No later training with the same draws computes them again:
     the other values of an ablation, or this training where `method.noise_bank` repeats draws. Changes speed, not the
     result (by rounding with a `noise_bank`). No effect with `model.sharding: fsdp`."""
-    prefetch: Annotated[bool, Affects("speed"), OnlyFor("stored groups")] = True
+    prefetch: Annotated[bool, Affects("speed"), StoredGroupsOnly()] = True
     """Draw the next step's groups and noise during the present step. Changes speed, not the result."""
     gradient_checkpointing: Annotated[bool, Affects("speed")] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""

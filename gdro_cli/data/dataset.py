@@ -15,9 +15,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from gdro_cli.core.measures import Detail
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.data.scores import Detail, ScoreTable
+from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import sha256

@@ -10,12 +10,12 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from gdro_cli.data.promptfile import read_prompt_file
-from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.records import PromptReader, PromptRecord
 from gdro_cli.errors import UserError
 from gdro_cli.files import partial_name, remove_abandoned, storage_errors, working_folder
 
@@ -32,13 +32,12 @@ class PromptPictures:
     pictures: tuple[Path, ...]
 
 
-def read_image_folder(folder: Path, *, task: str, classes: Collection[str] | None = None) -> tuple[PromptPictures, ...]:
+def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptPictures, ...]:
     """Read what any tool has written in the official layout; folders with one prompt count as one.
 
     Args:
         folder: holds one numbered folder per prompt.
-        task: ``ocr`` or ``geneval``; what the metadata must have.
-        classes: the classes that prompts may ask for; None allows any.
+        reward: says what a prompt must carry.
 
     Raises:
         UserError: there is nothing of that layout, a link leads nowhere, or a prompt has no pictures or bad metadata.
@@ -56,7 +55,7 @@ def read_image_folder(folder: Path, *, task: str, classes: Collection[str] | Non
             raise UserError(
                 f"{path} has no {METADATA}: it needs one line, the prompt of its pictures with its metadata"
             )
-        prompts = read_prompt_file(path / METADATA, task=task, classes=classes)
+        prompts = read_prompt_file(path / METADATA, reward=reward)
         if len(prompts) != 1:
             raise UserError(f"{path / METADATA} holds {len(prompts)} prompts: it needs one line, that of its pictures")
         pictures = _pictures(path / SAMPLES)

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gdro_cli.core.geneval import parse_task
-from gdro_cli.data.records import PromptRecord, quoted_text
+from gdro_cli.data.records import PromptReader, PromptRecord
 from gdro_cli.errors import UserError
 from gdro_cli.files import small_integer
 
@@ -37,14 +36,12 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
-def read_prompt_file(path: Path, *, task: str, classes: Collection[str] | None = None) -> list[PromptRecord]:
+def read_prompt_file(path: Path, *, reward: PromptReader) -> list[PromptRecord]:
     """Read every prompt of ``path`` in file order, duplicates included.
 
     Args:
         path: the file; its name says whether it is JSON Lines.
-        task: what a record needs: ``ocr`` a target (the text in double quotes, or the key ``target``), ``geneval`` the
-            metadata that ``core.geneval.parse_task`` reads.
-        classes: the classes that a ``geneval`` prompt may ask for; None allows any.
+        reward: says what a prompt must carry.
 
     Raises:
         UserError: naming the file and up to ten bad lines.
@@ -56,7 +53,7 @@ def read_prompt_file(path: Path, *, task: str, classes: Collection[str] | None =
         try:
             line = _decode(raw).strip()
             if line:
-                records.append(_record(*parse(line), task=task, classes=classes))
+                records.append(_record(*parse(line), reward=reward))
         except _BadLineError as error:
             problems.append(f"line {number}: {error}")
     if problems:
@@ -188,9 +185,7 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _record(
-    prompt: str, target: str | None, metadata: Mapping[str, Any], *, task: str, classes: Collection[str] | None
-) -> PromptRecord:
+def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, reward: PromptReader) -> PromptRecord:
     if not prompt:
         raise _BadLineError("the prompt is empty")
     if len(prompt) > MAX_PROMPT_CHARS:
@@ -198,36 +193,8 @@ def _record(
     _check_characters(prompt, "the prompt")
     if target is not None:
         _check_characters(target, "the target")
-    return _TASKS[task](prompt, target, metadata, classes)
-
-
-def _ocr_record(
-    prompt: str, target: str | None, metadata: Mapping[str, Any], _: Collection[str] | None
-) -> PromptRecord:
-    wanted = quoted_text(prompt) if target is None else target
-    if wanted is None:
-        raise _BadLineError(
-            'it has no text in double quotes; write what the picture shall say, as in a sign that says "HELLO"'
-        )
-    if not wanted.strip():
-        raise _BadLineError("the text that the picture shall say is empty")
-    return PromptRecord.of(prompt, target=wanted, metadata=metadata)
-
-
-def _geneval_record(
-    prompt: str, target: str | None, metadata: Mapping[str, Any], classes: Collection[str] | None
-) -> PromptRecord:
     try:
-        parse_task(metadata, classes=classes)
+        target = reward.read_prompt(prompt, target=target, metadata=metadata)
     except ValueError as error:
         raise _BadLineError(str(error)) from error
     return PromptRecord.of(prompt, target=target, metadata=metadata)
-
-
-_MakeRecord = Callable[[str, str | None, Mapping[str, Any], Collection[str] | None], PromptRecord]
-
-_TASKS: dict[str, _MakeRecord] = {
-    "ocr": _ocr_record,
-    "geneval": _geneval_record,
-}
-"""What a record of each task needs."""

@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gdro_cli.core.geneval import VOCABULARIES
-from gdro_cli.data.builtin import OCR_SETS, ocr_prompts
-from gdro_cli.data.geneval_prompts import GENEVAL_SETS, geneval_prompts, vocabulary_of
+from gdro_cli.config.prompt_sets import BUILTIN_SETS, fitting_sets
+from gdro_cli.config.sections import PromptSource
+from gdro_cli.core.quotes import quoted_text
+from gdro_cli.data.builtin import ocr_prompts
+from gdro_cli.data.geneval_prompts import GENEVAL_SETS, geneval_prompts
 from gdro_cli.data.promptfile import read_prompt_file
-from gdro_cli.data.records import PromptRecord, PromptSet, quoted_text
+from gdro_cli.data.records import PromptReader, PromptRecord, PromptSet
 from gdro_cli.errors import UserError
 from gdro_cli.suggest import similar
 
-if TYPE_CHECKING:
-    from gdro_cli.config.sections import PromptSource
-
-__all__ = ["PromptRecord", "PromptSet", "builtin_sets", "load_prompts", "quoted_text"]
-
-_BUILTIN = {"ocr": tuple(OCR_SETS), "geneval": tuple(GENEVAL_SETS)}
-"""The built-in sets of each task."""
+__all__ = ["PromptRecord", "PromptSet", "draw_prompts", "load_prompts"]
 
 
-def builtin_sets(task: str) -> tuple[str, ...]:
-    """Names of the built-in prompt sets for a task."""
-    return _BUILTIN.get(task, ())
+def load_prompts(source: PromptSource, *, reward: PromptReader) -> PromptSet:
+    """Load the prompts of ``source``, all of which ``reward`` can use.
 
+    Equal records are kept once and counted; ``count`` keeps the first so many that remain.
 
-def load_prompts(
-    source: PromptSource,
-    *,
-    task: str,
-    base_dir: Path | None = None,
-    classes: Collection[str] | None = None,
-) -> PromptSet:
-    """Load the prompts of ``source`` for ``task`` (``ocr`` or ``geneval``).
-
-    A relative ``file`` is looked for in ``base_dir`` (the recipe's folder) first, then in the working folder.
-    Equal records are kept once and counted; ``count`` keeps the first so many that remain. ``classes`` are the
-    ones that GenEval prompts may ask for; ``None`` allows any. Raises UserError for a file that cannot be used
-    (naming lines), an unknown built-in set or one that asks for other classes, or fewer prompts than ``count``.
+    Raises:
+        UserError: a file that cannot be used (naming lines), a built-in set that does not exist or does not fit the
+            reward, or fewer prompts than ``count``.
     """
     if source.builtin is not None:
-        return _load_builtin(source, source.builtin, task=task, classes=classes)
+        return _load_builtin(source, source.builtin, reward=reward)
     if source.file is None:
         raise UserError("a prompt source needs a file or the name of a built-in set")
-    path = _locate(source.file, base_dir)
-    prompts = PromptSet.of(read_prompt_file(path, task=task, classes=classes))
+    path = Path(os.path.expanduser(source.file))  # unlike Path's own, it takes any text
+    prompts = PromptSet.of(read_prompt_file(path, reward=reward))
     if source.count is None:
         return prompts
     if source.count > len(prompts):
@@ -58,17 +42,14 @@ def load_prompts(
     return prompts.first(source.count)
 
 
-def _load_builtin(source: PromptSource, name: str, *, task: str, classes: Collection[str] | None) -> PromptSet:
-    known = builtin_sets(task)
-    if name not in known:
-        choice = f": choose one of {', '.join(known)}" if known else ": name a prompt file"
-        hint = similar(name, known) or choice
-        raise UserError(f"there is no built-in prompt set {name!r} for the task {task}{hint}")
-    if task == "geneval":
-        _check_vocabulary(name, classes)
-        return PromptSet.of(
-            geneval_prompts(name, count=source.count, seed=source.seed, tags=source.tags, plurals=source.plurals)
-        )
+def draw_prompts(source: PromptSource, name: str) -> list[PromptRecord]:
+    """The prompts of the built-in set ``name``, by the options of ``source``.
+
+    Raises:
+        UserError: options that cannot be, or fewer prompts than ``count``.
+    """
+    if name in GENEVAL_SETS:
+        return geneval_prompts(name, count=source.count, seed=source.seed, tags=source.tags, plurals=source.plurals)
     texts = ocr_prompts(
         name,
         count=source.count,
@@ -77,24 +58,36 @@ def _load_builtin(source: PromptSource, name: str, *, task: str, classes: Collec
         min_letters=source.min_letters,
         max_letters=source.max_letters,
     )
-    return PromptSet.of(PromptRecord.of(text, target=quoted_text(text)) for text in texts)
+    return [PromptRecord.of(text, target=quoted_text(text)) for text in texts]
 
 
-def _check_vocabulary(name: str, classes: Collection[str] | None) -> None:
-    """Raises UserError when the built-in GenEval set ``name`` asks for classes that are not in ``classes``."""
-    asked = VOCABULARIES[vocabulary_of(name)]
-    unknown = [label for label in asked if classes is not None and label not in classes]
-    if unknown:
-        fitting = [other for other in GENEVAL_SETS if set(VOCABULARIES[vocabulary_of(other)]) <= set(classes or ())]
+def _load_builtin(source: PromptSource, name: str, *, reward: PromptReader) -> PromptSet:
+    if name not in BUILTIN_SETS:
+        sets = fitting_sets(reward.needs)
+        raise UserError(f"there is no built-in prompt set {name!r}{similar(name, sets) or f': {_choice(sets)}'}")
+    records = draw_prompts(source, name)
+    problem = _problem(records, reward)
+    if problem is not None:
+        sets = tuple(other for other in fitting_sets(reward.needs) if _fits(other, reward))
         raise UserError(
-            f"the built-in prompt set {name} asks for objects such as {unknown[0]!r}, which the reward's detector does "
-            f"not know: {'choose one of ' + ', '.join(fitting) if fitting else 'name a prompt file'}"
+            f"the built-in prompt set {name} does not fit the reward {reward.name} ({problem}): {_choice(sets)}"
         )
+    return PromptSet.of(records)
 
 
-def _locate(file: str, base_dir: Path | None) -> Path:
-    path = Path(os.path.expanduser(file))
-    if base_dir is None or path.is_absolute():
-        return path
-    beside = base_dir / path
-    return beside if os.path.exists(beside) else path
+def _problem(records: list[PromptRecord], reward: PromptReader) -> str | None:
+    """What is wrong with the first prompt that the reward cannot use; None where it can use all of them."""
+    for record in records:
+        try:
+            reward.read_prompt(record.prompt, target=record.target, metadata=record.metadata)
+        except ValueError as error:
+            return str(error)
+    return None
+
+
+def _fits(name: str, reward: PromptReader) -> bool:
+    return _problem(draw_prompts(PromptSource(builtin=name), name), reward) is None
+
+
+def _choice(sets: tuple[str, ...]) -> str:
+    return f"choose one of {', '.join(sets)}" if sets else "name a prompt file"

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from gdro_cli.identity import digest
 
-_QUOTED = re.compile('"([^"]*)"|[\u201c\u201d\u201e\u201f]([^\u201c\u201d\u201e\u201f]*)[\u201c\u201d\u201e\u201f]')
+
+class PromptReader(Protocol):
+    """What knows which prompts can be used: a reward."""
+
+    @property
+    def name(self) -> str:
+        """Its name, for messages."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a prompt must carry: ``target``, keys of its metadata, or nothing."""
+        ...
+
+    def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
+        """Check a prompt and return its target. Raises ValueError saying what is missing or wrong."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +36,7 @@ class PromptRecord:
     prompt: str
     """The text that the model is asked for."""
     target: str | None = None
-    """The text that an OCR reward looks for in the picture; ``None`` for other tasks."""
+    """The text that must be readable in the image; ``None`` where the prompt asks for none."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Everything else a reward needs, as JSON values (GenEval: ``tag``, ``include``, ``exclude``)."""
 
@@ -83,11 +98,3 @@ class PromptSet:
 
     def __len__(self) -> int:
         return len(self.records)
-
-
-def quoted_text(prompt: str) -> str | None:
-    """The text between the first pair of double quotes, straight or typographic; ``None`` without a pair."""
-    found = _QUOTED.search(prompt)
-    if found is None:
-        return None
-    return found.group(1) if found.group(1) is not None else found.group(2)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from gdro_cli.core.measures import Detail
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import (
@@ -36,9 +37,6 @@ from gdro_cli.identity import canonical_json, digest
 TABLE_SCHEMA = 1
 _KIND = "gdro score table"
 _MANIFEST = "manifest.json"
-
-Detail = str | Mapping[str, float] | None
-"""Which number of a row: a key of its details, several with their weights, or (None) the score itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,9 @@
 """Scoring on several processes.
 
-Each worker process holds its own loaded reward and scores small chunks of images, one chunk at a time, sent
-through a pipe of its own; so it is always known which images a worker that dies was looking at. Processes and
-not threads: recognition libraries hold Python's lock for a part of the work, set up logging and other global
-state when they are imported, and can crash; none of that touches the parent.
+Each worker process holds its own loaded scorer (a reward or a judge) and scores small chunks of images, one chunk at a
+time, sent through a pipe of its own; so the parent always knows which images a worker that dies was scoring. Processes
+and not threads: recognition libraries hold Python's lock for a part of the work, set up logging and other global state
+when they are imported, and can crash; none of that touches the parent.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from gdro_cli.errors import Interrupted, PrerequisiteError
 from gdro_cli.rewards.base import (
     ImageSource,
     PromptLike,
-    Reward,
     Score,
+    Scorer,
     UnreadableImageError,
     read_rgb,
 )
-from gdro_cli.rewards.worker import CONNECTION_LOST, Failure, Ready, Task, start_worker
+from gdro_cli.rewards.worker import CONNECTION_LOST, Failure, Ready, Request, start_worker
 
 LARGEST_CHUNK = 8
 """Images per message: enough to hide the transfer, few enough to lose little and to end together."""
@@ -41,14 +41,14 @@ ATTEMPTS = 2
 DEATHS_IN_A_ROW = 6
 """Workers that die with no image scored in between, after which scoring ends: it is not the images then."""
 STOP_GRACE = 5.0
-"""Seconds that scoring may still take when a stop is asked for: what is nearly done is not thrown away, and what hangs
-(an endpoint without an answer, a large model that loads) holds nobody up."""
+"""Seconds that scoring may still take after a request to stop: what is nearly done is not thrown away, and what hangs
+(an endpoint without an answer, a large model that loads) holds nothing up."""
 _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 5.0
 
 
 class ScoringStopped(Interrupted):
-    """A stop was asked for, and the images were not finished in time; those who know what is kept say it better."""
+    """A stop was requested, and the images were not finished in time; callers say what is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def usable_cores() -> int:
 
 
 class ScoringPool:
-    """A reward on several worker processes.
+    """A scorer on several worker processes.
 
     Use it as a context manager: the workers start (and load, in the background) on entry and are gone on
     exit, also after an error. A worker that dies is replaced, and its images are tried once more, one by one;
@@ -83,15 +83,15 @@ class ScoringPool:
     parent's to handle, and end by themselves when the parent is gone.
 
     Args:
-        reward: a reward that is not loaded yet; it is pickled and sent to the workers.
+        scorer: not loaded yet; it is pickled and sent to the workers.
         workers: how many processes; ``None`` for one per usable core. They share the cores as threads.
         largest_chunk: images that a worker gets at a time at most.
     """
 
-    def __init__(self, reward: Reward, *, workers: int | None = None, largest_chunk: int = LARGEST_CHUNK) -> None:
+    def __init__(self, scorer: Scorer, *, workers: int | None = None, largest_chunk: int = LARGEST_CHUNK) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"a pool needs at least one worker, got {workers}")
-        self._reward = reward
+        self._scorer = scorer
         self._largest_chunk = largest_chunk
         self._count = usable_cores() if workers is None else workers
         self._threads = max(1, usable_cores() // self._count)
@@ -106,7 +106,7 @@ class ScoringPool:
         atexit.register(self.close)  # before multiprocessing's own end, which waits for daemons that ignore its SIGTERM
         try:
             for _ in range(self._count):
-                self._workers.append(_Worker(*start_worker(self._reward, self._threads)))
+                self._workers.append(_Worker(*start_worker(self._scorer, self._threads)))
         except BaseException:
             self.close()
             raise
@@ -128,14 +128,13 @@ class ScoringPool:
     ) -> list[Score]:
         """Score ``images[i]`` (an image, or the path of one) for ``prompts[i]``; the order is kept.
 
-        ``on_scored`` is called with the number of images that have just been finished. ``stop`` tells whether a
-        stop has been asked for; ``STOP_GRACE`` seconds later the scoring is given up. An error or an interruption
-        closes the pool.
+        ``on_scored`` is called with the number of images that have just been finished. ``stop`` says whether a
+        stop was requested; ``STOP_GRACE`` seconds later the pool gives up. An error or an interruption closes it.
 
         Raises:
-            ScoringStopped: ``stop`` has said so.
+            ScoringStopped: after a request to stop.
             UserError: a prompt cannot be scored with any image.
-            PrerequisiteError: the workers cannot load the reward.
+            PrerequisiteError: the workers cannot load the scorer.
             ValueError: not as many prompts as images, or the pool is not open.
         """
         if len(images) != len(prompts):
@@ -160,13 +159,13 @@ class ScoringPool:
         atexit.unregister(self.close)
 
     def _replace(self, worker: _Worker) -> int | None:
-        """Start another worker in the place of one that died; returns the exit code of the dead one."""
+        """Start another worker in place of one that died; returns the exit code of the dead one."""
         worker.pipe.close()
         worker.process.join(_STOP_SECONDS)
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
-        process, pipe = start_worker(self._reward, self._threads)
+        process, pipe = start_worker(self._scorer, self._threads)
         code = worker.process.exitcode
         worker.process, worker.pipe, worker.ready, worker.chunk = process, pipe, False, None
         return code
@@ -215,12 +214,12 @@ class _Batch:
                     self._receive(worker, replace)
 
     def _give_up_in_time(self) -> None:
-        """Raise ``ScoringStopped`` when a stop was asked for a while ago."""
+        """Raise ``ScoringStopped`` when a stop was requested ``STOP_GRACE`` seconds ago."""
         now = time.monotonic()
         if self._stop is not None and self._give_up_at == math.inf and self._stop():
             self._give_up_at = now + STOP_GRACE
         if now >= self._give_up_at:
-            raise ScoringStopped("stopped while images were scored: run the command again to go on")
+            raise ScoringStopped("stopped while images were scored: run the command again to continue")
 
     def _send(self, worker: _Worker) -> None:
         """Give an idle worker its next chunk; images that cannot be decoded here are not sent."""
@@ -237,26 +236,14 @@ class _Batch:
             worker.chunk = _Chunk(tuple(images), chunk.attempt)
             # A worker that is gone is noticed when its answer is awaited.
             with contextlib.suppress(*CONNECTION_LOST):
-                worker.pipe.send(Task(list(images.values()), [self._prompts[index] for index in images]))
+                worker.pipe.send(Request(list(images.values()), [self._prompts[index] for index in images]))
 
     def _receive(self, worker: _Worker, replace: Callable[[_Worker], int | None]) -> None:
         chunk = worker.chunk
         try:
             answer = worker.pipe.recv()
         except CONNECTION_LOST:
-            was_ready, code = worker.ready, replace(worker)
-            if not was_ready:
-                raise PrerequisiteError(
-                    f"a scoring worker ended while it started (exit code {code}): look at the messages "
-                    f"above, and try fewer workers if memory is short"
-                ) from None
-            self._deaths_in_a_row += 1
-            if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
-                raise PrerequisiteError(
-                    f"{DEATHS_IN_A_ROW} scoring workers in a row have died at work (exit code {code}): try fewer "
-                    f"workers if memory is short, and check that the reward's packages belong together"
-                ) from None
-            self._try_again(chunk, f"the scoring worker died on this image (exit code {code})")
+            self._died(started=worker.ready, chunk=chunk, code=replace(worker))
             return
         if isinstance(answer, Ready):
             worker.ready = True
@@ -269,6 +256,21 @@ class _Batch:
             self._try_again(chunk, answer.reason)
         elif chunk is not None:
             self._finish(dict(zip(chunk.indices, answer, strict=True)))
+
+    def _died(self, *, started: bool, chunk: _Chunk | None, code: int | None) -> None:
+        """Try a dead worker's images again. Raises ``PrerequisiteError`` where its death is not an image's fault."""
+        if not started:
+            raise PrerequisiteError(
+                f"a scoring worker ended while it started (exit code {code}): look at the messages "
+                f"above, and try fewer workers if memory is short"
+            )
+        self._deaths_in_a_row += 1
+        if self._deaths_in_a_row >= DEATHS_IN_A_ROW:
+            raise PrerequisiteError(
+                f"{DEATHS_IN_A_ROW} scoring workers in a row have died at work (exit code {code}): try fewer "
+                f"workers if memory is short, and check that the reward's packages belong together"
+            )
+        self._try_again(chunk, f"the scoring worker died on this image (exit code {code})")
 
     def _try_again(self, chunk: _Chunk | None, reason: str) -> None:
         """Queue the images of a failed chunk one by one, or give them up."""

@@ -1,6 +1,6 @@
 """One scoring worker: how its process is started, and what it does there.
 
-It answers tasks that come through a pipe, one at a time, and leaves all signals to its parent.
+It answers requests that come through a pipe, one at a time, and leaves all signals to its parent.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from gdro_cli.errors import GdroError, PrerequisiteError
-from gdro_cli.rewards.base import ImageSource, PromptLike, Reward, Score, describe
+from gdro_cli.processes import only_gpu
+from gdro_cli.rewards.base import ImageSource, PromptLike, Score, Scorer, one_line
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -42,24 +44,26 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class Request:
     """Images to score, and their prompts."""
 
     images: list[ImageSource]
     prompts: list[PromptLike]
 
 
-def start_worker(reward: Reward, threads: int) -> tuple[SpawnProcess, Connection]:
-    """Start a process that loads the reward and answers every ``Task`` with scores or a ``Failure``; first ``Ready``.
+def start_worker(scorer: Scorer, threads: int) -> tuple[SpawnProcess, Connection]:
+    """Start a process that loads the scorer, says ``Ready``, and answers each ``Request`` with scores or a ``Failure``.
+
+    It sees the GPU that this process works on, and no other.
 
     Raises:
         PrerequisiteError: the operating system refuses.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(reward, theirs), daemon=True, name="gdro-scoring")
+    process = context.Process(target=_work, args=(scorer, theirs), daemon=True, name="gdro-scoring")
     try:
-        with _signals_held_back(), _threads_of_a_child(threads):
+        with _signals_held_back(), _environment(_variables(threads)):
             process.start()
     except BaseException as error:
         ours.close()
@@ -75,13 +79,27 @@ def start_worker(reward: Reward, threads: int) -> tuple[SpawnProcess, Connection
     return process, ours
 
 
-@contextlib.contextmanager
-def _threads_of_a_child(threads: int) -> Iterator[None]:
-    """Start a child with these threads: numerical libraries read the variables once, when they are imported, and that
-    may be while the child unpickles its reward.
+def _variables(threads: int) -> dict[str, str]:
+    """A worker's environment variables: its threads, and its parent's GPU.
+
+    Libraries read them when they are imported, which may be while the worker unpickles its scorer.
     """
-    before = {variable: os.environ.get(variable) for variable in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
+    gpu = _own_gpu()
+    devices = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": only_gpu(gpu)}
+    return dict.fromkeys(_THREAD_VARIABLES, str(threads)) | devices
+
+
+def _own_gpu() -> int | None:
+    """The number of the GPU that this process works on, among those it sees; None where it works on none."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else None
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Start a child with these variables."""
+    before = {variable: os.environ.get(variable) for variable in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -109,20 +127,20 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(reward: Reward, pipe: Connection) -> None:
+def _work(scorer: Scorer, pipe: Connection) -> None:
     """A worker's life: load, then answer chunks until the parent closes the pipe or is gone."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     with contextlib.suppress(*CONNECTION_LOST):
         try:
-            reward.load()
+            scorer.load()
         except GdroError as error:
             pipe.send(Failure(str(error), error))
             return
         pipe.send(Ready())
         while True:
-            pipe.send(_answer(reward, pipe.recv_bytes()))
+            pipe.send(_answer(scorer, pipe.recv_bytes()))
 
 
 def _end_with_parent() -> None:
@@ -133,15 +151,17 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _answer(reward: Reward, message: bytes) -> list[Score] | Failure:
-    """The scores of one pickled ``Task``."""
+def _answer(scorer: Scorer, message: bytes) -> list[Score] | Failure:
+    """The scores of one pickled ``Request``."""
     try:
-        task: Task = pickle.loads(message)
-        scores = reward.score(task.images, task.prompts)
+        request: Request = pickle.loads(message)
+        scores = list(scorer.score(request.images, request.prompts))
     except GdroError as error:
         return Failure(str(error), error)
     except Exception as error:  # noqa: BLE001 - a defect on some images must not end the others' scoring
-        return Failure(f"the reward failed on this image: {describe(error)}")
-    if len(scores) != len(task.images):
-        return Failure(f"the reward gave {len(scores)} scores for {len(task.images)} images")
+        return Failure(f"the reward failed on this image: {one_line(error)}")
+    if len(scores) != len(request.images):
+        return Failure(f"the reward gave {len(scores)} scores for {len(request.images)} images")
+    if strange := {type(score).__name__ for score in scores if not isinstance(score, Score)}:
+        return Failure(f"the reward gave values of the type {', '.join(strange)} in place of a Score")
     return scores

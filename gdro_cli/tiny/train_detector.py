@@ -27,10 +27,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gdro_cli.core.geneval import TAGS
 from gdro_cli.core.seeds import seed_for
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.files import write_json
 from gdro_cli.rewards.geneval.palette import PaletteColours
 from gdro_cli.rewards.geneval.segmenter import MARGIN, SegmentationNetwork, SegmenterDetector, to_pixels
-from gdro_cli.tiny.assets import tiny_model_path
 from gdro_cli.tiny.autoencoder import PatchAutoencoder, decode_pixels, encode_mean
 from gdro_cli.tiny.backgrounds import BACKGROUNDS, SIZE
 from gdro_cli.tiny.world import (

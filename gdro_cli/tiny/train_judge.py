@@ -28,13 +28,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from gdro_cli.core.seeds import seed_for
 from gdro_cli.data.builtin import ocr_prompts
 from gdro_cli.data.geneval_prompts import geneval_prompts
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.files import write_json
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork, scaled, word_numbers
-from gdro_cli.tiny.assets import tiny_model_path
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, UNTEXTURED, degrade
 from gdro_cli.tiny.judge_data import Example, draw_example, judge_vocabulary

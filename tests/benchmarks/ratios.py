@@ -124,7 +124,7 @@ def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, f
 
     from diffusers import FluxPipeline
 
-    from gdro_cli.tiny.assets import tiny_model_path
+    from gdro_cli.embedded import tiny_model_path
 
     model = open_model(recipe)
     prompts = Session(recipe, Path()).prompts("train").records[:32]

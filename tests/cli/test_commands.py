@@ -17,7 +17,9 @@ from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.rewards.base import Reward
 from gdro_cli.runtime.interrupt import StoppedBySignal
+from tests.support.prompt_rewards import COCO, OCR, SHAPES
 
 
 def run(*arguments: str) -> int:
@@ -77,15 +79,15 @@ def test_recipes_fields_explains_one_section_or_all(capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("task", "options"),
+    ("reward", "options"),
     [
-        ("ocr", ["ocr-validation", "--count", "5", "--seed", "2"]),
-        ("geneval", ["geneval-test"]),
-        ("geneval", ["geneval-coco-train", "--count", "50", "--seed", "1", "--plurals", "correct"]),
+        (OCR, ["ocr-validation", "--count", "5", "--seed", "2"]),
+        (SHAPES, ["geneval-test"]),
+        (COCO, ["geneval-coco-train", "--count", "50", "--seed", "1", "--plurals", "correct"]),
     ],
 )
 def test_prompts_prints_a_file_that_is_the_set(
-    task: str, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+    reward: Reward, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run("prompts", *options) == 0
     path = tmp_path / "prompts.jsonl"
@@ -97,7 +99,7 @@ def test_prompts_prints_a_file_that_is_the_set(
         seed=int(given.get("--seed", 0)),
         plurals="correct" if "--plurals" in given else "naive",
     )
-    assert load_prompts(PromptSource(file=str(path)), task=task) == load_prompts(source, task=task)
+    assert load_prompts(PromptSource(file=str(path)), reward=reward) == load_prompts(source, reward=reward)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +107,10 @@ def test_prompts_prints_a_file_that_is_the_set(
     [
         (["genval-test"], "did you mean `geneval-test`?"),
         (["mine.txt"], "choose one of ocr-train, "),
-        (["ocr-test", "--plurals", "correct"], "ocr-test.plurals: only applies to a built-in GenEval set"),
+        (
+            ["ocr-test", "--plurals", "correct"],
+            "ocr-test.plurals: only applies to a geneval-coco set, not to 'ocr-test'",
+        ),
         (["geneval-test", "--plurals", "correct"], "only applies to a geneval-coco set"),
         (["geneval-test", "--count", "1975"], "has 1974 different prompts"),
     ],

@@ -8,6 +8,8 @@ import pytest
 
 from gdro_cli.config.keys import describe_fields
 from gdro_cli.config.load import load_recipe
+from gdro_cli.config.prompt_sets import fitting_sets
+from gdro_cli.config.rewards import reward_needs
 from gdro_cli.config.rules import source_problems
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.errors import UserError
@@ -15,7 +17,8 @@ from gdro_cli.identity import digest
 
 
 def found(task: str, **keys: Any) -> list[str]:
-    problems = source_problems(PromptSource(**keys), task=task, path="here")
+    known = fitting_sets(reward_needs(task))
+    problems = source_problems(PromptSource(**keys), sets=known, path="here")
     return [f"{problem.path}: {problem.message}" for problem in problems]
 
 
@@ -55,7 +58,7 @@ def test_sources_that_are_right(task: str, keys: dict[str, Any]) -> None:
             {"builtin": "ocr-train", "tags": {"colors": 1}, "plurals": "correct"},
             [
                 "here.tags: only applies to a built-in GenEval set, not to 'ocr-train': remove it",
-                "here.plurals: only applies to a built-in GenEval set, not to 'ocr-train': remove it",
+                "here.plurals: only applies to a geneval-coco set, not to 'ocr-train': remove it",
             ],
         ),
         (

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gdro_cli.config.sections import BUILTIN_PROMPTS, GENEVAL_TAGS, PromptSource
+from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, fitting_sets
+from gdro_cli.config.sections import PromptSource
 from gdro_cli.core.geneval import COCO_CLASSES, OFFICIAL_SIZES, SHAPES, TAGS, VOCABULARIES, parse_task
-from gdro_cli.data.builtin import BACKGROUNDS
+from gdro_cli.data.builtin import BACKGROUNDS, OCR_SETS
 from gdro_cli.data.builtin import COLOURS as EIGHT
 from gdro_cli.data.geneval_prompts import (
     GENEVAL_SETS,
@@ -22,9 +23,13 @@ from gdro_cli.data.geneval_prompts import (
     vocabulary_of,
     wording,
 )
-from gdro_cli.data.prompts import builtin_sets, load_prompts
+from gdro_cli.data.prompts import load_prompts
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import UserError
+from gdro_cli.rewards.geneval.reward import GenEvalReward
+from tests.support.prompt_rewards import COCO, OCR
+from tests.support.prompt_rewards import SHAPES as GENEVAL
+from tests.support.rectangles import RectangleDetector
 
 SHAPE_SETS = ("geneval-train", "geneval-validation", "geneval-test")
 COCO_SETS = ("geneval-coco-train", "geneval-coco-validation", "geneval-coco-test")
@@ -316,7 +321,9 @@ def test_the_embedded_world_has_these_names() -> None:
 
 
 def test_recipes_know_the_same_sets_and_tags() -> None:
-    assert BUILTIN_PROMPTS["geneval"] == builtin_sets("geneval") == tuple(GENEVAL_SETS)
+    assert tuple(BUILTIN_SETS) == (*OCR_SETS, *GENEVAL_SETS)
+    assert fitting_sets(GENEVAL.needs) == tuple(GENEVAL_SETS) and fitting_sets(OCR.needs) == tuple(OCR_SETS)
+    assert fitting_sets(frozenset()) == tuple(BUILTIN_SETS) and fitting_sets(frozenset({"music"})) == ()
     assert GENEVAL_TAGS == TAGS
     assert {vocabulary_of(name) for name in SHAPE_SETS} == {"shapes"}
     assert {vocabulary_of(name) for name in COCO_SETS} == {"coco"}
@@ -326,7 +333,7 @@ def test_a_source_hands_all_its_options_on() -> None:
     source = PromptSource(
         builtin="geneval-coco-train", count=9, seed=3, tags={"counting": 2, "colors": 1}, plurals="correct"
     )
-    prompts = load_prompts(source, task="geneval", classes=COCO_CLASSES)
+    prompts = load_prompts(source, reward=COCO)
     expected = geneval_prompts(
         "geneval-coco-train", count=9, seed=3, tags={"counting": 2, "colors": 1}, plurals="correct"
     )
@@ -335,18 +342,23 @@ def test_a_source_hands_all_its_options_on() -> None:
 
 
 def test_a_set_of_another_vocabulary_than_the_detectors_is_refused() -> None:
-    with pytest.raises(UserError, match="such as 'person'.* choose one of geneval-train, .*geneval-test$"):
-        load_prompts(PromptSource(builtin="geneval-coco-test"), task="geneval", classes=SHAPES)
-    with pytest.raises(UserError, match="such as 'circle'.* choose one of geneval-coco-train"):
-        load_prompts(PromptSource(builtin="geneval-test"), task="geneval", classes=COCO_CLASSES)
-    with pytest.raises(UserError, match="name a prompt file"):
-        load_prompts(PromptSource(builtin="geneval-test"), task="geneval", classes=("dog",))
-    assert len(load_prompts(PromptSource(builtin="geneval-test"), task="geneval", classes=SHAPES)) == 72
+    unknown = "asks for the class '{}', which the detector does not know"
+    with pytest.raises(
+        UserError, match=rf"{unknown.format('[a-z ]+')}.*\): choose one of geneval-train, .*geneval-test$"
+    ):
+        load_prompts(PromptSource(builtin="geneval-coco-test"), reward=GENEVAL)
+    with pytest.raises(
+        UserError, match=rf"{unknown.format('[a-z]+')}.*\): choose one of geneval-coco-train, [-a-z, ]+$"
+    ):
+        load_prompts(PromptSource(builtin="geneval-test"), reward=COCO)
+    with pytest.raises(UserError, match="it knows clock, bus, bottle.*: name a prompt file$"):
+        load_prompts(PromptSource(builtin="geneval-test"), reward=GenEvalReward(detector=RectangleDetector()))
+    assert len(load_prompts(PromptSource(builtin="geneval-test"), reward=GENEVAL)) == 72
 
 
 def test_a_file_with_the_same_lines_is_the_same_set(tmp_path: Path) -> None:
-    prompts = load_prompts(PromptSource(builtin="geneval-coco-test", count=60), task="geneval")
+    prompts = load_prompts(PromptSource(builtin="geneval-coco-test", count=60), reward=COCO)
     path = tmp_path / "evaluation_metadata.jsonl"
     rows = [{**record.metadata, "prompt": record.prompt} for record in prompts.records]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    assert load_prompts(PromptSource(file=str(path)), task="geneval", classes=COCO_CLASSES) == prompts
+    assert load_prompts(PromptSource(file=str(path)), reward=COCO) == prompts

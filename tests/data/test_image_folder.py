@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gdro_cli.core.geneval import COCO_CLASSES, SHAPES
 from gdro_cli.data.imagefolder import PromptPictures, metadata_line, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.rewards.base import Reward
+from tests.support.prompt_rewards import COCO, OCR, SHAPES
 
 DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
 CATS = {
@@ -44,9 +45,9 @@ def official(**changes: object) -> str:
     return json.dumps({**DOG, "prompt": "a photo of a dog"} | changes)
 
 
-def refusal(folder: Path, task: str = "geneval") -> str:
+def refusal(folder: Path, reward: Reward = COCO) -> str:
     with pytest.raises(UserError) as caught:
-        read_image_folder(folder, task=task, classes=COCO_CLASSES if task == "geneval" else None)
+        read_image_folder(folder, reward=reward)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -67,7 +68,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         "00001/metadata.jsonl",
         "00001/samples/0000.png",
     ]
-    read = read_image_folder(folder, task="geneval", classes=COCO_CLASSES)
+    read = read_image_folder(folder, reward=COCO)
     assert [entry.prompt for entry in read] == [entry.prompt for entry in entries]
     for before, after in zip(entries, read, strict=True):
         assert [path.read_bytes() for path in after.pictures] == [path.read_bytes() for path in before.pictures]
@@ -76,7 +77,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_an_ocr_prompt_keeps_a_target_that_is_not_in_its_quotes(tmp_path: Path) -> None:
     prompt = PromptRecord.of("a sign of a shop", target="OPEN", metadata={"set": 1})
     write_image_folder(tmp_path / "out", [PromptPictures(prompt, (picture(tmp_path / "p.webp"),))])
-    (entry,) = read_image_folder(tmp_path / "out", task="ocr")
+    (entry,) = read_image_folder(tmp_path / "out", reward=OCR)
     assert entry.prompt == prompt
     assert [path.name for path in entry.pictures] == ["0000.webp"]
 
@@ -85,7 +86,7 @@ def test_a_metadata_line_is_the_official_one_and_a_prompt_file(tmp_path: Path) -
     line = metadata_line(PromptRecord.of("a photo of two cats", metadata=CATS))
     assert json.loads(line) == {**CATS, "prompt": "a photo of two cats"}
     (tmp_path / "all.jsonl").write_text(f"{line}\n{official()}\n")
-    assert [r.prompt for r in read_prompt_file(tmp_path / "all.jsonl", task="geneval")] == [
+    assert [r.prompt for r in read_prompt_file(tmp_path / "all.jsonl", reward=COCO)] == [
         "a photo of two cats",
         "a photo of a dog",
     ]
@@ -100,7 +101,7 @@ def test_folders_of_other_tools(tmp_path: Path) -> None:
     numbered(tmp_path, "00012", official(prompt="a dog") + "\r\n\n", "0.webp")
     numbered(tmp_path, "results", "no JSON", "0.png")
     (tmp_path / "00013").write_text("a file")
-    first, second = read_image_folder(tmp_path, task="geneval", classes=COCO_CLASSES)
+    first, second = read_image_folder(tmp_path, reward=COCO)
     assert (first.prompt.prompt, [path.name for path in first.pictures]) == ("a dog", ["0.webp"])
     assert [path.name for path in second.pictures] == ["00000.jpeg", "00001.jpg", "b.PNG", "notes.txt.png"]
 
@@ -109,7 +110,7 @@ def test_folders_with_one_prompt_count_as_one(tmp_path: Path) -> None:
     numbered(tmp_path, "00000", official(), "0000.png", "0001.png")
     numbered(tmp_path, "00001", official(prompt="another dog"), "0000.png")
     numbered(tmp_path, "00002", official(), "0000.png")
-    read = read_image_folder(tmp_path, task="geneval")
+    read = read_image_folder(tmp_path, reward=COCO)
     assert [(entry.prompt.prompt, len(entry.pictures)) for entry in read] == [
         ("a photo of a dog", 3),
         ("another dog", 1),
@@ -135,14 +136,14 @@ def test_bad_metadata_names_file_and_line(tmp_path: Path, metadata: str, words: 
 
 def test_the_detector_s_classes_are_what_may_be_asked_for(tmp_path: Path) -> None:
     numbered(tmp_path, "00000", official(), "0000.png")
-    assert len(read_image_folder(tmp_path, task="geneval")) == 1
+    assert len(read_image_folder(tmp_path, reward=COCO)) == 1
     with pytest.raises(UserError, match="'dog', which the detector does not know: it knows circle"):
-        read_image_folder(tmp_path, task="geneval", classes=SHAPES)
+        read_image_folder(tmp_path, reward=SHAPES)
 
 
 def test_an_ocr_folder_needs_a_text(tmp_path: Path) -> None:
     numbered(tmp_path, "00000", official(), "0000.png")
-    assert "line 1: it has no text in double quotes" in refusal(tmp_path, "ocr")
+    assert "line 1: it has no text in double quotes" in refusal(tmp_path, OCR)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

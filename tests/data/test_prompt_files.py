@@ -10,20 +10,24 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdro_cli.config.sections import PromptSource
-from gdro_cli.core.geneval import COCO_CLASSES, SHAPES, TAGS
+from gdro_cli.core.geneval import TAGS
 from gdro_cli.data.promptfile import MAX_LINE_BYTES, read_prompt_file
 from gdro_cli.data.prompts import PromptSet, load_prompts
 from gdro_cli.errors import UserError
+from gdro_cli.rewards.base import Reward
+from gdro_cli.rewards.geneval.reward import GenEvalReward
+from tests.support.prompt_rewards import COCO, OCR, SHAPES
+from tests.support.rectangles import RectangleDetector
 
 
-def load(path: Path, data: bytes | str, *, task: str = "ocr", count: int | None = None) -> PromptSet:
+def load(path: Path, data: bytes | str, *, reward: Reward = OCR, count: int | None = None) -> PromptSet:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return load_prompts(PromptSource(file=str(path), count=count), task=task)
+    return load_prompts(PromptSource(file=str(path), count=count), reward=reward)
 
 
-def refusal(path: Path, data: bytes | str, *, task: str = "ocr") -> str:
+def refusal(path: Path, data: bytes | str) -> str:
     with pytest.raises(UserError) as caught:
-        load(path, data, task=task)
+        load(path, data)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message
     return message
@@ -77,7 +81,7 @@ def test_geneval_metadata_as_the_official_file_has_it(tmp_path: Path) -> None:
         "exclude": [{"class": "clock", "count": 3}],
         "prompt": "a photo of two clocks",
     }
-    record = load(tmp_path / "evaluation_metadata.jsonl", json.dumps(row) + "\n", task="geneval").records[0]
+    record = load(tmp_path / "evaluation_metadata.jsonl", json.dumps(row) + "\n", reward=COCO).records[0]
     assert (record.prompt, record.target) == ("a photo of two clocks", None)
     assert record.metadata == {key: row[key] for key in ("tag", "include", "exclude")}
 
@@ -89,24 +93,11 @@ def test_count_takes_the_first_and_too_many_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "p.txt", data, count=4)
 
 
-def test_file_is_looked_for_beside_the_recipe_then_in_the_working_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "recipe").mkdir()
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    source = PromptSource(file="p.txt")
-    (tmp_path / "here" / "p.txt").write_text('"HERE"')
-    assert load_prompts(source, task="ocr", base_dir=tmp_path / "recipe").records[0].target == "HERE"
-    (tmp_path / "recipe" / "p.txt").write_text('"BESIDE"')
-    assert load_prompts(source, task="ocr", base_dir=tmp_path / "recipe").records[0].target == "BESIDE"
-
-
 TEXT_CASES: dict[str, tuple[bytes | str, str]] = {
     "no quotes": ("a plain sign", "line 1: it has no text in double quotes"),
     "one quote": ('a "plain sign', "line 1: it has no text in double quotes"),
-    "empty quotes": ('a sign ""', "line 1: the text that the picture shall say is empty"),
-    "blank quotes": ('a sign "  "', "line 1: the text that the picture shall say is empty"),
+    "empty quotes": ('a sign ""', "line 1: the text that the image must say is empty"),
+    "blank quotes": ('a sign "  "', "line 1: the text that the image must say is empty"),
     "NUL": (b'ok "A"\na\x00b "C"', "line 2: it contains a NUL character"),
     "control character": ('a \x07 "C"', "line 1: it contains the character U+0007"),
     "latin-1": (b'ok "A"\ncaf\xe9 "B"', "line 2: byte 4 is not UTF-8"),
@@ -139,7 +130,7 @@ JSON_CASES = {
     "target is a list": ('{"prompt": "a", "target": ["A"]}', "line 1: target must be a text, not list"),
     "target is blank": (
         '{"prompt": "a", "target": " "}',
-        "line 1: the text that the picture shall say is empty",
+        "line 1: the text that the image must say is empty",
     ),
     "key twice": (
         '{"prompt": "a \\"A\\"", "prompt": "b"}',
@@ -235,18 +226,24 @@ def test_bad_geneval_metadata(tmp_path: Path, case: str) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("\n" + json.dumps(row))
     with pytest.raises(UserError) as caught:
-        read_prompt_file(path, task="geneval", classes=COCO_CLASSES)
+        read_prompt_file(path, reward=COCO)
     message = str(caught.value)
     assert message.startswith(f"the prompt file {path} has a bad line; line 2: ") and expected in message
     assert "\n" not in message and len(message) < 500
 
 
-def test_any_class_may_be_asked_for_without_a_vocabulary(tmp_path: Path) -> None:
+class GryphonDetector(RectangleDetector):
+    """Knows another class than any of the tool's own detectors."""
+
+    classes = ("gryphon",)
+
+
+def test_the_classes_of_the_detector_may_be_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(geneval({"class": "gryphon", "count": 1})))
-    assert len(read_prompt_file(path, task="geneval")) == 1
+    assert len(read_prompt_file(path, reward=GenEvalReward(detector=GryphonDetector()))) == 1
     with pytest.raises(UserError, match="'gryphon', which the detector does not know: it knows circle, square, "):
-        read_prompt_file(path, task="geneval", classes=SHAPES)
+        read_prompt_file(path, reward=SHAPES)
 
 
 OFFICIAL_LINES = """\
@@ -267,7 +264,7 @@ OFFICIAL_LINES = """\
 def test_official_lines_of_every_tag_load_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "evaluation_metadata.jsonl"
     path.write_text(OFFICIAL_LINES)
-    records = read_prompt_file(path, task="geneval", classes=COCO_CLASSES)
+    records = read_prompt_file(path, reward=COCO)
     assert tuple(record.metadata["tag"] for record in records) == TAGS
     for record, line in zip(records, OFFICIAL_LINES.splitlines(), strict=True):
         assert {**record.metadata, "prompt": record.prompt} == json.loads(line)
@@ -277,7 +274,7 @@ def test_keys_beside_the_clauses_are_kept_and_null_is_absent(tmp_path: Path) -> 
     row = geneval(DOG | {"color": None, "position": None}, exclude=None, source="mine")
     path = tmp_path / "p.jsonl"
     path.write_text(json.dumps(row))
-    (record,) = read_prompt_file(path, task="geneval", classes=COCO_CLASSES)
+    (record,) = read_prompt_file(path, reward=COCO)
     assert {**record.metadata, "prompt": record.prompt} == row
 
 
@@ -298,7 +295,7 @@ def test_a_file_that_is_not_there_a_folder_and_a_device(tmp_path: Path) -> None:
         ("~no-such-user/p.txt", "does not exist"),
     ]:
         with pytest.raises(UserError, match=expected):
-            load_prompts(PromptSource(file=file), task="ocr", base_dir=tmp_path)
+            load_prompts(PromptSource(file=file), reward=OCR)
 
 
 def test_a_file_without_read_permission(open_folder: Path, unprivileged: Callable[[], Any]) -> None:
@@ -306,11 +303,11 @@ def test_a_file_without_read_permission(open_folder: Path, unprivileged: Callabl
     path.write_text('"A"')
     path.chmod(0)
     with unprivileged(), pytest.raises(UserError, match="cannot be read: Permission denied"):
-        load_prompts(PromptSource(file=str(path)), task="ocr")
+        load_prompts(PromptSource(file=str(path)), reward=OCR)
 
 
 def test_built_in_sets(tmp_path: Path) -> None:
-    prompts = load_prompts(PromptSource(builtin="ocr-test", count=20, two_line_share=0.5), task="ocr")
+    prompts = load_prompts(PromptSource(builtin="ocr-test", count=20, two_line_share=0.5), reward=OCR)
     assert len(prompts) == 20 and prompts.dropped_duplicates == 0
     assert all(record.target and f'"{record.target}"' in record.prompt for record in prompts.records)
     # A built-in prompt and the same line in a file are one record.
@@ -319,16 +316,25 @@ def test_built_in_sets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "task", "hint"),
+    ("name", "reward", "hint"),
     [
-        ("ocr-tset", "ocr", "did you mean `ocr-test`"),
-        ("zzz", "ocr", "choose one of ocr-train, ocr-validation, ocr-test"),
-        ("ocr-train", "geneval", "for the task geneval"),
+        ("ocr-tset", OCR, "there is no built-in prompt set 'ocr-tset'; did you mean `ocr-test`"),
+        ("zzz", OCR, "choose one of ocr-train, ocr-validation, ocr-test"),
+        (
+            "ocr-train",
+            SHAPES,
+            r"does not fit the reward geneval \(the key tag is missing; .*: choose one of geneval-train,",
+        ),
+        (
+            "geneval-train",
+            OCR,
+            r"does not fit the reward ocr \(it has no text in double quotes; .*: choose one of ocr-",
+        ),
     ],
 )
-def test_unknown_built_in_set(name: str, task: str, hint: str) -> None:
+def test_a_built_in_set_that_is_unknown_or_does_not_fit(name: str, reward: Reward, hint: str) -> None:
     with pytest.raises(UserError, match=hint):
-        load_prompts(PromptSource(builtin=name, count=3), task=task)
+        load_prompts(PromptSource(builtin=name, count=3), reward=reward)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

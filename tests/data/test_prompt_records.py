@@ -5,7 +5,8 @@ import pickle
 
 import pytest
 
-from gdro_cli.data.prompts import PromptRecord, PromptSet, quoted_text
+from gdro_cli.core.quotes import quoted_text
+from gdro_cli.data.prompts import PromptRecord, PromptSet
 
 
 def test_id_is_the_digest_of_the_content() -> None:

@@ -14,6 +14,7 @@ from gdro_cli.data.imagefolder import read_image_folder
 from gdro_cli.rewards.base import UnreadableImageError, read_rgb
 from gdro_cli.stages.reporting.html import picture
 from tests.support.faulty import Case, check, command, outcome, rows
+from tests.support.prompt_rewards import OCR
 
 
 def png(mode: str = "RGB", size: tuple[int, int] = (16, 16)) -> bytes:
@@ -131,7 +132,7 @@ def test_a_picture_folder(case: Case, tmp_path: Path) -> None:
     (tmp_path / "loop" / "0" / "samples" / "0001.png").symlink_to("0001.png")
     (tmp_path / "latin" / "0").mkdir(parents=True)
     (tmp_path / "latin" / "0" / "metadata.jsonl").write_bytes(b'{"prompt": "caf\xe9"}')
-    check(outcome(lambda: read_image_folder(tmp_path / case.given, task="ocr")), case.code, case.words)
+    check(outcome(lambda: read_image_folder(tmp_path / case.given, reward=OCR)), case.code, case.words)
 
 
 def test_the_command_line_says_the_same(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gdro_cli.config.sections import PromptSource
-from gdro_cli.core.geneval import COCO_CLASSES
 from gdro_cli.data.prompts import PromptSet, load_prompts
 from tests.support.faulty import Case, check, never_unexpected, outcome, rows
+from tests.support.prompt_rewards import REWARDS
 
 
 def line(**values: Any) -> bytes:
@@ -170,7 +170,7 @@ GENEVAL = [
 
 def load(path: Path, data: bytes, task: str) -> PromptSet:
     path.write_bytes(data)
-    return load_prompts(PromptSource(file=str(path)), task=task, classes=COCO_CLASSES if task == "geneval" else None)
+    return load_prompts(PromptSource(file=str(path)), reward=REWARDS[task])
 
 
 def check_file(case: Case, path: Path, task: str) -> None:

@@ -13,11 +13,11 @@ import torch
 
 from gdro_cli.cli.show import _run_row
 from gdro_cli.config.yamlfile import read_yaml
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.files import append_bytes
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.runtime.checkpoint import load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.tiny.assets import tiny_model_path
 from tests.support import small_store
 from tests.support.faulty import Outcome, check, outcome
 

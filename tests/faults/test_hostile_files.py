@@ -22,6 +22,7 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.reporting.csv_table import csv_bytes
+from tests.support.prompt_rewards import OCR
 
 PRECIOUS = b"precious\n"
 
@@ -118,7 +119,7 @@ def test_a_prompt_s_metadata_holds_no_larger_numbers(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a \\"B\\"", "n": 18446744073709551616}\n')
     with pytest.raises(UserError, match="too large a number"):
-        read_prompt_file(path, task="ocr")
+        read_prompt_file(path, reward=OCR)
 
 
 # -- terminal and spreadsheet -----------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPModel
 
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Adapter, merge_into, read_adapter
 from gdro_cli.rewards.geneval.pretrained import ModelFiles
@@ -27,8 +28,7 @@ from gdro_cli.rewards.judge.endpoint import check_url, retry_after
 from gdro_cli.rewards.judge.unified_prompt import read_answer
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
-from gdro_cli.rewards.ocr_models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
-from gdro_cli.tiny.assets import tiny_model_path
+from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
 from tests.support.faulty import check, outcome
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, says
 
@@ -260,27 +260,27 @@ def bomb() -> str:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("text", "words"),
     [
-        bomb(),
-        "a: &a {x: 1}\nb: {<<: *a}\n",
-        "a: &a [*a]\n",
-        "a: " + "[" * 5000,
-        "\n".join(" " * n + "a:" for n in range(1200)),
-        "a: " + "9" * 5000,
-        "#" * 2_000_000,
+        (bomb(), "does not belong to a recognition model"),  # it stays small, since nothing writes it out
+        ("a: &a [*a]\n", "does not belong to a recognition model"),
+        ("a: " + "[" * 5000, "give the model's own file"),
+        ("\n".join(" " * n + "a:" for n in range(1200)), "give the model's own file"),
+        ("a: " + "9" * 5000, "give the model's own file"),
+        ("#" * 2_000_000, "give the model's own file"),
+        ("!!python/object/apply:os.getcwd []", "give the model's own file"),
     ],
-    ids=["aliases", "merge", "itself", "brackets", "deep", "number", "long"],
+    ids=["aliases", "itself", "brackets", "deep", "number", "long", "code"],
 )
-def test_an_ocr_model_s_configuration_that_grows(text: str, tmp_path: Path) -> None:
-    """Refused before it is large: the first would otherwise take longer than anybody waits."""
+def test_an_ocr_model_s_configuration_that_grows(text: str, words: str, tmp_path: Path) -> None:
+    """Each is one sentence."""
     models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160)
     for found in (models.detection, models.recognition):
         shutil.copytree(found.path, tmp_path / found.name)
     (tmp_path / RECOGNITION_MODEL / "inference.yml").write_text(text)
     options: dict[str, Any] = {"recognition_width": 320, "model_dir": tmp_path}
     found_out = outcome(lambda: find_models(DETECTION_MODEL, RECOGNITION_MODEL, **options))
-    check(found_out, 3, "give the model's own file")
+    check(found_out, 3, words)
 
 
 def test_an_ocr_model_s_configuration_with_the_aliases_of_the_official_ones(tmp_path: Path) -> None:

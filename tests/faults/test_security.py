@@ -26,6 +26,7 @@ from gdro_cli.cli.app import main
 from gdro_cli.cli.failures import exit_code_of
 from gdro_cli.config.load import load_recipe
 from gdro_cli.core.sweeps import CurvePoint, Spread
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
@@ -39,7 +40,6 @@ from gdro_cli.stages.reporting.evaluation_report import write_report
 from gdro_cli.stages.reporting.model_card import Place, card
 from gdro_cli.stages.reporting.redaction import ADDRESS, recipe_yaml
 from gdro_cli.stages.runs.finished_run import FinishedRun
-from gdro_cli.tiny.assets import tiny_model_path
 from tests.faults.test_bad_results import RESULTS
 from tests.faults.test_bad_stores import forged_file
 from tests.support.faulty import check, outcome

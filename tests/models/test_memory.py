@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.models.adapters import attach_lora, reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, quantization_config
 from gdro_cli.models.sampling import sample_latents
-from gdro_cli.tiny.assets import tiny_model_path
 
 from .conftest import PROMPTS, SIZE
 

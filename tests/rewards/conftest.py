@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gdro_cli.rewards.ocr import OcrReward
+from gdro_cli.rewards.ocr.reward import OcrReward
 
 
 @pytest.fixture(scope="session", autouse=True)

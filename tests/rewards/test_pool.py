@@ -12,12 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.rewards import pool as pool_module
 from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.ocr import OcrReward
+from gdro_cli.rewards.ocr.reward import OcrReward
 from gdro_cli.rewards.pool import ScoringPool, usable_cores
 from tests.support.breaking_rewards import (
     HANGS,
@@ -26,6 +27,9 @@ from tests.support.breaking_rewards import (
     RAISES,
     WITHOUT_TARGET,
     DiesWhileLoading,
+    GpuReward,
+    NotFinite,
+    OtherTypes,
     StartsOnce,
     ThreadsReward,
     Unloadable,
@@ -83,6 +87,26 @@ def test_workers_share_the_cores_whatever_the_parent_s_variables_say(
     assert os.environ["OMP_NUM_THREADS"] == str(usable_cores() + 1) and "MKL_NUM_THREADS" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("visible", "own", "seen"),
+    [(None, None, None), ("2,3", None, "2,3"), (None, 1, "1"), ("2, 3", 1, "3"), ("GPU-aa,GPU-bb", 0, "GPU-aa")],
+)
+def test_workers_see_the_gpu_of_their_parent_alone(
+    visible: str | None, own: int | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the workers of all processes of a job would load their models on the first GPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: own is not None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: own)
+    images = widths(8)
+    with ScoringPool(GpuReward(), workers=1) as pool:
+        (score,) = pool.score(images, prompts(images))
+    assert score.details["gpus"] == seen
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == visible
+
+
 def test_no_images() -> None:
     with ScoringPool(WidthReward(), workers=1) as pool:
         assert pool.score([], []) == []
@@ -129,6 +153,17 @@ def test_an_exception_of_the_reward_costs_only_its_image() -> None:
         scores = pool.score(images, prompts(images))
     assert [i for i, score in enumerate(scores) if score.value is None] == [20]
     assert "RuntimeError: seventeen" in (scores[20].reason or "")
+
+
+def test_what_is_no_score_is_missing() -> None:
+    images = widths(5, RAISES + 1)
+    with ScoringPool(OtherTypes(), workers=1) as pool:
+        scores = pool.score(images, prompts(images))
+    assert [score.reason for score in scores] == ["the reward gave values of the type float in place of a Score"] * 2
+    with ScoringPool(NotFinite(), workers=1) as pool:
+        scores = pool.score(images, prompts(images))
+    assert [score.value for score in scores] == [5.0, None]
+    assert scores[1].reason == "the reward failed on this image: ValueError: a score is a finite number, not nan"
 
 
 def test_errors_for_the_user_go_through_and_close_the_pool() -> None:

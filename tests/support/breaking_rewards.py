@@ -75,6 +75,28 @@ class ThreadsReward(WidthReward):
         return [Score(float(self._threads)) for _ in images]
 
 
+class GpuReward(WidthReward):
+    """Its details hold the GPUs that its process sees."""
+
+    def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
+        return [Score(0.0, None, {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES")}) for _ in images]
+
+
+class OtherTypes(WidthReward):
+    """It gives numbers in place of scores."""
+
+    def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
+        return [0.5 for _ in images]  # type: ignore[misc]
+
+
+class NotFinite(WidthReward):
+    """It divides by zero on one image."""
+
+    def _one(self, source: ImageSource) -> Score:
+        score = super()._one(source)
+        return Score(float("nan")) if score.value == RAISES + 1 else score
+
+
 class Unloadable(WidthReward):
     """Its weights are missing."""
 

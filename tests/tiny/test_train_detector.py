@@ -12,9 +12,9 @@ from torch.nn import functional
 
 from gdro_cli.core.geneval import TAGS
 from gdro_cli.core.seeds import seed_for
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.rewards.geneval.palette import PaletteColours
 from gdro_cli.rewards.geneval.segmenter import SegmentationNetwork, SegmenterDetector, to_pixels
-from gdro_cli.tiny.assets import tiny_model_path
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.train_detector import (
     PALETTE_FILE,

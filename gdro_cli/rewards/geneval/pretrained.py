@@ -20,7 +20,7 @@ import torch
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.files import read_bytes, sha256_file
-from gdro_cli.rewards.base import describe
+from gdro_cli.rewards.base import one_line
 
 _CONFIG = "config.json"
 _SMALL = ("*.json", "*.txt")
@@ -110,7 +110,7 @@ class ModelFiles:
                 return cls.from_pretrained(str(self._root), local_files_only=True, trust_remote_code=False, **options)
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise PrerequisiteError(
-                f"the model {self.name} cannot be loaded ({describe(error)}): {self._remedy()}"
+                f"the model {self.name} cannot be loaded ({one_line(error)}): {self._remedy()}"
             ) from error
 
     def _read_config(self) -> dict[str, Any]:

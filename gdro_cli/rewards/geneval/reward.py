@@ -5,50 +5,168 @@ The value of a score is the soft reward; the official verdict and the strict one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from PIL import Image
-
-from gdro_cli.core.geneval import Task, parse_task
+from gdro_cli.config.sections import GenEvalReward as GenEvalSettings
+from gdro_cli.core.geneval import TAGS, VOCABULARIES, Task, parse_task
+from gdro_cli.core.measures import Detail, Measure
 from gdro_cli.errors import GdroError, UserError
-from gdro_cli.rewards.base import ImageSource, PromptLike, Score, UnreadableImageError, describe, read_rgb
-from gdro_cli.rewards.geneval.detection import ColourClassifier, Detection, Detector
+from gdro_cli.rewards.base import (
+    ImageSource,
+    PromptLike,
+    Resources,
+    Reward,
+    Score,
+    UnreadableImageError,
+    one_line,
+    read_rgb,
+)
 from gdro_cli.rewards.geneval.rules import RULE, THRESHOLD, judge, select, wants_colours
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-class GenEvalReward:
+    from gdro_cli.rewards.geneval.detection import ColourClassifier, Detection, Detector
+
+_VOCABULARY = {"shapes": "shapes", "mask2former": "coco"}
+"""What each detector of a recipe can find."""
+
+
+class GenEvalReward(Reward):
     """Scores images by the objects that a detector finds in them.
 
-    Making one loads nothing; ``load`` (or the first ``score``) does. A reward that shall go to a worker process is sent
-    before. Details of a measured score: ``tag``, ``accuracy`` and ``strict`` (bool), ``soft`` (the value), ``parts``,
+    Details of a measured score: ``tag``, ``accuracy`` and ``strict`` (bool), ``soft`` (the value), ``parts``,
     ``reasons`` (why ``strict`` is False) and ``detections``, the objects that count for this tag: ``label``,
     ``confidence`` (4 digits), ``box`` (left, top, right, bottom in pixels, 1 digit) and, if a clause asks for a colour
     of their class, ``colour``.
 
     Args:
-        detector: finds the objects; its ``classes`` are what prompts may ask for.
-        colours: names their colours, called only for prompts that ask for one.
+        settings: name the two models.
+        detector: finds the objects, in place of the one that the settings name; its ``classes`` are what prompts may
+            ask for.
+        colours: names their colours, in place of the one that the settings name; called only for prompts that ask for
+            one.
     """
 
-    def __init__(self, detector: Detector, colours: ColourClassifier) -> None:
-        self._detector = detector
-        self._colours = colours
+    name = "geneval"
+    purpose = "to draw what a prompt asks for, by GenEval's rules"
+    Settings = GenEvalSettings
+    needs = frozenset({"tag", "include"})
+    measures = (
+        Measure("overall", "accuracy", by_tag=True),
+        *(Measure(tag, "accuracy", tag=tag) for tag in TAGS),
+        Measure("strict reward", "strict"),
+        Measure("soft reward", "soft"),
+    )
+    # The prompts describe no details, so a judge's alignment would reward what the reward is hacked with.
+    judge_axes = ("coherence", "style")
+    columns = ("accuracy", "strict", "soft")
+    settings: GenEvalSettings
+    classes: tuple[str, ...]
+    """What prompts may ask for."""
+
+    def __init__(
+        self,
+        settings: GenEvalSettings | None = None,
+        *,
+        detector: Detector | None = None,
+        colours: ColourClassifier | None = None,
+    ) -> None:
+        super().__init__(settings)
+        self.classes = VOCABULARIES[_VOCABULARY[self.settings.detector]]
+        if detector is not None:
+            self.detector, self.classes = detector, tuple(detector.classes)
+        if colours is not None:
+            self.colours = colours
+
+    # -- facts ----------------------------------------------------------------------------------------------------
+
+    @property
+    def trained_on(self) -> Detail:
+        """The objective: one of the three rewards, or several with their weights."""
+        objective = self.settings.objective
+        return objective if isinstance(objective, str) else {str(name): weight for name, weight in objective.items()}
+
+    @property
+    def resources(self) -> Resources:
+        """Mask2Former and CLIP are large: one process with all threads, and not a copy per core."""
+        return "device" if self.settings.detector == "mask2former" or self._colours == "clip" else "cores"
+
+    def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
+        """Check the metadata. Raises ValueError for what is not GenEval's, or a class that the detector lacks."""
+        parse_task(metadata, classes=self.classes)
+        return target
+
+    @classmethod
+    def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """The official verdict, and what was detected."""
+        if details.get("accuracy") is not None:
+            yield "GenEval", "correct" if details["accuracy"] else "wrong"
+        if "detections" in details:
+            yield "seen", seen(details["detections"])
+
+    @classmethod
+    def caption(cls, value: float, details: Mapping[str, Any]) -> tuple[str, ...]:
+        """The verdict and the soft reward; what was detected."""
+        facts = dict(cls.facts(details))
+        return f"{facts.get('GenEval', '-')}, soft reward {value:.2f}", f"seen: {facts.get('seen', '-')}"
+
+    @classmethod
+    def cells(cls, details: Mapping[str, Any]) -> dict[str, Any]:
+        """The details that are no lists, and the detections as text."""
+        detections = {"detections": seen(details["detections"])} if "detections" in details else {}
+        return super().cells(details) | detections
+
+    # -- scoring --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def detector(self) -> Detector:
+        """Finds the objects. Raises ``PrerequisiteError``."""
+        if self.settings.detector == "mask2former":
+            from gdro_cli.rewards.geneval.mask2former import MODEL, Mask2FormerDetector
+
+            return Mask2FormerDetector(self.settings.detector_model or MODEL)
+        from gdro_cli.embedded import tiny_detector_path
+        from gdro_cli.rewards.geneval.segmenter import SegmenterDetector
+
+        return SegmenterDetector(tiny_detector_path())
+
+    @cached_property
+    def colours(self) -> ColourClassifier:
+        """Names the objects' colours. Raises ``PrerequisiteError``."""
+        if self._colours == "clip":
+            from gdro_cli.rewards.geneval.clip_colour import MODEL, ClipColours
+
+            return ClipColours(self.settings.colour_model or MODEL)
+        from gdro_cli.embedded import tiny_detector_path
+        from gdro_cli.rewards.geneval.palette import PaletteColours
+
+        return PaletteColours.read(tiny_detector_path() / "palette.json")
+
+    @property
+    def _colours(self) -> str:
+        settings = self.settings
+        if settings.colours != "auto":
+            return settings.colours
+        return "palette" if settings.detector == "shapes" else "clip"
 
     @property
     def version(self) -> Mapping[str, Any]:
         """Provenance: the rules and what the two models say of themselves."""
         return {
-            "reward": "geneval",
+            "reward": self.name,
             "rule": RULE,
-            "detector": dict(self._detector.version),
-            "colours": dict(self._colours.version),
+            "detector": dict(self.detector.version),
+            "colours": dict(self.colours.version),
         }
 
     def load(self) -> None:
         """Load both models; a second call does nothing. Raises ``PrerequisiteError``."""
-        self._detector.load()
-        self._colours.load()
+        self.detector.load()
+        self.colours.load()
 
     def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
         """Score ``images[i]`` for ``prompts[i]``, in order.
@@ -81,7 +199,7 @@ class GenEvalReward:
 
     def _task(self, prompt: PromptLike) -> Task:
         try:
-            return parse_task(prompt.metadata, classes=self._detector.classes)
+            return parse_task(prompt.metadata, classes=self.detector.classes)
         except ValueError as error:
             raise UserError(f"the GenEval reward cannot score the prompt {prompt.prompt!r}: {error}") from error
 
@@ -93,26 +211,26 @@ class GenEvalReward:
         if not images:
             return []
         try:
-            detected = self._detector.detect(images, minimum=THRESHOLD)
+            detected = self.detector.detect(images, minimum=THRESHOLD)
             if len(detected) != len(images):
                 raise RuntimeError(f"it gave {len(detected)} answers for {len(images)} images")
         except GdroError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a network raises concerns one image of the batch
             if len(images) == 1:
-                return [f"the detector failed on this image: {describe(error)}"]
+                return [f"the detector failed on this image: {one_line(error)}"]
             return [answer for image in images for answer in self._detect([image])]
         return list(detected)
 
     def _judge(self, image: Image.Image, task: Task, *, objects: Sequence[Detection]) -> Score:
-        found = select(objects, tag=task.tag)
+        counted = select(objects, tag=task.tag)
         try:
-            colours = self._name_colours(image, found, labels=wants_colours(task))
+            colours = self._name_colours(image, counted, labels=wants_colours(task))
         except GdroError:
             raise
         except Exception as error:  # noqa: BLE001 - as above
-            return Score(None, f"the colour classifier failed on this image: {describe(error)}")
-        verdict = judge(task, found, colours)
+            return Score(None, f"the colour classifier failed on this image: {one_line(error)}")
+        verdict = judge(task, counted, colours)
         details = {
             "tag": task.tag,
             "accuracy": verdict.accuracy,
@@ -120,24 +238,24 @@ class GenEvalReward:
             "soft": verdict.soft,
             "parts": list(verdict.parts),
             "reasons": list(verdict.reasons),
-            "detections": _rows(found, colours),
+            "detections": _rows(counted, colours),
         }
         return Score(verdict.soft, None, details)
 
     def _name_colours(
-        self, image: Image.Image, found: Mapping[str, Sequence[Detection]], *, labels: frozenset[str]
+        self, image: Image.Image, counted: Mapping[str, Sequence[Detection]], *, labels: frozenset[str]
     ) -> dict[str, list[str]]:
-        """The colours of all objects of the classes in ``labels``, by class, in the order of ``found``."""
-        asked = [item for label, items in found.items() if label in labels for item in items]
+        """The colours of all objects of the classes in ``labels``, by class, in the order of ``counted``."""
+        objects = [item for label, items in counted.items() if label in labels for item in items]
         colours: dict[str, list[str]] = {}
-        for item, name in zip(asked, self._colours.classify(image, asked) if asked else [], strict=True):
+        for item, name in zip(objects, self.colours.classify(image, objects) if objects else [], strict=True):
             colours.setdefault(item.label, []).append(name)
         return colours
 
 
-def _rows(found: Mapping[str, Sequence[Detection]], colours: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def _rows(counted: Mapping[str, Sequence[Detection]], colours: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for label, items in found.items():
+    for label, items in counted.items():
         for number, item in enumerate(items):
             row: dict[str, Any] = {
                 "label": label,
@@ -148,3 +266,9 @@ def _rows(found: Mapping[str, Sequence[Detection]], colours: Mapping[str, Sequen
                 row["colour"] = colours[label][number]
             rows.append(row)
     return rows
+
+
+def seen(detections: Sequence[Mapping[str, Any]]) -> str:
+    """Detections as text, such as ``2 red circle, star``; none at all is a dash."""
+    names = Counter(" ".join(filter(None, (item.get("colour"), item["label"]))) for item in detections)
+    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in names.items()) or "-"

@@ -1,4 +1,4 @@
-"""GenEval's rules: what was found in a picture against what its prompt asks for (arXiv 2310.11513).
+"""GenEval's rules: what was found in an image against what its prompt asks for (arXiv 2310.11513).
 
 Three verdicts on the same detections:
 
@@ -6,7 +6,7 @@ Three verdicts on the same detections:
     strict    exactly ``count``, all of the colour, all in their place, nothing excluded; implies accuracy
     soft      the training reward in [0, 1]: the mean over parts, whose number the prompt alone decides
 
-Pure functions: no detector, no picture.
+Pure functions: no detector, no image.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gdro_cli.core.geneval import Clause, Task
-from gdro_cli.rewards.geneval.detection import Box, Detection
+
+if TYPE_CHECKING:
+    from gdro_cli.rewards.geneval.detection import Box, Detection
 
 RULE = "geneval-1"
 """Name of the rules in the provenance; it changes whenever the same detections would be judged differently."""
@@ -36,7 +39,7 @@ _CLEARLY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the rules say of one picture."""
+    """What the rules say of one image."""
 
     accuracy: bool
     """The official verdict; more objects than asked for are allowed unless an ``exclude`` clause forbids them."""
@@ -91,7 +94,7 @@ def wants_colours(task: Task) -> frozenset[str]:
 
 
 def judge(task: Task, found: Mapping[str, Sequence[Detection]], colours: Mapping[str, Sequence[str]]) -> Verdict:
-    """Judge one picture.
+    """Judge one image.
 
     Args:
         task: what the prompt asks for.
@@ -119,7 +122,7 @@ def judge(task: Task, found: Mapping[str, Sequence[Detection]], colours: Mapping
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """One include clause in one picture."""
+    """One include clause in one image."""
 
     matched: bool
     """It holds in the official sense, apart from whether the target of its position does: that is another clause, which

@@ -18,12 +18,6 @@ AXES = ("alignment", "coherence", "style")
 LOWEST, HIGHEST = 1.0, 5.0
 """Ends of the scale of every axis."""
 
-_TASK_AXES = {
-    "ocr": AXES,
-    # GenEval's prompts describe no details, so alignment would reward what the reward is hacked with.
-    "geneval": ("coherence", "style"),
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
@@ -82,7 +76,7 @@ class JudgeReward:
 
     Args:
         judge: who judges.
-        axes: the axes of ``u``, as ``u_axes`` gives them for a task.
+        axes: the axes of ``u``, a reward's ``judge_axes``.
 
     Raises:
         ValueError: no axes, unknown ones, or one twice.
@@ -125,13 +119,6 @@ class JudgeReward:
         if judgement.reason is not None:
             details["missing"] = judgement.reason
         return Score(sum(values) / len(values), None, details)
-
-
-def u_axes(task: str) -> tuple[str, ...]:
-    """The axes whose mean is ``u`` for the prompts of a task, ``ocr`` or ``geneval``. Raises ``ValueError``."""
-    if task not in _TASK_AXES:
-        raise ValueError(f"no axes are known for the task {task!r}; known tasks: {', '.join(_TASK_AXES)}")
-    return _TASK_AXES[task]
 
 
 def on_scale(value: float) -> bool:

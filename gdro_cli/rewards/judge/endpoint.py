@@ -22,7 +22,7 @@ import httpx2
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.files import refuse_half_characters
-from gdro_cli.rewards.base import describe
+from gdro_cli.rewards.base import one_line
 
 FIRST_PAUSE = 0.5
 """Seconds before the second attempt; every further pause is twice as long."""
@@ -109,7 +109,7 @@ class Endpoint:
             answer = self._send("GET", "models")
         except httpx2.RequestError as error:
             raise PrerequisiteError(
-                f"the judge's endpoint {self._url} cannot be reached ({self._hidden(describe(error))}): start the "
+                f"the judge's endpoint {self._url} cannot be reached ({self._hidden(one_line(error))}): start the "
                 "server, or correct its base_url"
             ) from None
         if answer.status in (401, 403):
@@ -139,9 +139,9 @@ class Endpoint:
             try:
                 answer = self._send("POST", "chat/completions", body)
             except httpx2.TransportError as error:
-                reason = self._hidden(describe(error))
+                reason = self._hidden(one_line(error))
             except httpx2.RequestError as error:
-                raise NoAnswerError(f"the judge's answer cannot be decoded: {self._hidden(describe(error))}") from None
+                raise NoAnswerError(f"the judge's answer cannot be decoded: {self._hidden(one_line(error))}") from None
             else:
                 if answer.good:
                     text, complete = _text(answer)

@@ -23,7 +23,7 @@ from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.files import read_bytes, sha256, sha256_file
-from gdro_cli.rewards.base import ImageSource, UnreadableImageError, describe, read_rgb
+from gdro_cli.rewards.base import ImageSource, UnreadableImageError, one_line, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.unified_prompt import (
     MAX_TOKENS,
@@ -113,7 +113,7 @@ class UnifiedRewardLocal:
         try:
             answer, complete = _ask(loaded, image, request_text(prompt, template=self._template))
         except (RuntimeError, ValueError) as error:  # such as too little memory for this image
-            return Judgement.missing(f"the judge failed on this image: {describe(error)}")
+            return Judgement.missing(f"the judge failed on this image: {one_line(error)}")
         return read_answer(answer, complete=complete)
 
     def _loaded(self) -> _Loaded:
@@ -142,7 +142,7 @@ class UnifiedRewardLocal:
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise PrerequisiteError(
-                f"the judge's model {self._name} cannot be loaded ({describe(error)}): fetch all of its files again"
+                f"the judge's model {self._name} cannot be loaded ({one_line(error)}): fetch all of its files again"
             ) from error
         # transformers would go on with random numbers for weights that the file lacks
         missing = sorted(set(info["missing_keys"]) & {name for name, _ in network.named_parameters()})

@@ -14,11 +14,12 @@ from gdro_cli.stages.ablation.result import FIGURES, Ablation, CellResult, kept_
 from gdro_cli.stages.reporting import charts
 from gdro_cli.stages.reporting.csv_table import csv_bytes
 from gdro_cli.stages.reporting.html import MISSING, flat, number, picture, render
+from gdro_cli.stages.setup.reward import open_reward
 
 ABLATION_KIND = "gdro ablation"
 ABLATION_SCHEMA = 1
-_POINT = ("reward", "low", "high", "overall", "u", "corrected", "verdict", "prompts", "images", "failed", "unjudged")
-"""What the table tells of a point, where it has it."""
+_POINT = ("u", "corrected", "verdict", "prompts", "images", "failed", "unjudged")
+"""What the table says of a point beside its reward, where it has it."""
 
 
 def write_files(found: Ablation, images: Images, folder: Path) -> tuple[Path, ...]:
@@ -148,10 +149,12 @@ def _json(value: Any) -> dict[str, Any] | None:
 
 def csv_table(found: Ablation) -> bytes:
     """One line per cell and evaluation point; a cell without points has one line. What is missing is empty."""
-    table: list[list[Any]] = [[*(axis.key for axis in found.sweep.axes), "seed", "run", "state", "step", *_POINT]]
+    headline = open_reward(found.sweep.recipe).measures[0].name
+    numbers = dict.fromkeys(("reward", "low", "high", headline, *_POINT))
+    table: list[list[Any]] = [[*(axis.key for axis in found.sweep.axes), "seed", "run", "state", "step", *numbers]]
     for each in found.cells:
         values = [value if isinstance(value, str) else json.dumps(value) for value in each.cell.values]
         head = [*values, each.cell.seed, each.run.name, each.outcome.state]
         for point in each.points or ({},):
-            table.append([*head, point.get("step"), *(point.get(name) for name in _POINT)])
+            table.append([*head, point.get("step"), *(point.get(name) for name in numbers)])
     return csv_bytes(table)

@@ -13,8 +13,8 @@ from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.progress import clock_time
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ablation.trials import TrialOutcome, TrialRun, read_outcome
-from gdro_cli.stages.evaluation.measures import headline, missing_limits
 from gdro_cli.stages.reporting.html import MISSING, number
+from gdro_cli.stages.setup.reward import missing_limits, open_reward
 
 Point = Mapping[str, Any]
 FIGURES: Mapping[str, str] = {
@@ -190,7 +190,7 @@ class Ablation:
 
 def collect(sweep: Sweep, trials: tuple[TrialRun, ...], folder: Path) -> Ablation:
     """Read the runs of all cells."""
-    first = headline(sweep.recipe).name
+    first = open_reward(sweep.recipe).measures[0].name
     points = [trial.points for trial in trials]
     judged = any("corrected" in point for own in points for point in own)
     measure = "corrected" if judged else first

@@ -15,35 +15,25 @@ from typing import Any
 
 from gdro_cli.config.sections import JudgeSection, RewardSection
 from gdro_cli.core.evaluation_points import MissingLimits
-from gdro_cli.core.geneval import TAGS
+from gdro_cli.core.measures import Measure
 from gdro_cli.core.scores import Interval
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import write_bytes
 from gdro_cli.identity import Difference, differences, digest
+from gdro_cli.rewards.registry import reward_class
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.comparison.matched_reward import EvaluatedRun, Gain, match
 from gdro_cli.stages.comparison.report import csv_table, json_document, page
 from gdro_cli.stages.comparison.result import Comparison
 from gdro_cli.stages.comparison.seed_groups import arms
-from gdro_cli.stages.evaluation.measures import Measured, measured
-from gdro_cli.stages.reporting.evaluation_report import ORDER, ordered, training_rows, validation_rows
+from gdro_cli.stages.evaluation.measures import Measured, measure_of, measured
+from gdro_cli.stages.reporting.evaluation_report import measure_names, training_rows, validation_rows
 from gdro_cli.stages.runs.identity import run_named
 from gdro_cli.stages.runs.results import read_results
 from gdro_cli.stages.runs.store_times import read_batches
-from gdro_cli.stages.setup.reward import Measure
-
-_DETAILS = {
-    "reward": None,
-    "overall": "accuracy",
-    "exact match": "exact",
-    "strict reward": "strict",
-    "soft reward": "soft",
-}
-# Measures that GenEval averages tag by tag.
-_BY_TAG = ("overall", "corrected")
 
 
 def run(names: Sequence[str], *, at_reward: float | None = None, workspace: Path) -> Comparison:
@@ -92,7 +82,9 @@ def compare(runs: Sequence[Path], *, at_reward: float | None, workspace: Path) -
         raise UserError(f"the reward to match at must be a finite number, not {at_reward}")
     opened = _open(runs)
     _refuse_differing(opened)
-    gains = tuple(gain for name in ordered(opened[0].results["measures"], ORDER) for gain in _gains(name, opened))
+    first = opened[0].results
+    names = measure_names(first["measures"], reward_class(first["task"]))
+    gains = tuple(gain for name in names for gain in _gains(name, opened))
     identity = [[run.name, run.results, list(run.points)] for run in opened]
     folder = workspace / "comparisons" / digest([identity, at_reward])
     matching = match(opened, at_reward=at_reward)
@@ -166,14 +158,6 @@ def _refuse_differing(runs: Sequence[EvaluatedRun]) -> None:
 # -- paired differences -----------------------------------------------------------------------------------------------
 
 
-def measure_of(name: str, *, task: str) -> Measure:
-    """Where a measure of results.json stands in its rows, and how its mean is taken."""
-    if name in TAGS:
-        return Measure(name, "accuracy", tag=name)
-    detail = _DETAILS[name] if name in _DETAILS else name.replace(" ", "_")
-    return Measure(name, detail, by_tag=task == "geneval" and name in _BY_TAG)
-
-
 def values_of(measure: Measure, results: Mapping[str, Any], *, model: str) -> Measured:
     """The values of one measure of the base or the trained model. Raises StoreError for rows that cannot be."""
     try:
@@ -187,7 +171,7 @@ def values_of(measure: Measure, results: Mapping[str, Any], *, model: str) -> Me
 
 def _gains(name: str, runs: Sequence[EvaluatedRun]) -> Iterable[Gain]:
     first = runs[0].results
-    measure = measure_of(name, task=first["task"])
+    measure = measure_of(name, reward_class(first["task"]))
     baseline = values_of(measure, first, model="trained")
     for number_, run in enumerate(runs):
         found = run.results["measures"].get(name)

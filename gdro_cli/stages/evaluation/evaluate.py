@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.measures import Measure
 from gdro_cli.core.scores import Interval
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.imagefolder import refuse_used
@@ -22,15 +23,8 @@ from gdro_cli.identity import digest
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.image_folder import write_images
-from gdro_cli.stages.evaluation.quality import (
-    Rated,
-    change,
-    comparable,
-    pair_verdict,
-    quality_measures,
-    rate_tables,
-    signal_measures,
-)
+from gdro_cli.stages.evaluation.measures import quality_measures, signal_measures
+from gdro_cli.stages.evaluation.quality import Rated, change_between, comparable, pair_verdict, rate_tables
 from gdro_cli.stages.reporting.evaluation_report import write_csv, write_report
 from gdro_cli.stages.reporting.image_sheet import draw_grid
 from gdro_cli.stages.reporting.model_card import write_card
@@ -39,7 +33,6 @@ from gdro_cli.stages.runs.results import RESULTS_KIND, RESULTS_SCHEMA
 from gdro_cli.stages.runs.weights import RunWeights, applied, trained_run
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing
-from gdro_cli.stages.setup.reward import Measure, measures
 from gdro_cli.stages.setup.scorers import open_judge_pool, open_judge_table, open_reward_pool, open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_store, store_identity, stores_folder
@@ -183,8 +176,8 @@ def protocol_of(session: Session) -> dict[str, Any]:
 def report(session: Session, folder: RunFolder, weights: RunWeights, base: _Tables, trained: _Tables) -> EvalResult:
     """Compare the two models, and write results.json, the CSV, the image grid and report.html into the run."""
     recipe, workspace = session.recipe, session.workspace
-    tables = {"base": base, "trained": trained}
-    rated = {name: rate_tables(recipe, each.rewards, each.judgements) for name, each in tables.items()}
+    tables, reward = {"base": base, "trained": trained}, session.reward
+    rated = {name: rate_tables(reward, each.rewards, each.judgements) for name, each in tables.items()}
     before, after = rated["base"], rated["trained"]
     protocol = protocol_of(session) | {
         "reward": dict(base.rewards.provenance),
@@ -192,9 +185,9 @@ def report(session: Session, folder: RunFolder, weights: RunWeights, base: _Tabl
     }
     out = folder.path / "evaluations" / f"results-{_identity(tables.values(), recipe)}"
     result = EvalResult(
-        comparisons=tuple(compared([*measures(recipe), *quality_measures(recipe)], before, after, recipe)),
-        signals=tuple(compared(signal_measures(recipe), before, after, recipe)),
-        verdict=pair_verdict(recipe, before, after),
+        comparisons=tuple(compared([*reward.measures, *quality_measures(reward)], before, after, recipe)),
+        signals=tuple(compared(signal_measures(reward), before, after, recipe)),
+        verdict=pair_verdict(reward, before, after, samples=recipe.eval.bootstrap),
         protocol=protocol_name(recipe, protocol, prompts=len(before.prompts)),
         failed=before.failed + after.failed,
         unjudged=before.unjudged + after.unjudged,
@@ -282,5 +275,5 @@ def compared(wanted: Iterable[Measure], base: Rated, trained: Rated, recipe: Rec
     samples = recipe.eval.bootstrap
     for measure in wanted:
         if comparable(measure, base, trained):
-            found = change(measure, base, trained, samples=samples)
+            found = change_between(measure, base, trained, samples=samples)
             yield Comparison(measure.name, found.base, found.trained, found.difference)

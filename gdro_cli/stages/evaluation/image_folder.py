@@ -7,9 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
 from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.scores import ScoreRow, ScoreTable
@@ -31,7 +29,7 @@ from gdro_cli.identity import digest
 from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.evaluation.measures import measured
-from gdro_cli.stages.setup.reward import known_classes, measures
+from gdro_cli.stages.scoring.score_rows import score_rows
 from gdro_cli.stages.setup.scorers import open_reward_pool
 from gdro_cli.stages.setup.session import Session
 
@@ -66,15 +64,15 @@ def run(session: Session, *, folder: Path) -> FolderResult:
         StoreError: nothing, or nothing of one tag, could be scored.
         Interrupted: stopped by the user; finished parts are kept.
     """
-    recipe = session.recipe
-    entries = read_image_folder(folder, task=recipe.prompts.task, classes=known_classes(recipe))
-    version = dict(session.reward.version)
+    reward = session.reward
+    entries = read_image_folder(folder, reward=reward)
+    version = dict(reward.version)
     content = [[entry.prompt.id, [sha256_file(path) for path in entry.pictures]] for entry in entries]
-    place = session.workspace / "folders" / f"{recipe.prompts.task}-{digest([content, version])}"
+    place = session.workspace / "folders" / f"{reward.name}-{digest([content, version])}"
     make_folder(place)
     with session, folder_lock(place / "lock"):
         rows = score_parts(session, entries, place)
-        return report(recipe, folder, entries, rows, place, version)
+        return report(session, folder, entries, rows, place)
 
 
 def score_parts(session: Session, entries: tuple[PromptPictures, ...], place: Path) -> list[ScoreRow]:
@@ -94,19 +92,13 @@ def score_parts(session: Session, entries: tuple[PromptPictures, ...], place: Pa
             session.reporter.track("scoring", total=total, unit="images") as progress,
         ):
             for path in missing:
-                asked = [
-                    (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.pictures)
-                ]
-                files, prompts = [file for *_, file in asked], [prompt for prompt, *_ in asked]
+                slots = [(entry.prompt, index) for entry in parts[path] for index in range(len(entry.pictures))]
+                files, prompts = [file for entry in parts[path] for file in entry.pictures], [slot[0] for slot in slots]
                 try:
                     scores = pool.score(files, prompts, on_scored=progress.advance, stop=lambda: session.stop.requested)
                 except ScoringStopped as error:
                     raise Interrupted(stopped) from error
-                rows = [
-                    ScoreRow(prompt.id, index, score.value, score.reason, score.details)
-                    for (prompt, index, _), score in zip(asked, scores, strict=True)
-                ]
-                write_bytes(path, part_bytes(rows))
+                write_bytes(path, part_bytes(score_rows(slots, scores)))
                 session.stop.check(stopped)
     return [row for path, part in parts.items() for row in _read(path, part)]
 
@@ -144,21 +136,17 @@ def _read(path: Path, part: tuple[PromptPictures, ...]) -> list[ScoreRow]:
 
 
 def report(
-    recipe: Recipe,
-    folder: Path,
-    entries: tuple[PromptPictures, ...],
-    rows: list[ScoreRow],
-    place: Path,
-    version: dict[str, Any],
+    session: Session, folder: Path, entries: tuple[PromptPictures, ...], rows: list[ScoreRow], place: Path
 ) -> FolderResult:
-    """Intervals of what the task reports, also as results.json."""
+    """Intervals of what the reward reports, also as results.json."""
+    reward, samples = session.reward, session.recipe.eval.bootstrap
     prompts = [entry.prompt for entry in entries]
     tags = {prompt.metadata.get("tag") for prompt in prompts}
     reasons = Counter(row.reason for row in rows if row.reason is not None)
     try:
         found = tuple(
-            (measure.name, measured(measure, prompts, rows).interval(samples=recipe.eval.bootstrap))
-            for measure in measures(recipe)
+            (measure.name, measured(measure, prompts, rows).interval(samples=samples))
+            for measure in reward.measures
             if measure.tag is None or measure.tag in tags
         )
     except StoreError as error:
@@ -169,10 +157,10 @@ def report(
         "kind": "gdro folder results",
         "schema": RESULTS_SCHEMA,
         "folder": str(folder.resolve()),
-        "reward": version,
+        "reward": dict(reward.version),
         "measures": {name: asdict(interval) for name, interval in found},
         "failed": failed,
-        "bootstrap": recipe.eval.bootstrap,
+        "bootstrap": samples,
         "prompts": [entry.prompt.to_json() for entry in entries],
         "images": [row.to_json() for row in rows],
     }

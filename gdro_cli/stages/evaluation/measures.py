@@ -1,27 +1,49 @@
-"""Measures of a set of images: values by prompt, their means and intervals."""
+"""The numbers of an evaluation: which ones a reward and a judge have, and their values with intervals."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from gdro_cli.config.recipe import Recipe
-from gdro_cli.core.evaluation_points import MissingLimits
+from gdro_cli.core.measures import Measure
 from gdro_cli.core.scores import Interval, bootstrap_ci, paired_bootstrap
+from gdro_cli.core.signals import ImageSignals
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
-from gdro_cli.stages.setup.reward import Measure, measures
+from gdro_cli.rewards.base import UNIT, Reward
+from gdro_cli.rewards.judge.base import AXES
+
+CORRECTED = "corrected"
+GROUP_SIGNALS = ("diversity", "rank_disagreement")
+"""Signals of reward hacking that a whole group has."""
 
 
-def headline(recipe: Recipe) -> Measure:
-    """The measure that stands for the recipe's task."""
-    return measures(recipe)[0]
+def quality_measures(reward: Reward | type[Reward]) -> tuple[Measure, ...]:
+    """What a judge adds to a reward's measures; the corrected score is made for rewards from 0 to 1."""
+    corrected = Measure(CORRECTED, CORRECTED, by_tag=reward.measures[0].by_tag)
+    return (
+        *(Measure(axis, axis) for axis in AXES),
+        Measure("u", "u"),
+        *([corrected] if reward.scale == UNIT else []),
+    )
 
 
-def missing_limits(recipe: Recipe) -> MissingLimits:
-    """How much may be missing of an evaluation point that is compared with others."""
-    return MissingLimits(recipe.reward.max_failed_share, recipe.judge.max_failed_share)
+def deciding_measure(reward: Reward, *, judged: bool) -> str:
+    """What evaluation points are chosen by: the corrected score, or the headline where there is none."""
+    return CORRECTED if judged and reward.scale == UNIT else reward.measures[0].name
+
+
+def signal_measures(reward: Reward | type[Reward]) -> tuple[Measure, ...]:
+    """The signals of reward hacking that a reward's images have."""
+    names = (*(field.name for field in fields(ImageSignals)), *GROUP_SIGNALS, *reward.signals)
+    return tuple(Measure(name, name) for name in names)
+
+
+def measure_of(name: str, reward: Reward | type[Reward]) -> Measure:
+    """The measure of that name. One that is not known is looked for among the details of scores."""
+    known = {measure.name: measure for measure in (*reward.measures, *quality_measures(reward))}
+    return known.get(name) or Measure(name, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +76,7 @@ def _nothing_scored(error: ValueError) -> StoreError:
 
 def measured(measure: Measure, prompts: Iterable[PromptRecord], rows: Iterable[ScoreRow]) -> Measured:
     """The values of ``measure`` for those of ``prompts`` that it is about."""
-    chosen = [p for p in prompts if measure.tag is None or p.metadata.get("tag") == measure.tag]
+    chosen = [prompt for prompt in prompts if measure.tag is None or prompt.metadata.get("tag") == measure.tag]
     values: dict[str, list[float | None]] = {prompt.id: [] for prompt in chosen}
     for row in rows:
         if row.prompt_id in values:

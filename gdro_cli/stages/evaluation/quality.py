@@ -1,4 +1,4 @@
-"""All that is known of a model's pictures in one place: reward, axes, u, corrected score, signals; and the verdict.
+"""All that is known of a model's images in one place: reward, axes, u, corrected score, signals; and the verdict.
 
 Rows are score rows whose details hold all numbers by name, so that one way leads from any number to its interval.
 """
@@ -6,34 +6,38 @@ Rows are score rows whose details hold all numbers by name, so that one way lead
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.corrected import corrected_score
-from gdro_cli.core.signals import ImageSignals, group_diversity, image_signals, rank_disagreement
+from gdro_cli.core.measures import Measure
+from gdro_cli.core.signals import group_diversity, image_signals, rank_disagreement
 from gdro_cli.core.verdict import Change, Verdict, verdict
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow, ScoreTable
-from gdro_cli.rewards.base import UnreadableImageError, read_rgb
+from gdro_cli.rewards.base import UNIT, Reward, UnreadableImageError, read_rgb
 from gdro_cli.rewards.judge.base import AXES
-from gdro_cli.stages.evaluation.measures import Measured, measured
-from gdro_cli.stages.setup.reward import Measure, measures
-
-GROUP_SIGNALS = ("diversity", "rank_disagreement")
+from gdro_cli.stages.evaluation.measures import (
+    GROUP_SIGNALS,
+    Measured,
+    measured,
+    quality_measures,
+    signal_measures,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """All that was measured of one model's pictures."""
+    """All that was measured of one model's images."""
 
     prompts: tuple[PromptRecord, ...]
     rows: tuple[ScoreRow, ...]
-    """One per picture, prompt by prompt."""
+    """One per image, prompt by prompt."""
     groups: Mapping[str, Mapping[str, float | None]]
     """The group signals of each prompt, by its id."""
     judged: bool
@@ -46,103 +50,86 @@ class Rated:
 
     def has(self, measure: Measure) -> bool:
         """Whether there is a prompt of the measure's tag and at least one value in every stratum."""
-        found = self.values(measure)
-        strata = found.strata or [""] * len(found.values)
-        present = {name for name, row in zip(strata, found.values, strict=True) if any(v is not None for v in row)}
+        values = self.values(measure)
+        strata = values.strata or [""] * len(values.values)
+        present = {name for name, row in zip(strata, values.values, strict=True) if any(v is not None for v in row)}
         return bool(strata) and present == set(strata)
 
     @property
     def failed(self) -> int:
-        """Pictures without a reward."""
+        """Images without a reward."""
         return sum(row.value is None for row in self.rows)
 
     @property
     def unjudged(self) -> int:
-        """Pictures without u, where there is a judge."""
+        """Images without u, where there is a judge."""
         return sum(row.details.get("u") is None for row in self.rows) if self.judged else 0
 
 
-def rate_tables(recipe: Recipe, rewards: ScoreTable, judgements: ScoreTable | None) -> Rated:
-    """Put a store's reward table and judge table together, and measure the signals of its pictures."""
+def rate_tables(reward: Reward, rewards: ScoreTable, judgements: ScoreTable | None) -> Rated:
+    """Put a store's reward table and judge table together, and measure the signals of its images."""
     rows: list[ScoreRow] = []
     shards = range(len(rewards.store.shards))
     for number in shards:
         scored = rewards.read_shard(number)
-        seen: Sequence[ScoreRow | None] = judgements.read_shard(number) if judgements else [None] * len(scored)
-        rows += [joined(recipe, row, judgement) for row, judgement in zip(scored, seen, strict=True)]
-    pictures = (_decoded(stored.path) for number in shards for stored in rewards.store.images(number))
-    return rate(recipe, rewards.store.prompts, rows, pictures, judged=judgements is not None)
+        judged: Sequence[ScoreRow | None] = judgements.read_shard(number) if judgements else [None] * len(scored)
+        rows += [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
+    images = (_decoded(stored.path) for number in shards for stored in rewards.store.images(number))
+    return rate(reward, rewards.store.prompts, rows, images, judged=judgements is not None)
 
 
 def rate(
-    recipe: Recipe,
+    reward: Reward,
     prompts: Sequence[PromptRecord],
     rows: Sequence[ScoreRow],
-    pictures: Iterable[Image.Image | None],
+    images: Iterable[Image.Image | None],
     *,
     judged: bool,
 ) -> Rated:
-    """Add the signals of the i-th picture to ``rows[i]``; None is a picture that cannot be decoded.
+    """Add the signals of the i-th image to ``rows[i]``; None is an image that cannot be decoded.
 
-    No more pictures than those of one prompt are held at a time.
+    No more images than those of one prompt are held at a time.
 
     Raises:
-        ValueError: the rows of a prompt do not lie side by side, or there are not as many pictures as rows.
+        ValueError: the rows of a prompt do not lie side by side, or there are not as many images as rows.
     """
-    full: list[ScoreRow] = []
+    all_rows: list[ScoreRow] = []
     groups: dict[str, dict[str, float | None]] = {}
-    headline = measures(recipe)[0].detail
-    for prompt_id, group in groupby(zip(rows, pictures, strict=True), key=lambda pair: pair[0].prompt_id):
+    headline = reward.measures[0].detail
+    for prompt_id, group in groupby(zip(rows, images, strict=True), key=lambda pair: pair[0].prompt_id):
         if prompt_id in groups:
             raise ValueError(f"the rows of the prompt {prompt_id} do not lie side by side")
-        own: list[ScoreRow] = []
-        there: list[NDArray[np.uint8]] = []
-        for row, picture in group:
-            if picture is None:
-                own.append(row)
-                continue
-            pixels = np.asarray(picture)
-            own.append(replace(row, details={**row.details, **asdict(image_signals(pixels))}))
-            there.append(pixels)
+        group_rows: list[ScoreRow] = []
+        decoded: list[NDArray[np.uint8]] = []
+        for row, image in group:
+            if image is not None:
+                decoded.append(np.asarray(image))
+                row = replace(row, details={**row.details, **asdict(image_signals(decoded[-1]))})
+            group_rows.append(row)
         groups[prompt_id] = {
-            "diversity": group_diversity(there),
+            "diversity": group_diversity(decoded),
             "rank_disagreement": rank_disagreement(
-                [row.measured(headline) for row in own], [row.measured("u") for row in own]
+                [row.measured(headline) for row in group_rows], [row.measured("u") for row in group_rows]
             ),
         }
-        full += own
-    return Rated(tuple(prompts), tuple(full), groups, judged)
+        all_rows += group_rows
+    return Rated(tuple(prompts), tuple(all_rows), groups, judged)
 
 
-def joined(recipe: Recipe, row: ScoreRow, judgement: ScoreRow | None) -> ScoreRow:
-    """A reward's row with the axes, u and the corrected score of its task's headline measure."""
+def joined(reward: Reward, row: ScoreRow, judgement: ScoreRow | None) -> ScoreRow:
+    """A reward's row with the axes, u and, for a reward from 0 to 1, the corrected score of its headline measure."""
     if judgement is None:
         return row
     u = judgement.value
     details = {**row.details, **{axis: judgement.details.get(axis) for axis in AXES}, "u": u}
-    details["corrected"] = corrected_score(row.measured(measures(recipe)[0].detail), u)
+    if reward.scale == UNIT:
+        details["corrected"] = corrected_score(row.measured(reward.measures[0].detail), u)
     if u is None:
         details["unjudged"] = judgement.reason
     return replace(row, details=details)
 
 
-def quality_measures(recipe: Recipe) -> tuple[Measure, ...]:
-    """What a judge adds to a task's measures."""
-    by_tag = measures(recipe)[0].by_tag
-    return (
-        *(Measure(axis, axis) for axis in AXES),
-        Measure("u", "u"),
-        Measure("corrected", "corrected", by_tag=by_tag),
-    )
-
-
-def signal_measures(recipe: Recipe) -> tuple[Measure, ...]:
-    """The signals of hacking that a task's pictures have."""
-    names = [field.name for field in fields(ImageSignals)] + list(GROUP_SIGNALS)
-    return tuple(Measure(name, name) for name in [*names, *(["text_area"] if recipe.prompts.task == "ocr" else [])])
-
-
-def change(measure: Measure, base: Rated, trained: Rated, *, samples: int) -> Change:
+def change_between(measure: Measure, base: Rated, trained: Rated, *, samples: int) -> Change:
     """Both models' intervals of one measure and the paired difference."""
     before, after = base.values(measure), trained.values(measure)
     return Change(
@@ -150,21 +137,20 @@ def change(measure: Measure, base: Rated, trained: Rated, *, samples: int) -> Ch
     )
 
 
-def pair_verdict(recipe: Recipe, base: Rated, trained: Rated) -> Verdict:
+def pair_verdict(reward: Reward, base: Rated, trained: Rated, *, samples: int) -> Verdict:
     """The verdict on a model against its base, on the same prompts and noise."""
-    headline = measures(recipe)[0]
-    wanted = {"reward": headline, **{m.name: m for m in (*quality_measures(recipe), *signal_measures(recipe))}}
-    samples = recipe.eval.bootstrap
+    judged = {"reward": reward.measures[0]}
+    judged |= {measure.name: measure for measure in (*quality_measures(reward), *signal_measures(reward))}
     changes = {
-        name: change(measure, base, trained, samples=samples)
-        for name, measure in wanted.items()
+        name: change_between(measure, base, trained, samples=samples)
+        for name, measure in judged.items()
         if comparable(measure, base, trained)
     }
     return verdict(changes)
 
 
 def comparable(measure: Measure, base: Rated, trained: Rated) -> bool:
-    """Whether some picture has the measure on both sides (in every stratum)."""
+    """Whether some image has the measure on both sides (in every stratum)."""
     if not (base.has(measure) and trained.has(measure)):
         return False
     before, after = base.values(measure), trained.values(measure)
@@ -177,8 +163,8 @@ def comparable(measure: Measure, base: Rated, trained: Rated) -> bool:
     return both == set(strata)
 
 
-def _decoded(path: object) -> Image.Image | None:
+def _decoded(path: Path) -> Image.Image | None:
     try:
-        return read_rgb(path)  # type: ignore[arg-type]
+        return read_rgb(path)
     except UnreadableImageError:
         return None

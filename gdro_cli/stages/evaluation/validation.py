@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gdro_cli.core.measures import Measure
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.records import PromptRecord
@@ -24,12 +25,11 @@ from gdro_cli.files import json_bytes, parse_json, read_bytes, sha256, write_byt
 from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
-from gdro_cli.stages.evaluation.measures import headline
-from gdro_cli.stages.evaluation.quality import GROUP_SIGNALS, Rated, joined, pair_verdict, quality_measures, rate
+from gdro_cli.stages.evaluation.measures import GROUP_SIGNALS, quality_measures
+from gdro_cli.stages.evaluation.quality import Rated, joined, pair_verdict, rate
 from gdro_cli.stages.reporting.image_sheet import draw_sheet
 from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
-from gdro_cli.stages.scoring.fresh_images import score_images, why_none
-from gdro_cli.stages.setup.reward import Measure, trained_detail
+from gdro_cli.stages.scoring.score_rows import score_images, why_none
 from gdro_cli.stages.setup.scorers import open_judge_pool, open_reward_pool
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan, evaluation_plan
@@ -70,7 +70,7 @@ def validation_protocol(session: Session) -> Protocol:
     identity = {key: value for key, value in model.identity.items() if key != "path"}
     text = [identity, str(model.dtype), recipe.model.max_sequence_length]
     return Protocol(
-        points=digest([*images, recipe.eval.weights, *versions, {"trained on": trained_detail(recipe)}]),
+        points=digest([*images, recipe.eval.weights, *versions, {"trained on": session.reward.trained_on}]),
         measures=digest([*images, recipe.eval.weights, *versions, *text]),
         base=digest([*images, *versions, *text, recipe.eval.grid_prompts]),
     )
@@ -188,18 +188,18 @@ class Validation:
         return step == 0 and drawn and self.base is not None
 
     def _row(self, rated: Rated, known: bool, began: float) -> tuple[dict[str, float | int | str], Verdict | None]:
-        samples, first = self.session.recipe.eval.bootstrap, headline(self.session.recipe)
-        interval = rated.values(Measure("reward", trained_detail(self.session.recipe))).interval(samples=samples)
+        samples, reward = self.session.recipe.eval.bootstrap, self.session.reward
+        interval = rated.values(Measure("reward", reward.trained_on)).interval(samples=samples)
         row: dict[str, float | int | str] = {
             "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
         }
-        for measure in (first, *quality_measures(self.session.recipe)):
+        for measure in (reward.measures[0], *quality_measures(reward)):
             if rated.has(measure):
                 row[measure.name] = rated.values(measure).interval(samples=samples).mean
-        found = None if self.base is None else pair_verdict(self.session.recipe, self.base, rated)
+        found = None if self.base is None else pair_verdict(reward, self.base, rated, samples=samples)
         row |= {} if found is None else {"verdict": found.level}
         row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
         row |= {"unjudged": rated.unjudged} if rated.judged else {}
@@ -230,29 +230,23 @@ class Validation:
         """Score and judge the images, and draw the sheet of images of a step."""
         if self.rewards is None:
             raise RuntimeError("only the main process scores")
-        size = self.session.recipe.sample.batch_size
-        images = decode_images(self.session.model, latents, self.plan, batch_size=size)
-        count = self.plan.images_per_prompt
-        asked = self._asked
-        texts = [prompt for prompt, _ in asked]
+        session = self.session
+        count, reward = self.plan.images_per_prompt, session.reward
+        images = decode_images(session.model, latents, self.plan, batch_size=session.recipe.sample.batch_size)
 
         def rows(pool: ScoringPool) -> list[ScoreRow]:
-            found = score_images(pool, images, texts, stop=self.session.stop)
-            return [
-                ScoreRow(prompt.id, index, score.value, score.reason, score.details)
-                for (prompt, index), score in zip(asked, found, strict=True)
-            ]
+            return score_images(pool, images, self._asked, stop=session.stop)
 
         scored = rows(self.rewards)
         if all(row.value is None for row in scored):
             why = why_none(row.reason for row in scored)
             raise StoreError(f"none of the {len(scored)} validation images could be scored {why}")
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
-        full = [joined(self.session.recipe, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
-        if shown := self.prompts.records[: self.session.recipe.eval.grid_prompts]:
+        full = [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
+        if shown := self.prompts.records[: session.recipe.eval.grid_prompts]:
             sheet = {f"step {step}": [(images[i * count], full[i * count]) for i in range(len(shown))]}
-            draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet)
-        return rate(self.session.recipe, self.prompts.records, full, images, judged=self.judges is not None)
+            draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet, reward=reward)
+        return rate(reward, self.prompts.records, full, images, judged=self.judges is not None)
 
     @property
     def _asked(self) -> list[tuple[PromptRecord, int]]:

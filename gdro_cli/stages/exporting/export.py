@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdro_cli.data.imagefolder import refuse_used
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.files import new_folder, storage_errors, working_folder
 from gdro_cli.models.adapters import LORA_FILE
@@ -28,7 +29,6 @@ from gdro_cli.stages.reporting.redaction import recipe_yaml
 from gdro_cli.stages.runs.finished_run import FinishedRun, open_finished
 from gdro_cli.stages.runs.identity import run_named
 from gdro_cli.stages.setup.model import EMBEDDED
-from gdro_cli.tiny.assets import tiny_model_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,22 +11,17 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gdro_cli.core.geneval import TAGS
 from gdro_cli.core.verdict import LIMITS
 from gdro_cli.files import write_bytes
+from gdro_cli.rewards.base import Reward
+from gdro_cli.rewards.registry import reward_class
 from gdro_cli.stages.reporting import charts
 from gdro_cli.stages.reporting.csv_table import csv_bytes
 from gdro_cli.stages.reporting.html import MISSING, flat, number, picture, render, signed
-from gdro_cli.stages.reporting.image_sheet import seen
 
 MODELS = ("base", "trained")
 QUALITY = ("alignment", "coherence", "style", "u", "corrected")
-"""What a judge adds to a task's measures."""
-ORDER = (
-    *("reward", "overall", *TAGS, "strict reward", "soft reward"),
-    *("exact match", "similarity", "text area", *QUALITY),
-)
-"""In which order measures are told, the task's headline first: JSON files are sorted by name."""
+"""What a judge adds to a reward's measures."""
 SHOWN_PROMPTS = 8
 """Prompts whose pictures are shown where the recipe does not say."""
 SHOWN_IMAGES = 2
@@ -44,8 +39,8 @@ SIGNALS: Mapping[str, str] = {
     "stripe_peak": "share of the contrast in the strongest stripes",
     "diversity": "how far apart the pictures of a prompt are",
     "rank_disagreement": "share of pairs that reward and judge order differently",
-    "text_area": "share of the picture that text covers",
 }
+"""What every image or group of images has; a reward may add its own."""
 DIAGNOSTICS: Mapping[str, str] = {
     "implicit_accuracy": "pairs that the implicit reward orders as the reward does (0.5 is guessing)",
     "top1_error_gap": "error on the best image minus the reference's (above 0: it is being unlearned)",
@@ -60,7 +55,6 @@ DIAGNOSTICS: Mapping[str, str] = {
     "kl": "divergence from the base model",
     "loss": "training loss",
 }
-_COLUMNS = ("accuracy", "strict", "soft", "exact", "similarity", "text", "confidence", *QUALITY, "unjudged", *SIGNALS)
 
 Row = Mapping[str, Any]
 _Pair = tuple[float, Row, Row]
@@ -125,7 +119,8 @@ def write_report(
     Raises:
         StoreError: it cannot be written.
     """
-    names = ordered(results["measures"], ORDER)
+    reward = reward_class(results["task"])
+    names, tags = measure_names(results["measures"], reward), {m.name: m.tag for m in reward.measures}
     headline = next(iter(names), "reward")
     judged = any(name in QUALITY for name in names)
     has_judge = results["protocol"].get("judge") is not None
@@ -139,9 +134,10 @@ def write_report(
         has_judge=has_judge,
         weights=weights_text(results["weights"]),
         pictures=len(results["images"]["base"]) + len(results["images"]["trained"]),
-        measures=[_measure_line(results, name) for name in names if name not in QUALITY],
+        measures=[_measure_line(results, name, tags.get(name)) for name in names if name not in QUALITY],
         quality=[_measure_line(results, name) for name in (headline, *QUALITY) if name in results["measures"]],
-        signals=[_signal_line(name, results["signals"][name]) for name in ordered(results["signals"], tuple(SIGNALS))],
+        rewarded=reward.measures[0].detail or "reward",
+        signals=[_signal_line(*signal) for signal in signal_lines(results["signals"], reward)],
         **_curves(metrics, headline=headline, marked=results["weights"]["step"]),
         diagnostics=_diagnostics(metrics),
         cases=_prompt_cases(results, workspace, count=count),
@@ -161,23 +157,28 @@ def write_csv(path: Path, results: Mapping[str, Any]) -> Path:
 
     A missing number is an empty cell, never 0; true and false are 1 and 0. Raises StoreError when it cannot be written.
     """
-    rows = [(model, row) for model in MODELS for row in results["images"][model]]
-    there = {key for _, row in rows for key, value in row["details"].items() if not isinstance(value, list | dict)}
-    known = [name for name in _COLUMNS if name in there]
-    detection = ["detections"] if any("detections" in row["details"] for _, row in rows) else []
-    details = [*known, *sorted(there - set(known))]
+    reward = reward_class(results["task"])
+    rows = [(model, row, reward.cells(row["details"])) for model in MODELS for row in results["images"][model]]
+    first = (*reward.columns, *QUALITY, "unjudged", *SIGNALS, *reward.signals)
+    columns = ordered({name for _, _, cells in rows for name in cells}, first)
     prompts = {prompt["id"]: prompt["prompt"] for prompt in results["prompts"]}
-    table = [["model", "prompt_id", "index", "prompt", "value", *details, *detection, "reason", "file"]]
-    for model, row in rows:
+    table: list[list[Any]] = [["model", "prompt_id", "index", "prompt", "value", *columns, "reason", "file"]]
+    for model, row, cells in rows:
         head = [model, row["prompt_id"], row["index"], prompts[row["prompt_id"]], row["value"]]
-        cells = [row["details"].get(name) for name in details] + [_detections(row) for _ in detection]
-        table.append([*head, *cells, row["reason"], row.get("file")])
+        table.append([*head, *(cells.get(name) for name in columns), row["reason"], row.get("file")])
     write_bytes(path, csv_bytes(table))
     return path
 
 
-def _detections(row: Row) -> str | None:
-    return None if "detections" not in row["details"] else seen(row["details"]["detections"])
+def measure_names(names: Iterable[str], reward: type[Reward]) -> list[str]:
+    """Names of measures in the order of reports, the headline first: JSON files are sorted by name."""
+    return ordered(names, (*(measure.name for measure in reward.measures), *QUALITY))
+
+
+def signal_lines(signals: Mapping[str, Row], reward: type[Reward]) -> list[tuple[str, str, Row]]:
+    """Name, meaning and intervals of each signal, in the order of reports."""
+    meanings = {**SIGNALS, **reward.signals}
+    return [(name, meanings.get(name, ""), signals[name]) for name in ordered(signals, tuple(meanings))]
 
 
 def ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
@@ -197,22 +198,22 @@ def _shown_prompts(recipe: Mapping[str, Any]) -> int:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_line(results: Mapping[str, Any], name: str) -> Line:
+def _measure_line(results: Mapping[str, Any], name: str, tag: str | None = None) -> Line:
     """A measure with its counts; a tag's measure is about the prompts of that tag only."""
-    tagged = {p["id"] for p in results["prompts"] if name not in TAGS or p["metadata"].get("tag") == name}
-    asked = [sum(row["prompt_id"] in tagged for row in results["images"][model]) for model in MODELS]
-    found = results["measures"][name]
-    left = [total - _count(found.get(model), "images") for model, total in zip(MODELS, asked, strict=True)]
-    missing = [f"{model} {count} of {total}" for model, count, total in zip(MODELS, left, asked, strict=True) if count]
-    return _line(name, found, missing=tuple(missing) or ("none",))
+    prompts = {p["id"] for p in results["prompts"] if tag is None or p["metadata"].get("tag") == tag}
+    totals = [sum(row["prompt_id"] in prompts for row in results["images"][model]) for model in MODELS]
+    sides = results["measures"][name]
+    left = [total - _count(sides.get(model), "images") for model, total in zip(MODELS, totals, strict=True)]
+    missing = [f"{model} {count} of {total}" for model, count, total in zip(MODELS, left, totals, strict=True) if count]
+    return _line(name, sides, missing=tuple(missing) or ("none",))
 
 
-def _signal_line(name: str, found: Row) -> Line:
+def _signal_line(name: str, meaning: str, found: Row) -> Line:
     base, difference = found.get("base"), found.get("difference")
     relative = ""
     if base and difference and base["mean"] and difference["mean"] is not None:
         relative = f"{round(100 * difference['mean'] / abs(base['mean'])):+d} %"
-    return _line(name, found, note=SIGNALS.get(name, ""), relative=relative or MISSING, limits=_limits(name))
+    return _line(name, found, note=meaning, relative=relative or MISSING, limits=_limits(name))
 
 
 def _line(name: str, found: Row, **more: Any) -> Line:
@@ -291,12 +292,12 @@ def _diagnostics(metrics: Sequence[Row]) -> list[tuple[str, str, str, str, int]]
 
 def _prompt_cases(results: Mapping[str, Any], workspace: Path, *, count: int) -> list[Case]:
     """The first prompts with the first pictures of both models, the same noise side by side."""
-    cases = []
+    cases, reward = [], reward_class(results["task"])
     rows = {model: _by_prompt(results["images"][model]) for model in MODELS}
     for prompt in results["prompts"][:count]:
         indices = sorted({row["index"] for model in MODELS for row in rows[model].get(prompt["id"], ())})
         shots = [
-            _shot(row, prompt, model, workspace)
+            _shot(row, prompt, model, workspace, reward)
             for index in indices[:SHOWN_IMAGES]
             for model in MODELS
             for row in rows[model].get(prompt["id"], ())
@@ -337,30 +338,26 @@ def _value(row: Row, detail: str | None) -> float | None:
 
 def _case(results: Mapping[str, Any], change: float, before: Row, after: Row, workspace: Path) -> Case:
     (prompt,) = (prompt for prompt in results["prompts"] if prompt["id"] == before["prompt_id"])
-    shots = (_shot(row, prompt, model, workspace) for model, row in zip(MODELS, (before, after), strict=True))
+    reward = reward_class(results["task"])
+    shots = (_shot(row, prompt, model, workspace, reward) for model, row in zip(MODELS, (before, after), strict=True))
     return Case(prompt, tuple(shots), change)
 
 
-def _shot(row: Row, prompt: Row, model: str, workspace: Path) -> Shot:
+def _shot(row: Row, prompt: Row, model: str, workspace: Path, reward: type[Reward]) -> Shot:
     source = picture(workspace / row["file"]) if row.get("file") else None
     alt = f"{model} model, image {row['index']}: {prompt['prompt']}"
-    return Shot(model, row["index"], source, alt, tuple(_facts(row)))
+    return Shot(model, row["index"], source, alt, tuple(_facts(row, reward)))
 
 
-def _facts(row: Row) -> Iterator[tuple[str, str]]:
-    """What stands under a picture, name and value."""
+def _facts(row: Row, reward: type[Reward]) -> Iterator[tuple[str, str]]:
+    """What stands below an image, name and value."""
     details = row["details"]
     yield "reward", number(row["value"])
     if row["reason"]:
         yield "no reward", str(row["reason"])
-    if details.get("accuracy") is not None:
-        yield "GenEval", "correct" if details["accuracy"] else "wrong"
+    yield from reward.facts(details)
     if "u" in details:
         yield "u", number(details["u"])
         yield "corrected", number(details.get("corrected"))
         if details["u"] is None and details.get("unjudged"):
             yield "not judged", str(details["unjudged"])
-    if "text" in details:
-        yield "read", str(details["text"]) or MISSING
-    if "detections" in details:
-        yield "seen", seen(details["detections"])

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.files import write_bytes
-from gdro_cli.rewards.base import UnreadableImageError, read_rgb
+from gdro_cli.rewards.base import Reward, UnreadableImageError, read_rgb
+from gdro_cli.rewards.registry import reward_class
 
 CELL = 160  # pixels per picture on the sheet
 MARGIN = 8
@@ -28,18 +27,18 @@ Row = Sequence[tuple[Image.Image | None, ScoreRow]]
 def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int) -> Path | None:
     """Draw the first image of the first ``prompts`` prompts of both models and write a PNG.
 
-    Under each picture stand its reward and what was recognised in it. Returns None when no prompts are asked for.
+    Below each image stands what its reward says of it. Returns None when no prompts are asked for.
     """
     shown = base.store.prompts[:prompts]
     if not shown:
         return None
     rows = {name: first_images(table, len(shown)) for name, table in (("base", base), ("trained", trained))}
-    draw_sheet(path, [prompt.prompt for prompt in shown], rows)
+    draw_sheet(path, [prompt.prompt for prompt in shown], rows, reward=reward_class(base.name))
     return path
 
 
-def draw_sheet(path: Path, prompts: Sequence[str], rows: Mapping[str, Row]) -> None:
-    """Write a PNG with one column per prompt and one named row per model."""
+def draw_sheet(path: Path, prompts: Sequence[str], rows: Mapping[str, Row], *, reward: Reward | type[Reward]) -> None:
+    """Write a PNG with one column per prompt and one named row per model; ``reward`` writes the captions."""
     row_height = CELL + 2 * LINE + MARGIN
     left, top = 60, 2 * LINE + MARGIN
     sheet = Image.new("RGB", (left + len(prompts) * (CELL + MARGIN), top + len(rows) * row_height), PAPER)
@@ -55,7 +54,7 @@ def draw_sheet(path: Path, prompts: Sequence[str], rows: Mapping[str, Row]) -> N
             x = left + column * (CELL + MARGIN)
             shown = blank() if image is None else image
             sheet.paste(shown.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
-            for number, text in enumerate(caption(score)):
+            for number, text in enumerate(caption(score, reward)):
                 line = (wrapped(text, font, CELL) or [""])[0]
                 pen.text((x, y + CELL + 2 + number * LINE), line, fill=FAINT, font=font)
     data = io.BytesIO()
@@ -90,22 +89,11 @@ def blank(why: str = "") -> Image.Image:
     return field
 
 
-def caption(row: ScoreRow) -> list[str]:
-    """Two lines about a score: its value, and what was seen."""
+def caption(row: ScoreRow, reward: Reward | type[Reward]) -> tuple[str, ...]:
+    """The lines below an image."""
     if row.value is None:
-        return ["no score", str(row.reason)[:24]]
-    if "text" in row.details:
-        return [f"reward {row.value:.2f}", f"read: {row.details['text']}"]
-    if "detections" in row.details:
-        verdict = "correct" if row.details["accuracy"] else "wrong"
-        return [f"{verdict}, soft reward {row.value:.2f}", f"seen: {seen(row.details['detections'])}"]
-    return [f"reward {row.value:.2f}", ""]
-
-
-def seen(detections: Sequence[Mapping[str, Any]]) -> str:
-    """What a detector found, as in ``2 red circle, star``; nothing found is a dash."""
-    names = Counter(" ".join(filter(None, (each.get("colour"), each["label"]))) for each in detections)
-    return ", ".join(name if count == 1 else f"{count} {name}" for name, count in names.items()) or "-"
+        return "no score", str(row.reason)[:24]
+    return reward.caption(row.value, row.details)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:

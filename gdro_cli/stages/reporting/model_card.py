@@ -16,7 +16,8 @@ import yaml
 import gdro_cli
 from gdro_cli.files import write_bytes
 from gdro_cli.models.adapters import LORA_FILE
-from gdro_cli.stages.reporting.evaluation_report import ORDER, SIGNALS, ordered, weights_text
+from gdro_cli.rewards.registry import reward_class
+from gdro_cli.stages.reporting.evaluation_report import measure_names, signal_lines, weights_text
 from gdro_cli.stages.reporting.html import MISSING, flat
 from gdro_cli.stages.reporting.markdown import Markdown, escape, fenced, render
 from gdro_cli.stages.reporting.redaction import changed_keys, command, last_part
@@ -36,10 +37,6 @@ _METHODS = {
     "dpo": "DPO on the best and worst images of each group (arXiv 2311.12908)",
     "flow-grpo": "Flow-GRPO (arXiv 2505.05470)",
     "dance-grpo": "DanceGRPO (arXiv 2505.07818)",
-}
-_TASKS = {
-    "ocr": "to write the text that a prompt asks for",
-    "geneval": "to draw what a prompt asks for, by GenEval's rules",
 }
 
 
@@ -64,6 +61,7 @@ def write_card(run: Path) -> Path:
 def card(run: FinishedRun, place: Place) -> bytes:
     """The card as a Markdown page with its metadata in front."""
     results, recipe = run.results, run.recipe
+    reward = reward_class(recipe.reward.kind)
     measures = {} if results is None else results["measures"]
     signals = {} if results is None else results["signals"]
     own = {key: run.weights[key] for key in ("kind", "checkpoint", "step")}
@@ -77,11 +75,11 @@ def card(run: FinishedRun, place: Place) -> bytes:
         name=run.name,
         base=_base(run),
         method=_METHODS.get(recipe.method.name, recipe.method.name),
-        task=_TASKS[recipe.prompts.task],
+        task=reward.purpose,
         version=gdro_cli.__version__,
         results=results,
-        measures=[(name, measures[name]) for name in ordered(measures, ORDER)],
-        signals=[(name, SIGNALS.get(name, ""), signals[name]) for name in ordered(signals, tuple(SIGNALS))],
+        measures=[(name, measures[name]) for name in measure_names(measures, reward)],
+        signals=signal_lines(signals, reward),
         grid=None if grid is None else EXPORTED_GRID if exported else grid,
         measured=None if results is None else weights_text(results["weights"]),
         weights=weights_text(own),
@@ -113,7 +111,7 @@ def loading_code(run: FinishedRun, place: Place) -> str:
     embedded = run.recipe.model.path == EMBEDDED
     if embedded:
         lines.insert(0, "import gdro_cli.tiny.autoencoder  # where diffusers finds the class of the autoencoder")
-        lines.append("from gdro_cli.tiny.assets import tiny_model_path")
+        lines.append("from gdro_cli.embedded import tiny_model_path")
     here = repr(place.name or "path/to/this/folder")
     base = "tiny_model_path()" if embedded else repr(_base_name(run))
     prompt = _PROMPT if run.results is None or not run.results["prompts"] else run.results["prompts"][0]["prompt"]

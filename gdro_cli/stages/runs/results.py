@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from gdro_cli.errors import StoreError
+from gdro_cli.rewards.registry import reward_class
 from gdro_cli.runtime.run import RunFolder
 
 RESULTS_KIND = "gdro results"
@@ -178,10 +179,11 @@ def _refuse_other(path: str, results: Any) -> None:
 
 
 def _refuse_torn(path: str, results: dict[str, Any]) -> None:
-    """Rows of prompts that are not there, and prompts of GenEval without their tag."""
+    """Rows of prompts that are not there, and prompts without a tag where the reward's measures need it."""
     known = {prompt["id"] for prompt in results["prompts"]}
     strange = [row for rows in results["images"].values() for row in rows if row["prompt_id"] not in known]
-    untagged = results["task"] == "geneval" and any("tag" not in prompt["metadata"] for prompt in results["prompts"])
+    by_tag = any(measure.by_tag for measure in reward_class(results["task"]).measures)
+    untagged = by_tag and any("tag" not in prompt["metadata"] for prompt in results["prompts"])
     if strange or untagged:
         where = "images" if strange else "prompts"
         raise StoreError(f"{path} is damaged at {where}: run `gdro eval` with its recipe again")

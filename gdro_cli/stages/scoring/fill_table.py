@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 
-from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.shard_times import add_time
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.lock import clear_stale, folder_lock
 from gdro_cli.stages.sampling.fill_store import own_part
+from gdro_cli.stages.scoring.score_rows import score_rows
 from gdro_cli.stages.setup.session import Session
 
 
@@ -50,10 +51,7 @@ def score_missing(
             )
         except ScoringStopped as error:
             raise Interrupted(stopped) from error
-        rows = [
-            ScoreRow(image.prompt.id, image.index, score.value, score.reason, score.details)
-            for image, score in zip(images, scores, strict=True)
-        ]
+        rows = score_rows([(image.prompt, image.index) for image in images], scores)
         if refuse_empty and all(row.value is None for row in rows):
             raise StoreError(
                 f"stopped while {label}: none of {len(rows)} images got an answer ({rows[0].reason}); finished shards"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.rewards.judge.base import Judge, JudgeReward, u_axes
+from gdro_cli.embedded import tiny_judge_path
+from gdro_cli.rewards.judge.base import Judge, JudgeReward
 from gdro_cli.stages.setup.model import EMBEDDED
-from gdro_cli.tiny.assets import tiny_judge_path
+from gdro_cli.stages.setup.reward import open_reward
 
 
 def open_judge(recipe: Recipe) -> JudgeReward | None:
-    """The recipe's judge with the axes of its task; None where it has none.
+    """The recipe's judge with the axes that go with the reward; None where it has none.
 
     Raises:
         PrerequisiteError: its weights are missing.
@@ -19,7 +20,7 @@ def open_judge(recipe: Recipe) -> JudgeReward | None:
         kind = "embedded" if recipe.model.path == EMBEDDED else "none"
     if kind == "none":
         return None
-    return JudgeReward(_open(recipe, kind), axes=u_axes(recipe.prompts.task))
+    return JudgeReward(_open(recipe, kind), axes=open_reward(recipe).judge_axes)
 
 
 def _open(recipe: Recipe, kind: str) -> Judge:

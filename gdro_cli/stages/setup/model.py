@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
@@ -12,7 +13,6 @@ from gdro_cli.models.diffusers_flow import flow_of
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine, Precision
-from gdro_cli.tiny.assets import tiny_model_path
 
 EMBEDDED = "tiny"
 """The ``model.path`` of the model inside the package."""

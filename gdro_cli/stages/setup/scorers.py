@@ -5,21 +5,18 @@ from __future__ import annotations
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.rewards.pool import ScoringPool, usable_cores
-from gdro_cli.stages.setup.reward import needs_one_process
 from gdro_cli.stages.setup.session import Session
 
 
 def open_reward_pool(session: Session, *, sharing: int | None = None) -> ScoringPool:
-    """Processes that score; a context manager. Large networks get one process with all threads, not one per core.
+    """Processes that score; a context manager.
 
     ``sharing``: how many processes of this machine have a pool each and share its cores. Default: all of the job's.
     """
-    workers = session.recipe.reward.workers
-    if workers != "auto":
-        return ScoringPool(session.reward, workers=workers)
-    if needs_one_process(session.recipe):
-        return ScoringPool(session.reward, workers=1)
-    return ScoringPool(session.reward, workers=_own_cores(session, sharing))
+    reward, workers = session.reward, session.recipe.reward.workers
+    if workers == "auto":
+        workers = _own_cores(session, sharing) if reward.resources == "cores" else 1
+    return ScoringPool(reward, workers=workers)
 
 
 def open_reward_table(session: Session, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:

@@ -18,7 +18,7 @@ from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.setup.judge import open_judge
 from gdro_cli.stages.setup.model import open_model, precision
-from gdro_cli.stages.setup.reward import known_classes, open_reward
+from gdro_cli.stages.setup.reward import open_reward
 
 Split = Literal["train", "validation", "eval"]
 
@@ -102,7 +102,7 @@ class Session:
 
     @cached_property
     def reward(self) -> Reward:
-        """The recipe's reward. Raises PrerequisiteError if its packages or weights are missing."""
+        """The recipe's reward; nothing is looked for or loaded yet."""
         return open_reward(self.recipe)
 
     @cached_property
@@ -121,9 +121,7 @@ class Session:
     def prompts(self, split: Split) -> PromptSet:
         """The recipe's training, validation or held-out prompts. Raises UserError for prompts that do not fit it."""
         if split not in self._prompts:
-            source = getattr(self.recipe.prompts, split)
-            classes = known_classes(self.recipe)
-            self._prompts[split] = load_prompts(source, task=self.recipe.prompts.task, classes=classes)
+            self._prompts[split] = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
         return self._prompts[split]
 
     def require_store(self, stage: str) -> None:

@@ -29,7 +29,6 @@ from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
 from gdro_cli.stages.setup.model import precision
-from gdro_cli.stages.setup.reward import trained_detail
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares, takes_one_pass
 from gdro_cli.stages.training.group_gradient import (
@@ -47,7 +46,7 @@ from gdro_cli.stages.training.step_source import ResumePoint, StepGradient
 def training_set(session: Session, table: ScoreTable) -> GroupDataset:
     """Load the training groups of a complete store and its scores into memory."""
     recipe = session.recipe
-    method, detail = recipe.group_method, trained_detail(recipe)
+    method, detail = recipe.group_method, session.reward.trained_on
     dataset = GroupDataset.load(table.store, table, k=method.k, min_spread=method.min_spread, detail=detail)
     if recipe.train.shuffle_rewards:
         dataset = dataset.with_shuffled_rewards(recipe.train_seed)

@@ -27,11 +27,9 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import Conditioning, takes_two_passes
-from gdro_cli.rewards.base import Score
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.scoring.fresh_images import score_images, why_none
-from gdro_cli.stages.setup.reward import trained_detail
+from gdro_cli.stages.scoring.score_rows import score_images, why_none
 from gdro_cli.stages.setup.scorers import open_reward_pool
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares
@@ -166,21 +164,19 @@ class OnlineSteps:
         """Rewards [B, K] of the images of all processes, nan where missing; None if any was asked to stop."""
         if self.pool is None:
             raise RuntimeError("open() comes before the first step")
-        detail = trained_detail(self.session.recipe)
-        own: list[tuple[float, str | None]] = []
-        scores: list[Score] = []
+        detail = self.session.reward.trained_on
+        rows: list[ScoreRow] = []
         stopped = False
         with self.engine.together():
             try:
-                scores = score_images(self.pool, images, [name.prompt for name in names], stop=self.session.stop)
+                slots = [(name.prompt, name.image) for name in names]
+                rows = score_images(self.pool, images, slots, stop=self.session.stop)
             except ScoringStopped:
                 stopped = True
         if self.engine.any(stopped):
             return None
-        for name, score in zip(names, scores, strict=True):
-            row = ScoreRow(name.prompt.id, name.image, score.value, score.reason, score.details)
-            value = row.measured(detail)
-            own.append((math.nan if value is None else value, score.reason))
+        values = [row.measured(detail) for row in rows]
+        own = [(math.nan if value is None else value, row.reason) for value, row in zip(values, rows, strict=True)]
         gathered = self.engine.gather_objects(own)
         rewards = torch.tensor([value for value, _ in gathered], dtype=torch.float64)
         if rewards.isnan().all():

@@ -14,9 +14,10 @@ from gdro_cli.config.sections import TrainSection
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import lora_state, reference
-from gdro_cli.stages.evaluation.measures import headline, missing_limits
+from gdro_cli.stages.evaluation.measures import deciding_measure
 from gdro_cli.stages.evaluation.validation import PointGivenUp, Validation
 from gdro_cli.stages.runs.weights import keep_if_best
+from gdro_cli.stages.setup.reward import missing_limits
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.state import TrainingState
 from gdro_cli.stages.training.step_source import ResumePoint, StepGradient, StepSource
@@ -210,14 +211,14 @@ class Trainer:
                 " more than reward.max_failed_share or judge.max_failed_share: this point cannot be the best"
             )
             return
-        measure = headline(recipe).name if validation.judges is None else "corrected"
+        measure = deciding_measure(self.session.reward, judged=validation.judges is not None)
         tensors = {"adapter": lora_state(self.session.model), "ema": state.ema.state()}
         if keep_if_best(state.folder, {"step": state.step, **row}, measure=measure, tensors=tensors):
             self._best = state.step
 
 
 def _point_text(session: Session, row: dict[str, float | int | str]) -> str:
-    names = [name for name in (headline(session.recipe).name, "u", "corrected") if name in row and name != "reward"]
+    names = [name for name in (session.reward.measures[0].name, "u", "corrected") if name in row and name != "reward"]
     more = "".join(f" {name} {row[name]:.3f}," for name in names)
     verdict = f", {row['verdict']}" if "verdict" in row else ""
     return (

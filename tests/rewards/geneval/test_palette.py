@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gdro_cli.embedded import tiny_detector_path
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.geneval.detection import Detection
 from gdro_cli.rewards.geneval.palette import PaletteColours, Rgb
-from gdro_cli.tiny.assets import tiny_detector_path
 from gdro_cli.tiny.world import CHALK, COLOURS, INK, SHAPES, Thing, draw_things, thing_mask
 
 RED, GREEN, BLUE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (0, 0, 0)

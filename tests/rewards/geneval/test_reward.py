@@ -35,7 +35,7 @@ def single(width: int = 64) -> Image.Image:
 
 @pytest.fixture
 def reward() -> GenEvalReward:
-    return GenEvalReward(RectangleDetector(), RectangleColours())
+    return GenEvalReward(detector=RectangleDetector(), colours=RectangleColours())
 
 
 def test_a_picture_as_asked_for(reward: Reward) -> None:
@@ -80,7 +80,7 @@ def test_the_confidence_limit_is_the_tag_s_own_in_one_batch() -> None:
     prompts = [
         ask({"tag": tag, "include": [{"class": "clock", "count": 2}]}) for tag in ("counting", "two_object", "counting")
     ]
-    scores = GenEvalReward(detector, RectangleColours()).score([picture] * 3, prompts)
+    scores = GenEvalReward(detector=detector, colours=RectangleColours()).score([picture] * 3, prompts)
     assert [score.value for score in scores] == [0.5, 1.0, 0.5]
     assert [len(score.details["detections"]) for score in scores] == [1, 2, 1]
     assert detector.batches == [3]
@@ -88,7 +88,7 @@ def test_the_confidence_limit_is_the_tag_s_own_in_one_batch() -> None:
 
 def test_the_colour_classifier_sees_only_what_is_asked() -> None:
     colours = RectangleColours()
-    reward = GenEvalReward(RectangleDetector(), colours)
+    reward = GenEvalReward(detector=RectangleDetector(), colours=colours)
     picture = draw(("red", 2, 2, 10, 10), ("red", 20, 2, 10, 10), ("blue", 40, 2, 12, 8))
     reward.score([picture], [ask({"tag": "two_object", "include": [CLOCK, BUS]})])
     assert colours.asked == 0
@@ -117,7 +117,7 @@ def test_nothing_readable_and_nothing_at_all(reward: Reward, tmp_path: Path) -> 
 def test_an_image_on_which_the_detector_fails_is_missing_alone() -> None:
     detector = RectangleDetector()
     images = [single(), single(DETECTOR_FAILS), single()]
-    scores = GenEvalReward(detector, RectangleColours()).score(
+    scores = GenEvalReward(detector=detector, colours=RectangleColours()).score(
         images, [ask({"tag": "single_object", "include": [CLOCK]})] * 3
     )
     assert [score.value for score in scores] == [1.0, None, 1.0]
@@ -141,7 +141,7 @@ class UnfetchableDetector(RectangleDetector):
 
 
 def test_what_the_user_must_mend_is_not_a_missing_image() -> None:
-    reward = GenEvalReward(UnfetchableDetector(), RectangleColours())
+    reward = GenEvalReward(detector=UnfetchableDetector(), colours=RectangleColours())
     with pytest.raises(PrerequisiteError, match="cannot be fetched"):
         reward.score([single()] * 2, [ask({"tag": "single_object", "include": [CLOCK]})] * 2)
 
@@ -163,9 +163,9 @@ class ForgetfulColours(RectangleColours):
 def test_too_few_answers_never_shift_to_another_image() -> None:
     images = [single(), draw(), single()]
     prompts = [ask({"tag": "colors", "include": [CLOCK | {"color": "red"}]})] * 3
-    scores = GenEvalReward(ForgetfulDetector(), RectangleColours()).score(images, prompts)
+    scores = GenEvalReward(detector=ForgetfulDetector(), colours=RectangleColours()).score(images, prompts)
     assert [score.value for score in scores] == [1.0, 0.0, 1.0]
-    scores = GenEvalReward(RectangleDetector(), ForgetfulColours()).score(images, prompts)
+    scores = GenEvalReward(detector=RectangleDetector(), colours=ForgetfulColours()).score(images, prompts)
     assert [score.value for score in scores] == [None, 0.0, None]
 
 
@@ -209,12 +209,14 @@ class Unloadable(RectangleDetector):
 
 def test_loading_waits_for_load_and_its_error_is_the_user_s() -> None:
     detector, colours = RectangleDetector(), RectangleColours()
-    reward = GenEvalReward(detector, colours)
+    reward = GenEvalReward(detector=detector, colours=colours)
     assert [detector.loaded, colours.loaded] == [False, False]
     reward.load()
     assert [detector.loaded, colours.loaded] == [True, True]
     with pytest.raises(PrerequisiteError, match="the weights are missing"):
-        GenEvalReward(Unloadable(), colours).score([single()], [ask({"tag": "single_object", "include": [CLOCK]})])
+        GenEvalReward(detector=Unloadable(), colours=colours).score(
+            [single()], [ask({"tag": "single_object", "include": [CLOCK]})]
+        )
 
 
 def test_a_pickled_reward_scores_the_same(reward: Reward) -> None:

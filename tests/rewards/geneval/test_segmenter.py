@@ -14,13 +14,13 @@ from PIL import Image
 from scipy import ndimage
 
 from gdro_cli.core.geneval import SHAPES, TAGS
+from gdro_cli.embedded import tiny_detector_path
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import sha256_file
 from gdro_cli.rewards.geneval.detection import Detection, Mask, mask_box
 from gdro_cli.rewards.geneval.palette import PaletteColours
 from gdro_cli.rewards.geneval.reward import GenEvalReward
 from gdro_cli.rewards.geneval.segmenter import SegmenterDetector
-from gdro_cli.tiny.assets import tiny_detector_path
 from gdro_cli.tiny.backgrounds import BACKGROUNDS
 from gdro_cli.tiny.train_detector import measure
 from gdro_cli.tiny.world import Thing, draw_things, random_scene, random_sign, thing_mask
@@ -157,7 +157,7 @@ def test_a_size_that_cannot_be_halved_thrice_is_refused_and_costs_only_its_image
     good, bad = draw(Thing("circle", "blue", 0, 0)), Image.new("RGB", (64, 60))
     with pytest.raises(ValueError, match=r"multiples of 8, not \(64, 60\)"):
         detector.detect([good, bad], minimum=MINIMUM)
-    reward = GenEvalReward(detector, PaletteColours.read(tiny_detector_path() / "palette.json"))
+    reward = GenEvalReward(detector=detector, colours=PaletteColours.read(tiny_detector_path() / "palette.json"))
     scores = reward.score([good, bad, good], [Prompt("a circle", None, CIRCLE)] * 3)
     assert [score.value for score in scores] == [1.0, None, 1.0]
     assert "multiples of 8" in str(scores[1].reason)

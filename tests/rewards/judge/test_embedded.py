@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gdro_cli.embedded import tiny_judge_path
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import (
@@ -24,7 +25,6 @@ from gdro_cli.rewards.judge.embedded import (
     scaled,
     word_numbers,
 )
-from gdro_cli.tiny.assets import tiny_judge_path
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
 from gdro_cli.tiny.judge_data import judge_vocabulary
 from gdro_cli.tiny.train_judge import measure, save, shift_to

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward, u_axes
+from gdro_cli.rewards.base import ImageSource, Reward
+from gdro_cli.rewards.geneval.reward import GenEvalReward
+from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward
+from gdro_cli.rewards.ocr.reward import OcrReward
 from tests.support.ocr_signs import Prompt
 
 
@@ -49,8 +51,8 @@ def prompt(text: str) -> Prompt:
 def test_u_is_the_mean_of_the_axes_of_the_task() -> None:
     """(2 + 3.5 + 5) / 3 = 3.5 with all axes, (3.5 + 5) / 2 = 4.25 without alignment."""
     judgement = Judgement(axes(2.0, 3.5, 5.0))
-    (ocr,) = JudgeReward(PaperJudge(judgement), axes=u_axes("ocr")).score(pictures(1), [prompt("a")])
-    (geneval,) = JudgeReward(PaperJudge(judgement), axes=u_axes("geneval")).score(pictures(1), [prompt("a")])
+    (ocr,) = JudgeReward(PaperJudge(judgement), axes=OcrReward.judge_axes).score(pictures(1), [prompt("a")])
+    (geneval,) = JudgeReward(PaperJudge(judgement), axes=GenEvalReward.judge_axes).score(pictures(1), [prompt("a")])
     assert ocr.value == 3.5
     assert geneval.value == 4.25
     assert ocr.details == geneval.details == {"alignment": 2.0, "coherence": 3.5, "style": 5.0}
@@ -66,7 +68,7 @@ def test_u_is_missing_with_one_of_its_axes_and_the_present_ones_are_kept() -> No
 def test_an_axis_outside_u_may_be_missing() -> None:
     """u = (3 + 4) / 2."""
     judge = PaperJudge(Judgement(axes(None, 3.0, 4.0), "no alignment"))
-    (score,) = JudgeReward(judge, axes=u_axes("geneval")).score(pictures(1), [prompt("a")])
+    (score,) = JudgeReward(judge, axes=GenEvalReward.judge_axes).score(pictures(1), [prompt("a")])
     assert (score.value, score.reason) == (3.5, None)
     assert score.details["alignment"] is None
     assert score.details["missing"] == "no alignment"
@@ -108,11 +110,9 @@ def test_wrong_axes_are_refused(wrong: Sequence[str]) -> None:
         JudgeReward(PaperJudge(), axes=wrong)
 
 
-def test_only_known_tasks_have_axes() -> None:
-    assert u_axes("ocr") == ("alignment", "coherence", "style")
-    assert u_axes("geneval") == ("coherence", "style")
-    with pytest.raises(ValueError, match="music"):
-        u_axes("music")
+def test_axes_of_the_rewards() -> None:
+    assert OcrReward.judge_axes == Reward.judge_axes == AXES
+    assert GenEvalReward.judge_axes == ("coherence", "style")
 
 
 @pytest.mark.parametrize("value", [0.99, 5.01, math.nan, math.inf, -3.0])

@@ -18,7 +18,8 @@ from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.judge.base import AXES, JudgeReward, u_axes
+from gdro_cli.rewards.geneval.reward import GenEvalReward
+from gdro_cli.rewards.judge.base import AXES, JudgeReward
 from gdro_cli.rewards.judge.endpoint import LONGEST_PAUSE, pause, retry_after
 from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, request_text
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
@@ -324,7 +325,7 @@ def test_prompts_and_images_go_in_pairs(server: JudgeServer) -> None:
 def test_through_a_scoring_pool(server: JudgeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """u = (4 + 2.25) / 2 = 3.125 without alignment. A loaded judge may be sent, too, and reads the key again."""
     monkeypatch.setenv(VARIABLE, KEY)
-    reward = JudgeReward(make(server, api_key_env=VARIABLE), axes=u_axes("geneval"))
+    reward = JudgeReward(make(server, api_key_env=VARIABLE), axes=GenEvalReward.judge_axes)
     reward.load()
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"")

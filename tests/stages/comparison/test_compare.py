@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gdro_cli.config.load import build_recipe
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.rewards.registry import reward_class
 from gdro_cli.stages.comparison import compare
-from gdro_cli.stages.evaluation.quality import quality_measures
+from gdro_cli.stages.evaluation.measures import measure_of, quality_measures
 from gdro_cli.stages.runs.identity import run_named
-from gdro_cli.stages.setup.reward import measures
 
 Values = Sequence[Sequence[float | None]]
 PROTOCOL = {"prompts": "df0ee8531091", "seed": 1000, "reward": {"rule": "substring", "width": 160}, "judge": None}
@@ -167,11 +166,9 @@ def test_what_was_measured_in_one_run_only_has_no_difference(make_run: Callable[
 
 @pytest.mark.parametrize("task", ["ocr", "geneval"])
 def test_measures_are_read_where_the_evaluation_put_them(task: str) -> None:
-    names = {"train": "train", "validation": "validation", "eval": "test"}
-    sources = {name: {"builtin": f"{task}-{own}"} for name, own in names.items()}
-    recipe = build_recipe({"name": "r", "prompts": {"task": task, **sources}, "reward": {"kind": task}})
-    for measure in (*measures(recipe), *quality_measures(recipe)):
-        assert compare.measure_of(measure.name, task=task) == measure
+    reward = reward_class(task)
+    for measure in (*reward.measures, *quality_measures(reward)):
+        assert measure_of(measure.name, reward) == measure
 
 
 # -- protocols --------------------------------------------------------------------------------------------------------
@@ -380,7 +377,7 @@ def test_an_evaluation_of_this_version_is_read_and_its_differences_come_out_agai
     run = finished[2].results.parent
     results = compare.load_results(run)
     for name, recorded in results["measures"].items():
-        measure = compare.measure_of(name, task=results["task"])
+        measure = measure_of(name, reward_class(results["task"]))
         base, trained = (compare.values_of(measure, results, model=model) for model in ("base", "trained"))
         gain = trained.gain(base, samples=results["bootstrap"])
         assert gain.mean == pytest.approx(recorded["difference"]["mean"])

@@ -11,35 +11,20 @@ from PIL import Image
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.geneval import TAGS
+from gdro_cli.core.measures import Measure
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
-from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward, u_axes
+from gdro_cli.rewards.base import ImageSource, Reward
+from gdro_cli.rewards.geneval.reward import GenEvalReward
+from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward
+from gdro_cli.rewards.ocr.reward import OcrReward
 from gdro_cli.stages.evaluation.evaluate import seen_before
-from gdro_cli.stages.evaluation.quality import (
-    Rated,
-    change,
-    comparable,
-    joined,
-    pair_verdict,
-    quality_measures,
-    rate,
-    signal_measures,
-)
-from gdro_cli.stages.setup.reward import Measure
+from gdro_cli.stages.evaluation.measures import deciding_measure, quality_measures, signal_measures
+from gdro_cli.stages.evaluation.quality import Rated, change_between, comparable, joined, pair_verdict, rate
 from gdro_cli.stages.setup.session import Session
 
 MakeRecipe = Callable[..., Recipe]
 BLACK, WHITE = (Image.new("RGB", (64, 64), colour) for colour in ("black", "white"))
-GENEVAL: dict[str, Any] = {
-    "prompts": {
-        "task": "geneval",
-        "train": {"builtin": "geneval-train", "count": 2},
-        "validation": {"builtin": "geneval-validation", "count": 2},
-        "eval": {"builtin": "geneval-test", "count": 2},
-    },
-    "reward": {"kind": "geneval"},
-}
 
 
 class SpokenJudge:
@@ -60,7 +45,7 @@ class SpokenJudge:
 
 
 def said(
-    task: str,
+    reward: Reward,
     alignment: float | None,
     coherence: float | None,
     style: float | None,
@@ -71,25 +56,25 @@ def said(
     """The row of a judge's table for one picture."""
     axes = dict(zip(AXES, (alignment, coherence, style), strict=True))
     judgement = Judgement(axes, "no answer" if None in axes.values() else None)
-    (score,) = JudgeReward(SpokenJudge(judgement), axes=u_axes(task)).score([BLACK], [prompt])
+    (score,) = JudgeReward(SpokenJudge(judgement), axes=reward.judge_axes).score([BLACK], [prompt])
     return ScoreRow(prompt.id, index, score.value, score.reason, score.details)
 
 
 @pytest.fixture
-def ocr(make_recipe: MakeRecipe) -> Recipe:
-    return make_recipe()
+def ocr() -> Reward:
+    return OcrReward()
 
 
 @pytest.fixture
-def geneval(make_recipe: MakeRecipe) -> Recipe:
-    return make_recipe(**GENEVAL)
+def geneval() -> Reward:
+    return GenEvalReward()
 
 
 A, B = PromptRecord.of('a sign that says "A"', target="A"), PromptRecord.of('a sign that says "B"', target="B")
 
 
-def measure_of(recipe: Recipe, name: str) -> Measure:
-    (found,) = [each for each in (*quality_measures(recipe), *signal_measures(recipe)) if each.name == name]
+def measure_of(reward: Reward, name: str) -> Measure:
+    (found,) = [each for each in (*quality_measures(reward), *signal_measures(reward)) if each.name == name]
     return found
 
 
@@ -100,10 +85,10 @@ def measure_of(recipe: Recipe, name: str) -> Measure:
     ("reward", "u", "corrected"),
     [(0.75, 4.0, 0.95), (0.75, 2.0, -0.55), (1.0, 5.0, 2.2), (0.0, 5.0, 0.2), (1.0, 3.0, 0.2)],
 )
-def test_corrected_by_hand_for_ocr(ocr: Recipe, reward: float, u: float, corrected: float) -> None:
+def test_corrected_by_hand_for_ocr(ocr: Reward, reward: float, u: float, corrected: float) -> None:
     """reward x (u - 3) + 0.2, with u the mean of three axes, here u - 0.5, u and u + 0.5 where the scale has room."""
     spread = min(0.5, u - 1, 5 - u)
-    row = joined(ocr, ScoreRow(A.id, 0, reward), said("ocr", u - spread, u, u + spread, prompt=A, index=0))
+    row = joined(ocr, ScoreRow(A.id, 0, reward), said(ocr, u - spread, u, u + spread, prompt=A, index=0))
     assert row.details["u"] == pytest.approx(u)
     assert row.details["corrected"] == pytest.approx(corrected)
     assert [row.details[axis] for axis in AXES] == [u - spread, u, u + spread]
@@ -112,31 +97,31 @@ def test_corrected_by_hand_for_ocr(ocr: Recipe, reward: float, u: float, correct
 
 
 @pytest.mark.parametrize(("accuracy", "corrected"), [(True, 1.7), (False, 0.2)])
-def test_corrected_by_hand_for_geneval(geneval: Recipe, accuracy: bool, corrected: float) -> None:
+def test_corrected_by_hand_for_geneval(geneval: Reward, accuracy: bool, corrected: float) -> None:
     """u = (4 + 5) / 2 = 4.5 without alignment; accuracy, not the trained reward of 0.5, is multiplied by 1.5."""
     row = ScoreRow(A.id, 0, 0.5, None, {"accuracy": accuracy, "soft": 0.5})
-    row = joined(geneval, row, said("geneval", 1.0, 4.0, 5.0, prompt=A, index=0))
+    row = joined(geneval, row, said(geneval, 1.0, 4.0, 5.0, prompt=A, index=0))
     assert row.details["u"] == 4.5
     assert row.details["corrected"] == pytest.approx(corrected)
     assert row.details["alignment"] == 1.0 and row.details["soft"] == 0.5
 
 
-def test_alignment_may_be_missing_for_geneval_only(ocr: Recipe, geneval: Recipe) -> None:
+def test_alignment_may_be_missing_for_geneval_only(ocr: Reward, geneval: Reward) -> None:
     row = ScoreRow(A.id, 0, 1.0, None, {"accuracy": True})
-    fine = joined(geneval, row, said("geneval", None, 4.0, 4.0, prompt=A, index=0))
+    fine = joined(geneval, row, said(geneval, None, 4.0, 4.0, prompt=A, index=0))
     assert (fine.details["u"], fine.details["corrected"]) == (4.0, pytest.approx(1.2))
-    lost = joined(ocr, row, said("ocr", None, 4.0, 4.0, prompt=A, index=0))
+    lost = joined(ocr, row, said(ocr, None, 4.0, 4.0, prompt=A, index=0))
     assert (lost.details["u"], lost.details["corrected"], lost.details["unjudged"]) == (None, None, "no answer")
     assert lost.details["coherence"] == 4.0
 
 
-def test_without_a_reward_there_is_no_corrected_score_but_quality(ocr: Recipe) -> None:
-    row = joined(ocr, ScoreRow(A.id, 0, None, "the engine stopped"), said("ocr", 4.0, 4.0, 4.0, prompt=A, index=0))
+def test_without_a_reward_there_is_no_corrected_score_but_quality(ocr: Reward) -> None:
+    row = joined(ocr, ScoreRow(A.id, 0, None, "the engine stopped"), said(ocr, 4.0, 4.0, 4.0, prompt=A, index=0))
     assert (row.details["u"], row.details["corrected"], row.reason) == (4.0, None, "the engine stopped")
     assert "unjudged" not in row.details
 
 
-def test_without_a_judge_a_row_stays_as_it_is(ocr: Recipe) -> None:
+def test_without_a_judge_a_row_stays_as_it_is(ocr: Reward) -> None:
     row = ScoreRow(A.id, 0, 0.5, None, {"exact": False})
     assert joined(ocr, row, None) == row
 
@@ -145,21 +130,21 @@ def test_without_a_judge_a_row_stays_as_it_is(ocr: Recipe) -> None:
 
 
 def rated(
-    recipe: Recipe,
+    reward: Reward,
     values: Mapping[PromptRecord, Sequence[tuple[float | None, float | None]]],
     pictures: Sequence[Image.Image | None] | None = None,
 ) -> Rated:
     """Prompts with (reward, u) for each picture; all axes are u, None is missing."""
     rows = []
     for prompt, pairs in values.items():
-        for index, (reward, u) in enumerate(pairs):
-            details = {} if reward is None else {"accuracy": reward == 1}
-            row = ScoreRow(prompt.id, index, reward, None if reward is not None else "lost", details)
-            rows.append(joined(recipe, row, said(recipe.prompts.task, u, u, u, prompt=prompt, index=index)))
-    return rate(recipe, list(values), rows, pictures or [None] * len(rows), judged=True)
+        for index, (value, u) in enumerate(pairs):
+            details = {} if value is None else {"accuracy": value == 1}
+            row = ScoreRow(prompt.id, index, value, None if value is not None else "lost", details)
+            rows.append(joined(reward, row, said(reward, u, u, u, prompt=prompt, index=index)))
+    return rate(reward, list(values), rows, pictures or [None] * len(rows), judged=True)
 
 
-def test_a_missing_axis_costs_one_picture_and_is_counted(ocr: Recipe) -> None:
+def test_a_missing_axis_costs_one_picture_and_is_counted(ocr: Reward) -> None:
     """u: 4, missing, 2, 3; corrected: 1 x 1 + 0.2, missing, 0.5 x -1 + 0.2 and 0.2."""
     found = rated(ocr, {A: [(1.0, 4.0), (1.0, None)], B: [(0.5, 2.0), (0.0, 3.0)]})
     assert (found.unjudged, found.failed) == (1, 0)
@@ -171,27 +156,27 @@ def test_a_missing_axis_costs_one_picture_and_is_counted(ocr: Recipe) -> None:
     assert found.values(Measure("reward")).interval(samples=100).images == 4
 
 
-def test_a_mean_is_over_what_the_model_has_and_a_difference_over_what_both_have(ocr: Recipe) -> None:
+def test_a_mean_is_over_what_the_model_has_and_a_difference_over_what_both_have(ocr: Reward) -> None:
     """u of the base 4 and 2, of the trained model 4 and missing: means 3 and 4, and no difference on the shared one."""
     base, trained = (rated(ocr, {A: [(1.0, 4.0), (1.0, u)]}) for u in (2.0, None))
-    found = change(measure_of(ocr, "u"), base, trained, samples=100)
+    found = change_between(measure_of(ocr, "u"), base, trained, samples=100)
     assert (found.base.mean, found.trained.mean, found.difference.mean) == (3.0, 4.0, 0.0)
 
 
-def test_a_missing_reward_costs_the_corrected_score_of_one_picture(ocr: Recipe) -> None:
+def test_a_missing_reward_costs_the_corrected_score_of_one_picture(ocr: Reward) -> None:
     found = rated(ocr, {A: [(None, 4.0), (1.0, 4.0)]})
     assert (found.unjudged, found.failed) == (0, 1)
     assert found.values(measure_of(ocr, "u")).values == [[4.0, 4.0]]
     assert found.values(measure_of(ocr, "corrected")).values == [[None, pytest.approx(1.2)]]
 
 
-def test_nobody_judging_is_not_counted_as_unjudged(ocr: Recipe) -> None:
+def test_nobody_judging_is_not_counted_as_unjudged(ocr: Reward) -> None:
     found = rate(ocr, [A], [ScoreRow(A.id, 0, 0.5)], [BLACK], judged=False)
     assert found.unjudged == 0
     assert found.has(Measure("reward")) and not found.has(measure_of(ocr, "u"))
 
 
-def test_corrected_is_a_mean_of_tags_where_the_headline_is_one(geneval: Recipe) -> None:
+def test_corrected_is_a_mean_of_tags_where_the_headline_is_one(geneval: Reward) -> None:
     """Three right counting pictures of u 4 and one wrong colour: (1.2 + 0.2) / 2, over the pictures 0.95."""
     records = [PromptRecord.of(name, metadata={"tag": "counting"}) for name in "abc"]
     records.append(PromptRecord.of("d", metadata={"tag": "colors"}))
@@ -201,7 +186,7 @@ def test_corrected_is_a_mean_of_tags_where_the_headline_is_one(geneval: Recipe) 
     assert found.values(measure_of(geneval, "u")).interval(samples=100).mean == 4.0
 
 
-def test_signals_of_each_picture_and_group(ocr: Recipe) -> None:
+def test_signals_of_each_picture_and_group(ocr: Reward) -> None:
     """A black and a white picture are 1 apart, two black ones 0; one colour has no entropy, all black is dark.
 
     A: the higher reward has the lower u, disagreement 1. B: the rewards are equal, so nothing can disagree.
@@ -215,7 +200,7 @@ def test_signals_of_each_picture_and_group(ocr: Recipe) -> None:
     assert found.rows[0].details["u"] == 2.0
 
 
-def test_groups_are_put_together_by_prompt(ocr: Recipe) -> None:
+def test_groups_are_put_together_by_prompt(ocr: Reward) -> None:
     rows = [ScoreRow(A.id, 0, 1.0), ScoreRow(A.id, 1, 0.0), ScoreRow(B.id, 0, 1.0), ScoreRow(B.id, 1, 1.0)]
     found = rate(ocr, [A, B], rows, [BLACK, BLACK, WHITE, BLACK], judged=False)
     assert found.groups[A.id]["diversity"] == 0.0
@@ -224,31 +209,46 @@ def test_groups_are_put_together_by_prompt(ocr: Recipe) -> None:
         rate(ocr, [A, B], [rows[0], rows[2], rows[1], rows[3]], [BLACK] * 4, judged=False)
 
 
-def test_disagreement_is_about_the_headline(geneval: Recipe) -> None:
+def test_disagreement_is_about_the_headline(geneval: Reward) -> None:
     """Both pictures are wrong by accuracy; that their trained rewards differ is no preference of the headline."""
     a = PromptRecord.of("a", metadata={"tag": "counting"})
     found = rated(geneval, {a: [(0.5, 2.0), (0.25, 4.0)]})
     assert found.groups[a.id]["rank_disagreement"] is None
 
 
-def test_a_picture_that_cannot_be_decoded_has_no_signals(ocr: Recipe) -> None:
+def test_a_picture_that_cannot_be_decoded_has_no_signals(ocr: Reward) -> None:
     found = rated(ocr, {A: [(None, None), (1.0, 3.0)]}, [None, BLACK])
     assert found.values(measure_of(ocr, "dark_share")).values == [[None, 1.0]]
     assert found.groups[A.id] == {"diversity": None, "rank_disagreement": None}
 
 
-def test_which_measures_a_task_has(ocr: Recipe, geneval: Recipe) -> None:
-    for recipe in (ocr, geneval):
-        assert [each.name for each in quality_measures(recipe)] == [*AXES, "u", "corrected"]
+def test_which_measures_a_task_has(ocr: Reward, geneval: Reward) -> None:
+    for reward in (ocr, geneval):
+        assert [each.name for each in quality_measures(reward)] == [*AXES, "u", "corrected"]
     assert measure_of(geneval, "corrected").by_tag and not measure_of(ocr, "corrected").by_tag
-    names = {recipe.prompts.task: {each.name for each in signal_measures(recipe)} for recipe in (ocr, geneval)}
+    names = {reward.name: {each.name for each in signal_measures(reward)} for reward in (ocr, geneval)}
     assert names["ocr"] - names["geneval"] == {"text_area"}
+
+
+class FarReward(OcrReward):
+    """Its values lie between 20 and 25."""
+
+    scale = (20.0, 25.0)
+
+
+def test_a_reward_on_another_scale_has_no_corrected_score(ocr: Reward) -> None:
+    far = FarReward()
+    row = joined(far, ScoreRow(A.id, 0, 22.0), said(far, 4.0, 4.0, 4.0, prompt=A, index=0))
+    assert row.details["u"] == 4.0 and "corrected" not in row.details
+    assert [each.name for each in quality_measures(far)] == [*AXES, "u"]
+    assert (deciding_measure(far, judged=True), deciding_measure(ocr, judged=True)) == ("reward", "corrected")
+    assert deciding_measure(ocr, judged=False) == "reward"
 
 
 # --- two models ----------------------------------------------------------------------------------------------
 
 
-def test_comparable_needs_one_picture_with_both(ocr: Recipe) -> None:
+def test_comparable_needs_one_picture_with_both(ocr: Reward) -> None:
     corrected, reward = measure_of(ocr, "corrected"), Measure("reward")
     one, other = rated(ocr, {A: [(1.0, 4.0), (1.0, None)]}), rated(ocr, {A: [(1.0, None), (1.0, 4.0)]})
     assert comparable(reward, one, other)
@@ -258,7 +258,7 @@ def test_comparable_needs_one_picture_with_both(ocr: Recipe) -> None:
     assert not comparable(corrected, one, rated(ocr, {A: [(1.0, None), (1.0, None)]}))
 
 
-def test_comparable_needs_it_in_every_tag(geneval: Recipe) -> None:
+def test_comparable_needs_it_in_every_tag(geneval: Reward) -> None:
     records = [PromptRecord.of(tag, metadata={"tag": tag}) for tag in TAGS]
     full = rated(geneval, {record: [(1.0, 4.0)] for record in records})
     holed = rated(geneval, {r: [(1.0, None if r.prompt == "colors" else 4.0)] for r in records})
@@ -267,47 +267,47 @@ def test_comparable_needs_it_in_every_tag(geneval: Recipe) -> None:
     assert comparable(measure_of(geneval, "u"), full, holed)  # no mean of tags
 
 
-def model(recipe: Recipe, reward: float, u: float, *, picture: Image.Image = WHITE) -> Rated:
+def model(reward: Reward, value: float, u: float, *, picture: Image.Image = WHITE) -> Rated:
     """Twelve prompts that all have the same reward and quality."""
     records = [PromptRecord.of(f'a sign that says "{number}"', target=str(number)) for number in range(12)]
-    return rated(recipe, {record: [(reward, u)] for record in records}, [picture] * 12)
+    return rated(reward, {record: [(value, u)] for record in records}, [picture] * 12)
 
 
-def test_an_unchanged_model_is_healthy(ocr: Recipe) -> None:
-    found = pair_verdict(ocr, model(ocr, 0.5, 3.5), model(ocr, 0.5, 3.5))
+def test_an_unchanged_model_is_healthy(ocr: Reward) -> None:
+    found = pair_verdict(ocr, model(ocr, 0.5, 3.5), model(ocr, 0.5, 3.5), samples=100)
     assert found.level == "healthy"
     assert "the reward +0.000" in found.reasons[0].lower()
 
 
-def test_reward_won_by_quality_is_suspicious(ocr: Recipe) -> None:
+def test_reward_won_by_quality_is_suspicious(ocr: Reward) -> None:
     """Reward + 0.5, u - 0.25: more than the 0.1 that may be lost."""
-    found = pair_verdict(ocr, model(ocr, 0.5, 3.5), model(ocr, 1.0, 3.25))
+    found = pair_verdict(ocr, model(ocr, 0.5, 3.5), model(ocr, 1.0, 3.25), samples=100)
     assert found.level == "suspicious"
     assert found.reasons[0].startswith("The reward rose by 0.5 [0.5, 0.5] while quality u fell by 0.25")
 
 
-def test_a_fall_of_quality_is_a_collapse(ocr: Recipe) -> None:
-    found = pair_verdict(ocr, model(ocr, 0.5, 3.5), model(ocr, 1.0, 2.0))
+def test_a_fall_of_quality_is_a_collapse(ocr: Reward) -> None:
+    found = pair_verdict(ocr, model(ocr, 0.5, 3.5), model(ocr, 1.0, 2.0), samples=100)
     assert found.level == "collapsed"
     assert found.reasons[0].startswith("Quality u fell by 1.5 [1.5, 1.5]")
 
 
-def test_signals_are_judged_without_a_judge(ocr: Recipe) -> None:
+def test_signals_are_judged_without_a_judge(ocr: Reward) -> None:
     """All white to all black: the dark share rises by 1; one signal alone is suspicious, not collapsed."""
     rows = [ScoreRow(A.id, 0, 0.5)]
     white, black = (rate(ocr, [A], rows, [picture], judged=False) for picture in (WHITE, BLACK))
-    found = pair_verdict(ocr, white, black)
+    found = pair_verdict(ocr, white, black, samples=100)
     assert found.level == "suspicious"
     assert found.reasons[0].startswith("Dark share rose by 1 ")
     assert any("not judged" in reason and "quality u" in reason for reason in found.reasons)
 
 
-def test_the_headline_of_the_task_is_the_reward_of_the_verdict(geneval: Recipe) -> None:
+def test_the_headline_of_the_task_is_the_reward_of_the_verdict(geneval: Reward) -> None:
     """Accuracy goes from 0 to 1 in both tags and the trained reward from 0.75 to 1: a rise by 1 is told."""
     records = [PromptRecord.of(str(n), metadata={"tag": tag}) for n in range(6) for tag in ("counting", "colors")]
     base = rated(geneval, {record: [(0.75, 4.0)] for record in records})
     trained = rated(geneval, {record: [(1.0, 3.5)] for record in records})
-    found = pair_verdict(geneval, base, trained)
+    found = pair_verdict(geneval, base, trained, samples=100)
     assert found.level == "suspicious"
     assert found.reasons[0].startswith("The reward rose by 1 [1, 1] while quality u fell by 0.5")
 

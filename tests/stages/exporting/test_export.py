@@ -21,12 +21,12 @@ from rich.console import Console
 
 from gdro_cli.cli.app import main
 from gdro_cli.config.load import load_recipe
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.exporting.export import Export, _ending_at_once, describe, run
 from gdro_cli.stages.runs.finished_run import ADAPTER_NOTE
-from gdro_cli.tiny.assets import tiny_model_path
 from tests.support.hub_server import TOKEN, Hub, serve
 
 QUIET = Reporter(quiet=True)

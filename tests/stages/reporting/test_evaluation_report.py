@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gdro_cli.stages.reporting.evaluation_report import ORDER, write_report
+from gdro_cli.core.geneval import TAGS
+from gdro_cli.rewards.geneval.reward import GenEvalReward
+from gdro_cli.rewards.ocr.reward import OcrReward
+from gdro_cli.stages.reporting.evaluation_report import measure_names, write_report
 
 HOSTILE = '<script>alert("x")</script> a sign that says "TOM & CO"'
 READ = "<img src=x onerror=alert(1)>"
@@ -260,7 +263,12 @@ def test_geneval_leads_with_the_overall_score_and_counts_a_tags_own_pictures(wri
 
 
 def test_measures_have_one_order_wherever_they_were_sorted() -> None:
-    assert ORDER[:3] == ("reward", "overall", "single_object") and ORDER[-1] == "corrected"
+    quality = ["alignment", "coherence", "style", "u", "corrected"]
+    for reward, own in (
+        (OcrReward, ["reward", "exact match", "similarity", "text area"]),
+        (GenEvalReward, ["overall", *TAGS, "strict reward", "soft reward"]),
+    ):
+        assert measure_names(sorted(["x", *own, *quality]), reward) == [*own, *quality, "x"]
 
 
 def test_missing_numbers_are_dashes_with_their_count(written: Callable[..., str]) -> None:
@@ -274,7 +282,7 @@ def test_missing_numbers_are_dashes_with_their_count(written: Callable[..., str]
     assert page.row("diversity", columns=8)[1:5] == ["-", "-", "-", "-"]
     text = " ".join(page.text.split())
     assert "Without a reward: 1 of 12 pictures (both models). Without u: 1 of 12." in text
-    assert "reward 0.500 u - corrected - not judged no answer read trained3" in text
+    assert "reward 0.500 read trained3 u - corrected - not judged no answer" in text
 
 
 def test_without_judge_verdict_metrics_or_pictures_the_page_says_so(

@@ -14,12 +14,12 @@ import yaml
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.stages.reporting.markdown import Markdown, escape, fenced
 from gdro_cli.stages.reporting.model_card import Place, card, loading_code, write_card
 from gdro_cli.stages.reporting.redaction import command, recipe_yaml, without_paths
 from gdro_cli.stages.runs.finished_run import ADAPTER_NOTE, open_finished
-from gdro_cli.tiny.assets import tiny_model_path
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[..., Path]

@@ -15,8 +15,11 @@ def row(value: float | None, *, index: int = 0, reason: str | None = None, **det
     return {"prompt_id": "0a", "index": index, "value": value, "reason": reason, "details": details, "file": "x.png"}
 
 
-def written(folder: Path, *, base: list[dict[str, Any]], trained: list[dict[str, Any]]) -> list[dict[str, str]]:
-    results = {"prompts": [{"id": "0a", "prompt": PROMPT}], "images": {"base": base, "trained": trained}}
+def written(
+    folder: Path, *, base: list[dict[str, Any]], trained: list[dict[str, Any]], task: str = "ocr"
+) -> list[dict[str, str]]:
+    images = {"base": base, "trained": trained}
+    results = {"task": task, "prompts": [{"id": "0a", "prompt": PROMPT}], "images": images}
     with write_csv(folder / "results.csv", results).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
@@ -50,6 +53,6 @@ def test_missing_numbers_are_empty_with_their_reason(tmp_path: Path) -> None:
 def test_what_a_detector_saw_is_told(tmp_path: Path) -> None:
     stars = [{"label": "star", "confidence": 0.9, "box": [0, 0, 1, 1], "colour": "red"}] * 2
     rows = [row(0.5, accuracy=True, soft=0.5, detections=stars), row(0.0, index=1, accuracy=False, detections=[])]
-    first, second = written(tmp_path, base=rows, trained=[])
+    first, second = written(tmp_path, base=rows, trained=[], task="geneval")
     assert (first["accuracy"], first["soft"], first["detections"]) == ("1", "0.5", "2 red star")
     assert (second["accuracy"], second["soft"], second["detections"]) == ("0", "", "-")

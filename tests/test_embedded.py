@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gdro_cli import embedded as assets
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.tiny import assets
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pa
 
 
 def test_the_digests_are_those_of_the_files() -> None:
-    """After making weights: python -m gdro_cli.tiny.assets."""
+    """After making weights: python -m gdro_cli.embedded."""
     assert json.loads(assets.DIGESTS.read_text()) == assets.digests(assets.WEIGHTS)
 
 

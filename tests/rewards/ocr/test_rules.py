@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gdro_cli.rewards.base import Score
-from gdro_cli.rewards.ocr import exact_match, normalise, ocr_reward, similarity, target_text
-from gdro_cli.rewards.ocr_engine import Reading, reading_order
+from gdro_cli.rewards.ocr.engine import Reading, reading_order
+from gdro_cli.rewards.ocr.reward import target_text
+from gdro_cli.rewards.ocr.rules import exact_match, normalise, ocr_reward, similarity
 from tests.support.ocr_signs import Prompt
 
 

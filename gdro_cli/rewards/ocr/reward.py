@@ -1,0 +1,126 @@
+"""The OCR reward: PaddleOCR reads the image, and ``rules`` compares what it read with the prompt's target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gdro_cli.config.sections import OcrReward as OcrSettings
+from gdro_cli.core.measures import Measure
+from gdro_cli.errors import UserError
+from gdro_cli.rewards.base import ImageSource, PromptLike, Reward, Score
+from gdro_cli.rewards.ocr.rules import RULE, exact_match, normalise, ocr_reward, similarity
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from gdro_cli.rewards.ocr.engine import OcrEngine, Reading
+    from gdro_cli.rewards.ocr.models import OcrModels
+
+
+class OcrReward(Reward):
+    """Scores images by what PaddleOCR reads in them.
+
+    Details of a measured score: ``text`` (lines joined), ``lines``, ``line_confidences``, ``exact`` (bool),
+    ``similarity``, ``confidence`` (mean over lines, ``None`` without text) and ``text_area`` (area of the detected
+    boxes as a share of the image). Each engine has one thread: more workers score faster than more threads.
+    """
+
+    name = "ocr"
+    purpose = "to write the text that a prompt asks for"
+    Settings = OcrSettings
+    needs = frozenset({"target"})
+    measures = (
+        Measure("reward"),
+        Measure("exact match", "exact"),
+        Measure("similarity", "similarity"),
+        Measure("text area", "text_area"),
+    )
+    signals: ClassVar = {"text_area": "share of the image that text covers"}
+    columns = ("exact", "similarity", "text", "confidence")
+    settings: OcrSettings
+    _engine: OcrEngine | None = None
+
+    @classmethod
+    def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """What was read."""
+        if "text" in details:
+            yield "read", str(details["text"]) or "-"
+
+    @cached_property
+    def models(self) -> OcrModels:
+        """The model folders. Raises ``PrerequisiteError``."""
+        from gdro_cli.rewards.ocr.models import find_models
+
+        settings = self.settings
+        return find_models(
+            settings.detection_model,
+            settings.recognition_model,
+            recognition_width=settings.recognition_width,
+            model_dir=None if settings.model_dir is None else Path(settings.model_dir),
+            weights_format="onnx" if settings.engine == "onnxruntime" else "paddle",
+        )
+
+    @cached_property
+    def version(self) -> Mapping[str, Any]:
+        """Provenance: rule, engine, runtime and library versions, model names, digests, recognition width."""
+        from gdro_cli.rewards.ocr.engine import engine_version
+
+        return {"reward": self.name, "rule": RULE, **engine_version(self.settings.engine), **self.models.version}
+
+    def load(self) -> None:
+        """Load the engine; a second call does nothing. Raises ``PrerequisiteError``."""
+        self._loaded()
+
+    def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
+        """Score ``images[i]`` for ``prompts[i]``, in order.
+
+        Raises:
+            UserError: a prompt names no text to look for.
+            ValueError: not as many prompts as images.
+            PrerequisiteError: the engine cannot be loaded.
+        """
+        for prompt in prompts:
+            target_text(prompt)
+        return super().score(images, prompts)
+
+    def score_image(self, image: Image.Image, prompt: PromptLike) -> Score:
+        """The score of what the engine reads in one image; whatever the engine raises goes through."""
+        return _score(self._loaded().read(image), target_text(prompt))
+
+    def _loaded(self) -> OcrEngine:
+        if self._engine is None:
+            from gdro_cli.rewards.ocr.engine import OcrEngine
+
+            self._engine = OcrEngine(self.models, kind=self.settings.engine)
+        return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the loaded engine, so that a reward can be sent to a worker process."""
+        return {**self.__dict__, "_engine": None}
+
+
+def target_text(prompt: PromptLike) -> str:
+    """The text to look for. Raises UserError naming the prompt when it has none."""
+    if prompt.target is None or not normalise(prompt.target):
+        raise UserError(
+            f"the prompt {prompt.prompt!r} names no text for the OCR reward to look for: put the text "
+            f"between double quotes in the prompt, or give it as `target`"
+        )
+    return prompt.target
+
+
+def _score(reading: Reading, target: str) -> Score:
+    text = reading.text
+    details = {
+        "text": text,
+        "lines": list(reading.lines),
+        "line_confidences": [round(value, 4) for value in reading.confidences],
+        "exact": exact_match(target, text),
+        "similarity": similarity(target, text),
+        "confidence": round(reading.confidence, 4) if reading.confidence is not None else None,
+        "text_area": round(reading.text_area, 4),
+    }
+    return Score(ocr_reward(target, text), None, details)

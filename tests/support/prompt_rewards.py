@@ -1,0 +1,15 @@
+"""Rewards that prompts are read for; making one needs no weights."""
+
+from __future__ import annotations
+
+from gdro_cli.config.sections import GenEvalReward as GenEvalSettings
+from gdro_cli.rewards.base import Reward
+from gdro_cli.rewards.geneval.reward import GenEvalReward
+from gdro_cli.rewards.ocr.reward import OcrReward
+
+OCR = OcrReward()
+SHAPES = GenEvalReward()
+"""Knows the embedded world's six shapes."""
+COCO = GenEvalReward(GenEvalSettings(detector="mask2former"))
+"""Knows COCO's 80 classes."""
+REWARDS: dict[str, Reward] = {"ocr": OCR, "geneval": COCO}
