@@ -25,7 +25,6 @@ from gdro_cli.config.methods import METHODS, OnlineMethod
 from gdro_cli.config.rules import STORED_ONLY
 from gdro_cli.config.yamlfile import MAX_NESTING, check_keys, describe, parse_yaml, read_yaml, shown
 from gdro_cli.errors import UserError
-from gdro_cli.files import working_folder
 
 #: Folders of shipped recipes: inside an installed package, or beside it in a checkout.
 RECIPE_FOLDERS = (
@@ -123,7 +122,7 @@ def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
         if isinstance(value, dict):
             check_keys(value, source=source)
         section.update(merge(section, {parts[-1]: value}))
-    resolve_paths(layer, folder=working_folder())
+    resolve_paths(layer, folder=Path.cwd())
     return layer
 
 
@@ -148,7 +147,7 @@ def _resolve(section: object, *, key: str, folder: Path) -> None:
     if not isinstance(section, dict) or not isinstance(section.get(key), str) or not section[key]:
         return
     given = os.path.expanduser(section[key])
-    for base in (folder, working_folder()):
+    for base in (folder, Path.cwd()):
         candidate = base / given
         if os.path.exists(candidate):
             section[key] = os.path.abspath(candidate)

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.base import digest
@@ -20,7 +21,6 @@ from gdro_cli.config.recipe import Recipe, build_recipe
 from gdro_cli.config.suggest import similar_key
 from gdro_cli.config.yamlfile import check_keys, parse_yaml
 from gdro_cli.errors import UserError
-from gdro_cli.files import working_folder
 
 SHORT_NAMES = {
     "method": "method.name",
@@ -227,7 +227,7 @@ def _cell_recipe(recipe: Recipe, axes: Sequence[Axis], values: Sequence[Any], se
         for parent in parents:
             section = section.setdefault(parent, {})
         section[last] = value
-    resolve_paths(layer, folder=working_folder())
+    resolve_paths(layer, folder=Path.cwd())
     data = merge_layers([recipe.resolved(), layer])
     data["ablation"] = recipe.resolved()["ablation"]  # a cell of another method keeps it, unread
     steps = data["train"]["steps"]

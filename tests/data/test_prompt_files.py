@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.core.geneval import COCO_CLASSES, SHAPES, TAGS
-from gdro_cli.data.promptfile import MAX_LINE_BYTES, read_prompt_file
+from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.prompts import PromptSet, load_prompts
 from gdro_cli.errors import UserError
 
@@ -107,13 +107,12 @@ TEXT_CASES: dict[str, tuple[bytes | str, str]] = {
     "one quote": ('a "plain sign', "line 1: it has no text in double quotes"),
     "empty quotes": ('a sign ""', "line 1: the text that the picture shall say is empty"),
     "blank quotes": ('a sign "  "', "line 1: the text that the picture shall say is empty"),
-    "NUL": (b'ok "A"\na\x00b "C"', "line 2: it contains a NUL character"),
-    "control character": ('a \x07 "C"', "line 1: it contains the character U+0007"),
+    "NUL": (b'ok "A"\na\x00b "C"', "line 2: the prompt contains the character U+0000"),
+    "control character": ('a \x07 "C"', "line 1: the prompt contains the character U+0007"),
     "latin-1": (b'ok "A"\ncaf\xe9 "B"', "line 2: byte 4 is not UTF-8"),
-    "utf-16": ('a "B"'.encode("utf-16"), "is UTF-16: save it as UTF-8"),
-    "line too long": (b"x" * (MAX_LINE_BYTES + 1), f"line 1: it has {MAX_LINE_BYTES + 1} bytes"),
-    "10 MB line": (b'"' + b"x" * 10_000_000 + b'"', "line 1: it has 10000002 bytes"),
-    "prompt too long": ('"A"' + "x" * 4000, "line 1: the prompt has 4003 characters"),
+    "utf-16": ('a "B"'.encode("utf-16"), "line 1: byte 1 is not UTF-8; save the file as UTF-8"),
+    "10 MB line": (b'"' + b"x" * 10_000_000 + b'"', "line 1: the prompt has 10000002 characters"),
+    "prompt too long": ('"A"' + "x" * 3998, "line 1: the prompt has 4001 characters"),
     "JSON in a text file": ('{"prompt": "a"}', "line 1: it looks like JSON; name the file .jsonl"),
     "empty": (b"", "holds no prompts"),
     "only a mark": (b"\xef\xbb\xbf", "holds no prompts"),
@@ -141,26 +140,9 @@ JSON_CASES = {
         '{"prompt": "a", "target": " "}',
         "line 1: the text that the picture shall say is empty",
     ),
-    "key twice": (
-        '{"prompt": "a \\"A\\"", "prompt": "b"}',
-        "line 1: its JSON cannot be used (a key stands twice)",
-    ),
-    "NaN": (
-        '{"prompt": "a \\"A\\"", "x": NaN}',
-        "line 1: its JSON cannot be used (nan is not a json number)",
-    ),
-    "overflow": ('{"prompt": "a \\"A\\"", "x": 1e999}', "line 1: its JSON cannot be used"),
-    "huge integer": ('{"prompt": "a \\"A\\"", "x": ' + "9" * 5000 + "}", "line 1: its JSON cannot be used"),
-    "nested": (
-        '{"prompt": "a", "x": ' + "[" * 30000 + "]" * 30000 + "}",
-        "line 1: its JSON is nested too deeply",
-    ),
-    "half a surrogate pair": (
-        '{"prompt": "a \\ud800 \\"A\\""}',
-        "line 1: the prompt contains the character U+D800",
-    ),
-    "half a pair in metadata": ('{"prompt": "\\"A\\"", "x": "\\udfff"}', "line 1: its metadata contains"),
-    "escaped NUL": ('{"prompt": "a \\u0000 \\"A\\""}', "line 1: the prompt contains a NUL character"),
+    "NaN": ('{"prompt": "a \\"A\\"", "x": NaN}', "line 1: its JSON cannot be used (NaN is not a JSON number)"),
+    "half a surrogate pair": ('{"prompt": "a \\ud800 \\"A\\""}', "line 1: the prompt contains the character U+D800"),
+    "escaped NUL": ('{"prompt": "a \\u0000 \\"A\\""}', "line 1: the prompt contains the character U+0000"),
 }
 
 
@@ -288,14 +270,12 @@ def test_all_bad_lines_at_once_up_to_ten(tmp_path: Path) -> None:
     assert message.endswith("and 2 more")
 
 
-def test_a_file_that_is_not_there_a_folder_and_a_device(tmp_path: Path) -> None:
+def test_a_file_that_is_not_there_and_a_folder(tmp_path: Path) -> None:
     for file, expected in [
-        (str(tmp_path / "none.txt"), "does not exist"),
-        (str(tmp_path), "is not a regular file"),
-        ("/dev/zero", "is not a regular file"),
-        ("x" * 5000, "cannot be read"),
-        ("a\0b", "cannot be read|does not exist"),
-        ("~no-such-user/p.txt", "does not exist"),
+        (str(tmp_path / "none.txt"), "cannot be read: No such file"),
+        (str(tmp_path), "cannot be read: Is a directory"),
+        ("x" * 5000, "cannot be read: File name too long"),
+        ("~no-such-user/p.txt", "cannot be read: No such file"),
     ]:
         with pytest.raises(UserError, match=expected):
             load_prompts(PromptSource(file=file), task="ocr", base_dir=tmp_path)
@@ -341,3 +321,39 @@ def test_any_bytes_load_or_are_refused_in_one_sentence(tmp_path: Path, data: byt
         assert str(path) in str(error)
     else:
         assert all(record.target and record.target.strip() for record in prompts.records)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+_CLAUSE = st.fixed_dictionaries(
+    {},
+    optional={
+        "class": st.sampled_from(["dog", "cat", "dgo"]) | _JSON,
+        "count": st.integers(-2, 4) | _JSON,
+        "color": st.sampled_from(["red", "gold"]) | _JSON,
+        "position": st.tuples(st.sampled_from(["above", "near"]), st.integers(-1, 2)) | _JSON,
+    },
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    metadata=st.fixed_dictionaries(
+        {"prompt": st.text(max_size=8) | _JSON},
+        optional={
+            "tag": st.sampled_from(["position", "counting"]) | _JSON,
+            "include": st.lists(_CLAUSE, max_size=3) | _JSON,
+            "exclude": st.lists(_CLAUSE, max_size=2) | _JSON,
+        },
+    )
+)
+def test_any_metadata_loads_or_is_refused_in_one_sentence(tmp_path: Path, metadata: dict[str, Any]) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(metadata))
+    try:
+        read_prompt_file(path, task="geneval", classes=COCO_CLASSES)
+    except UserError as error:
+        assert str(path) in str(error)

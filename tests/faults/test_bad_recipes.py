@@ -225,6 +225,3 @@ def test_any_bytes_are_a_recipe_or_are_refused(tmp_path: Path, data: bytes | str
     path = tmp_path / "recipe.yaml"
     path.write_bytes(BASE + (data.encode() if isinstance(data, str) else data))
     never_unexpected(lambda: load_recipe(str(path)), 2)
-
-
-CASES = [*FILES, *NAMES, *SETS, *WRONG_TYPES]

@@ -1,4 +1,4 @@
-"""The fault campaign in short: a few kills of a job that samples, scores and trains. The long form is a script."""
+"""The fault campaign, which is a script: whether it finds what it looks for."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ import pytest
 from tests.faults import campaign as script
 from tests.faults.campaign import Campaign, broken_parts, ends, left_behind
 
-KILLS = 3
 JOB = """
 import hashlib, json, sys, time
 from pathlib import Path
-from gdro_cli.files import write_folder
+from gdro_cli.files import new_folder
 for number in range(6):
     folder = Path(sys.argv[1]) / "stores/s/shards" / f"{number:05d}"
     if (folder / "manifest.json").exists():
@@ -26,7 +25,9 @@ for number in range(6):
     data = bytes([number]) * 1000
     about = {"files": {"a": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}}
     if sys.argv[2] == "careful":
-        write_folder(folder, {"a": data, "manifest.json": json.dumps(about).encode()}, last="manifest.json")
+        with new_folder(folder) as unfinished:
+            (unfinished / "a").write_bytes(data)
+            (unfinished / "manifest.json").write_text(json.dumps(about))
     else:
         folder.mkdir(parents=True)
         (folder / "manifest.json").write_text(json.dumps(about))
@@ -37,22 +38,13 @@ for number in range(6):
 """A job that takes no model; the careless one says that a shard is there before it is."""
 
 
-@pytest.mark.timeout(900)
-def test_a_few_kills_lose_and_change_nothing(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path, seed=2, stages=["train"], deadline=time.monotonic() + 600)
-    campaign.undisturbed()
-    campaign.run(KILLS)
-    assert campaign.violations == [], campaign.table()
-    assert campaign.kills == KILLS and campaign.tallies["train"].ends >= 1
-
-
 def test_the_campaign_sees_damage(store: Path, tmp_path: Path) -> None:
     """What it looks for, it finds: a changed file, a torn one, something left behind."""
     assert list(broken_parts(store)) == [] and left_behind(store) == []
     before = ends(store)
     scores = next(store.glob("scores/*/00000.jsonl"))
     scores.write_bytes(scores.read_bytes().replace(b"0.5", b"0.6"))
-    assert [Path(each).name for each in broken_parts(store)] == ["00000.json"]
+    assert [Path(each).name for each in broken_parts(store)] == ["00000.jsonl"]
     tensors = store / "shards" / "00001" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     (store / "torn.json").write_text("{")
@@ -60,8 +52,8 @@ def test_the_campaign_sees_damage(store: Path, tmp_path: Path) -> None:
     manifest = store / "shards" / "00000" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text())))
     assert ends(store) != before
-    (store / "lock").touch()
-    assert left_behind(store) == ["lock"]
+    (store / "shards" / ".00001.7.partial").mkdir()
+    assert left_behind(store) == ["shards/.00001.7.partial"]
 
 
 @pytest.mark.timeout(300)
@@ -76,8 +68,8 @@ def test_the_campaign_tells_a_careful_job_from_a_careless_one(
     monkeypatch.setattr(script, "start", start)
     campaign = Campaign(tmp_path, seed=1, stages=["sample"], deadline=time.monotonic() + 200)
     campaign.undisturbed()
-    campaign.run(8)
-    assert campaign.kills == 8
+    campaign.run(3)
+    assert campaign.kills == 3
     said = "nothing lost, nothing changed" if way == "careful" else "violations"
     assert said in campaign.table(), campaign.violations
     assert any("taken as whole" in each for each in campaign.violations) == (way == "careless")

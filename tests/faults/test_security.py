@@ -260,7 +260,7 @@ def test_an_ablation_escapes_its_labels() -> None:
     chart = sweep_chart({"reward": {f"path {HOSTILE}": points}}, {"reward": HOSTILE})
     assert chart is not None
     refuse_markup(chart)
-    templates = PACKAGE / "stages" / "templates"
+    templates = PACKAGE / "stages" / "reporting" / "templates"
     unescaped = [
         (path.name, found)
         for path in templates.iterdir()

@@ -24,7 +24,6 @@ from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
-from gdro_cli.runtime.lock import clear_stale
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
@@ -156,7 +155,6 @@ def carry_out(
             else:
                 told += f": {cell.label}, seed {cell.seed}"
             if place.finished:
-                clear_stale(place.run / "lock")
                 reporter.say(f"{told}: was finished already ({place.run.name})")
                 came_to = Outcome("finished")
             else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -12,29 +11,16 @@ from typing import Any
 from gdro_cli.config.base import digest
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.scores import Interval
-from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, refuse_used, write_image_folder
-from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.imagefolder import PromptImages, read_image_folder, refuse_used, write_image_folder
+from gdro_cli.data.scores import ScoreRow, ScoreTable, read_scores, write_scores
 from gdro_cli.errors import Interrupted, StoreError
-from gdro_cli.files import (
-    json_lines,
-    make_folder,
-    parse_json,
-    partial_name,
-    read_bytes,
-    remove_abandoned,
-    sha256,
-    sha256_file,
-    storage_errors,
-    write_bytes,
-    write_json,
-)
+from gdro_cli.files import make_folder, new_folder, sha256_file, write_json
 from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.setup.rewards import known_classes, measured, measures, open_pool, open_reward
 
-_LONGEST_LINE = 2**24
 PART = 8  # prompts scored between two files; an interruption costs at most one part
 RESULTS_SCHEMA = 1
 
@@ -67,7 +53,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) ->
     """
     entries = read_image_folder(folder, task=recipe.prompts.task, classes=known_classes(recipe))
     version = dict(open_reward(recipe).version)
-    content = [[entry.prompt.id, [sha256_file(path) for path in entry.pictures]] for entry in entries]
+    content = [[entry.prompt.id, [sha256_file(path) for path in entry.images]] for entry in entries]
     place = workspace / "folders" / f"{recipe.prompts.task}-{digest([content, version])}"
     make_folder(place)
     with StopFlag(on_request=lambda: reporter.say(STOPPING)) as stop, folder_lock(place / "lock"):
@@ -76,7 +62,7 @@ def run(recipe: Recipe, workspace: Path, reporter: Reporter, *, folder: Path) ->
 
 
 def score_parts(
-    recipe: Recipe, entries: tuple[PromptPictures, ...], place: Path, *, reporter: Reporter, stop: StopFlag
+    recipe: Recipe, entries: tuple[PromptImages, ...], place: Path, *, reporter: Reporter, stop: StopFlag
 ) -> list[ScoreRow]:
     """The score of every picture, in order; parts that an earlier call has finished are read.
 
@@ -85,14 +71,14 @@ def score_parts(
             within ``STOP_GRACE`` seconds.
     """
     parts = {place / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
-    missing = [path for path in parts if not path.exists() or _lacks_digest(path)]
+    missing = [path for path in parts if not path.exists()]
     stopped = f"stopped while scoring; what is done is kept in {place}: run the command again to go on"
     if missing:
-        total = sum(len(entry.pictures) for path in missing for entry in parts[path])
+        total = sum(len(entry.images) for path in missing for entry in parts[path])
         with open_pool(recipe) as pool, reporter.track("scoring", total=total, unit="images") as progress:
             for path in missing:
                 asked = [
-                    (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.pictures)
+                    (entry.prompt, index, file) for entry in parts[path] for index, file in enumerate(entry.images)
                 ]
                 files, prompts = [file for *_, file in asked], [prompt for prompt, *_ in asked]
                 try:
@@ -103,47 +89,21 @@ def score_parts(
                     ScoreRow(prompt.id, index, score.value, score.reason, score.details)
                     for (prompt, index, _), score in zip(asked, scores, strict=True)
                 ]
-                write_bytes(path, part_bytes(rows))
+                write_scores(path, rows)
                 stop.check(stopped)
     return [row for path, part in parts.items() for row in _read(path, part)]
 
 
-def part_bytes(rows: list[ScoreRow]) -> bytes:
-    """The file of one part: a line with the SHA-256 of the rest, and one line per score."""
-    lines = json_lines(row.to_json() for row in rows)
-    return json_lines([{"sha256": sha256(lines)}]) + lines
-
-
-def _lacks_digest(path: Path) -> bool:
-    """Whether an earlier version wrote the part, which nobody can tell from one that was changed since."""
-    try:
-        with path.open("rb") as file:
-            ScoreRow.from_json(parse_json(file.readline(_LONGEST_LINE)))
-    except (OSError, ValueError):
-        return False  # what else may be wrong with it, ``_read`` says
-    return True
-
-
-def _read(path: Path, part: tuple[PromptPictures, ...]) -> list[ScoreRow]:
-    """The scores of one part, which must be what was written and those of its pictures."""
-    damaged = f"{path} is damaged: delete it and run the command again"
-    try:
-        head, _, lines = read_bytes(path).partition(b"\n")
-        if parse_json(head) != {"sha256": sha256(lines)}:
-            raise StoreError(damaged)
-        rows = [ScoreRow.from_json(parse_json(line)) for line in lines.splitlines()]
-    except (OSError, ValueError) as error:
-        raise StoreError(damaged) from error
-    asked = [(entry.prompt.id, index) for entry in part for index in range(len(entry.pictures))]
-    if [(row.prompt_id, row.index) for row in rows] != asked:
-        raise StoreError(damaged)
-    return rows
+def _read(path: Path, part: tuple[PromptImages, ...]) -> list[ScoreRow]:
+    """The scores of one part, which must be what was written and those of its images."""
+    images = [(entry.prompt.id, index) for entry in part for index in range(len(entry.images))]
+    return read_scores(path, images, remedy="delete it and run the command again")
 
 
 def report(
     recipe: Recipe,
     folder: Path,
-    entries: tuple[PromptPictures, ...],
+    entries: tuple[PromptImages, ...],
     rows: list[ScoreRow],
     place: Path,
     version: dict[str, Any],
@@ -189,29 +149,20 @@ def write_pictures(folder: Path, tables: dict[str, ScoreTable], *, check: Callab
     """
     folder = folder.resolve()  # also for a name like `.`
     refuse_used(folder)
-    partial = partial_name(folder)
-    with storage_errors(folder):
-        try:
-            remove_abandoned(folder)
-            for name, table in tables.items():
-                write_image_folder(partial / name, _checked(_entries(table), check))
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with new_folder(folder) as unfinished:
+        for name, table in tables.items():
+            write_image_folder(unfinished / name, _checked(_entries(table), check))
 
 
-def _checked(entries: list[PromptPictures], check: Callable[[], None]) -> Iterator[PromptPictures]:
+def _checked(entries: list[PromptImages], check: Callable[[], None]) -> Iterator[PromptImages]:
     for entry in entries:
         check()
         yield entry
 
 
-def _entries(table: ScoreTable) -> list[PromptPictures]:
+def _entries(table: ScoreTable) -> list[PromptImages]:
     pictures: dict[str, list[Path]] = {}
     for number in range(len(table.store.shards)):
         for stored in table.store.images(number):
             pictures.setdefault(stored.prompt.id, []).append(stored.path)
-    return [PromptPictures(prompt, tuple(pictures[prompt.id])) for prompt in table.store.prompts]
+    return [PromptImages(prompt, tuple(pictures[prompt.id])) for prompt in table.store.prompts]

@@ -25,7 +25,7 @@ from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
-from gdro_cli.runtime.lock import clear_stale, folder_lock
+from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.setup.workspace import (
     SamplingPlan,
@@ -106,8 +106,6 @@ def fill_store(
     """
     missing = engine.from_main(store.missing_shards)
     if not missing:
-        if engine.is_main:
-            clear_stale(store.path / "lock")
         return 0
     sharded = engine.world > 1 and recipe.model.sharding == "fsdp"
     here = missing if sharded else engine.share(missing)

@@ -17,7 +17,7 @@ from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
-from gdro_cli.runtime.lock import clear_stale, folder_lock
+from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.sampling.sample import fill_store, own_part, training_store
 from gdro_cli.stages.setup.rewards import open_pool, open_table
@@ -94,8 +94,6 @@ def score_missing(
     """
     missing = engine.from_main(table.missing_shards)
     if not missing:
-        if engine.is_main:
-            clear_stale(table.path / "lock")
         return 0
     store, own = table.store, engine.share(missing)
     todo = sum(len(store.shards[number]) for number in own) * store.images_per_prompt

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.dataset import GroupBatch, GroupDataset
-from gdro_cli.data.references import Place, ReferenceErrors
+from gdro_cli.data.references import ErrorKey, ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import FlowModel
@@ -130,13 +130,13 @@ class GroupSteps:
         if self._known is None:
             return self._gradient.reference_errors(groups)
         places = self._places(batch)
-        known = self._known.known(places).view(groups.rewards.shape)
+        known = self._known.lookup(places).view(groups.rewards.shape)
         errors = self._gradient.reference_errors(groups, known)
         if known.isnan().any():
             self._known.add(places, errors.flatten())
         return errors
 
-    def _places(self, batch: GroupBatch) -> list[Place]:
+    def _places(self, batch: GroupBatch) -> list[ErrorKey]:
         """What the reference error of each of the N images is known by."""
         return [
             (prompt.id, noise_draw(self.method, visit), image)

@@ -28,7 +28,6 @@ from gdro_cli.runtime.checkpoint import (
     flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
-    mend_checkpoints,
     restore_optimizer,
     save_checkpoint,
 )
@@ -42,7 +41,6 @@ from gdro_cli.stages.runs.finished_run import note_adapter
 from gdro_cli.stages.runs.weights import (
     STOPPED,
     UNMEASURED,
-    best_folder,
     early_end,
     evaluated_weights,
     forget_best_after,
@@ -234,7 +232,7 @@ class Trainer:
     def resume(self) -> int:
         """Restore the newest checkpoint, if there is one, in all processes, and return its step."""
         # One process looks: on a shared disk another might not see yet what the main one sees.
-        path = self.engine.from_main(self._newest)
+        path = self.engine.from_main(lambda: latest_checkpoint(self.folder.path))
         with self.engine.together():
             if path is not None:
                 checkpoint = load_checkpoint(path, needed=("adapter", "ema", "optimizer"))
@@ -252,12 +250,6 @@ class Trainer:
         over = self.step >= self.recipe.train.steps and not self.unmeasured
         self.ended = self.engine.from_main(lambda: over or early_end(self.folder.path) is not None)
         return self.step
-
-    def _newest(self) -> Path | None:
-        """The newest checkpoint, after what a killed process left behind is mended."""
-        for folder in (self.folder.path, best_folder(self.folder)):
-            mend_checkpoints(folder)
-        return latest_checkpoint(self.folder.path)
 
     def end_early(self) -> None:
         """Note that and why the training has ended at the present step; all processes wait for it."""
