@@ -91,7 +91,7 @@ def refuse_used(folder: Path, *, what: str = "images") -> None:
     Raises:
         UserError: what is written would be mixed with what is in the folder, or the folder cannot be made.
     """
-    refused = f"{folder} is not a folder that {what} can be written to"
+    refused = f"the {what} cannot be written to {folder}"
     try:
         is_used = folder.exists() and any(folder.iterdir())
         above = Path(os.path.realpath(folder)).parent

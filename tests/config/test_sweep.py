@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,17 +41,6 @@ def test_as_many_cells_as_one_ablation_can_have(ocr: Recipe, monkeypatch: pytest
     assert len(plan_sweep(ocr, ["tau"], ["0.5,0"], seeds=2).cells) == 4
     with pytest.raises(UserError, match="has 6 cells"):
         plan_sweep(ocr, ["tau"], ["0.5,0"], seeds=3)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="there a folder in use cannot be deleted")
-def test_a_working_folder_that_is_gone_is_one_sentence(
-    ocr: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    with pytest.raises(UserError, match="The working folder no longer exists: cd to another one"):
-        plan_sweep(ocr, ["tau"], ["0.5,0"])
 
 
 def test_a_cell_is_the_recipe_with_one_key_changed(ocr: Recipe) -> None:

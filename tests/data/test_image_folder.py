@@ -173,5 +173,5 @@ def test_a_folder_that_cannot_be_filled_is_refused_before_any_work(tmp_path: Pat
     refuse_used(tmp_path / "empty")
     (tmp_path / "loop").symlink_to("loop")
     for folder in (file, file / "out", file / "deep" / "out", tmp_path / "loop" / "out"):
-        with pytest.raises(UserError, match="is not a folder that images can be written to: .* name another one"):
+        with pytest.raises(UserError, match="the images cannot be written to .*: .* name another one"):
             refuse_used(folder)
