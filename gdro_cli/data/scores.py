@@ -122,12 +122,12 @@ def read_scores(path: Path, images: Iterable[tuple[str, int]], *, remedy: str) -
 
 @dataclass(frozen=True, slots=True)
 class ScoreSummary:
-    """How a table, or the part of it that is there, turned out."""
+    """How the scores of a table, or of its finished part, turned out."""
 
     images: int
     scored: int
     mean: float | None
-    """Mean of the scores that are there; ``None`` without any."""
+    """Mean of the scores; ``None`` without any."""
     reasons: tuple[tuple[str, int], ...]
     """Why scores are missing and how often, the most frequent first."""
 
@@ -155,7 +155,7 @@ class ScoreTable:
     def create_or_open(
         cls, store: GroupStore, name: str, *, provenance: Mapping[str, Any], command: str = "gdro score"
     ) -> Self:
-        """Make the table of a reward, or open the one that is there. Another provenance is another table.
+        """Make or open the table of a reward. Another provenance is another table.
 
         Raises StoreError when the table is damaged or the folder cannot be written.
         """
@@ -174,7 +174,7 @@ class ScoreTable:
         return cls(store, path, name, plain, key, command)
 
     def missing_shards(self) -> list[int]:
-        """Numbers of the store's shards without scores yet; the shards themselves have to be there.
+        """Numbers of the store's shards without scores yet; the shards themselves must exist.
 
         Raises StoreError for damaged files or a missing shard.
         """
@@ -217,7 +217,7 @@ class ScoreTable:
         return ScoreSummary(len(rows), len(values), mean, tuple(reasons.most_common()))
 
     def _is_scored(self, number: int) -> bool:
-        """Whether there are scores of a shard as it is now."""
+        """Whether a shard, as it is now, has scores."""
         path, head = self._path(number), self._head(number)
         if not path.exists():
             return False

@@ -92,7 +92,7 @@ class GroupStore:
     def open(cls, path: Path, *, command: str = "gdro sample") -> Self:
         """Open the store at ``path``.
 
-        Raises StoreError when there is none, or its manifest is damaged or too new.
+        Raises StoreError when its manifest is missing, damaged or too new.
         """
         content = _read_manifest(path, command)
         try:

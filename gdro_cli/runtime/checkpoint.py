@@ -110,7 +110,7 @@ def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
 
     Args:
         path: the checkpoint's folder.
-        needed: names of ``tensors`` that must be there.
+        needed: names of ``tensors`` that the checkpoint must have.
 
     Raises:
         StoreError: a file is missing or changed; the message names it.

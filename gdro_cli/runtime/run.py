@@ -10,8 +10,8 @@ lock              held by the process that works in the folder, which lock.owner
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -185,11 +185,9 @@ class RunFolder:
 
     # -- one writer ---------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the folder for this process; see ``lock.folder_lock``."""
-        with folder_lock(self.path / "lock"):
-            yield
+        return folder_lock(self.path / "lock")
 
 
 def _row(value: Any) -> Mapping[str, Any]:

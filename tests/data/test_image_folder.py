@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gdro_cli.core.geneval import COCO_CLASSES, SHAPES
+from gdro_cli.core.geneval import COCO_CLASSES
 from gdro_cli.data.imagefolder import PromptImages, metadata_line, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptRecord
@@ -131,18 +131,6 @@ def test_bad_metadata_names_file_and_line(tmp_path: Path, metadata: str, words: 
     numbered(tmp_path, "00001", f"\n{metadata}", "0000.png")
     message = refusal(tmp_path)
     assert str(tmp_path / "00001" / "metadata.jsonl") in message and "line 2: " in message and words in message
-
-
-def test_the_detector_s_classes_are_what_may_be_asked_for(tmp_path: Path) -> None:
-    numbered(tmp_path, "00000", official(), "0000.png")
-    assert len(read_image_folder(tmp_path, task="geneval")) == 1
-    with pytest.raises(UserError, match="'dog', which the detector does not know: it knows circle"):
-        read_image_folder(tmp_path, task="geneval", classes=SHAPES)
-
-
-def test_an_ocr_folder_needs_a_text(tmp_path: Path) -> None:
-    numbered(tmp_path, "00000", official(), "0000.png")
-    assert "line 1: it has no text in double quotes" in refusal(tmp_path, "ocr")
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:

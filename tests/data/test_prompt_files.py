@@ -70,18 +70,6 @@ def test_json_lines(tmp_path: Path) -> None:
     assert prompts.dropped_duplicates == 1
 
 
-def test_geneval_metadata_as_the_official_file_has_it(tmp_path: Path) -> None:
-    row = {
-        "tag": "counting",
-        "include": [{"class": "clock", "count": 2}],
-        "exclude": [{"class": "clock", "count": 3}],
-        "prompt": "a photo of two clocks",
-    }
-    record = load(tmp_path / "evaluation_metadata.jsonl", json.dumps(row) + "\n", task="geneval").records[0]
-    assert (record.prompt, record.target) == ("a photo of two clocks", None)
-    assert record.metadata == {key: row[key] for key in ("tag", "include", "exclude")}
-
-
 def test_count_takes_the_first_and_too_many_are_refused(tmp_path: Path) -> None:
     data = 'a "A"\na "A"\nb "B"\nc "C"\n'
     assert [record.target for record in load(tmp_path / "p.txt", data, count=2).records] == ["A", "B"]

@@ -136,12 +136,6 @@ def test_impossible_groups_are_programming_errors(open_store: Open, make_group: 
     assert store.missing_shards() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("options", [{"prompts": PromptSet.of([])}, {"images_per_prompt": 0}, {"prompts_per_shard": 0}])
-def test_impossible_numbers(open_store: Open, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
-        open_store(**options)
-
-
 def test_latents_that_are_not_finite_are_refused(open_store: Open, make_group: Make) -> None:
     store = open_store()
     groups = [make_group(prompt) for prompt in store.shards[0]]
@@ -149,10 +143,6 @@ def test_latents_that_are_not_finite_are_refused(open_store: Open, make_group: M
     with pytest.raises(StoreError, match=rf"{groups[1].prompt.id}.* not finite"):
         store.write_shard(0, groups)
     assert store.missing_shards() == [0, 1, 2]
-
-
-def edit(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def forge(path: Path, **changes: Any) -> None:
@@ -177,18 +167,12 @@ def test_a_missing_store_and_a_file_of_something_else(tmp_path: Path, open_store
         ("", "is not JSON"),
         ("[]", "not a JSON object"),
         ('{"kind": "gdro group store", "schema": 99}', "has schema 99, this version reads 1"),
-        ('{"kind": "gdro group store", "schema": 1}', "does not match its digest"),
+        ('{"kind": "gdro group store", "schema": 1, "digest": "0"}', "does not match its digest"),
     ],
 )
 def test_damaged_store_manifest(store: GroupStore, text: str, expected: str) -> None:
     (store.path / "manifest.json").write_text(text, encoding="latin-1")
     with pytest.raises(StoreError, match=expected):
-        GroupStore.open(store.path)
-
-
-def test_edited_store_manifest(store: GroupStore) -> None:
-    edit(store.path / "manifest.json", images_per_prompt=3)
-    with pytest.raises(StoreError, match="does not match its digest"):
         GroupStore.open(store.path)
 
 

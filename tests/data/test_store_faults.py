@@ -62,11 +62,6 @@ def test_changed_bytes_are_seen_when_read(store: GroupStore, name: str) -> None:
     read(0)
 
 
-def test_reading_latents_opens_no_picture(store: GroupStore) -> None:
-    shutil.rmtree(shard(store) / "images")
-    assert len(store.read_shard(1)) == 2
-
-
 @pytest.mark.parametrize("text", ["", "[]", "\x80", '{"schema": 1}'])
 def test_damaged_shard_manifest(store: GroupStore, text: str) -> None:
     (shard(store) / "manifest.json").write_text(text, encoding="latin-1")

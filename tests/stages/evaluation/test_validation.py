@@ -478,18 +478,6 @@ def test_a_note_without_its_checkpoint_ends_nothing(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_what_a_kill_left_of_checkpoints_goes_when_the_run_is_opened(
-    destroyed_copy: tuple[Path, Path], make_recipe: MakeRecipe, quiet: Reporter
-) -> None:
-    workspace, run = destroyed_copy
-    left = [run / place / ".step-000009.77.tmp" for place in ("checkpoints", "best/checkpoints")]
-    for folder in left:
-        folder.mkdir(parents=True)
-        (folder / "adapter.safetensors").write_bytes(b"half")
-    train.run(make_recipe(**DESTROYED), workspace, quiet)
-    assert not any(folder.exists() for folder in left)
-
-
 def test_a_destroyed_model_can_be_evaluated(
     destroyed: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, quiet: Reporter
 ) -> None:
