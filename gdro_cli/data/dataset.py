@@ -151,7 +151,7 @@ class GroupDataset:
         """
         if step < 0 or groups < 1:
             raise ValueError(f"a draw needs a step from 0 and at least one group, not step {step} and {groups} groups")
-        visits = [divmod(step * groups + place, len(self)) for place in range(groups)]
+        visits = [divmod(step * groups + index, len(self)) for index in range(groups)]
         chosen = [_permutation(len(self), seed, epoch)[place] for epoch, place in visits]
         images = torch.stack(
             [self._draw_images(group, epoch, seed) for group, (epoch, _) in zip(chosen, visits, strict=True)]
