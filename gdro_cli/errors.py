@@ -32,13 +32,13 @@ class StoreError(GdroError):
 
 
 class Interrupted(GdroError):
-    """Stopped by the user at a safe point; the message says how to go on."""
+    """Stopped by the user at a safe point; the message says how to continue."""
 
     exit_code = 130
 
 
 class EndedElsewhere(GdroError):
-    """Another process of the same job has ended early, and so this one ends, too.
+    """Another process of the same job has ended early, and so this one also ends.
 
     Args:
         message: empty where the other process has said why.

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
-from gdro_cli.files import working_folder
-from gdro_cli.runtime.interrupt import ended_by_signals, signals_hurry, stop_with_launcher, stopped_at_once
-from gdro_cli.runtime.terminal import UNREAD, prepare_streams, write_out
-
-_HELP = {"-h", "--help"}
+from gdro_cli.runtime.interrupt import ended_by_signals, stop_with_launcher, stopped_at_once
+from gdro_cli.runtime.terminal import UNREAD
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does what its encoding lacks
     with ended_by_signals():
-        prepare_streams()
         stop_with_launcher()
-        code = _written(_run(given))
-    if arguments is None:  # else there is more to this process than the command
-        signals_hurry(code)
+        code = _flush(_run(given))
     sys.exit(code)
 
 
 def _run(given: list[str]) -> int:
     debug = "--debug" in given
     try:
-        if given and not _HELP.intersection(given):
-            working_folder()  # torch, imported in one that has been deleted, would end the process
         from gdro_cli.cli.commands import app
         from gdro_cli.cli.quiet import silence_optional_packages
 
@@ -40,11 +36,11 @@ def _run(given: list[str]) -> int:
             return UNREAD
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)
-        return _told(error, debug=debug)
+        return _report(error, debug=debug)
     return 0
 
 
-def _told(error: BaseException, *, debug: bool = False) -> int:
+def _report(error: BaseException, *, debug: bool = False) -> int:
     from gdro_cli.cli.failures import exit_code_of
     from gdro_cli.errors import Interrupted
 
@@ -53,12 +49,11 @@ def _told(error: BaseException, *, debug: bool = False) -> int:
     return exit_code_of(error, debug=debug)
 
 
-def _written(code: int) -> int:
-    """The exit code once all output is written, which may fail as late as this: a full disk, a reader that has left."""
+def _flush(code: int) -> int:
+    """The exit code when all output is written, which may fail as late as this: a full disk, a reader that left."""
     try:
-        write_out()
-    except BrokenPipeError:
-        return code or UNREAD
+        sys.stdout.flush()
     except OSError as error:
-        return code or _told(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        return code or (UNREAD if isinstance(error, BrokenPipeError) else _report(error))
     return code

@@ -41,9 +41,9 @@ from gdro_cli.cli.options import (
     ValuesOption,
     WorkerOption,
 )
-from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.errors import Interrupted, StoreError, UserError
 from gdro_cli.runtime.interrupt import stopped_at_once, work_begins
-from gdro_cli.runtime.terminal import UNREAD, unread
+from gdro_cli.runtime.terminal import UNREAD
 
 
 class Commands(TyperGroup):
@@ -69,12 +69,7 @@ def _not_typers() -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.EPIPE:
             raise
-        if unread():
-            raise typer.Exit(UNREAD) from error
-        raise PrerequisiteError(
-            "A process or a server that this command talks to has ended in between (broken pipe): look at the messages"
-            " above, and run the same command again to continue."
-        ) from error
+        raise typer.Exit(UNREAD) from error
 
 
 app = typer.Typer(

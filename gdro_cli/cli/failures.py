@@ -6,29 +6,28 @@ import errno
 import os
 import sys
 import traceback
-from contextlib import suppress
 
 from gdro_cli.errors import EndedElsewhere, GdroError, Interrupted, PrerequisiteError, StoreError, UserError
 from gdro_cli.runtime.interrupt import stopped_at_once
 
 _UNEXPECTED = 1
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_LONGEST_CHAIN = 100
-"""Errors behind an error that are looked at; a chain may go in a circle."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_LONGEST_CHAIN = 100
+"""Errors behind an error that are looked at; ``raise error from error`` makes a circle."""
 
 
 def exit_code_of(error: Exception, *, debug: bool) -> int:
-    """Tell the user about ``error`` (with its traceback if ``debug``) and return the exit code."""
-    known = _known(error)
+    """Report ``error`` to the user (with its traceback if ``debug``) and return the exit code."""
+    expected = _expected(error)
     if debug:
         traceback.print_exception(error, file=sys.stderr)
-    if isinstance(known, EndedElsewhere) and not str(known):
-        return known.exit_code  # the process that failed has said why
-    if known is not None:
-        stopped = isinstance(known, Interrupted)
-        _print(str(known), label="" if stopped else "Error", style="yellow" if stopped else "red")
-        return known.exit_code
+    if isinstance(expected, EndedElsewhere) and not str(expected):
+        return expected.exit_code  # the process that failed has said why
+    if expected is not None:
+        stopped = isinstance(expected, Interrupted)
+        _print(str(expected), label="" if stopped else "Error", style="yellow" if stopped else "red")
+        return expected.exit_code
     reason = " ".join(str(error).split())
     message = f"Unexpected {type(error).__name__}" + (f": {reason}" if reason else "")
     hint = "the traceback above" if debug else "what the same command prints with --debug"
@@ -36,8 +35,8 @@ def exit_code_of(error: Exception, *, debug: bool) -> int:
     return _UNEXPECTED
 
 
-def _known(error: Exception) -> GdroError | None:
-    """The error as one of ours; the operating system's refusals are the user's to mend, too."""
+def _expected(error: Exception) -> GdroError | None:
+    """The error as one of ours; what the operating system refuses is for the user to fix, and one of them."""
     if isinstance(error, Interrupted):
         return error
     signal = _interrupt_behind(error)
@@ -47,18 +46,19 @@ def _known(error: Exception) -> GdroError | None:
         return error
     if _is_out_of_memory(error):
         return PrerequisiteError(
-            "There is not enough memory: lower sample.batch_size, train.micro_batch or the pictures' size (--dry-run"
-            " tells what is needed), and run the same command again."
+            "There is not enough memory: lower sample.batch_size, train.micro_batch or the images' size (--dry-run"
+            " reports what is needed), and run the same command again."
         )
-    if not isinstance(error, OSError):
-        return None
-    if error.errno == errno.ENOENT and _nowhere():
-        return UserError("The working folder no longer exists: cd to another one and run the command again.")
+    return _refusal(error) if isinstance(error, OSError) else None
+
+
+def _refusal(error: OSError) -> GdroError | None:
+    """What the operating system refuses, for the user."""
     where = error.filename if error.filename is not None else "a file"
     if error.errno in _DENIED:
         return UserError(f"{where}: {error.strerror}: change its permissions or name another --out.")
     if error.errno in _FULL:
-        return StoreError(f"The disk is full ({where}): make room and run the same command again to go on.")
+        return StoreError(f"The disk is full ({where}): make room and run the same command again to continue.")
     if error.errno == errno.ENAMETOOLONG:
         return UserError(f"The name {str(where)[:60]!r}... is too long for a file: choose a shorter one.")
     if error.errno == errno.EMFILE:
@@ -66,22 +66,13 @@ def _known(error: Exception) -> GdroError | None:
     return None
 
 
-def _interrupt_behind(error: BaseException) -> KeyboardInterrupt | None:
-    """The signal in whose course an error came: libraries tell what interrupts them as a failure of their own."""
-    behind: BaseException | None = error
+def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The signal behind an error: libraries report what interrupts them as a failure of their own."""
     for _ in range(_LONGEST_CHAIN):
-        if behind is None or isinstance(behind, KeyboardInterrupt):
-            return behind
-        behind = behind.__cause__ or behind.__context__
+        if error is None or isinstance(error, KeyboardInterrupt):
+            return error
+        error = error.__cause__ or error.__context__
     return None
-
-
-def _nowhere() -> bool:
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        return True
-    return False
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -92,14 +83,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _print(message: str, *, label: str = "Error", style: str = "red") -> None:
-    from rich.console import Console
     from rich.text import Text
 
+    from gdro_cli.runtime.progress import ErrorConsole
     from gdro_cli.runtime.terminal import printable
 
     rank = os.environ.get("RANK", "0")
-    parts = [label, f"(process {rank})" if rank != "0" and rank.isdecimal() else ""]
-    head = " ".join(part for part in parts if part)
+    head = f"{label} (process {rank})".strip() if rank != "0" else label
     text = f"{head}: {message}" if head else message[:1].upper() + message[1:]
-    with suppress(OSError):  # nobody reads it any more
-        Console(stderr=True, highlight=False).print(Text(printable(text), style=style), soft_wrap=True)
+    ErrorConsole().print(Text(printable(text), style=style), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Optional packages tell at each start what else of theirs could not be loaded; a terminal is for the job at hand."""
+"""Optional packages warn at each start about what else of theirs cannot be loaded, which no job here uses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ _TALKATIVE = ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytr
 
 
 def silence_optional_packages() -> None:
-    """Leave them their errors. Cheap: none of them is imported."""
+    """Let these packages log errors only. Cheap: none of them is imported."""
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.ERROR)

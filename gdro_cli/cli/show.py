@@ -11,8 +11,8 @@ import typer
 
 from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption
 from gdro_cli.errors import UserError
-from gdro_cli.files import parse_json, read_bytes
-from gdro_cli.runtime.terminal import printable, takes_any_letter
+from gdro_cli.files import parse_json
+from gdro_cli.runtime.terminal import printable
 
 recipes = typer.Typer(
     help="List, show and check recipes, and explain their keys.",
@@ -51,12 +51,12 @@ def show(
 
     resolved = load_recipe(recipe, overrides=overrides or ()).resolved()
     if as_json:
-        text = json.dumps(resolved, indent=2, ensure_ascii=not takes_any_letter())
+        text = json.dumps(resolved, indent=2, ensure_ascii=False)
         text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)  # a terminal would obey them
     else:
         import yaml
 
-        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=takes_any_letter(), width=100).rstrip()
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100).rstrip()
     typer.echo(text)
 
 
@@ -129,10 +129,9 @@ def prompts(
         raise UserError(f"{problem.path}: {problem.message}.")
     from gdro_cli.data.prompts import draw_prompts
 
-    escaped = not takes_any_letter()
     for record in draw_prompts(source, name):
         target = {} if record.target is None else {"target": record.target}
-        typer.echo(json.dumps({"prompt": record.prompt, **target, **record.metadata}, ensure_ascii=escaped))
+        typer.echo(json.dumps({"prompt": record.prompt, **target, **record.metadata}, ensure_ascii=False))
 
 
 def env(debug: DebugOption = False) -> None:
@@ -167,7 +166,7 @@ def _run_row(folder: Path) -> list[str]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = parse_json(read_bytes(path))
+        data = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return {}  # a run that cannot be read is still listed, with question marks
     return data if isinstance(data, dict) else {}
@@ -176,7 +175,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _last_step(path: Path) -> str:
     """The step of the last whole row of a metrics file; 0 if it has none."""
     try:
-        lines = read_bytes(path).decode("utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return "0"
     for line in reversed(lines):

@@ -31,10 +31,10 @@ _TRAIN_BELOW, _VALIDATION_BELOW = 0.70, 0.82
 
 def split_of(word: str) -> Split:
     """The set that a word belongs to: fixed by its letters, whatever else is in the list."""
-    place = int.from_bytes(_mix("split", word)[:8], "big") / 2**64
-    if place < _TRAIN_BELOW:
+    share = int.from_bytes(_mix("split", word)[:8], "big") / 2**64
+    if share < _TRAIN_BELOW:
         return "train"
-    return "validation" if place < _VALIDATION_BELOW else "test"
+    return "validation" if share < _VALIDATION_BELOW else "test"
 
 
 @cache
@@ -65,7 +65,7 @@ def ocr_prompts(
 ) -> list[str]:
     """``count`` different prompts of the built-in set ``name`` (a key of ``OCR_SETS``).
 
-    Round after round, in an order drawn anew each time, every word is used once (as the first line) in a
+    Round after round, in an order drawn again each time, every word is used once (as the first line) in a
     scene, that is a colour and a background, which it has not had before; so words are used equally often,
     and no prompt comes twice. Of the first n prompts, n times ``two_line_share`` (0..1, rounded down) have a
     second word as a second line. ``count`` defaults to one prompt per word. ``min_letters`` and
@@ -102,8 +102,8 @@ def _scene_order(word: str, seed: int) -> tuple[tuple[str, str], ...]:
 
 def _partner(pool: tuple[str, ...], first: str, seed: int, turn: int) -> str:
     others = len(pool) - 1
-    place = int.from_bytes(_mix("second", seed, turn, first)[:8], "big") % others
-    second = pool[place]
+    index = int.from_bytes(_mix("second", seed, turn, first)[:8], "big") % others
+    second = pool[index]
     return second if second != first else pool[others]
 
 

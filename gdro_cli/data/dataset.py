@@ -1,7 +1,7 @@
 """The training set: the groups of a store that can teach something, in memory, drawn as whole groups.
 
-Only latents, conditioning and rewards are read; no picture is opened and no encoder is needed. Shapes: P
-eligible groups of I images each in memory; a draw has B groups of K images.
+Only latents, conditioning and rewards are read; no image is opened and no encoder is needed. Shapes: P eligible groups
+of I images each in memory; a draw has B groups of K images.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from gdro_cli.files import sha256
 from gdro_cli.identity import digest
 
 MAX_REDRAWS = 16
-"""Draws of K images until one has spread; with one odd image of 16 and K = 6, none has in 1 of 1,800 visits.
-"""
+"""Draws of K images until one has spread; with one odd image of 16 and K = 6, none has in 1 of 1,800 visits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class GroupBatch:
     """[B, K] bool, True where there is a reward (everywhere, as only scored images are drawn)."""
     prompts: tuple[PromptRecord, ...]
     image_indices: Tensor
-    """[B, K] int64 places of the images in their groups."""
+    """[B, K] int64 numbers of the images in their groups."""
     conditioning: tuple[dict[str, Tensor], ...]
     """Text-encoder outputs of each group's prompt, without a batch dimension."""
     visits: tuple[int, ...]
@@ -93,7 +92,7 @@ class GroupDataset:
     conditioning: tuple[dict[str, Tensor], ...]
     prompts: tuple[PromptRecord, ...]
     prompt_indices: tuple[int, ...]
-    """Place of each eligible group's prompt in ``store.prompts``."""
+    """Number of each eligible group's prompt in ``store.prompts``."""
     counts: GroupCounts
 
     @classmethod
@@ -128,15 +127,13 @@ class GroupDataset:
         if not counts.eligible:
             raise StoreError(
                 f"no group of the store {store.path} can be trained on: of {counts.total} groups, "
-                f"{counts.too_few_scores} have "
-                f"fewer than {k} scored images and {counts.no_spread} have no reward spread above "
-                f"{min_spread:g}; "
-                "sample more prompts, lower k or min_spread, or choose another reward"
+                f"{counts.too_few_scores} have fewer than {k} scored images and {counts.no_spread} have no reward "
+                f"spread above {min_spread:g}; sample more prompts, lower k or min_spread, or choose another reward"
             )
         latents, conditioning = _read_tensors(store, eligible.tolist())
-        places = tuple(int(place) for place in eligible.nonzero().flatten())
-        prompts = tuple(store.prompts[place] for place in places)
-        return cls(k, min_spread, latents, rewards[eligible], conditioning, prompts, places, counts)
+        indices = tuple(int(index) for index in eligible.nonzero().flatten())
+        prompts = tuple(store.prompts[index] for index in indices)
+        return cls(k, min_spread, latents, rewards[eligible], conditioning, prompts, indices, counts)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -155,7 +152,7 @@ class GroupDataset:
         """
         if step < 0 or groups < 1:
             raise ValueError(f"a draw needs a step from 0 and at least one group, not step {step} and {groups} groups")
-        visits = [divmod(step * groups + place, len(self)) for place in range(groups)]
+        visits = [divmod(step * groups + index, len(self)) for index in range(groups)]
         chosen = [_permutation(len(self), seed, epoch)[place] for epoch, place in visits]
         images = torch.stack(
             [self._draw_images(group, epoch, seed) for group, (epoch, _) in zip(chosen, visits, strict=True)]
@@ -173,9 +170,7 @@ class GroupDataset:
         )
 
     def with_shuffled_rewards(self, seed: int) -> Self:
-        """The control experiment: the same groups, with the rewards permuted among each group's scored
-        images.
-        """
+        """The control experiment: the same groups, with the rewards permuted among each group's scored images."""
         rewards = self.rewards.clone()
         for row, prompt in zip(rewards, self.prompts, strict=True):
             scored = row.isfinite().nonzero().flatten()
@@ -197,8 +192,8 @@ class GroupDataset:
 
 def _spread(rewards: Tensor) -> Tensor:
     """Highest minus lowest finite reward over the last dimension; ``-inf`` where there is none."""
-    known = rewards.isfinite()
-    return rewards.masked_fill(~known, -math.inf).amax(-1) - rewards.masked_fill(~known, math.inf).amin(-1)
+    missing = ~rewards.isfinite()
+    return rewards.masked_fill(missing, -math.inf).amax(-1) - rewards.masked_fill(missing, math.inf).amin(-1)
 
 
 @lru_cache(maxsize=4)
@@ -223,10 +218,9 @@ def _read_tensors(store: GroupStore, eligible: Sequence[bool]) -> tuple[Tensor, 
                 latents = group.latents.new_empty((sum(eligible), *group.latents.shape))
             if group.latents.shape != latents.shape[1:] or group.latents.dtype != latents.dtype:
                 raise StoreError(
-                    f"shard {number:05d} of the store {store.path} has latents "
-                    f"{list(group.latents.shape)} of {group.latents.dtype}, "
-                    f"the shards before {list(latents.shape[1:])} of {latents.dtype}: make the store anew "
-                    f"with `{store.command}`"
+                    f"shard {number:05d} of the store {store.path} has latents {list(group.latents.shape)} of "
+                    f"{group.latents.dtype}, the shards before {list(latents.shape[1:])} of {latents.dtype}: "
+                    f"delete the store and make it again with `{store.command}`"
                 )
             latents[len(conditioning)] = group.latents
             conditioning.append(group.conditioning)

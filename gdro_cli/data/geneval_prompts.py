@@ -61,7 +61,7 @@ VOCABULARIES: dict[str, Vocabulary] = {
     "coco": Vocabulary(
         "coco",
         COCO_CLASSES,
-        tuple(name for name in COCO_CLASSES if name != "person"),  # officially nobody is asked for in a colour
+        tuple(name for name in COCO_CLASSES if name != "person"),  # officially no person is asked for in a colour
         COCO_COLOURS,
         ("",),
         an_before_vowels=True,
@@ -188,25 +188,25 @@ def _thing(words: Vocabulary, clause: Mapping[str, Any]) -> str:
 
 def _space(words: Vocabulary, tag: str) -> list[Content]:
     """Every content of one tag, each once: pairs in the order of the classes, relations left of and above."""
-    asked: Iterable[Content]
+    space: Iterable[Content]
     if tag == "single_object":
-        asked = ((label,) for label in words.classes)
+        space = ((label,) for label in words.classes)
     elif tag == "two_object":
-        asked = combinations(words.classes, 2)
+        space = combinations(words.classes, 2)
     elif tag == "counting":
-        asked = product(map(str, _NUMBERS), words.classes)
+        space = product(map(str, _NUMBERS), words.classes)
     elif tag == "colors":
-        asked = product(words.colours, words.coloured)
+        space = product(words.colours, words.coloured)
     elif tag == "position":
         sides = ("left of", "above")
-        asked = ((first, side, second) for first, second in permutations(words.classes, 2) for side in sides)
+        space = ((first, side, second) for first, second in permutations(words.classes, 2) for side in sides)
     else:
         pairs = combinations(words.coloured, 2)
-        asked = chain.from_iterable(
+        space = chain.from_iterable(
             ((colour, first, other, second) for colour, other in permutations(words.colours, 2))
             for first, second in pairs
         )
-    return [(*parts, background) for parts in asked for background in words.backgrounds]
+    return [(*parts, background) for parts in space for background in words.backgrounds]
 
 
 @cache

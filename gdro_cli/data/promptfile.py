@@ -11,28 +11,22 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gdro_cli.data.records import PromptReader, PromptRecord
 from gdro_cli.errors import UserError
-from gdro_cli.files import small_integer
+from gdro_cli.files import parse_json
 
-MAX_FILE_BYTES = 256 * 2**20
-"""A larger file is not a prompt file: half a million long prompts fit."""
-MAX_LINE_BYTES = 65_536
 MAX_PROMPT_CHARS = 4_000
 """Far more than any text encoder reads (FLUX: 512 tokens)."""
 MAX_PROBLEMS = 10
 """How many bad lines one message lists."""
-_DEEPEST = 50
-"""Lists and objects in each other; several hundred cannot be passed on to scoring processes."""
 _MAX_KEYS = 8
-"""How many keys of a line it lists."""
+"""How many keys of a line a message lists."""
 
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters but tab and line ends, and halves of surrogate pairs."""
-_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
@@ -77,43 +71,25 @@ def _summary(path: Path, problems: list[str]) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     try:
-        if not path.exists():
-            raise UserError(f"the prompt file {path} does not exist: check the recipe's prompts section")
-        if not path.is_file():
-            raise UserError(f"the prompt file {path} is not a regular file: name a text or JSON Lines file")
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise UserError(
-                f"the prompt file {path} has {size} bytes, more than the {MAX_FILE_BYTES} allowed: split it"
-            )
         data = path.read_bytes()
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise UserError(f"the prompt file {path} cannot be read: {reason}; check its name and permissions") from error
-    if data.startswith(_UTF16_MARKS):
-        raise UserError(f"the prompt file {path} is UTF-16: save it as UTF-8")
     data = data.removeprefix(_UTF8_MARK).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     yield from enumerate(data.split(b"\n"), start=1)
 
 
 def _decode(raw: bytes) -> str:
-    if len(raw) > MAX_LINE_BYTES:
-        raise _BadLineError(f"it has {len(raw)} bytes, more than the {MAX_LINE_BYTES} allowed; is it a prompt file?")
     try:
-        line = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise _BadLineError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-    _check_characters(line, "it")
-    return line
 
 
 def _check_characters(text: str, what: str) -> None:
-    found = _NOT_TEXT.search(text)
-    if found is None:
-        return
-    if found.group() == "\0":
-        raise _BadLineError(f"{what} contains a NUL character; remove it")
-    raise _BadLineError(f"{what} contains the character U+{ord(found.group()):04X}, which is not text; remove it")
+    match = _NOT_TEXT.search(text)
+    if match is not None:
+        raise _BadLineError(f"{what} contains the character U+{ord(match[0]):04X}, which is not text; remove it")
 
 
 def _parse_text(line: str) -> tuple[str, str | None, dict[str, Any]]:
@@ -124,16 +100,11 @@ def _parse_text(line: str) -> tuple[str, str | None, dict[str, Any]]:
 
 def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
     try:
-        value = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant, parse_int=small_integer)
-        json.dumps(value, allow_nan=False)
-        if _depth(value) > _DEEPEST:
-            raise RecursionError
+        value = parse_json(line)
     except json.JSONDecodeError as error:
         raise _BadLineError(f"it is not JSON ({error.msg.lower()} at character {error.pos + 1})") from error
-    except RecursionError as error:
-        raise _BadLineError("its JSON is nested too deeply") from error
     except ValueError as error:
-        raise _BadLineError(f"its JSON cannot be used ({str(error).lower()})") from error
+        raise _BadLineError(f"its JSON cannot be used ({error})") from error
     if not isinstance(value, dict):
         raise _BadLineError('it is not a JSON object; write one {"prompt": ...} per line')
     if "prompt" not in value:
@@ -143,46 +114,13 @@ def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
         raise _BadLineError(f"prompt must be a text, not {type(prompt).__name__}")
     if target is not None and not isinstance(target, str):
         raise _BadLineError(f"target must be a text, not {type(target).__name__}")
-    for text in _texts(value):
-        _check_characters(text, "its metadata")
     return prompt.strip(), target, value
 
 
 def _listed(value: Mapping[str, Any]) -> str:
     """The first keys of an object."""
-    keys = [key if len(key) <= 40 else f"{key[:37]}..." for key in sorted(value)]
-    shown = ", ".join(keys[:_MAX_KEYS]) + (", ..." if len(keys) > _MAX_KEYS else "")
-    return shown if shown.isprintable() and shown else repr(shown) if shown else "no keys"
-
-
-def _depth(value: Any) -> int:
-    """How many objects and lists lie in each other."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return 0 if inner is None else 1 + max(map(_depth, inner), default=0)
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, the keys of objects included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield key
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice")
-    return found
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    keys = [key[:40] for key in sorted(value)]
+    return ", ".join(keys[:_MAX_KEYS]) + (", ..." if len(keys) > _MAX_KEYS else "") or "no keys"
 
 
 def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, reward: PromptReader) -> PromptRecord:

@@ -59,11 +59,7 @@ class PromptRecord:
         if not isinstance(value, dict) or set(value) != {"id", "prompt", "target", "metadata"}:
             raise ValueError("a prompt record needs the keys id, prompt, target and metadata")
         name, prompt, target, metadata = value["id"], value["prompt"], value["target"], value["metadata"]
-        if (
-            not isinstance(prompt, str)
-            or not (target is None or isinstance(target, str))
-            or not isinstance(metadata, dict)
-        ):
+        if not isinstance(prompt, str) or not isinstance(target, str | None) or not isinstance(metadata, dict):
             raise ValueError(f"the prompt record {name!r} has a field of the wrong type")
         record = cls.of(prompt, target=target, metadata=metadata)
         if name != record.id:

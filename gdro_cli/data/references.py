@@ -4,7 +4,7 @@
                               *.jsonl         rows, one error per line, appended; a file per process that computed some
 
 Nothing that is trained enters a reference error, so all trainings that draw the same images, noise levels and noise
-share them. It is a cache: a row that cannot be read (a process was killed while it wrote) is computed again.
+share them. They are a cache: a row that cannot be read (a process was killed while it wrote) is computed again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import torch
 from torch import Tensor
 
 from gdro_cli.data.store import GroupStore
-from gdro_cli.errors import StoreError
-from gdro_cli.files import append_bytes, json_lines, make_folder, parse_json, read_bytes, reading, write_json
+from gdro_cli.files import append_bytes, json_lines, make_folder, parse_json, refuse_links, storage_errors, write_json
 from gdro_cli.identity import digest
 
 _KIND = "gdro reference errors"
 _FOLDER = "references"
 
-Place = tuple[str, int, int]
-"""Prompt id, number of the draw of noise, and the image's place in its group."""
+ErrorKey = tuple[str, int, int]
+"""Prompt id, number of the draw of noise, and the image's number in its group."""
 
 
 class ReferenceErrors:
@@ -45,50 +44,44 @@ class ReferenceErrors:
     def __init__(self, store: GroupStore, about: Mapping[str, Any]) -> None:
         content = {"kind": _KIND, "schema": 1, **about}
         self.path = store.path / _FOLDER / digest(content)
-        for folder in (self.path.parent, self.path):
-            if folder.is_symlink():
-                raise StoreError(f"{folder} is a link that leaves the store: delete it and run the command again")
+        refuse_links((self.path.parent, self.path))
         make_folder(self.path)
         if not (self.path / "manifest.json").exists():
             write_json(self.path / "manifest.json", content)
         self._own = self.path / f"{os.getpid()}-{uuid.uuid4().hex[:8]}.jsonl"
-        self._known = dict(_read(self.path))
+        with storage_errors(self.path):
+            self._errors = _read(self.path)
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self._errors)
 
-    def known(self, places: Sequence[Place]) -> Tensor:
-        """The errors [N] that are known, float32; nan where one is not."""
-        return torch.tensor([self._known.get(place, math.nan) for place in places], dtype=torch.float32)
+    def lookup(self, keys: Sequence[ErrorKey]) -> Tensor:
+        """The errors [N], float32; nan where one is not known."""
+        return torch.tensor([self._errors.get(key, math.nan) for key in keys], dtype=torch.float32)
 
-    def add(self, places: Sequence[Place], errors: Tensor) -> None:
-        """Keep the errors [N] of places that are not known yet; those that are no number are left out.
+    def add(self, keys: Sequence[ErrorKey], errors: Tensor) -> None:
+        """Keep the errors [N] that are not known yet, but for those that are not finite.
 
         Raises:
             StoreError: the disk refuses.
         """
-        found = zip(places, errors.tolist(), strict=True)
-        new = {place: error for place, error in found if place not in self._known and math.isfinite(error)}
+        pairs = zip(keys, errors.tolist(), strict=True)
+        new = {key: error for key, error in pairs if key not in self._errors and math.isfinite(error)}
         if not new:
             return
-        self._known |= new
+        self._errors |= new
         rows = ({"prompt": p, "draw": d, "image": i, "error": error} for (p, d, i), error in new.items())
         append_bytes(self._own, json_lines(rows))
 
 
-def _read(path: Path) -> dict[Place, float]:
-    found: dict[Place, float] = {}
-    for file in sorted(path.glob("*.jsonl")):
-        if file.is_symlink() or not file.is_file():
+def _read(path: Path) -> dict[ErrorKey, float]:
+    errors: dict[ErrorKey, float] = {}
+    for line in (line for file in sorted(path.glob("*.jsonl")) for line in file.read_bytes().splitlines()):
+        try:
+            row = parse_json(line)
+            key, error = (str(row["prompt"]), int(row["draw"]), int(row["image"])), float(row["error"])
+        except (ValueError, TypeError, KeyError):
             continue
-        with reading(file):
-            lines = read_bytes(file).splitlines()
-        for line in lines:
-            try:
-                row = parse_json(line)
-                place, value = (str(row["prompt"]), int(row["draw"]), int(row["image"])), float(row["error"])
-            except (ValueError, TypeError, KeyError, OverflowError):
-                continue
-            if math.isfinite(value) and value >= 0:
-                found[place] = value
-    return found
+        if math.isfinite(error) and error >= 0:
+            errors[key] = error
+    return errors

@@ -1,11 +1,11 @@
 """Score tables: the rewards of a store's images, kept beside them, one table per reward and provenance.
 
     store/scores/<digest>/manifest.json   name and provenance of the reward, the store it belongs to
-                          00000.jsonl     the rows of shard 0, one image per line
-                          00000.json      digests of 00000.jsonl and of the shard it scores; written last
+                          00000.jsonl     the scores of shard 0: a line with the digests of the rows and of the shard
+                                          that they score, then a row per image
 
-Scoring resumes shard by shard. Rows of a shard that was made anew since are missing, not wrong. A failed
-score has no value and a reason; it is never zero.
+Scoring resumes shard by shard. Scores of a shard that was made again since are missing, not wrong. A failed score has
+no value and a reason; it is never zero.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -24,11 +24,10 @@ from gdro_cli.errors import StoreError
 from gdro_cli.files import (
     json_lines,
     parse_json,
-    read_bytes,
-    remove_partials,
-    remove_tree,
+    read_file,
+    read_object,
+    refuse_links,
     sha256,
-    storage_errors,
     write_bytes,
     write_json,
 )
@@ -45,19 +44,17 @@ class ScoreRow:
 
     prompt_id: str
     index: int
-    """Place of the image in its group."""
+    """Number of the image in its group."""
     value: float | None
     reason: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What else the reward found, as JSON values."""
+    """What else the reward measured, as JSON values."""
 
     def __post_init__(self) -> None:
         if (self.value is None) == (self.reason is None):
             raise ValueError("a score row has either a value or a reason why it is missing")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"a score is a finite number, not {self.value}: use None and a reason")
-        if self.reason is not None:  # it may name a file whose name is no text, which could not be read back
-            object.__setattr__(self, "reason", self.reason.encode(errors="backslashreplace").decode())
 
     def measured(self, detail: Detail = None) -> float | None:
         """The score, the number (or truth value) ``details[detail]``, or the mean of several with their weights.
@@ -73,29 +70,24 @@ class ScoreRow:
         value = self.value if detail is None else self.details.get(detail)
         if isinstance(value, str | list | dict):
             raise StoreError(
-                f"the {detail} of image {self.index} of prompt {self.prompt_id} is no number: score the images again"
+                f"the {detail} of image {self.index} of prompt {self.prompt_id} is not a number: score the images again"
             )
         return None if value is None else float(value)
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
         """Read ``to_json`` back. Raises ValueError for anything else."""
-        kinds: dict[str, Any] = {
-            "prompt_id": str,
-            "index": int,
-            "value": int | float | None,
-            "reason": str | None,
-            "details": dict,
-        }
-        if not isinstance(value, dict) or value.keys() != kinds.keys():
-            raise ValueError(f"a score row has the keys {', '.join(kinds)}")
-        for key, kind in kinds.items():
-            if not isinstance(value[key], kind):
-                raise ValueError(f"the {key} of a score row is of another kind")
-        try:
-            return cls(**value)
-        except OverflowError as error:
-            raise ValueError("a score is larger than any number") from error
+        match value:
+            case {
+                "prompt_id": str(),
+                "index": int(),
+                "value": int() | float() | None,
+                "reason": str() | None,
+                "details": dict(),
+                **other,
+            } if not other:
+                return cls(**value)
+        raise ValueError("it is not a score of an image")
 
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object."""
@@ -103,14 +95,37 @@ class ScoreRow:
         return row | {"reason": self.reason, "details": dict(self.details)}
 
 
+def write_scores(path: Path, rows: Sequence[ScoreRow], **head: Any) -> None:
+    """Write rows after a line with their digest and what else ``head`` says of them. Raises StoreError."""
+    lines = json_lines(row.to_json() for row in rows)
+    write_bytes(path, json_lines([{**head, "sha256": sha256(lines)}]) + lines)
+
+
+def read_scores(path: Path, images: Iterable[tuple[str, int]], *, remedy: str) -> list[ScoreRow]:
+    """Read the rows of ``write_scores``, which must be those of these images (prompt id, number in its group).
+
+    Raises StoreError when the file is missing or damaged.
+    """
+    head, _, lines = read_file(path, remedy=remedy).partition(b"\n")
+    try:
+        if parse_json(head)["sha256"] != sha256(lines):
+            raise ValueError("its SHA-256 differs")
+        rows = [ScoreRow.from_json(parse_json(line)) for line in lines.splitlines()]
+    except (ValueError, TypeError, KeyError) as error:
+        raise StoreError(f"{path} is damaged ({error}): {remedy}") from error
+    if [(row.prompt_id, row.index) for row in rows] != list(images):
+        raise StoreError(f"{path} is damaged (it has scores of other images): {remedy}")
+    return rows
+
+
 @dataclass(frozen=True, slots=True)
 class ScoreSummary:
-    """How a table, or the part of it that is there, turned out."""
+    """How the scores of a table, or of its finished part, turned out."""
 
     images: int
     scored: int
     mean: float | None
-    """Mean of the scores that are there; ``None`` without any."""
+    """Mean of the scores; ``None`` without any."""
     reasons: tuple[tuple[str, int], ...]
     """Why scores are missing and how often, the most frequent first."""
 
@@ -138,35 +153,30 @@ class ScoreTable:
     def create_or_open(
         cls, store: GroupStore, name: str, *, provenance: Mapping[str, Any], command: str = "gdro score"
     ) -> Self:
-        """Make the table of a reward, or open the one that is there. Another provenance is another table.
+        """Make or open the table of a reward. Another provenance is another table.
 
         Raises StoreError when the table is damaged or the folder cannot be written.
         """
-        known = json.loads(canonical_json(provenance))
+        plain = json.loads(canonical_json(provenance))
         content: dict[str, Any] = {
-            "kind": _KIND, "schema": TABLE_SCHEMA, "name": name, "provenance": known, "store": store.digest
+            "kind": _KIND, "schema": TABLE_SCHEMA, "name": name, "provenance": plain, "store": store.digest
         }  # fmt: skip
         key = digest(content)
         path = store.path / "scores" / key
-        for folder in (path.parent, path):
-            if folder.is_symlink():
-                raise StoreError(f"{folder} is a link that leaves the store: delete it and run `{command}`")
-        manifest = path / _MANIFEST
-        held = _read_json(manifest)
-        if held is None:
+        refuse_links((path.parent, path))
+        manifest, remedy = path / _MANIFEST, f"delete the folder {path} and run `{command}`"
+        if not manifest.exists():
             write_json(manifest, content)
-        elif held != content:
-            raise StoreError(
-                f"the score table {path} is damaged ({_MANIFEST} was changed): delete the folder and run `{command}`"
-            )
-        return cls(store, path, name, known, key, command)
+        elif read_object(manifest, remedy=remedy) != content:
+            raise StoreError(f"{manifest} is damaged (it was changed): {remedy}")
+        return cls(store, path, name, plain, key, command)
 
     def missing_shards(self) -> list[int]:
-        """Numbers of the store's shards without scores yet; the shards themselves have to be there.
+        """Numbers of the store's shards without scores yet; the shards themselves must exist.
 
         Raises StoreError for damaged files or a missing shard.
         """
-        return [number for number in range(len(self.store.shards)) if self._manifest(number) is None]
+        return [number for number in range(len(self.store.shards)) if not self._is_scored(number)]
 
     def write_shard(self, number: int, rows: Sequence[ScoreRow]) -> None:
         """Write the rows of shard ``number``, all or nothing: one per image, in the order of
@@ -175,38 +185,15 @@ class ScoreTable:
         Raises ValueError when the rows are not those or hold what JSON cannot, StoreError when the disk
         refuses.
         """
-        if [(row.prompt_id, row.index) for row in rows] != self._slots(number):
+        if [(row.prompt_id, row.index) for row in rows] != self._images(number):
             raise ValueError(f"shard {number} needs one row per image, in the order of the store")
-        data = json_lines(row.to_json() for row in rows)
-        path, manifest = self._rows_path(number), self._manifest_path(number)
-        with storage_errors(path):
-            for old in (manifest, path):
-                remove_partials(old)
-            remove_tree(manifest)
-        write_bytes(path, data)
-        write_json(manifest, self._head(number) | {"bytes": len(data), "sha256": sha256(data)})
+        write_scores(self._path(number), rows, **self._head(number))
 
     def read_shard(self, number: int) -> list[ScoreRow]:
         """The rows of one shard, digest checked. Raises StoreError when they are missing or damaged."""
-        manifest = self._manifest(number)
-        if manifest is None:
+        if not self._is_scored(number):
             raise StoreError(f"the score table {self.path} has no scores of shard {number:05d}: run `{self.command}`")
-        path = self._rows_path(number)
-        try:
-            data = b"" if path.is_symlink() else read_bytes(path)
-        except OSError as error:
-            raise self._damaged(number, f"{path.name} cannot be read: {error.strerror or error}") from error
-        if len(data) != manifest["bytes"]:
-            raise self._damaged(number, f"{path.name} has {len(data)} bytes instead of {manifest['bytes']}")
-        if sha256(data) != manifest["sha256"]:
-            raise self._damaged(number, f"{path.name} was changed: its SHA-256 is another")
-        try:
-            rows = [ScoreRow.from_json(parse_json(line)) for line in data.splitlines()]
-        except ValueError as error:
-            raise self._damaged(number, f"{path.name} has a row that cannot be read") from error
-        if [(row.prompt_id, row.index) for row in rows] != self._slots(number):
-            raise self._damaged(number, f"{path.name} lists other images than the shard has")
-        return rows
+        return read_scores(self._path(number), self._images(number), remedy=self._remedy(number))
 
     def rows(self) -> Iterator[ScoreRow]:
         """Every row, in the order of the store's shards, prompts and images.
@@ -227,49 +214,27 @@ class ScoreTable:
         mean = math.fsum(values) / len(values) if values else None
         return ScoreSummary(len(rows), len(values), mean, tuple(reasons.most_common()))
 
-    def _manifest(self, number: int) -> dict[str, Any] | None:
-        """The manifest of a shard's scores, or ``None`` when there is none for the shard as it is now."""
-        path = self._manifest_path(number)
+    def _is_scored(self, number: int) -> bool:
+        """Whether a shard, as it is now, has scores."""
+        path, head = self._path(number), self._head(number)
+        if not path.exists():
+            return False
+        first, _, _ = read_file(path, remedy=self._remedy(number)).partition(b"\n")
         try:
-            value = _read_json(path)
-        except StoreError as error:
-            raise self._damaged(number, f"{path.name} is not JSON") from error
-        if value is None or not self._rows_path(number).exists():
-            return None
-        head = self._head(number)
-        if not isinstance(value, dict) or set(value) != {*head, "bytes", "sha256"}:
-            raise self._damaged(number, f"{path.name} has other keys than it needs")
-        return value if all(value[key] == entry for key, entry in head.items()) else None
+            own = dict(parse_json(first))
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"{path} is damaged (its first line is not JSON): {self._remedy(number)}") from error
+        return all(own.get(key) == entry for key, entry in head.items())
 
     def _head(self, number: int) -> dict[str, Any]:
         return {"shard": number, "shard_digest": self.store.shard_digest(number), "table": self.digest}
 
-    def _slots(self, number: int) -> list[tuple[str, int]]:
+    def _images(self, number: int) -> list[tuple[str, int]]:
         prompts = self.store.shards[number]
         return [(prompt.id, index) for prompt in prompts for index in range(self.store.images_per_prompt)]
 
-    def _rows_path(self, number: int) -> Path:
+    def _path(self, number: int) -> Path:
         return self.path / f"{number:05d}.jsonl"
 
-    def _manifest_path(self, number: int) -> Path:
-        return self.path / f"{number:05d}.json"
-
-    def _damaged(self, number: int, what: str) -> StoreError:
-        return StoreError(
-            f"the scores of shard {number:05d} in {self.path} are damaged ({what}): "
-            f"delete {self._manifest_path(number)} and run `{self.command}`, which makes them again"
-        )
-
-
-def _read_json(path: Path) -> Any:
-    """The JSON in a file, ``None`` when there is none. Raises StoreError."""
-    try:
-        return parse_json(read_bytes(path))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror or error}; check its permissions") from error
-    except ValueError as error:
-        raise StoreError(
-            f"{path} is damaged (it is not JSON): delete the folder {path.parent} and make it again"
-        ) from error
+    def _remedy(self, number: int) -> str:
+        return f"delete it and run `{self.command}`, which scores shard {number:05d} again"

@@ -1,20 +1,17 @@
 """One shard of a group store: the files of a few prompts, written together and checked when read.
 
-    shards/00003/manifest.json         which prompts, and size and SHA-256 of every other file; written last
+    shards/00003/manifest.json         which prompts, and size and SHA-256 of every other file
                  index.jsonl           one row per image: prompt id, index, seed, file
                  tensors.safetensors   <prompt id>/latents [K, ...] and <prompt id>/conditioning/<name>
                  images/<prompt id>-<index, three digits>.png
 
-File names follow from the prompt ids; none is taken from a file, so nothing outside the shard is ever
-touched.
+File names follow from the prompt ids; none is taken from a file, so nothing outside the shard is touched.
 """
 
 from __future__ import annotations
 
 import io
-import os
 import re
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +23,17 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.files import json_bytes, json_lines, parse_json, read_bytes, sha256, write_folder
+from gdro_cli.errors import StoreError
+from gdro_cli.files import (
+    json_bytes,
+    json_lines,
+    new_folder,
+    parse_json,
+    read_file,
+    read_object,
+    refuse_links,
+    sha256,
+)
 
 SHARD_SCHEMA = 1
 ImageFormat = Literal["png", "webp"]
@@ -44,39 +51,35 @@ class Group:
 
     prompt: PromptRecord
     latents: torch.Tensor
-    """[K, ...] clean latents x0 in the dtype that training shall read."""
+    """[K, ...] clean latents x0 in the dtype that training is to read."""
     conditioning: Mapping[str, torch.Tensor]
     """Outputs of the text encoders for this prompt, without a batch dimension."""
     images: Sequence[Image.Image]
-    """K decoded pictures."""
+    """K decoded images."""
     seeds: Sequence[int]
     """Seed of each image's noise, K integers."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredImage:
-    """One picture of the store."""
+    """One image of the store."""
 
     prompt: PromptRecord
     index: int
-    """Place in its group, 0..K-1."""
+    """Number in its group, 0..K-1."""
     seed: int
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """What training needs of one group; the pictures stay on the disk."""
+    """What training needs of one group; the images stay on the disk."""
 
     prompt: PromptRecord
     latents: torch.Tensor
     """[K, ...] in the stored dtype."""
     conditioning: dict[str, torch.Tensor]
     seeds: tuple[int, ...]
-
-
-class ShardDamageError(Exception):
-    """What is wrong with a shard that has a manifest; the store adds which shard it is and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,10 +92,12 @@ class Shard:
     prompts: tuple[PromptRecord, ...]
     images_per_prompt: int
     image_format: ImageFormat
+    command: str
+    """The command that makes the shard, for messages."""
 
     @property
     def image_names(self) -> list[str]:
-        """Relative names of the pictures, prompt by prompt."""
+        """Relative names of the images, prompt by prompt."""
         return [self._image_name(prompt.id, index) for prompt, index in self.slots()]
 
     def slots(self) -> Iterator[tuple[PromptRecord, int]]:
@@ -111,90 +116,59 @@ class Shard:
                 files[self._image_name(group.prompt.id, index)] = _image_bytes(image, self.image_format)
         content = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
         files[MANIFEST] = json_bytes(self._head() | {"files": content})
-        write_folder(self.folder, files, last=MANIFEST)
+        refuse_links([self.folder.parent])
+        with new_folder(self.folder, replace=True) as unfinished:
+            (unfinished / "images").mkdir()
+            for name, data in files.items():
+                (unfinished / name).write_bytes(data)
 
     def manifest(self) -> dict[str, Any] | None:
         """The manifest, checked to be this shard's; ``None`` while the shard is missing.
 
-        Raises ShardDamageError.
+        Raises StoreError.
         """
-        try:
-            value = parse_json(read_bytes(self.folder / MANIFEST))
-        except (FileNotFoundError, NotADirectoryError):
+        refuse_links((self.folder.parent, self.folder, self.folder / "images"))
+        path = self.folder / MANIFEST
+        if not path.exists():
             return None
-        except OSError as error:
-            raise ShardDamageError(f"{MANIFEST} cannot be read: {error.strerror or error}") from error
-        except (ValueError, RecursionError) as error:
-            raise ShardDamageError(f"{MANIFEST} is not JSON") from error
-        if not isinstance(value, dict):
-            raise ShardDamageError(f"{MANIFEST} is not a JSON object")
+        value = read_object(path, remedy=self._remedy)
         for key, expected in self._head().items():
             if value.get(key) != expected:
-                raise ShardDamageError(f"{MANIFEST} has another {key} than the store")
-        files = value.get("files")
-        if not isinstance(files, dict) or set(files) != {TENSORS, INDEX, *self.image_names}:
-            raise ShardDamageError(f"{MANIFEST} lists other files than the shard has to hold")
-        for entry in files.values():
-            if not isinstance(entry, dict) or set(entry) != {"bytes", "sha256"}:
-                raise ShardDamageError(f"{MANIFEST} has a file entry without bytes and sha256")
+                raise self._damaged(MANIFEST, f"has another {key} than the store")
+        if set(value.get("files", ())) != {TENSORS, INDEX, *self.image_names}:
+            raise self._damaged(MANIFEST, "lists other files than the shard has to hold")
         return value
 
-    def check_sizes(self) -> bool:
-        """Whether the shard is there, with every file at its full size (contents are checked when they are
-        read).
+    def is_complete(self) -> bool:
+        """Whether the shard is on the disk, every file with its full size (contents are checked when they are read).
 
-        Raises ShardDamageError.
+        Raises StoreError.
         """
         manifest = self.manifest()
-        if manifest is None:
-            return False
-        for name, entry in manifest["files"].items():
-            try:
-                status = os.lstat(self.folder / name)
-            except OSError as error:
-                raise ShardDamageError(f"{name} is missing") from error
-            if not stat.S_ISREG(status.st_mode):
-                raise ShardDamageError(f"{name} is not a regular file")
-            if status.st_size != entry["bytes"]:
-                raise ShardDamageError(f"{name} has {status.st_size} bytes instead of {entry['bytes']}")
-        return True
+        for name, entry in manifest["files"].items() if manifest else ():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise self._damaged(name, f"is missing or does not have {entry['bytes']} bytes")
+        return manifest is not None
 
     def groups(self, manifest: Mapping[str, Any]) -> list[StoredGroup]:
-        """Read latents, conditioning and seeds, digests checked. Raises ShardDamageError."""
-        seeds = self.seeds(manifest)
+        """Read latents, conditioning and seeds, digests checked. Raises StoreError."""
+        seeds = self._seeds(manifest)
         try:
             tensors = safetensors.torch.load(self._read(TENSORS, manifest))
         except SafetensorError as error:
-            raise ShardDamageError(f"{TENSORS} cannot be read: {error}") from error
-        found: list[StoredGroup] = []
-        for place, prompt in enumerate(self.prompts):
+            raise self._damaged(TENSORS, f"cannot be read ({error})") from error
+        groups: list[StoredGroup] = []
+        for number, prompt in enumerate(self.prompts):
             prefix = f"{prompt.id}/conditioning/"
-            latents = tensors.get(f"{prompt.id}/latents")
-            if latents is None or latents.ndim < 2 or latents.shape[0] != self.images_per_prompt:
-                raise ShardDamageError(
-                    f"{TENSORS} has no latents of {self.images_per_prompt} images for prompt {prompt.id}"
-                )
             conditioning = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            first = place * self.images_per_prompt
-            found.append(
-                StoredGroup(prompt, latents, conditioning, tuple(seeds[first : first + self.images_per_prompt]))
-            )
-        return found
-
-    def seeds(self, manifest: Mapping[str, Any]) -> list[int]:
-        """The seed of every image, in the order of ``slots``. Raises ShardDamageError."""
-        try:
-            rows = [parse_json(line) for line in self._read(INDEX, manifest).splitlines()]
-            found = [(row["prompt_id"], row["index"], int(row["seed"])) for row in rows]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardDamageError(f"{INDEX} has a row that cannot be read") from error
-        if [(name, index) for name, index, _ in found] != [(prompt.id, index) for prompt, index in self.slots()]:
-            raise ShardDamageError(f"{INDEX} lists other images than the shard has to hold")
-        return [seed for _, _, seed in found]
+            own = seeds[number * self.images_per_prompt : (number + 1) * self.images_per_prompt]
+            groups.append(StoredGroup(prompt, tensors[f"{prompt.id}/latents"], conditioning, tuple(own)))
+        return groups
 
     def images(self, manifest: Mapping[str, Any]) -> list[StoredImage]:
-        """Every picture of the shard, digests checked. Raises ShardDamageError."""
-        seeds = self.seeds(manifest)
+        """Every image of the shard, digests checked. Raises StoreError."""
+        seeds = self._seeds(manifest)
         for name in self.image_names:
             self._read(name, manifest)
         return [
@@ -202,20 +176,19 @@ class Shard:
             for (prompt, index), seed in zip(self.slots(), seeds, strict=True)
         ]
 
+    def _seeds(self, manifest: Mapping[str, Any]) -> list[int]:
+        """The seed of every image, in the order of ``slots``."""
+        return [int(parse_json(line)["seed"]) for line in self._read(INDEX, manifest).splitlines()]
+
     def _read(self, name: str, manifest: Mapping[str, Any]) -> bytes:
-        path = self.folder / name
-        if path.is_symlink():
-            raise ShardDamageError(f"{name} is not a regular file")
-        try:
-            data = read_bytes(path)
-        except OSError as error:
-            raise ShardDamageError(f"{name} cannot be read: {error.strerror or error}") from error
-        entry = manifest["files"][name]
-        if len(data) != entry["bytes"]:
-            raise ShardDamageError(f"{name} has {len(data)} bytes instead of {entry['bytes']}")
-        if sha256(data) != entry["sha256"]:
-            raise ShardDamageError(f"{name} was changed: its SHA-256 is not the one in {MANIFEST}")
-        return data
+        return read_file(self.folder / name, digest=manifest["files"][name]["sha256"], remedy=self._remedy)
+
+    @property
+    def _remedy(self) -> str:
+        return f"delete the folder {self.folder} and run `{self.command}`, which makes it again"
+
+    def _damaged(self, name: str, what: str) -> StoreError:
+        return StoreError(f"{self.folder / name} {what}: {self._remedy}")
 
     def _head(self) -> dict[str, Any]:
         names = [prompt.id for prompt in self.prompts]
@@ -239,7 +212,7 @@ class Shard:
                 raise ValueError(f"prompt {group.prompt.id} needs {count} latents, images and seeds")
             for name in group.conditioning:
                 if not _NAME.fullmatch(name):
-                    raise ValueError(f"{name!r} is no name for a conditioning tensor")
+                    raise ValueError(f"{name!r} is not a name for a conditioning tensor")
 
 
 def _tensor_bytes(groups: Sequence[Group]) -> bytes:

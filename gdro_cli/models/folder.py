@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.files import read_bytes, sha256_file
+from gdro_cli.files import sha256_file
 
 _INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
@@ -314,7 +314,7 @@ def _implementations(config: dict[str, Any]) -> Iterator[str]:
 
 def _read_json(path: Path, *, what: str) -> dict[str, Any]:
     try:
-        value = json.loads(read_bytes(path).decode("utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         raise PrerequisiteError(f"{what}: {path} {reason}: fetch the pipeline folder again") from error

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gdro_cli.errors import PrerequisiteError, StoreError, UserError
-from gdro_cli.files import read_bytes, storage_errors
+from gdro_cli.files import storage_errors
 from gdro_cli.models.folder import PipelineFolder
 
 _TRANSFORMER = "transformer."
@@ -70,7 +70,7 @@ def read_adapter(path: Path) -> Adapter:
 
     odd = f"{path} is no adapter that gdro_cli wrote: run `gdro train` with the run's recipe again"
     try:
-        data = read_bytes(path)  # the library opens no path that is not UTF-8
+        data = path.read_bytes()  # the library opens no path that is not UTF-8
         tensors = {name: value.float() for name, value in load(data).items()}
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"]["lora_adapter_metadata"])
@@ -142,7 +142,7 @@ def _weight_files(base: PipelineFolder, files: Mapping[str, Path]) -> set[str]:
     """Names of the files that hold the transformer's weights."""
     if _WEIGHTS_INDEX in files:
         try:
-            index: dict[str, Any] = json.loads(read_bytes(files[_WEIGHTS_INDEX]).decode("utf-8"))
+            index: dict[str, Any] = json.loads(files[_WEIGHTS_INDEX].read_bytes().decode("utf-8"))
             names = {f"transformer/{name}" for name in index["weight_map"].values()}
         except (OSError, ValueError, RecursionError, TypeError, KeyError, AttributeError) as error:
             raise PrerequisiteError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, UserError
 from gdro_cli.runtime.interrupt import StopFlag
-from gdro_cli.runtime.process_group import Team
+from gdro_cli.runtime.process_group import ProcessGroup
 from gdro_cli.runtime.sharding import shard_frozen
 
 Precision = Literal["no", "bf16"]
@@ -23,7 +23,7 @@ _PROJECT = "gdro"
 PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: the longest turn of one of them, or what the main process does alone."""
 
-_ELSEWHERE = {
+_SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
@@ -31,22 +31,16 @@ _ELSEWHERE = {
 }
 """Variables by which accelerate's launcher asks for ways to share a model, none of which is used here."""
 
-_GROUP = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""Variables by which a launcher tells a process of its group."""
-
-_LEAST = {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": -1, "LOCAL_WORLD_SIZE": 1}
-"""Those that are numbers, and the least that each can be; a LOCAL_RANK of -1 is that of no group."""
-
 _SHOWN = 160
 """Characters of another library's error that a message shows."""
 
 
-class Engine(Team):
+class Engine(ProcessGroup):
     """One process's view of the job; make it with ``make_engine``.
 
     Groups are split over the processes and gradients are summed, so a step of W processes is the same step, up to
     rounding, as one process taking all groups. Work that is not the same in all processes is done inside ``together``
-    (or what is built on it, see ``Team``), so that a failure or a stop in one of them ends them all.
+    (or what is built on it, see ``ProcessGroup``), so that a failure or a stop in one of them ends them all.
     """
 
     def __init__(self, accelerator: Any, *, tracked: bool) -> None:
@@ -120,17 +114,17 @@ class Engine(Team):
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def hear(self, stop: StopFlag) -> bool:
-        """Whether a stop was asked for in any process: the same answer in all of them, whatever comes meanwhile."""
-        asked = self.any(stop.requested)
-        if asked:  # a signal may have raised this flag since, which must not be taken down
+        """Whether a stop was requested in any process: the same answer in all of them, whatever comes meanwhile."""
+        requested = self.any(stop.requested)
+        if requested:  # a signal may have raised this flag since, which must not be taken down
             stop.requested = True
-        return asked
+        return requested
 
     def stop_together(self, message: str) -> Never:
         """Stop here in all processes.
 
         Raises:
-            Interrupted: always, in the process that tells the message.
+            Interrupted: always, in the process that reports the message.
             EndedElsewhere: in the others.
         """
         with self.together():
@@ -183,14 +177,14 @@ def _connection() -> Iterator[None]:
         reason = (str(error).splitlines() or [""])[0][:_SHOWN]
         raise EndedElsewhere(
             "this process ends because it has lost the others; if one of them says why, that is the reason"
-            f" ({reason}): run the same command again to go on"
+            f" ({reason}): run the same command again to continue"
         ) from error
 
 
 def make_engine(
     *, trackers: Sequence[str] = (), out: Path | None = None, precision: Precision = "no", cpu: bool = False
 ) -> Engine:
-    """Join the job that accelerate (or nobody) launched.
+    """Join the job that accelerate launched, or be a job of one process.
 
     Args:
         trackers: names that accelerate knows, e.g. ``tensorboard``, ``wandb``, ``trackio``.
@@ -200,7 +194,7 @@ def make_engine(
 
     Raises:
         UserError: an unknown tracker, a launcher that asks for what is the recipe's to say, or an environment that
-            speaks of a launcher where there is none.
+            is left of another launcher.
         PrerequisiteError: a tracker whose package is not installed.
     """
     from accelerate import Accelerator
@@ -208,65 +202,36 @@ def make_engine(
 
     _check_trackers(trackers)
     _check_launcher()
-    _check_group()
     accelerator = Accelerator(
         mixed_precision=precision,
-        # said, not left to find out: on a machine without GPUs each process would take itself for the only one
+        # without GPUs each process would otherwise take itself for the only one
         cpu=cpu or not torch.accelerator.is_available(),
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=None if out is None else str(out),
     )
-    # What a launcher's configuration says of it would divide every loss: a step here has its whole gradient at once.
+    # A launcher's configuration of it would divide every loss: a step here has its whole gradient at once.
     accelerator.gradient_accumulation_steps = 1
     return Engine(accelerator, tracked=bool(trackers))
 
 
 def _check_launcher() -> None:
-    for name, what in _ELSEWHERE.items():
-        if os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t"):
+    """Refuse what a launcher asks for and this tool decides, and what is left of a launcher that did not start us."""
+    from accelerate.utils import parse_flag_from_env
+
+    for name, what in _SHARDING.items():
+        if parse_flag_from_env(name):
             raise UserError(
                 f"the launcher asks for {what} ({name}), which gdro does not take from it: launch plain processes"
                 " (accelerate launch --multi_gpu), and share a large model with model.sharding=fsdp"
             )
-
-
-def _check_group() -> None:
-    """Refuse what is left in the environment of a launcher: processes would be waited for that nobody starts."""
-    numbers = {name: _launchers_number(name) for name in _LEAST if name in os.environ}
-    world, local = numbers.get("WORLD_SIZE", 1), numbers.get("LOCAL_RANK", -1)
-    if world > 1 or local >= 0:
-        name = "WORLD_SIZE" if world > 1 else "LOCAL_RANK"
-        lacking = [each for each in _GROUP if not os.environ.get(each)]
-        if lacking:
-            raise UserError(
-                f"the environment variable {name} is {numbers[name]}, but {', '.join(lacking)} of the same launcher"
-                f" {'is' if len(lacking) == 1 else 'are'} not set: `unset {name}` if no launcher has started this"
-                " process, or start it with --num-processes N or accelerate launch"
-            )
-        _launchers_number("MASTER_PORT")
-    for name, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
-        count = numbers.get(size, world)
-        if numbers.get(name, 0) >= count:
-            raise UserError(
-                f"the environment variable {name} is {numbers[name]}, which is no number of one of {count} processes"
-                f" ({size}): `unset {name}` if no launcher has started this process"
-            )
-
-
-def _launchers_number(name: str) -> int:
-    """The number in a variable that a launcher sets. Raises ``UserError``."""
-    text = os.environ[name]
-    try:
-        number = int(text)
-    except ValueError:
-        number = None
-    if number is None or number < _LEAST.get(name, 1):
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if os.environ.get("WORLD_SIZE", "1") != "1" and missing:  # would wait for processes that do not exist
         raise UserError(
-            f"the environment variable {name} is {text[:_SHOWN]!r}, which no launcher of processes sets:"
-            f" `unset {name}` and run the command again"
+            f"the environment variable WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} of the same"
+            " launcher is not set: `unset WORLD_SIZE` if no launcher has started this process, or start it with"
+            " --num-processes N or accelerate launch"
         )
-    return number
 
 
 def _check_trackers(names: Sequence[str]) -> None:
@@ -275,12 +240,12 @@ def _check_trackers(names: Sequence[str]) -> None:
 
     if not names:
         return
-    known = {str(member.value) for member in LoggerType if member is not LoggerType.ALL}
-    ready = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    supported = {str(member.value) for member in LoggerType if member is not LoggerType.ALL}
+    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     for name in names:
-        if name not in known:
-            raise UserError(f"train.trackers names {name}: choose from {', '.join(sorted(known))}")
-        if name not in ready:
+        if name not in supported:
+            raise UserError(f"train.trackers names {name}: choose from {', '.join(sorted(supported))}")
+        if name not in installed:
             raise PrerequisiteError(
                 f"tracker {name} is not installed: `pip install {name}` or drop it from train.trackers"
             )

@@ -38,7 +38,7 @@ def environment(*, devices: bool = True) -> dict[str, Any]:
         (None outside a checkout; ends in ``+`` when files are changed), and with ``devices`` also ``devices`` (names)
         and ``threads``.
     """
-    found: dict[str, Any] = {
+    described: dict[str, Any] = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": _cpu_name(),
@@ -50,9 +50,9 @@ def environment(*, devices: bool = True) -> dict[str, Any]:
         import torch
 
         cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-        found["devices"] = cuda or ["cpu"]
-        found["threads"] = torch.get_num_threads()
-    return found
+        described["devices"] = cuda or ["cpu"]
+        described["threads"] = torch.get_num_threads()
+    return described
 
 
 def _version(name: str) -> str | None:
@@ -63,7 +63,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's name, as the system tells it."""
+    """The processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -74,24 +74,16 @@ def _cpu_name() -> str:
 
 def _commit(folder: Path) -> str | None:
     """The commit of the checkout that holds ``folder``, or None if the package is installed elsewhere."""
-    if not (folder.parent.parent / ".git").exists():
-        return None
-    commit = _git(folder, "rev-parse", "HEAD")
-    if not commit:
-        return None
-    return commit + ("+" if _git(folder, "status", "--porcelain", "--untracked-files=no") else "")
+    commit = _git(folder, "rev-parse", "HEAD") if (folder.parent.parent / ".git").exists() else ""
+    changed = commit and _git(folder, "status", "--porcelain", "--untracked-files=no")
+    return commit + ("+" if changed else "") or None
 
 
 def _git(folder: Path, *arguments: str) -> str:
     """Output of a git command, empty if it fails or git is absent."""
+    command = ["git", "-C", str(folder), *arguments]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments],
-            capture_output=True,
-            text=True,
-            timeout=_GIT_SECONDS,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    return done.stdout.strip()

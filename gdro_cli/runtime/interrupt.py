@@ -4,99 +4,70 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import FrameType, TracebackType
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from gdro_cli.errors import Interrupted
-from gdro_cli.processes import is_running
-from gdro_cli.runtime.terminal import leave_closed_terminal
 
 STOPPING = "stopping at the next safe point; press Ctrl-C again to stop at once"
-"""What a stage tells when a stop is requested."""
+"""What a stage reports when a stop is requested."""
+
+LAUNCHER = "GDRO_LAUNCHER"
+"""Environment variable with the process number of the process that started a group."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LOOK_SECONDS = 0.5
+
+_Handler = Callable[[int, FrameType | None], None]
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """A signal that stops the work at once; as Ctrl-C's own exception it passes by whoever handles errors."""
+    """A signal that stops the work at once; like Ctrl-C's own exception it passes by whoever handles errors."""
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """While a command runs, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) end it with a sentence.
 
-    Until ``work_begins`` nothing is held and nothing half written: the process says so and is gone. An exception would
-    be raised somewhere inside the libraries that are being imported then, some of which tell it as a failure of theirs.
-    From then on ``StoppedBySignal`` is raised, so that locks and unfinished files go; ``StopFlag`` waits for a safe
-    point instead. A signal that is ignored (``nohup``) stays so. Does nothing outside the main thread.
+    Until ``work_begins`` nothing is held and nothing is half written: the process says so and exits. An exception would
+    be raised inside the libraries that are being imported, some of which report it as a failure of their own. From then
+    on ``StoppedBySignal`` is raised, so that locks and unfinished files go; a ``StopFlag`` waits for a safe point.
     """
-    before: dict[signal.Signals, Any] = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                before[number] = signal.signal(number, _leave)
+    before = _handle(_exit)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        _restore(before)
 
 
 def work_begins() -> None:
-    """Call it when all that is slow to import is imported, before the first lock or file; see ``ended_by_signals``."""
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) is _leave:
-                signal.signal(number, _raise)
-
-
-def signals_hurry(code: int) -> None:
-    """Nothing is left but the interpreter's end, which may take a second: a signal cuts it short, with this code."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        os._exit(code)
-
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                signal.signal(number, leave)
+    """Call it when all slow imports are done, before the first lock or file; see ``ended_by_signals``."""
+    if signal.getsignal(signal.SIGTERM) is _exit:
+        _handle(_raise)
 
 
 def stopped_at_once(error: BaseException) -> str:
-    """What to tell of a ``KeyboardInterrupt``."""
-    told = str(error) if isinstance(error, StoppedBySignal) else "SIGINT"
-    return f"stopped at once by {told}; what was finished is kept: run the same command again to go on"
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGHUP:
-        leave_closed_terminal()
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
-        told = f"Stopped by {signal.Signals(number).name} before any work began: run the same command again.\n"
-        with suppress(OSError):
-            os.write(2, told.encode())
-    os._exit(Interrupted.exit_code)
-
-
-def _raise(number: int, frame: FrameType | None) -> None:
-    if number == signal.SIGHUP:
-        leave_closed_terminal()
-    raise StoppedBySignal(signal.Signals(number).name)
+    """The message for a ``KeyboardInterrupt``."""
+    name = str(error) if isinstance(error, StoppedBySignal) else "SIGINT"
+    return f"stopped at once by {name}; what was finished is kept: run the same command again to continue"
 
 
 class StopFlag:
     """While the block runs, the first Ctrl-C, SIGTERM or SIGHUP only raises a flag; a second Ctrl-C stops at once.
 
-    A SIGHUP that is ignored (``nohup``) stays so. Signals reach Python's main thread only: in any other thread the flag
-    works but must be set by hand.
+    A stop is requested of all blocks that are open, inner and outer. Outside Python's main thread, which alone receives
+    signals, the flag works but must be set by hand.
 
     Args:
-        on_request: called once when the flag goes up, e.g. to tell the user what happens next.
+        on_request: called once when the flag of the innermost block goes up, e.g. to tell the user what happens next.
     """
+
+    _open: list[StopFlag] = []  # noqa: RUF012 (of the process, innermost last)
 
     def __init__(self, on_request: Callable[[], None] | None = None) -> None:
         self.requested = False
@@ -104,46 +75,34 @@ class StopFlag:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopFlag:
-        if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._on_signal)
-        if any(outer.requested for outer in self._around()):
-            self.requested = True
+        self._before = _handle(self._on_signal)
+        if self._before:
+            self.requested |= any(flag.requested for flag in self._open)
+            self._open.append(self)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        for outer in self._around() if self.requested else ():  # a signal may have come since: no flag is taken down
-            outer.requested = True
-        self._before.clear()
-
-    def _around(self) -> list[StopFlag]:
-        """The flags of the blocks around this one: a stop that was asked for in one of them is asked for in all."""
-        owners = {
-            id(owner): owner for handler in self._before.values() if (owner := getattr(handler, "__self__", None))
-        }
-        return [owner for owner in owners.values() if isinstance(owner, StopFlag)]
+    def __exit__(self, *_: object) -> None:
+        if self._before:
+            self._open.remove(self)
+            _restore(self._before)
+            for outer in self._open:  # `requested` may have been set by hand
+                outer.requested |= self.requested
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            leave_closed_terminal()
+        _leave_closed_terminal(number)
         if self.requested and number == signal.SIGINT:
             raise StoppedBySignal(signal.SIGINT.name)
-        if not self.requested:
-            self.requested = True
-            if self._on_request is not None:
-                with suppress(OSError):  # nobody reads it any more
-                    self._on_request()
+        is_first = not self.requested
+        for flag in (self, *self._open):
+            flag.requested = True
+        if is_first and self._on_request is not None:
+            self._on_request()
 
     def check(self, message: str) -> None:
-        """Stop here if it was asked for; call it where everything so far is on the disk.
+        """Stop here if a stop was requested; call it where everything so far is on the disk.
 
         Args:
-            message: what is kept and how to go on.
+            message: what is kept and how to continue.
 
         Raises:
             Interrupted: a stop was requested.
@@ -152,26 +111,49 @@ class StopFlag:
             raise Interrupted(message)
 
 
-LAUNCHER = "GDRO_LAUNCHER"
-"""Environment variable with the process number of the process that started a group."""
-_LOOK_SECONDS = 0.5
-
-
 def stop_with_launcher() -> None:
-    """Ask this process to stop (SIGTERM) once the process that started its group is gone.
+    """Ask this process to stop (SIGTERM) when the launcher that started it is gone.
 
-    A launcher that is killed cannot tell its processes; without this they would go on, unseen and holding their locks.
-    Does nothing in a process that another one than the launcher has started.
+    A launcher that is killed cannot stop its processes; without this they would continue, unseen and holding locks.
     """
-    launcher = os.environ.get(LAUNCHER, "")
-    if launcher != str(os.getppid()):
-        if launcher.isdecimal() and not is_running(int(launcher)):  # before this one could look
-            os.kill(os.getpid(), signal.SIGTERM)
-        return
+    launcher = os.environ.pop(LAUNCHER, None)
 
-    def look() -> None:
+    def watch() -> None:
         while str(os.getppid()) == launcher:
             time.sleep(_LOOK_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=look, name="launcher", daemon=True).start()
+    if launcher is not None:
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
+
+
+def _exit(number: int, frame: FrameType | None) -> None:
+    _leave_closed_terminal(number)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+        name = signal.Signals(number).name
+        os.write(2, f"Stopped by {name} before any work began: run the same command again.\n".encode())
+    os._exit(Interrupted.exit_code)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    _leave_closed_terminal(number)
+    raise StoppedBySignal(signal.Signals(number).name)
+
+
+def _leave_closed_terminal(number: int) -> None:
+    """After SIGHUP, lead the streams of a terminal that is gone to nowhere: each word to it would be an error."""
+    for stream in (1, 2) if number == signal.SIGHUP else ():
+        if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+
+
+def _handle(handler: _Handler) -> dict[signal.Signals, Any]:
+    """Let ``handler`` receive the signals that are not ignored (``nohup``); returns what received them before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}
+
+
+def _restore(before: dict[signal.Signals, Any]) -> None:
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -13,18 +13,18 @@ _T = TypeVar("_T")
 
 
 class _Failure(NamedTuple):
-    """What a process tells the others of its failure."""
+    """What a process sends to the others about its failure."""
 
     rank: int
     exit_code: int
     message: str
 
 
-class Team(abc.ABC):
+class ProcessGroup(abc.ABC):
     """The processes of one job, seen by one of them."""
 
-    _told: Exception | None = None
-    """The failure that ``together`` has shared already, on its way up through the ``together`` blocks around it."""
+    _shared: Exception | None = None
+    """The failure that ``together`` has sent already, on its way up through the ``together`` blocks around it."""
 
     @property
     @abc.abstractmethod
@@ -42,7 +42,7 @@ class Team(abc.ABC):
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that writes files and talks."""
+        """True in the one process that writes files and reports."""
         return self.rank == 0
 
     def share(self, items: Sequence[_T]) -> list[_T]:
@@ -53,11 +53,11 @@ class Team(abc.ABC):
     def together(self) -> Iterator[None]:
         """Wait, after the block, for all processes; if it fails in one of them, it fails in all.
 
-        All processes must come here, and none may talk to the others inside the block, except in a ``together`` of
+        All processes must come here, and none may send to the others inside the block, except in a ``together`` of
         its own. One that fails before it comes to such an inner block is heard by those that wait there.
 
         Raises:
-            EndedElsewhere: the block failed in another process (or here, with words that another one says already).
+            EndedElsewhere: the block failed in another process (or here, with words that another one reports already).
         """
         if self.world == 1:
             yield
@@ -65,20 +65,20 @@ class Team(abc.ABC):
         try:
             yield
         except Exception as error:
-            if error is self._told:
-                raise  # an inner block has shared it, and the others have left that one as well
+            if error is self._shared:
+                raise  # an inner block has sent it, and the others have left that block as well
             failures: list[_Failure] = []
-            with suppress(EndedElsewhere):  # the others are gone: then the error is told here
+            with suppress(EndedElsewhere):  # the others are gone: then the error is reported here
                 failures = self.gather_objects([_failure(error, self.rank)])
-            self._told = error
+            self._shared = error
             if any(other.rank < self.rank and other.message == str(error) for other in failures):
-                self._told = EndedElsewhere(exit_code=failures[0].exit_code)
-                raise self._told from error
+                self._shared = EndedElsewhere(exit_code=failures[0].exit_code)
+                raise self._shared from error
             raise
         failures = self.gather_objects([])
         if failures:
-            self._told = EndedElsewhere(exit_code=failures[0].exit_code)
-            raise self._told
+            self._shared = EndedElsewhere(exit_code=failures[0].exit_code)
+            raise self._shared
 
     def take_turns(self, items: Sequence[_T], work: Callable[[_T], None]) -> None:
         """Do every item, each in one process; after each turn the processes wait for each other.

@@ -1,18 +1,17 @@
-"""A run: one folder that holds what was asked for, what came out, and enough to go on after a stop.
+"""A run: one folder that holds what was requested, what came out, and enough to continue after a stop.
 
 recipe.json       the resolved recipe
-environment.json  versions and devices when the run began (environment-2.json ... if a later sitting differs)
-manifest.json     schema, time, digests of the inputs; written last, so a folder without it is no run yet
+environment.json  versions and devices when the run began (environment-2.json ... if they differ later)
+manifest.json     schema, time, digests of the inputs; written last, so a folder without it is not a run yet
 metrics.jsonl     one JSON object per line, each with its ``kind`` and ``step``
-lock              who works in the folder just now
+lock              held by the process that works in the folder, which lock.owner names
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,9 @@ from gdro_cli.files import (
     json_lines,
     make_folder,
     parse_json,
-    read_bytes,
-    reading,
+    read_file,
+    read_json,
+    read_object,
     refuse_links,
     write_bytes,
     write_json,
@@ -33,18 +33,13 @@ from gdro_cli.identity import differences
 from gdro_cli.runtime.lock import folder_lock
 
 SCHEMA = 1
-_SHOWN = 8
+_REMEDY = "restore it, or start another run with --out"
+_MOST_DIFFERENCES = 8
 """Differences named in one message."""
-_LONGEST = 200
+_MOST_CHARACTERS = 200
 """Characters of a difference that a message shows."""
-_TEXTS = ("kind", "protocol", "verdict")
-"""The entries of a row of metrics that are texts; all others are numbers, or missing."""
 _POINT = "validation"
 """The kind of row that an evaluation point has."""
-_COUNTS = ("prompts", "images", "failed", "unjudged")
-"""The entries that count something at an evaluation point."""
-_OF_A_POINT = ("protocol", "reward", "prompts", "images")
-"""What every evaluation point has."""
 
 
 class RunFolder:
@@ -62,13 +57,13 @@ class RunFolder:
         inputs: Mapping[str, Any],
         environment: Mapping[str, Any],
     ) -> RunFolder:
-        """Make the run, or go on with it if it was made from the same recipe and inputs.
+        """Make the run, or open it if it was made from the same recipe and inputs.
 
         Args:
             path: the folder, made if missing.
             recipe: the resolved recipe as JSON values.
             inputs: digests of what the run reads (store, scores, model) as JSON values.
-            environment: what ``environment()`` gives; it may change between sittings.
+            environment: what ``environment()`` gives; it may change between two starts.
 
         Raises:
             StoreError: the folder belongs to another recipe or other inputs, is damaged, holds a link, or cannot be
@@ -76,26 +71,17 @@ class RunFolder:
         """
         run = cls(Path(path))
         make_folder(run.path)
-        refuse_links(each for folder in (run.path, run.path / "best") for each in folder.glob("*"))
-        asked = {"recipe": _plain(recipe), "inputs": _plain(inputs)}
+        refuse_links(entry for folder in (run.path, run.path / "best") for entry in folder.glob("*"))
+        source = {"recipe": _plain(recipe), "inputs": _plain(inputs)}
         if (run.path / "manifest.json").exists():
-            manifest = run.read_object("manifest.json")
-            if manifest.get("schema") != SCHEMA:
-                raise StoreError(
-                    f"run {run.path} has schema {manifest.get('schema')}, this version writes {SCHEMA}: "
-                    "choose another folder with --out"
-                )
-            there = {"recipe": run.read_object("recipe.json"), "inputs": manifest.get("inputs")}
-            changed = [str(difference) for difference in differences(there, asked)]
-            if changed:
-                raise StoreError(_refusal(run.path, changed))
+            run._refuse_other(source)
             run._note_environment(_plain(environment))
             run._drop_torn_line()
             return run
-        run.write_json("recipe.json", asked["recipe"])
+        run.write_json("recipe.json", source["recipe"])
         run.write_json("environment.json", _plain(environment))
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        run.write_json("manifest.json", {"schema": SCHEMA, "created": created, "inputs": asked["inputs"]})
+        run.write_json("manifest.json", {"schema": SCHEMA, "created": created, "inputs": source["inputs"]})
         return run
 
     @property
@@ -112,32 +98,34 @@ class RunFolder:
         return path
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file of the run.
-
-        Raises:
-            StoreError: it is missing or damaged.
-        """
-        path = self.path / name
-        try:
-            return parse_json(read_bytes(path))
-        except FileNotFoundError as error:
-            raise StoreError(f"{path} is missing: the run cannot be read; start another with --out") from error
-        except (OSError, ValueError) as error:
-            raise _damaged(path) from error
+        """Read a JSON file of the run. Raises ``StoreError`` if it is missing or damaged."""
+        return read_json(self.path / name, remedy=_REMEDY)
 
     def read_object(self, name: str) -> dict[str, Any]:
         """The same for a file that must hold a JSON object."""
-        value = self.read_json(name)
-        if not isinstance(value, dict):
-            raise _damaged(self.path / name)
-        return value
+        return read_object(self.path / name, remedy=_REMEDY)
+
+    def _refuse_other(self, source: Mapping[str, Any]) -> None:
+        manifest = self.read_object("manifest.json")
+        if manifest.get("schema") != SCHEMA:
+            raise StoreError(
+                f"run {self.path} has schema {manifest.get('schema')}, this version writes {SCHEMA}: "
+                "choose another folder with --out"
+            )
+        own = {"recipe": self.recipe, "inputs": manifest.get("inputs")}
+        changes = [str(difference)[:_MOST_CHARACTERS] for difference in differences(own, source)]
+        if changes:
+            more = [f"and {len(changes) - _MOST_DIFFERENCES} more"] if len(changes) > _MOST_DIFFERENCES else []
+            raise StoreError(
+                f"run {self.path} was made from something else ({'; '.join(changes[:_MOST_DIFFERENCES] + more)}): "
+                "choose another folder with --out"
+            )
 
     def _note_environment(self, environment: Any) -> None:
         """Keep a changed environment beside the first, numbered from 2."""
-        known = sorted(self.path.glob("environment*.json"))
-        if any(self.read_json(path.name) == environment for path in known):
-            return
-        self.write_json(f"environment-{len(known) + 1}.json", environment)
+        names = [path.name for path in self.path.glob("environment*.json")]
+        if not any(self.read_json(name) == environment for name in names):
+            self.write_json(f"environment-{len(names) + 1}.json", environment)
 
     # -- metrics ------------------------------------------------------------------------------------------------
 
@@ -157,22 +145,22 @@ class RunFolder:
             ValueError: the row has no step or no kind.
             StoreError: the file cannot be written to.
         """
-        if not isinstance(row.get("step"), int) or not isinstance(row.get("kind"), str):
-            raise ValueError("a row of metrics needs an integer 'step' and a 'kind'")
-        append_bytes(self.metrics_path, json_lines([row]))
+        append_bytes(self.metrics_path, json_lines([_row(row)]))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Read all rows; a last line that was cut off by a crash is left out.
 
         Raises:
-            StoreError: another line is damaged, or is not a row that a training writes.
+            StoreError: another line is damaged.
         """
         rows = []
         for number, line in enumerate(self._metrics_bytes().split(b"\n")[:-1], start=1):
             try:
-                rows.append(_row(parse_json(line)))
+                rows.append(dict(_row(parse_json(line))))
             except ValueError as error:
-                raise StoreError(f"{self.metrics_path} line {number} is damaged: delete the line to go on") from error
+                raise StoreError(
+                    f"{self.metrics_path} line {number} is damaged: delete the line to continue"
+                ) from error
         return rows
 
     def _drop_torn_line(self) -> None:
@@ -183,60 +171,32 @@ class RunFolder:
 
     def _metrics_bytes(self) -> bytes:
         """What is in the file; nothing where there is none. Raises StoreError."""
-        if not self.metrics_path.exists():
-            return b""
-        if not self.metrics_path.is_file():  # a pipe would be waited for
-            raise StoreError(f"{self.metrics_path} is no ordinary file: move it away and run the command again")
-        with reading(self.metrics_path):
-            return read_bytes(self.metrics_path)
+        return read_file(self.metrics_path, remedy=_REMEDY) if self.metrics_path.exists() else b""
 
     def truncate_metrics(self, after_step: int, *, unmeasured: bool = False) -> None:
         """Drop every row of a step beyond ``after_step``: those steps will be run again.
 
-        With ``unmeasured`` the evaluation point of that step will be measured again, too.
+        With ``unmeasured`` the evaluation point of that step will be measured again as well.
         """
         if self.metrics_path.exists():
             rows = [row for row in self.metrics() if row["step"] <= after_step]
-            kept = [row for row in rows if not (unmeasured and row["step"] == after_step and row["kind"] == _POINT)]
-            write_bytes(self.metrics_path, json_lines(kept))
+            valid = [row for row in rows if not (unmeasured and row["step"] == after_step and row["kind"] == _POINT)]
+            write_bytes(self.metrics_path, json_lines(valid))
 
     # -- one writer ---------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the folder for this process; see ``lock.folder_lock``."""
-        with folder_lock(self.path / "lock"):
-            yield
+        return folder_lock(self.path / "lock")
 
 
-def _damaged(path: Path) -> StoreError:
-    return StoreError(f"{path} is damaged: restore it or start another run with --out")
-
-
-def _row(value: Any) -> dict[str, Any]:
-    """A row of metrics. Raises ValueError for anything else."""
-    if not isinstance(value, dict) or not _is_count(value.get("step")) or "kind" not in value:
-        raise ValueError("a row of metrics is an object with a kind and a step")
-    for key, entry in value.items():
-        if not (isinstance(entry, str) if key in _TEXTS else entry is None or isinstance(entry, int | float)):
-            raise ValueError(f"{key} has a value of another kind")
-    if value["kind"] == _POINT:
-        if any(value.get(name) is None for name in _OF_A_POINT):
-            raise ValueError(f"an evaluation point has {', '.join(_OF_A_POINT)}")
-        if not all(_is_count(value[name]) for name in _COUNTS if name in value):
-            raise ValueError(f"{', '.join(_COUNTS)} are whole numbers of 0 or more")
+def _row(value: Any) -> Mapping[str, Any]:
+    """A row of metrics: steps and kinds, and otherwise texts, numbers and nulls. Raises ValueError for others."""
+    if not isinstance(value, Mapping) or type(value.get("step")) is not int or not isinstance(value.get("kind"), str):
+        raise ValueError("a row of metrics needs an integer 'step' and a 'kind'")
+    if not all(isinstance(entry, str | int | float | None) for entry in value.values()):
+        raise ValueError("a row of metrics holds texts and numbers")
     return value
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _refusal(path: Path, changed: list[str]) -> str:
-    told = [each if len(each) <= _LONGEST else f"{each[: _LONGEST - 3]}..." for each in changed]
-    shown = "; ".join(told[:_SHOWN])
-    more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
-    return f"run {os.fspath(path)} was made from something else ({shown}{more}): choose another folder with --out"
 
 
 def _plain(value: Any) -> Any:

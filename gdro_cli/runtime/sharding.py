@@ -5,7 +5,7 @@ gradient is summed like that of a replicated base, and checkpoints, averages and
 frozen has a gradient, so FSDP only gathers each layer's weights for its passes and lets them go again.
 
 It is torch's ``fully_shard`` itself, not accelerate's ``prepare``, which wraps it: that one shards on GPUs only, so
-that nothing of it could be checked on a CPU, and wants the optimizer's parameters to be sharded, too.
+that nothing of it could be checked on a CPU, and also wants the optimizer's parameters to be sharded.
 """
 
 from __future__ import annotations

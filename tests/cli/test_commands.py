@@ -275,7 +275,7 @@ def test_what_a_library_makes_of_a_signal_is_told_as_the_signal(capsys: pytest.C
     except ImportError as error:
         assert exit_code_of(error, debug=False) == 130
     err = capsys.readouterr().err
-    assert err.startswith("Stopped at once by SIGTERM") and "command again to go on" in err and err.count("\n") == 1
+    assert err.startswith("Stopped at once by SIGTERM") and "command again to continue" in err and err.count("\n") == 1
 
 
 IN_PROCESSES = """
@@ -318,11 +318,11 @@ def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["score", "--images", "nowhere"], "the picture folder nowhere cannot be read: No such file"),
-        (["score", "--images", "."], ". holds no pictures: it needs folders 00000"),
+        (["score", "--images", "nowhere"], "the image folder nowhere cannot be read: No such file"),
+        (["score", "--images", "."], ". holds no images: it needs folders 00000"),
         (["score", "--images", ".", "--dry-run"], "--images goes with neither --dry-run nor --num-processes"),
         (["eval", "--export", "."], ". is not empty: name a new folder"),
-        (["eval", "--export", "file"], "file is no folder that pictures can be written to"),
+        (["eval", "--export", "file"], "the images cannot be written to file: Not a directory"),
     ],
 )
 def test_picture_folders_that_cannot_be_used_are_one_sentence(

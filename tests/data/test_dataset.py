@@ -168,12 +168,6 @@ def test_impossible_k(load: Load, k: int) -> None:
         load(k=k)
 
 
-@pytest.mark.parametrize(("step", "groups"), [(-1, 1), (0, 0)])
-def test_impossible_draws(load: Load, step: int, groups: int) -> None:
-    with pytest.raises(ValueError):
-        load(k=2).draw(step, groups=groups, seed=0)
-
-
 def test_scores_of_another_store_are_refused(
     store: GroupStore, open_store: Callable[..., GroupStore], load: Load
 ) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.scores import ScoreRow, ScoreTable, read_scores, write_scores
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
+from gdro_cli.files import sha256
 
 PROVENANCE = {"engine": "test", "weights": {"det": "0a1b"}}
 
@@ -112,47 +112,33 @@ def test_a_shard_made_anew_is_scored_anew_only_if_it_differs(
 
 
 @pytest.mark.parametrize(
-    ("name", "harm", "expected"),
+    ("harm", "expected"),
     [
-        ("00001.jsonl", lambda path: path.write_bytes(path.read_bytes()[:-9]), "has .* bytes instead of"),
-        (
-            "00001.jsonl",
-            lambda path: path.write_text(path.read_text().replace("0.25", "0.75")),
-            "was changed",
-        ),
-        ("00001.json", lambda path: path.write_text("{"), "is not JSON"),
-        ("00001.json", lambda path: path.write_text('{"shard": 1}'), "has other keys"),
-        ("00001.json", lambda path: path.write_text("[]"), "has other keys"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "its SHA-256 differs"),
+        (lambda path: path.write_text(path.read_text().replace("0.25", "0.75")), "its SHA-256 differs"),
+        (lambda path: path.write_text("{"), "its first line is not JSON"),
+        (lambda path: path.write_bytes(b""), "its first line is not JSON"),
     ],
 )
 def test_damaged_scores_are_named_with_the_remedy(
-    table: ScoreTable, name: str, harm: Callable[[Path], Any], expected: str
+    table: ScoreTable, harm: Callable[[Path], Any], expected: str
 ) -> None:
     rows = fill(table)
-    harm(table.path / name)
-    with pytest.raises(StoreError, match=rf"the scores of shard 00001 .*{expected}.*: delete .* and run `gdro score`"):
+    harm(table.path / "00001.jsonl")
+    with pytest.raises(
+        StoreError, match=rf"00001.jsonl is damaged \({expected}\): delete it and run `gdro score`, which scores shard"
+    ):
         list(table.rows())
-    (table.path / "00001.json").unlink()
+    (table.path / "00001.jsonl").unlink()
     assert table.missing_shards() == [1]
     assert fill(table) == rows
-
-
-def test_half_written_scores_are_missing(table: ScoreTable) -> None:
-    rows = fill(table)
-    (table.path / "00001.json").unlink()
-    (table.path / "00001.jsonl").write_text("half")
-    (table.path / ".00001.jsonl.4711.partial").write_text("half")
-    (table.path / "00002.jsonl").unlink()
-    assert table.missing_shards() == [1, 2]
-    assert fill(table) == rows
-    assert not [name for name in os.listdir(table.path) if name.endswith(".partial")]
 
 
 def test_scores_replaced_by_those_of_another_table_are_not_taken(table: ScoreTable) -> None:
     fill(table)
     other = ScoreTable.create_or_open(table.store, "other", provenance={})
     fill(other)
-    shutil.copy(other.path / "00001.json", table.path / "00001.json")
+    shutil.copy(other.path / "00001.jsonl", table.path / "00001.jsonl")
     assert table.missing_shards() == [1]
 
 
@@ -166,7 +152,7 @@ def test_edited_or_linked_table_is_refused(table: ScoreTable, tmp_path: Path) ->
         ScoreTable.create_or_open(table.store, "ocr", provenance=PROVENANCE)
     shutil.move(table.path, tmp_path / "outside")
     table.path.symlink_to(tmp_path / "outside")
-    with pytest.raises(StoreError, match="link that leaves the store"):
+    with pytest.raises(StoreError, match="link that leaves its folder"):
         ScoreTable.create_or_open(table.store, "ocr", provenance=PROVENANCE)
 
 
@@ -179,3 +165,29 @@ def test_table_in_a_read_only_store(
     store.path.chmod(0o555)
     with unprivileged(), pytest.raises(StoreError, match="no permission to write there"):
         ScoreTable.create_or_open(store, "ocr", provenance=PROVENANCE)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"value": "0.5"}, {"value": math.inf}, {"reason": "and a value"}, {"details": []}, {"more": 1}, {"index": 1}],
+    ids=str,
+)
+def test_rows_that_are_not_scores_of_the_images_are_damaged(changes: dict[str, Any], tmp_path: Path) -> None:
+    """Even where their digest fits."""
+    row = {"prompt_id": "a", "index": 0, "value": 0.5, "reason": None, "details": {}}
+    lines = json.dumps(row | changes).encode() + b"\n"
+    (tmp_path / "00000.jsonl").write_bytes(json.dumps({"sha256": sha256(lines)}).encode() + b"\n" + lines)
+    with pytest.raises(StoreError, match=r"00000.jsonl is damaged \(.*\): delete it"):
+        read_scores(tmp_path / "00000.jsonl", [("a", 0)], remedy="delete it")
+
+
+def test_what_is_written_of_images_is_read_for_the_same_images(tmp_path: Path) -> None:
+    path = tmp_path / "00000.jsonl"
+    rows = [ScoreRow("a", 0, 0.5, None, {"text": "é“"}), ScoreRow("a", 1, None, "no text")]
+    write_scores(path, rows)
+    assert read_scores(path, [("a", 0), ("a", 1)], remedy="") == rows
+    with pytest.raises(StoreError, match=r"is damaged \(it has scores of other images\)"):
+        read_scores(path, [("a", 0), ("b", 1)], remedy="delete it")
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.9"))
+    with pytest.raises(StoreError, match=r"is damaged \(its SHA-256 differs\)"):
+        read_scores(path, [("a", 0), ("a", 1)], remedy="delete it")

@@ -5,7 +5,7 @@
 Each stage (sample, score, train, eval, ablate) is carried out once undisturbed. Then it begins again and again from
 where the stage before it ended, and is killed (SIGKILL) at random moments until it comes to its end. After each kill
 everything that counts as finished must be whole and still be there; the end must equal the undisturbed one, bit for
-bit. The table tells kills and violations per stage; the exit code is 1 after a violation, 2 when the time was not
+bit. The table shows kills and violations per stage; the exit code is 1 after a violation, 2 when the time was not
 enough. The moments follow from ``--seed``, as far as a machine's speed allows.
 """
 
@@ -55,9 +55,9 @@ class Tally:
 
 
 def finished_parts(workspace: Path) -> dict[str, str]:
-    """Everything that counts as done: shards of stores and of score tables, by the digests of their manifests."""
+    """Everything that counts as done: shards of stores, by the digests of their manifests, and of score tables."""
     found = {}
-    for pattern in ("**/shards/[0-9]*/manifest.json", "**/scores/*/[0-9]*.json"):
+    for pattern in ("**/shards/[0-9]*/manifest.json", "**/scores/*/[0-9]*.jsonl"):
         for path in workspace.glob(pattern):
             found[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
@@ -66,7 +66,8 @@ def finished_parts(workspace: Path) -> dict[str, str]:
 def newest_steps(workspace: Path) -> dict[str, int]:
     """Step of the newest checkpoint of each run."""
     steps: dict[str, int] = {}
-    for path in workspace.glob("runs/*/checkpoints/step-*"):
+    for manifest in workspace.glob("runs/*/checkpoints/step-*/manifest.json"):
+        path = manifest.parent
         run = path.parents[1].name
         steps[run] = max(steps.get(run, 0), int(path.name.rpartition("-")[2]))
     return steps
@@ -79,11 +80,12 @@ def broken_parts(workspace: Path) -> Iterator[str]:
         yield from (
             f"{manifest.parent / name}" for name, entry in files.items() if not _fits(manifest.parent / name, entry)
         )
-    for head in workspace.glob("**/scores/*/[0-9]*.json"):
-        if not _fits(head.with_suffix(".jsonl"), json.loads(head.read_bytes())):
-            yield str(head)
-    for folder in workspace.glob("runs/**/checkpoints/step-*"):
-        yield from _broken_checkpoint(folder)
+    for path in workspace.glob("**/scores/*/[0-9]*.jsonl"):
+        head, _, rows = path.read_bytes().partition(b"\n")
+        if json.loads(head)["sha256"] != hashlib.sha256(rows).hexdigest():
+            yield str(path)
+    for manifest in workspace.glob("runs/**/checkpoints/step-*/manifest.json"):
+        yield from _broken_checkpoint(manifest.parent)
     for path in workspace.rglob("*.json"):
         if any(part.startswith(".") for part in path.relative_to(workspace).parts):
             continue  # unfinished, and named so
@@ -136,8 +138,8 @@ def _timeless(value: Any) -> Any:
 
 
 def left_behind(workspace: Path) -> list[str]:
-    """Locks, half checkpoints and half shards, of which a finished job leaves none."""
-    half = {*workspace.rglob("lock"), *workspace.rglob("*.tmp"), *workspace.rglob("shards/.*")}
+    """Half checkpoints and half shards, of which a finished job leaves none."""
+    half = {*workspace.rglob("checkpoints/.*"), *workspace.rglob("shards/.*")}
     return sorted(path.relative_to(workspace).as_posix() for path in half)
 
 
@@ -236,7 +238,7 @@ class Campaign:
         code, _, errors = finish(start(STAGES[stage], recipe=self.recipe, workspace=workspace))
         tally.starts, tally.ends = tally.starts + 1, tally.ends + 1
         if code:
-            tally.violations.append(f"{stage} does not go on: {errors.strip().splitlines()[-1:]}")
+            tally.violations.append(f"{stage} does not continue: {errors.strip().splitlines()[-1:]}")
             return
         got, expected = ends(workspace), self.expected[stage]
         odd = [name for name in sorted(expected.keys() | got.keys()) if got.get(name) != expected.get(name)]

@@ -22,42 +22,26 @@ GOOD = lines(3, 4, 2)
 # Code 0: all axes are read; 1: the judgement is missing, or an axis of it is, with this reason.
 TEXTS = [
     Case("good", GOOD, 0),
-    Case("many decimals", lines("3.999999999999", "1.0", "5.000"), 0),
     Case("of 5", lines("3/5", "4 / 5", "2"), 0),
     Case("bold", "**Alignment Score (1-5):** 3\n**Coherence Score (1-5):** 4\n**Style Score (1-5):** 2", 0),
     Case("bullets", "- Alignment Score: 3\n- Coherence Score: 4\n- Style Score: 2", 0),
-    Case("lower case and blanks", GOOD.lower().replace("\n", "  \n\n  "), 0),
     Case("CRLF", GOOD.replace("\n", "\r\n"), 0),
     Case("thought before", f"<think>Style Score (1-5): 5</think>{GOOD}", 0),
     Case("said twice", f"{GOOD}\n{GOOD}", 0),
     Case("nothing", "", 1, "has no alignment score, has no coherence score"),
-    Case("blanks", " \n\t\n", 1, "has no alignment score"),
     Case("garbage", "lorem ipsum \x00\ufffd", 1, "has no style score"),
     Case("no style", "Alignment Score: 3\nCoherence Score: 4", 1, "has no style score"),
-    Case("another axis", GOOD.replace("Style", "Beauty"), 1, "has no style score"),
     Case("zero", lines(0, 4, 2), 1, "has a alignment score of 0, which is not between 1 and 5"),
-    Case("six", lines(3, 6, 2), 1, "coherence score of 6"),
     Case("below zero", lines(3, 4, -2), 1, "style score of -2"),
-    Case("just above", lines(3, 4, "5.0000001"), 1, "style score of"),
     Case("of ten", lines("8/10", 4, 2), 1, "has no alignment score"),
     Case("nan", lines("nan", 4, 2), 1, "has no alignment score"),
-    Case("infinity", lines("inf", 4, 2), 1, "has no alignment score"),
-    Case("1e3", lines("1e3", 4, 2), 1, "has no alignment score"),
     Case("a word", lines("three", 4, 2), 1, "has no alignment score"),
-    Case("a range", lines("3-4", 4, 2), 1, "has no alignment score"),
     Case("two numbers", f"{GOOD}\nStyle Score (1-5): 4", 1, "has different style scores (2 and 4)"),
-    Case("400 digits", lines("9" * 400, 4, 2), 1, "alignment score of inf"),
     Case("100,000 digits", lines("1" * 100_000, 4, 2), 1, "has no alignment score"),
     Case("a megabyte", "x" * 1_000_000, 1, "has no alignment score"),
-    Case("a megabyte of blanks", "Style Score:" + " " * 1_000_000 + "x", 1, "has no style score"),
-    Case("a number and a megabyte of blanks", "Style Score: 3" + " " * 1_000_000 + "x", 1, "has no style score"),
-    Case("a megabyte of markup", "*" * 1_000_000, 1, "has no alignment score"),
-    Case("100,000 lines", f"{GOOD}\n" * 33_000, 0),
     Case("only a thought", f"<think>{GOOD}", 1, "has no alignment score"),
     Case("in one line", GOOD.replace("\n", ", "), 1, "has no"),
     Case("JSON", json.dumps({"alignment": 3}), 1, "has no alignment score"),
-    Case("full-width digits", lines("\uff13", 4, 2), 1, "has no alignment score"),
-    Case("right to left", "\u202e" + GOOD, 1, "has no alignment score"),
 ]
 
 
@@ -89,7 +73,6 @@ REPLIES = [
     Case("NUL", Reply(b"\x00" * 100), 1, "is not JSON"),
     Case("no UTF-8", Reply(b'{"choices": "\xff\xfe"}'), 1, "is not JSON"),
     Case("50,000 brackets", Reply(b"[" * 50_000), 1, "is not JSON"),
-    Case("half a character", says(f"{GOOD} \ud83d"), 1, "is not JSON"),
     Case("two halves", says(f"{GOOD}\n\U0001f600"), 0),
     Case("a list", Reply(b"[]"), 1, "is not that of a chat"),
     Case("a number", Reply(b"3"), 1, "is not that of a chat"),
@@ -140,7 +123,6 @@ MODELS = [
     Case("a list", Reply(b"[1]"), 0),
     Case("names are numbers", Reply(b'{"data": [{"id": 3}]}'), 3, "serves 3, not"),
     Case("a name of 100 kB", Reply(b'{"data": [{"id": "' + b"m" * 100_000 + b'"}]}'), 3, "not"),
-    Case("half a name", Reply(b'{"data": [{"id": "\\ud800"}]}'), 0),
     Case("data is null", Reply(b'{"data": null}'), 0),
     Case("hangs up", Reply(b"", hang_up=True), 3, "cannot be reached"),
     Case("403", fails(403), 3, "403 Forbidden"),
@@ -181,6 +163,3 @@ def test_a_judge_s_picture_that_is_none(server: JudgeServer, tmp_path: Path) -> 
     judge = UnifiedRewardJudge(server.url, MODEL, timeout=20.0, retries=0)
     (judged,) = judge.judge([tmp_path / "a.png"], ["a card"])
     assert judged.reason is not None and "cannot be decoded" in judged.reason and not server.seen
-
-
-CASES = [*TEXTS, *REPLIES, *MODELS, *ADDRESSES]

@@ -1,4 +1,4 @@
-"""The fault campaign in short: a few kills of a job that samples, scores and trains. The long form is a script."""
+"""The fault campaign, which is a script: whether it finds what it looks for."""
 
 from __future__ import annotations
 
@@ -14,36 +14,19 @@ import pytest
 from tests.faults import campaign as script
 from tests.faults.campaign import Campaign, broken_parts, ends, left_behind
 
-KILLS = 3
-JOB = """
-import hashlib, json, sys, time
+CARELESS = """
+import json, sys, time
 from pathlib import Path
-from gdro_cli.files import write_folder
 for number in range(6):
     folder = Path(sys.argv[1]) / "stores/s/shards" / f"{number:05d}"
     if (folder / "manifest.json").exists():
         continue
-    data = bytes([number]) * 1000
-    about = {"files": {"a": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}}
-    if sys.argv[2] == "careful":
-        write_folder(folder, {"a": data, "manifest.json": json.dumps(about).encode()}, last="manifest.json")
-    else:
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps(about))
-        time.sleep(0.2)
-        (folder / "a").write_bytes(data)
-    time.sleep(0.05)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"files": {"a": {"bytes": 1000, "sha256": "0"}}}))
+    time.sleep(0.2)
+    (folder / "a").write_bytes(bytes(1000))
 """
-"""A job that takes no model; the careless one says that a shard is there before it is."""
-
-
-@pytest.mark.timeout(900)
-def test_a_few_kills_lose_and_change_nothing(tmp_path: Path) -> None:
-    campaign = Campaign(tmp_path, seed=2, stages=["train"], deadline=time.monotonic() + 600)
-    campaign.undisturbed()
-    campaign.run(KILLS)
-    assert campaign.violations == [], campaign.table()
-    assert campaign.kills == KILLS and campaign.tallies["train"].ends >= 1
+"""A job that takes no model, and says that a shard is there before it is."""
 
 
 def test_the_campaign_sees_damage(store: Path, tmp_path: Path) -> None:
@@ -52,7 +35,7 @@ def test_the_campaign_sees_damage(store: Path, tmp_path: Path) -> None:
     before = ends(store)
     scores = next(store.glob("scores/*/00000.jsonl"))
     scores.write_bytes(scores.read_bytes().replace(b"0.5", b"0.6"))
-    assert [Path(each).name for each in broken_parts(store)] == ["00000.json"]
+    assert [Path(each).name for each in broken_parts(store)] == ["00000.jsonl"]
     tensors = store / "shards" / "00001" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     (store / "torn.json").write_text("{")
@@ -60,24 +43,19 @@ def test_the_campaign_sees_damage(store: Path, tmp_path: Path) -> None:
     manifest = store / "shards" / "00000" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text())))
     assert ends(store) != before
-    (store / "lock").touch()
-    assert left_behind(store) == ["lock"]
+    (store / "shards" / ".00001.7.partial").mkdir()
+    assert left_behind(store) == ["shards/.00001.7.partial"]
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("way", ["careful", "careless"])
-def test_the_campaign_tells_a_careful_job_from_a_careless_one(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_campaign_sees_a_careless_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(arguments: Any, *, recipe: Path, workspace: Path) -> subprocess.Popen[str]:
-        command = [sys.executable, "-c", JOB, str(workspace), way]
+        command = [sys.executable, "-c", CARELESS, str(workspace)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(script, "start", start)
     campaign = Campaign(tmp_path, seed=1, stages=["sample"], deadline=time.monotonic() + 200)
     campaign.undisturbed()
-    campaign.run(8)
-    assert campaign.kills == 8
-    said = "nothing lost, nothing changed" if way == "careful" else "violations"
-    assert said in campaign.table(), campaign.violations
-    assert any("taken as whole" in each for each in campaign.violations) == (way == "careless")
+    campaign.run(3)
+    assert campaign.kills == 3 and "violations" in campaign.table()
+    assert any("taken as whole" in violation for violation in campaign.violations)

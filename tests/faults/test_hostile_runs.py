@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
 
 from gdro_cli.config.load import load_recipe
-from gdro_cli.config.recipe import Recipe
 from gdro_cli.rewards.base import MOST_PIXELS, UnreadableImageError, read_rgb
-from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.reporting.model_card import Place, card
-from gdro_cli.stages.reporting.redaction import public_recipe, without_paths
-from gdro_cli.stages.runs.results import read_results
-from tests.faults.test_bad_results import RESULTS
+from gdro_cli.stages.reporting.redaction import public_recipe
 from tests.faults.test_security import finished_run
-from tests.support.faulty import check, command, outcome
+from tests.support.faulty import check, outcome
 
 SECRET = "SECRET-0123"
 JUDGE = ("judge.kind=unified-reward", "judge.model=m", "judge.base_url=http://h/v1")
-HUGE = "9" * 400
 
 
 @pytest.mark.parametrize(
@@ -80,58 +72,8 @@ def test_a_grid_is_a_picture_in_the_run(tmp_path: Path) -> None:
     """Not an address, not a file that is missing."""
     (tmp_path / "a.png").write_bytes(b"picture")
     assert finished_run(tmp_path, grid="a.png").grid == "a.png"
-    for name in ("https://evil.example/track.png", "missing.png", "x" * 9999 + ".png", "\ud800.png"):
+    for name in ("https://evil.example/track.png", "missing.png", "x" * 9999 + ".png"):
         assert finished_run(tmp_path, grid=name).grid is None
-
-
-@pytest.mark.parametrize("text", ["~", "-~", "/", "/a ", "file:"])
-def test_paths_are_found_in_a_time_by_the_text_s_length(text: str) -> None:
-    """Eight times the text takes eight times as long; it was 64 times in a description made for that."""
-    spent = []
-    for count in (4000, 32_000):
-        began = time.process_time()
-        without_paths(text * count)
-        spent.append(time.process_time() - began)
-    assert spent[1] < 30 * spent[0]
-
-
-def test_a_description_has_an_end() -> None:
-    """At most 2000 letters."""
-    check(outcome(lambda: load_recipe("smoke", overrides=[f"description={'x' * 2001}"])), 2, "at most 2000 letters")
-
-
-def whole_numbers(recipe: Recipe) -> list[str]:
-    """The keys of a recipe that are whole numbers, or nothing in place of one."""
-    from gdro_cli.config.keys import describe_fields
-
-    own = {f"method.{key}" for key in type(recipe.method).model_fields}
-    numbers = [doc.path for doc in describe_fields() if "whole number" in doc.type]
-    return [path for path in numbers if not path.startswith("method.") or path in own]
-
-
-@pytest.mark.parametrize("name", ["smoke", "ocr-flow-grpo", "ocr-dance-grpo"])
-def test_no_whole_number_has_hundreds_of_digits(name: str) -> None:
-    """They would overflow somewhere later."""
-    keys = whole_numbers(load_recipe(name))
-    assert {"seed", "train.steps", "train.seed"} < set(keys) and len(keys) > 30
-    for key in keys:
-        found = outcome(lambda key=key: load_recipe(name, overrides=[f"{key}={HUGE}"]))  # type: ignore[misc]
-        check(found, 2, f"{key}: must be a whole number")
-
-
-def test_a_dry_run_of_a_number_beyond_all_measure_is_a_sentence(tmp_path: Path) -> None:
-    """The command line says so, too."""
-    found = command("train", "--recipe", "smoke", "--set", f"train.steps={HUGE}", "--dry-run", "--out", str(tmp_path))
-    check(found, 2, "train.steps: must be a whole number, not inf")
-
-
-@pytest.mark.parametrize("key", ["recipe", "task", "run", "method"])
-def test_results_with_endless_names_are_damaged(key: str, tmp_path: Path) -> None:
-    """A comparison would wrap them for minutes."""
-    results: dict[str, Any] = copy.deepcopy(RESULTS)
-    results[key] = {"name": "x" * 200_000} if key == "method" else "x" * 200_000
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    check(outcome(lambda: read_results(RunFolder(tmp_path))), 4, f"damaged at {key}")
 
 
 def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:

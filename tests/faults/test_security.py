@@ -28,6 +28,7 @@ from gdro_cli.config.load import load_recipe
 from gdro_cli.core.sweeps import CurvePoint, Spread
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import PrerequisiteError
+from gdro_cli.files import sha256
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.runtime.checkpoint import load_checkpoint, save_checkpoint
@@ -41,7 +42,6 @@ from gdro_cli.stages.reporting.model_card import Place, card
 from gdro_cli.stages.reporting.redaction import ADDRESS, recipe_yaml
 from gdro_cli.stages.runs.finished_run import FinishedRun
 from tests.faults.test_bad_results import RESULTS
-from tests.faults.test_bad_stores import forged_file
 from tests.support.faulty import check, outcome
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails
 from tests.support.small_store import use
@@ -95,12 +95,21 @@ def test_no_source_reads_or_writes_a_pickle() -> None:
     assert found == {(_PIPE, "pickle"), ("tiny/pictures.py", "np.load")}
 
 
+def forged_file(name: str, data: bytes, store: Path) -> None:
+    """Another content, and a manifest that it fits."""
+    (store / "shards/00000" / name).write_bytes(data)
+    manifest = store / "shards/00000/manifest.json"
+    value = json.loads(manifest.read_text())
+    value["files"][name] = {"bytes": len(data), "sha256": sha256(data)}
+    manifest.write_text(json.dumps(value))
+
+
 def test_a_pickle_in_a_store_a_checkpoint_or_a_model_is_never_read(store: Path, tmp_path: Path) -> None:
     flag = tmp_path / "exploded"
     bomb = pickle.dumps(Exploding(flag))
     (store / "shards/00000/tensors.pkl").write_bytes(bomb)
     check(outcome(lambda: use(store)), 0)
-    forged_file("tensors.safetensors", bomb)(store)
+    forged_file("tensors.safetensors", bomb, store)
     check(outcome(lambda: use(store)), 4, "cannot be read")
     weights = {"a": torch.ones(2)}
     place = save_checkpoint(tmp_path / "run", 1, tensors={"adapter": weights}, state={}, keep=1)
@@ -260,7 +269,7 @@ def test_an_ablation_escapes_its_labels() -> None:
     chart = sweep_chart({"reward": {f"path {HOSTILE}": points}}, {"reward": HOSTILE})
     assert chart is not None
     refuse_markup(chart)
-    templates = PACKAGE / "stages" / "templates"
+    templates = PACKAGE / "stages" / "reporting" / "templates"
     unescaped = [
         (path.name, found)
         for path in templates.iterdir()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,84 +13,61 @@ import pytest
 import torch
 from PIL import Image
 
-from gdro_cli.data.imagefolder import PromptPictures, refuse_used, write_image_folder
+from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.data.store import Group
-from gdro_cli.files import new_folder, write_bytes, write_json, write_tensors
+from gdro_cli.errors import Interrupted
+from gdro_cli.files import write_bytes, write_json, write_tensors
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.image_folder import write_images
 from tests.support import small_store
-from tests.support.faulty import check, command, outcome
+from tests.support.faulty import check, command, largest_file, outcome
 from tests.support.jobs import finish, start, stop, wait_for, write_recipe
 
 # -- two jobs ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    ("held", "number"), [("stores/*/lock", signal.SIGTERM), ("runs/*/lock", signal.SIGINT)], ids=["store", "run"]
-)
-def test_a_second_job_is_refused_and_told_by_whom(held: str, number: signal.Signals, tmp_path: Path) -> None:
-    """The first goes on as if nothing had happened, and ends cleanly when it is asked to."""
-    recipe = write_recipe(tmp_path / "small.yaml", train={"steps": 5000, "eval_every": 0, "checkpoint_every": 5000})
-    if held.startswith("stores"):
-        prompts = {"train": {"builtin": "ocr-train", "count": 150}}
-        recipe = write_recipe(recipe, prompts=prompts, sample={"images_per_prompt": 64})
+def test_a_second_job_is_refused_and_names_the_first(tmp_path: Path) -> None:
+    """The first continues as if nothing had happened, and ends cleanly when it is asked to."""
+    prompts = {"train": {"builtin": "ocr-train", "count": 150}}
+    recipe = write_recipe(tmp_path / "small.yaml", prompts=prompts, sample={"images_per_prompt": 64})
     workspace = tmp_path / "out"
-    first = start(["train"], recipe=recipe, workspace=workspace)
-    wait_for(first, workspace, held)
-    (lock,) = workspace.glob(held)
-    code, _, errors = finish(start(["train"], recipe=recipe, workspace=workspace))
-    told = errors.strip().splitlines()[-1]
+    first = start(["sample"], recipe=recipe, workspace=workspace)
+    wait_for(first, workspace, "stores/*/lock.owner")
+    code, _, errors = finish(start(["sample"], recipe=recipe, workspace=workspace))
     assert code == 4, errors
-    assert f"is in use by process {first.pid} on {os.uname().nodename}" in told and f"delete {lock}" in told
+    assert f"is in use by process {first.pid} on {os.uname().nodename}" in errors.strip().splitlines()[-1]
     assert "Traceback" not in errors
-    assert first.poll() is None and lock.exists()
-    stop(first, number)
-    assert not lock.exists()
+    assert first.poll() is None
+    stop(first, signal.SIGTERM)
+    assert not list(workspace.rglob("lock.owner"))
 
 
-def test_a_lock_is_held_against_another_process_of_this_machine(tmp_path: Path) -> None:
-    with folder_lock(tmp_path / "lock"):
-        check(outcome(lambda: folder_lock(tmp_path / "lock").__enter__()), 4, f"process {os.getpid()} on")
+def test_a_run_is_held_for_one_job(tmp_path: Path) -> None:
+    run = RunFolder.create_or_open(tmp_path / "run", recipe={}, inputs={}, environment={})
+    with run.lock():
+        check(outcome(lambda: run.lock().__enter__()), 4, f"{run.path} is in use by process {os.getpid()} on")
 
 
-# -- what the dead have left ------------------------------------------------------------------------------------------
+def test_images_are_exported_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Also when a stop comes in between."""
+    store = small_store.open_store(small_store.make(tmp_path / "store"))
+    tables = {"base": small_store.open_table(store)}
+    calls: list[None] = []
 
+    def stop_at_the_third() -> None:
+        calls.append(None)
+        if len(calls) == 3:
+            raise Interrupted("stopped")
 
-def made(folder: Path) -> None:
-    with new_folder(folder) as unfinished:
-        (unfinished / "file").touch()
-
-
-def exported(folder: Path) -> None:
-    picture = folder.parent / "source" / "0000.png"
-    picture.parent.mkdir(exist_ok=True)
-    Image.new("RGB", (8, 8)).save(picture)
-    write_image_folder(folder, [PromptPictures(small_store.PROMPTS.records[0], (picture,))])
-
-
-def evaluated(folder: Path) -> None:
-    store = small_store.open_store(small_store.make(folder.parent / "source"))
-    write_images(folder, {"base": small_store.open_table(store)})
-
-
-@pytest.mark.parametrize("write", [made, exported, evaluated])
-@pytest.mark.parametrize("name", ["out", "out[1-9]*"])
-def test_half_folders_of_the_dead_go_and_those_of_the_living_stay(
-    name: str, write: Callable[[Path], None], tmp_path: Path
-) -> None:
-    """A killed export leaves its folder; the next one of the same name, which is no pattern, takes it away."""
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    left = [f".{name}.{dead.pid}.partial", f".{name}.{os.getpid()}.partial"]
-    others = [f".{name}.{os.getppid()}.partial", f".{name}.notes.partial", f".out3.{dead.pid}.partial"]
-    for each in (*left, *others):
-        (tmp_path / each).mkdir()
-        (tmp_path / each / "file").touch()
-    write(tmp_path / name)
-    assert {path.name for path in tmp_path.iterdir()} - {"source"} == {name, *others}
+    with pytest.raises(Interrupted):
+        write_images(tmp_path / "out", tables, check=stop_at_the_third)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
+    write_images(tmp_path / "out", tables)
+    assert len(list((tmp_path / "out" / "base").glob("*/samples/*.png"))) == 6
+    check(outcome(lambda: write_images(tmp_path / "out", tables)), 2, "is not empty: name a new folder")
 
 
 # -- full disks -------------------------------------------------------------------------------------------------------
@@ -108,19 +84,6 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
         yield folder
     finally:
         subprocess.run(["umount", str(folder)], check=True)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """The operating system refuses to let any file grow beyond ``size`` bytes."""
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -156,7 +119,6 @@ def test_a_full_disk(tmp_path: Path) -> None:
             filler.write_bytes(bytes(2 * 10**6))
         check(outcome(lambda: [run.append_metrics({"kind": "train", "step": n}) for n in range(10_000)]), 4, full)
         check(outcome(lambda: folder_lock(disk / "lock").__enter__()), 4, full)
-        assert not (disk / "lock").exists()
         filler.unlink()
         again = RunFolder.create_or_open(disk / "run", recipe={}, inputs={}, environment={})
         steps = [row["step"] for row in again.metrics()]
@@ -169,7 +131,7 @@ def test_a_full_disk_through_the_command_line(tmp_path: Path) -> None:
         recipe = write_recipe(tmp_path / "small.yaml")
         found = command("sample", "--recipe", str(recipe), "--out", str(disk / "out"))
         check(found, 4, "the disk is full")
-        assert not list(disk.rglob("*.partial")) and not list(disk.rglob("lock"))
+        assert not list(disk.rglob("*.partial")) and not list(disk.rglob("lock.owner"))
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:

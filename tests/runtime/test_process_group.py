@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gdro_cli.errors import EndedElsewhere, GdroError, StoreError, UserError
-from gdro_cli.runtime.process_group import Team
+from gdro_cli.runtime.process_group import ProcessGroup
 
 PATIENCE = 10.0
 """Seconds until a process that waits for another counts as hanging."""
@@ -25,8 +25,8 @@ class Post:
         self.lists: dict[int, list[Any]] = {}
 
 
-class Member(Team):
-    """One thread's view of the team."""
+class Member(ProcessGroup):
+    """One thread's view of the group."""
 
     def __init__(self, post: Post, rank: int) -> None:
         self._post, self._rank = post, rank
@@ -79,9 +79,9 @@ def told(ends: Sequence[Exception | None]) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_what_fails_in_one_fails_in_all(failing: int) -> None:
-    def work(team: Member) -> None:
-        with team.together():
-            if team.rank == failing:
+    def work(group: Member) -> None:
+        with group.together():
+            if group.rank == failing:
                 raise StoreError("the disk is full")
 
     words = told(carry_out(work))
@@ -90,8 +90,8 @@ def test_what_fails_in_one_fails_in_all(failing: int) -> None:
 
 
 def test_one_of_several_processes_says_what_fails_in_all() -> None:
-    def work(team: Member) -> None:
-        with team.together():
+    def work(group: Member) -> None:
+        with group.together():
             raise UserError("no such model")
 
     assert told(carry_out(work, world=3)) == [("no such model", 2), ("", 2), ("", 2)]
@@ -102,16 +102,16 @@ def test_one_of_several_processes_says_what_fails_in_all() -> None:
 def test_blocks_inside_blocks(moment: str, failing: int) -> None:
     """Wherever one process fails, all leave both blocks, with as many messages each."""
 
-    def work(team: Member) -> None:
+    def work(group: Member) -> None:
         def fail(now: str) -> None:
-            if moment == now and team.rank == failing:
+            if moment == now and group.rank == failing:
                 raise StoreError(now)
 
-        with team.together():
+        with group.together():
             fail("before")
-            with team.together():
+            with group.together():
                 fail("inside")
-            assert team.from_main(lambda: 7) == 7
+            assert group.from_main(lambda: 7) == 7
             fail("after")
 
     ends = carry_out(work)
@@ -125,13 +125,13 @@ def test_blocks_inside_blocks(moment: str, failing: int) -> None:
 def test_turns_end_where_one_fails() -> None:
     done: list[tuple[int, int]] = []
 
-    def work(team: Member) -> None:
+    def work(group: Member) -> None:
         def do(item: int) -> None:
             if item == 3:
                 raise StoreError("item 3")
-            done.append((team.rank, item))
+            done.append((group.rank, item))
 
-        team.take_turns(range(5), do)
+        group.take_turns(range(5), do)
 
     assert told(carry_out(work)) == [("", 4), ("item 3", 4)]
     assert sorted(done) == [(0, 0), (0, 2), (1, 1)]  # the last turn, of one item alone, was not begun
@@ -139,7 +139,7 @@ def test_turns_end_where_one_fails() -> None:
 
 def test_uneven_turns_wait_for_each_other() -> None:
     done: list[int] = []
-    assert carry_out(lambda team: team.take_turns(range(5), done.append), world=3) == [None] * 3
+    assert carry_out(lambda group: group.take_turns(range(5), done.append), world=3) == [None] * 3
     assert sorted(done) == [0, 1, 2, 3, 4]
 
 
@@ -154,10 +154,10 @@ def test_a_lock_is_held_by_the_main_process_for_all() -> None:
         finally:
             held.append("left")
 
-    def work(team: Member) -> None:
-        with team.held_by_main(lock()), team.together():
+    def work(group: Member) -> None:
+        with group.held_by_main(lock()), group.together():
             assert held == ["taken"]
-            if team.rank == 1:
+            if group.rank == 1:
                 raise StoreError("damaged")
 
     assert told(carry_out(work)) == [("", 4), ("damaged", 4)]
@@ -168,8 +168,8 @@ def test_a_lock_is_held_by_the_main_process_for_all() -> None:
         raise StoreError("in use")
         yield
 
-    def never(team: Member) -> None:
-        with team.held_by_main(busy()):
+    def never(group: Member) -> None:
+        with group.held_by_main(busy()):
             raise AssertionError("not reached")
 
     assert told(carry_out(never)) == [("in use", 4), ("", 4)]

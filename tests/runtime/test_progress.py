@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -81,6 +83,24 @@ def test_bars_on_a_terminal() -> None:
     text = out.getvalue()
     assert "checkpoint kept" in text and "validating [x]" in text
     assert "2/2 steps" in text and "loss 0.25" in text
+
+
+BROKEN_PIPE = """
+import sys
+from gdro_cli.runtime.progress import Reporter
+sys.stdin.readline()
+Reporter().say("to a reader that has left")
+sys.exit(7)
+"""
+
+
+def test_a_job_continues_when_its_messages_are_no_longer_read() -> None:
+    """As after Ctrl-C in ``gdro train 2>&1 | tee log``, which ends ``tee`` first."""
+    job = subprocess.Popen([sys.executable, "-c", BROKEN_PIPE], stdin=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert job.stdin is not None and job.stderr is not None
+    job.stderr.close()
+    job.stdin.close()
+    assert job.wait(60) == 7
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.2, "0:00"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])

@@ -1,14 +1,16 @@
 """What every bad input must come to: one sentence with a fixed exit code, or proper handling; never a traceback.
 
 A case is a row of a table: what is given, the exit code, and words that the sentence must hold. Exit code 0 is proper
-handling. The tables are counted (``test_counted.py``), so that none gets lost.
+handling.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Iterable
+import resource
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +70,23 @@ def command(*arguments: str) -> Outcome:
     code = left.value.code
     assert isinstance(code, int)
     lines = [line for line in said.getvalue().splitlines() if line.strip()]
-    start = next((n for n, line in enumerate(lines) if line.startswith("Error")), 0)  # what was told before is no fault
+    start = next(
+        (n for n, line in enumerate(lines) if line.startswith("Error")), 0
+    )  # what was said before is not a fault
     return Outcome(code, "\n".join(lines[start:]))
+
+
+@contextlib.contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """The operating system refuses to let any file grow beyond ``size`` bytes, as a full disk would."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def check(found: Outcome, code: int, words: str = "") -> None:

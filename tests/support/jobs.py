@@ -79,9 +79,9 @@ def wait_for(process: subprocess.Popen[str], workspace: Path, pattern: str) -> N
 
 
 def stop(process: subprocess.Popen[str], number: signal.Signals) -> str:
-    """Ask it to stop; it must end cleanly and say how to go on. Returns what it said."""
+    """Ask it to stop; it must end cleanly and say how to continue. Returns what it said."""
     process.send_signal(number)
     code, _, errors = finish(process)
     assert code == 130, errors
-    assert "command again to continue" in errors and "Traceback" not in errors, errors
+    assert "command again" in errors and "Traceback" not in errors, errors
     return errors

@@ -46,7 +46,7 @@ def use(path: Path) -> None:
     table = open_table(store)
     assert table.missing_shards() == []
     assert [row.value for row in table.rows()] == [0.5] * 6
-    assert ReferenceErrors(store, {"seed": 0}).known([(PROMPTS.records[0].id, 0, 0)]).tolist() == [0.25]
+    assert ReferenceErrors(store, {"seed": 0}).lookup([(PROMPTS.records[0].id, 0, 0)]).tolist() == [0.25]
 
 
 def _group(prompt: PromptRecord) -> Group:

@@ -12,7 +12,6 @@ from PIL import Image
 
 from gdro_cli.core.geneval import COLOURS
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import read_bytes
 from gdro_cli.rewards.geneval.detection import Detection
 
 RULE = "nearest-majority-1"
@@ -49,7 +48,7 @@ class PaletteColours:
     def read(cls, path: Path) -> PaletteColours:
         """The palette in a JSON file with the keys ``palette`` and ``neutral``. Raises PrerequisiteError."""
         try:
-            held = json.loads(read_bytes(path).decode("utf-8"))
+            held = json.loads(path.read_bytes().decode("utf-8"))
             palette = {str(name): (int(r), int(g), int(b)) for name, (r, g, b) in held["palette"].items()}
             return cls(palette, neutral=[(int(r), int(g), int(b)) for r, g, b in held["neutral"]])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

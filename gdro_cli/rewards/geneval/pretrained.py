@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.files import read_bytes, sha256_file
+from gdro_cli.files import sha256_file
 from gdro_cli.rewards.base import one_line
 
 _CONFIG = "config.json"
@@ -115,7 +115,7 @@ class ModelFiles:
 
     def _read_config(self) -> dict[str, Any]:
         try:
-            value = json.loads(read_bytes(self._root / _CONFIG).decode("utf-8"))
+            value = json.loads((self._root / _CONFIG).read_bytes().decode("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise PrerequisiteError(f"{_CONFIG} of the model {self.name} cannot be read: {self._remedy()}") from error
         if not isinstance(value, dict):

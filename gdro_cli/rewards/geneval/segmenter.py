@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import read_bytes, sha256_file
+from gdro_cli.files import sha256_file
 from gdro_cli.rewards.geneval.detection import Detection, mask_box
 from gdro_cli.rewards.layers import ResidualBlock
 
@@ -82,7 +82,7 @@ class SegmenterDetector:
     def __init__(self, folder: Path, *, batch_size: int = 32) -> None:
         config, weights = folder / "config.json", folder / "model.safetensors"
         try:
-            held = json.loads(read_bytes(config).decode("utf-8"))
+            held = json.loads(config.read_bytes().decode("utf-8"))
             self._classes = tuple(str(name) for name in held["classes"])
             self._widths = tuple(int(width) for width in held["widths"])
             digests = {path.name: sha256_file(path) for path in (config, weights)}

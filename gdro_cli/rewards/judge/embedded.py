@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import read_bytes, sha256_file
+from gdro_cli.files import sha256_file
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
 from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement
 from gdro_cli.rewards.layers import ResidualBlock
@@ -109,7 +109,7 @@ class EmbeddedJudge:
     def __init__(self, folder: Path, *, batch_size: int = 32) -> None:
         config, weights = folder / "config.json", folder / "model.safetensors"
         try:
-            held = json.loads(read_bytes(config).decode("utf-8"))
+            held = json.loads(config.read_bytes().decode("utf-8"))
             self._vocabulary = {str(word): int(number) for word, number in held["vocabulary"].items()}
             self._words = max(self._vocabulary.values()) + 1
             self._shifts = tuple(float(held["calibration"][axis]) for axis in AXES)

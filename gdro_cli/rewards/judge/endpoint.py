@@ -21,7 +21,6 @@ from typing import Any
 import httpx2
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.files import refuse_half_characters
 from gdro_cli.rewards.base import one_line
 
 FIRST_PAUSE = 0.5
@@ -60,12 +59,11 @@ class _Answer:
         return 200 <= self.status < 300
 
     def json(self) -> Any:
-        """The body. Raises ValueError when it is no JSON, or holds half a character."""
+        """The body. Raises ValueError when it is not JSON."""
         try:
             value = json.loads(self.body)
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
-        refuse_half_characters(value)
         return value
 
 

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.files import read_bytes, sha256, sha256_file
+from gdro_cli.files import sha256, sha256_file
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, one_line, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.unified_prompt import (
@@ -155,7 +155,7 @@ class UnifiedRewardLocal:
         return _Loaded(network.eval().requires_grad_(False).to(self._device), tokenizer, processor)
 
     def _check_kind(self) -> None:
-        config = json.loads(read_bytes(self._folder / "config.json").decode("utf-8"))
+        config = json.loads((self._folder / "config.json").read_bytes().decode("utf-8"))
         kind = config.get("model_type") if isinstance(config, dict) else None
         if kind not in KINDS:
             raise UserError(

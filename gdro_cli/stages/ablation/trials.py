@@ -21,7 +21,6 @@ from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import make_folder, storage_errors, write_json
 from gdro_cli.models.adapters import reference
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
-from gdro_cli.runtime.lock import clear_stale
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.evaluation.validation import Protocol, Validation, validation_protocol
@@ -145,7 +144,6 @@ def carry_out(session: Session, trials: Sequence[TrialRun], folder: Path, *, nam
         else:
             title += f": {name}"
         if trial.finished:
-            clear_stale(trial.run / "lock")
             reporter.say(f"{title}: was already finished ({trial.run.name})")
             outcome = TrialOutcome("finished")
         else:

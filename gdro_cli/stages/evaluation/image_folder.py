@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gdro_cli.core.scores import Interval
-from gdro_cli.data.imagefolder import PromptPictures, read_image_folder, refuse_used, write_image_folder
-from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.imagefolder import PromptImages, read_image_folder, refuse_used, write_image_folder
+from gdro_cli.data.scores import ScoreRow, ScoreTable, read_scores, write_scores
 from gdro_cli.errors import Interrupted, StoreError
-from gdro_cli.files import (
-    json_lines,
-    make_folder,
-    parse_json,
-    partial_name,
-    read_bytes,
-    remove_abandoned,
-    sha256,
-    sha256_file,
-    storage_errors,
-    write_bytes,
-    write_json,
-)
+from gdro_cli.files import make_folder, new_folder, sha256_file, write_json
 from gdro_cli.identity import digest
 from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.lock import folder_lock
@@ -33,7 +20,6 @@ from gdro_cli.stages.scoring.score_rows import score_rows
 from gdro_cli.stages.setup.scorers import open_reward_pool
 from gdro_cli.stages.setup.session import Session
 
-_LONGEST_LINE = 2**24
 PART = 8  # prompts scored between two files; an interruption costs at most one part
 RESULTS_SCHEMA = 1
 
@@ -67,7 +53,7 @@ def run(session: Session, *, folder: Path) -> FolderResult:
     reward = session.reward
     entries = read_image_folder(folder, reward=reward)
     version = dict(reward.version)
-    content = [[entry.prompt.id, [sha256_file(path) for path in entry.pictures]] for entry in entries]
+    content = [[entry.prompt.id, [sha256_file(path) for path in entry.images]] for entry in entries]
     place = session.workspace / "folders" / f"{reward.name}-{digest([content, version])}"
     make_folder(place)
     with session, folder_lock(place / "lock"):
@@ -75,7 +61,7 @@ def run(session: Session, *, folder: Path) -> FolderResult:
         return report(session, folder, entries, rows, place)
 
 
-def score_parts(session: Session, entries: tuple[PromptPictures, ...], place: Path) -> list[ScoreRow]:
+def score_parts(session: Session, entries: tuple[PromptImages, ...], place: Path) -> list[ScoreRow]:
     """The score of every picture, in order; parts that an earlier call has finished are read.
 
     Raises:
@@ -83,60 +69,34 @@ def score_parts(session: Session, entries: tuple[PromptPictures, ...], place: Pa
             within ``STOP_GRACE`` seconds.
     """
     parts = {place / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
-    missing = [path for path in parts if not path.exists() or _lacks_digest(path)]
+    missing = [path for path in parts if not path.exists()]
     stopped = f"stopped while scoring; what is done is kept in {place}: run the command again to continue"
     if missing:
-        total = sum(len(entry.pictures) for path in missing for entry in parts[path])
+        total = sum(len(entry.images) for path in missing for entry in parts[path])
         with (
             open_reward_pool(session, sharing=1) as pool,
             session.reporter.track("scoring", total=total, unit="images") as progress,
         ):
             for path in missing:
-                slots = [(entry.prompt, index) for entry in parts[path] for index in range(len(entry.pictures))]
-                files, prompts = [file for entry in parts[path] for file in entry.pictures], [slot[0] for slot in slots]
+                slots = [(entry.prompt, index) for entry in parts[path] for index in range(len(entry.images))]
+                files, prompts = [file for entry in parts[path] for file in entry.images], [slot[0] for slot in slots]
                 try:
                     scores = pool.score(files, prompts, on_scored=progress.advance, stop=lambda: session.stop.requested)
                 except ScoringStopped as error:
                     raise Interrupted(stopped) from error
-                write_bytes(path, part_bytes(score_rows(slots, scores)))
+                write_scores(path, score_rows(slots, scores))
                 session.stop.check(stopped)
     return [row for path, part in parts.items() for row in _read(path, part)]
 
 
-def part_bytes(rows: list[ScoreRow]) -> bytes:
-    """The file of one part: a line with the SHA-256 of the rest, and one line per score."""
-    lines = json_lines(row.to_json() for row in rows)
-    return json_lines([{"sha256": sha256(lines)}]) + lines
-
-
-def _lacks_digest(path: Path) -> bool:
-    """Whether an earlier version wrote the part, which nobody can tell from one that was changed since."""
-    try:
-        with path.open("rb") as file:
-            ScoreRow.from_json(parse_json(file.readline(_LONGEST_LINE)))
-    except (OSError, ValueError):
-        return False  # what else may be wrong with it, ``_read`` says
-    return True
-
-
-def _read(path: Path, part: tuple[PromptPictures, ...]) -> list[ScoreRow]:
-    """The scores of one part, which must be what was written and those of its pictures."""
-    damaged = f"{path} is damaged: delete it and run the command again"
-    try:
-        head, _, lines = read_bytes(path).partition(b"\n")
-        if parse_json(head) != {"sha256": sha256(lines)}:
-            raise StoreError(damaged)
-        rows = [ScoreRow.from_json(parse_json(line)) for line in lines.splitlines()]
-    except (OSError, ValueError) as error:
-        raise StoreError(damaged) from error
-    asked = [(entry.prompt.id, index) for entry in part for index in range(len(entry.pictures))]
-    if [(row.prompt_id, row.index) for row in rows] != asked:
-        raise StoreError(damaged)
-    return rows
+def _read(path: Path, part: tuple[PromptImages, ...]) -> list[ScoreRow]:
+    """The scores of one part, which must be what was written and those of its images."""
+    images = [(entry.prompt.id, index) for entry in part for index in range(len(entry.images))]
+    return read_scores(path, images, remedy="delete it and run the command again")
 
 
 def report(
-    session: Session, folder: Path, entries: tuple[PromptPictures, ...], rows: list[ScoreRow], place: Path
+    session: Session, folder: Path, entries: tuple[PromptImages, ...], rows: list[ScoreRow], place: Path
 ) -> FolderResult:
     """Intervals of what the reward reports, also as results.json."""
     reward, samples = session.reward, session.recipe.eval.bootstrap
@@ -180,29 +140,20 @@ def write_images(folder: Path, tables: dict[str, ScoreTable], *, check: Callable
     """
     folder = folder.resolve()  # also for a name like `.`
     refuse_used(folder)
-    partial = partial_name(folder)
-    with storage_errors(folder):
-        try:
-            remove_abandoned(folder)
-            for name, table in tables.items():
-                write_image_folder(partial / name, _checked(_entries(table), check))
-            if folder.exists():
-                folder.rmdir()
-            partial.rename(folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with new_folder(folder) as unfinished:
+        for name, table in tables.items():
+            write_image_folder(unfinished / name, _checked(_entries(table), check))
 
 
-def _checked(entries: list[PromptPictures], check: Callable[[], None]) -> Iterator[PromptPictures]:
+def _checked(entries: list[PromptImages], check: Callable[[], None]) -> Iterator[PromptImages]:
     for entry in entries:
         check()
         yield entry
 
 
-def _entries(table: ScoreTable) -> list[PromptPictures]:
+def _entries(table: ScoreTable) -> list[PromptImages]:
     pictures: dict[str, list[Path]] = {}
     for number in range(len(table.store.shards)):
         for stored in table.store.images(number):
             pictures.setdefault(stored.prompt.id, []).append(stored.path)
-    return [PromptPictures(prompt, tuple(pictures[prompt.id])) for prompt in table.store.prompts]
+    return [PromptImages(prompt, tuple(pictures[prompt.id])) for prompt in table.store.prompts]

@@ -21,7 +21,7 @@ from gdro_cli.data.prompts import PromptSet
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import Interrupted, StoreError
-from gdro_cli.files import json_bytes, parse_json, read_bytes, sha256, write_bytes, write_json
+from gdro_cli.files import json_bytes, parse_json, sha256, write_bytes, write_json
 from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
@@ -261,7 +261,7 @@ class Validation:
 def _copy(source: Path, target: Path) -> None:
     """Copy a sheet of images, if there is one."""
     if source.is_file():
-        write_bytes(target, read_bytes(source))
+        write_bytes(target, source.read_bytes())
 
 
 def _write_base(path: Path, protocol: str, base: Rated) -> None:
@@ -276,7 +276,7 @@ def _read_base(path: Path, protocol: str, asked: Sequence[tuple[PromptRecord, in
     Whatever is wrong with it, the base model is then measured again.
     """
     try:
-        held: dict[str, Any] = parse_json(read_bytes(path))
+        held: dict[str, Any] = parse_json(path.read_bytes())
         said = held.pop("sha256")
         if held["protocol"] != protocol or sha256(json_bytes(held)) != said:
             return None

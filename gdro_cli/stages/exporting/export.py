@@ -16,7 +16,7 @@ from pathlib import Path
 from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
-from gdro_cli.files import new_folder, storage_errors, working_folder
+from gdro_cli.files import new_folder, storage_errors
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Merged, merge_into, read_adapter, refuse_undecodable
@@ -54,7 +54,7 @@ class Export:
         for folder in (self.adapter, self.merge):
             if folder is not None:
                 refuse_used(folder, what="export")
-                if folder.resolve() == working_folder():
+                if folder.resolve() == Path.cwd():
                     raise UserError(f"{folder} is the folder that you are in, which cannot be replaced: name a new one")
         if self.adapter is not None and self.merge is not None:
             one, other = self.adapter.resolve(), self.merge.resolve()

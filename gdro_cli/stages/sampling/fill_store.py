@@ -21,7 +21,7 @@ from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.runtime.distributed import Engine
-from gdro_cli.runtime.lock import clear_stale, folder_lock
+from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan
 
@@ -37,8 +37,6 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
     engine, recipe, stop = session.engine, session.recipe, session.stop
     missing = engine.from_main(store.missing_shards)
     if not missing:
-        if engine.is_main:
-            clear_stale(store.path / "lock")
         return 0
     sharded = engine.world > 1 and recipe.model.sharding == "fsdp"
     own = missing if sharded else engine.share(missing)

@@ -9,7 +9,7 @@ from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.shard_times import add_time
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
-from gdro_cli.runtime.lock import clear_stale, folder_lock
+from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.sampling.fill_store import own_part
 from gdro_cli.stages.scoring.score_rows import score_rows
 from gdro_cli.stages.setup.session import Session
@@ -32,8 +32,6 @@ def score_missing(
     engine, stop = session.engine, session.stop
     missing = engine.from_main(table.missing_shards)
     if not missing:
-        if engine.is_main:
-            clear_stale(table.path / "lock")
         return 0
     store, own = table.store, engine.share(missing)
     total = sum(len(store.shards[number]) for number in own) * store.images_per_prompt

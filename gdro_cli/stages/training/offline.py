@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from gdro_cli.data.dataset import GroupBatch, GroupDataset
-from gdro_cli.data.references import Place, ReferenceErrors
+from gdro_cli.data.references import ErrorKey, ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.runtime.distributed import Engine
@@ -131,14 +131,14 @@ class GroupSteps:
     def _reference_errors(self, batch: GroupBatch, groups: NoisyGroups) -> Tensor:
         if self._cache is None:
             return self._gradient.reference_errors(groups)
-        places = self._places(batch)
-        cached = self._cache.known(places).view(groups.rewards.shape)
+        keys = self._error_keys(batch)
+        cached = self._cache.lookup(keys).view(groups.rewards.shape)
         errors = self._gradient.reference_errors(groups, cached)
         if cached.isnan().any():
-            self._cache.add(places, errors.flatten())
+            self._cache.add(keys, errors.flatten())
         return errors
 
-    def _places(self, batch: GroupBatch) -> list[Place]:
+    def _error_keys(self, batch: GroupBatch) -> list[ErrorKey]:
         """The keys under which the reference errors of the N images are cached."""
         return [
             (prompt.id, noise_draw(self.method, visit), image)

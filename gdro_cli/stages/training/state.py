@@ -12,7 +12,6 @@ from gdro_cli.runtime.checkpoint import (
     flatten_optimizer,
     latest_checkpoint,
     load_checkpoint,
-    mend_checkpoints,
     restore_optimizer,
     save_checkpoint,
 )
@@ -22,7 +21,6 @@ from gdro_cli.stages.runs.finished_run import describe_adapter
 from gdro_cli.stages.runs.weights import (
     STOPPED,
     UNMEASURED,
-    best_folder,
     early_end,
     evaluated_weights,
     forget_best_after,
@@ -105,7 +103,7 @@ class TrainingState:
         """Restore the newest checkpoint, if there is one, in all processes, and return its step."""
         engine = self.session.engine
         # Only the main process looks: on a shared disk another might not see yet what the main one sees.
-        path = engine.from_main(self._newest_checkpoint)
+        path = engine.from_main(lambda: latest_checkpoint(self.folder.path))
         with engine.together():
             if path is not None:
                 self._restore(path)
@@ -116,12 +114,6 @@ class TrainingState:
         complete = self.step >= self.session.recipe.train.steps and not self.unmeasured
         self.finished = engine.from_main(lambda: complete or early_end(self.folder.path) is not None)
         return self.step
-
-    def _newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint, after what a killed process left behind is repaired."""
-        for folder in (self.folder.path, best_folder(self.folder)):
-            mend_checkpoints(folder)
-        return latest_checkpoint(self.folder.path)
 
     def _restore(self, path: Path) -> None:
         checkpoint = load_checkpoint(path, needed=("adapter", "ema", "optimizer"))

@@ -272,22 +272,6 @@ def test_only_keys_of_the_store_make_more_than_one(make_recipe: MakeRecipe, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_a_finished_cell_loses_the_lock_of_a_dead_process(
-    done: Done, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
-) -> None:
-    """One that was killed after its last checkpoint and before it let go."""
-    workspace = shutil.copytree(done[0], tmp_path / "workspace")
-    session, sweep = Session(make_recipe(), workspace, quiet), plan_sweep(make_recipe(), ["tau"], ["0.5"])
-    (place,) = trial_runs(session, sweep)
-    lock = place.run / "lock"
-    dying = "import os, sys; from pathlib import Path; from gdro_cli.runtime.lock import folder_lock\n"
-    dying += "with folder_lock(Path(sys.argv[1])): os._exit(9)"
-    subprocess.run([sys.executable, "-c", dying, str(lock)], check=False)
-    assert place.finished and lock.exists()
-    ablate.run(session, sweep)
-    assert not lock.exists()
-
-
 def test_the_untrained_model_is_measured_without_the_adapter(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
