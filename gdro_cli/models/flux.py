@@ -67,7 +67,7 @@ class FluxFlow(PackedFlow):
         return "embedded" if self.transformer_config.get("guidance_embeds") else "none"
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        clip_tokenizer, clip = self._part("tokenizer"), self._module("text_encoder")
+        clip_tokenizer, clip = self._component("tokenizer"), self._network("text_encoder")
         clip_ids = clip_tokenizer(
             prompts,
             padding="max_length",
@@ -75,10 +75,10 @@ class FluxFlow(PackedFlow):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        ids = tokenize(self._part("tokenizer_2"), prompts, length=self.max_sequence_length).input_ids
+        ids = tokenize(self._component("tokenizer_2"), prompts, length=self.max_sequence_length).input_ids
         return split(
             {
-                "prompt_embeds": self._module("text_encoder_2")(ids.to(self.device))[0],
+                "prompt_embeds": self._network("text_encoder_2")(ids.to(self.device))[0],
                 "pooled_prompt_embeds": clip(clip_ids.to(self.device)).pooler_output,
             }
         )

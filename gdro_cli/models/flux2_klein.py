@@ -4,7 +4,7 @@ Text: the hidden states after layers 9, 18 and 27 of Qwen3, side by side, for th
 included (the transformer has no text mask and was made with the padding). Latents: the autoencoder's map, 2 x 2 pixels
 gathered into channels and normalised by the autoencoder's batch statistics; one token per gathered pixel. Guidance: the
 distilled models have none; base has classifier-free guidance away from the empty prompt, and is trained on the
-conditional velocity. Schedule: a shift that depends on picture size and number of steps.
+conditional velocity. Schedule: a shift that depends on image size and number of steps.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gdro_cli.models.base import Conditioning, GuidanceKind
-from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.base import Conditioning, FlowModel, GuidanceKind
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import seeded_noise
 from gdro_cli.models.text import chat, split, tokenize
@@ -30,7 +29,7 @@ _MANY_TOKENS = 4300
 """Above so many image tokens the shift is that of 200 steps, whatever the number of steps."""
 
 
-class Flux2KleinFlow(DiffusersFlow):
+class Flux2KleinFlow(FlowModel):
     """FLUX.2 klein as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, 3 D]."""
 
     family: ClassVar[str] = "flux2-klein"
@@ -56,12 +55,12 @@ class Flux2KleinFlow(DiffusersFlow):
         return "none" if self.folder.setting("is_distilled") else "cfg"
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        tokenizer = self._part("tokenizer")
+        tokenizer = self._component("tokenizer")
         texts = chat(tokenizer, prompts, thinking=False)
         tokens = tokenize(tokenizer, texts, length=self.max_sequence_length, prompts=prompts).to(self.device)
         # The inner model: logits over the vocabulary are not needed.
         states = (
-            self._module("text_encoder")
+            self._network("text_encoder")
             .base_model(
                 input_ids=tokens.input_ids,
                 attention_mask=tokens.attention_mask,
@@ -98,7 +97,7 @@ class Flux2KleinFlow(DiffusersFlow):
         height: int,
         width: int,
     ) -> Tensor:
-        """Return the velocity [N, S, C] of one pass; ``guidance`` is the sampler's business."""
+        """Return the velocity [N, S, C] of one pass; ``guidance`` is up to the sampler."""
         embeds = self.batch_conditioning(conditioning)["prompt_embeds"]
         rows, columns = self.grid(height=height, width=width)
         velocity: Tensor = self.transformer(

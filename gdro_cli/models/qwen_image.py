@@ -44,10 +44,10 @@ class QwenImageFlow(PackedFlow):
         template, head = self._template
         length = self.max_sequence_length
         texts = [template.format(prompt) for prompt in prompts]
-        tokens = tokenize(self._part("tokenizer"), texts, length=length + head, to_length=False, prompts=prompts)
+        tokens = tokenize(self._component("tokenizer"), texts, length=length + head, to_length=False, prompts=prompts)
         tokens = tokens.to(self.device)
         # The inner model: logits over the vocabulary are not needed.
-        states = self._module("text_encoder").base_model(
+        states = self._network("text_encoder").base_model(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
         )
         own = seen(states.hidden_states[-1], tokens.attention_mask, skip=head)
@@ -73,7 +73,7 @@ class QwenImageFlow(PackedFlow):
         height: int,
         width: int,
     ) -> Tensor:
-        """Return the velocity [N, S, C] of one pass; ``guidance`` is the sampler's business."""
+        """Return the velocity [N, S, C] of one pass; ``guidance`` is up to the sampler."""
         text = self.batch_conditioning(conditioning)
         rows, columns = self.grid(height=height, width=width)
         velocity: Tensor = self.transformer(

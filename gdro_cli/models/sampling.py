@@ -1,4 +1,4 @@
-"""Sample pictures' latents: Euler steps on the flow's ODE, as the pipelines of diffusers take them."""
+"""Sample the latents of images: Euler steps on the flow's ODE, as the pipelines of diffusers take them."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def sample_latents(
         steps: Euler steps.
         guidance: guidance scale; above 1, a model with ``cfg`` guidance is asked twice per step (see
             ``base.GuidanceKind``).
-        height: picture height in pixels.
-        width: picture width in pixels.
+        height: image height in pixels.
+        width: image width in pixels.
         batch_size: images per forward.
         on_step: called after each step of each batch with the number of images in it (N * steps in total); what it
             raises ends the sampling.
@@ -99,8 +99,8 @@ def guided_velocity(
         conditioning: batched, of the prompts.
         away: batched, of ``away_from``; None for one pass.
         guidance: guidance scale.
-        height: picture height in pixels.
-        width: picture width in pixels.
+        height: image height in pixels.
+        width: image width in pixels.
     """
     velocity = model.velocity(latents, sigma, conditioning, guidance=guidance, height=height, width=width)
     if away is None:

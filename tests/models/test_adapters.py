@@ -161,7 +161,7 @@ def test_wrong_state_targets_and_order_are_refused(flux_folder: Path) -> None:
     model = load_flow_model(flux_folder)
     with pytest.raises(UserError, match="no adapter"):
         lora_state(model)
-    with pytest.raises(UserError, match=r"names attn\.to_qq, but .* did you mean attn\.to_q\?"):
+    with pytest.raises(UserError, match=r"names attn\.to_qq, but .* did you mean `attn\.to_q`\?"):
         attach_lora(model, rank=2, alpha=2, targets=["attn.to_qq"])
     with pytest.raises(UserError, match="give auto, all-linear or a list"):
         attach_lora(model, rank=2, alpha=2, targets="all")  # type: ignore[arg-type]

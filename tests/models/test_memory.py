@@ -41,7 +41,7 @@ def test_offload_and_slicing_draw_the_same_pictures(
     saved = drawn(model)
     # One level of 255: convolutions of one picture and of two may round differently.
     assert all(abs(a - b).max() <= 1 for a, b in zip(plain, saved, strict=True))
-    assert model._module("vae").use_slicing
+    assert model._network("vae").use_slicing
     assert not any(p.requires_grad for p in model.transformer.parameters())
 
 

@@ -25,7 +25,7 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
-from gdro_cli.models.diffusers_flow import flow_of
+from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine, Precision, make_engine
@@ -79,7 +79,7 @@ def open_model(
     if engine is not None:
         device = str(engine.device)
     with nullcontext() if engine is None else engine.together():
-        model = flow_of(
+        model = load_flow_model(
             PipelineFolder(model_folder(recipe)) if folder is None else folder,
             dtype=recipe.model.dtype,
             device=device or ("cuda" if torch.cuda.is_available() else "cpu"),

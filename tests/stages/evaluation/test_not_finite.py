@@ -22,7 +22,7 @@ from gdro_cli.core.signals import ImageSignals
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema
 from gdro_cli.models.base import Conditioning
-from gdro_cli.models.latents import NOT_FINITE, complete, pictures
+from gdro_cli.models.latents import NOT_FINITE, complete, to_images
 from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.run import RunFolder
@@ -48,7 +48,7 @@ def broken(texts: Conditioning) -> Conditioning:
 def test_decoder_output_that_is_not_finite_is_no_picture() -> None:
     pixels = torch.zeros(5, 3, 8, 8)
     pixels[1, 0, 3, 3], pixels[2, 1, 0, 0], pixels[3, 2, 7, 7] = torch.nan, torch.inf, -torch.inf
-    found = pictures(pixels)
+    found = to_images(pixels)
     assert [picture is None for picture in found] == [False, True, True, True, False]
     assert all(np.all(np.asarray(picture) == 128) for picture in (found[0], found[4]))
     assert len(complete([found[0], found[4]])) == 2
