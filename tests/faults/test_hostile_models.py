@@ -23,8 +23,7 @@ from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Adapter, merge_into, read_adapter
 from gdro_cli.rewards.geneval.pretrained import ModelFiles
 from gdro_cli.rewards.judge.base import Judgement
-from gdro_cli.rewards.judge.endpoint import check_url, retry_after
-from gdro_cli.rewards.judge.unified_prompt import read_answer
+from gdro_cli.rewards.judge.endpoint import check_url
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 from gdro_cli.rewards.ocr_models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
@@ -93,7 +92,7 @@ def test_a_class_that_would_choose_another_is_refused(library: str, name: str, m
     """Whatever standard input says."""
     evil(model / "tokenizer", flag, model_type="evil")
     edit(model / "model_index.json", tokenizer=[library, name])
-    check(outcome(lambda: PipelineFolder(model).load("tokenizer")), 2, "can run code of the folder")
+    check(outcome(lambda: PipelineFolder(model).load("tokenizer")), 2, "is not a PreTrainedTokenizerBase")
     assert not flag.exists()
 
 
@@ -118,16 +117,9 @@ def test_the_local_judge_runs_no_code_of_its_model(kind: str, tmp_path: Path, fl
     """Neither of a kind of its own nor under the name of a known one."""
     evil(tmp_path / "judge", flag, model_type=kind)
     (tmp_path / "judge" / "model.safetensors").write_bytes(b"")
-    found = outcome(UnifiedRewardLocal(tmp_path / "judge").load)
+    found = outcome(lambda: UnifiedRewardLocal(tmp_path / "judge").load())
     check(found, 2 if kind == "evil" else 3, "is a evil" if kind == "evil" else "cannot be loaded")
     assert not flag.exists()
-
-
-def test_the_local_judge_with_a_nested_configuration(tmp_path: Path) -> None:
-    """It is read before anything else."""
-    (tmp_path / "config.json").write_text('{"a":' * 3000 + "1" + "}" * 3000)
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    check(outcome(UnifiedRewardLocal(tmp_path).load), 3, "cannot be loaded")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +169,7 @@ def test_a_pickle_beside_a_part_without_weights_is_not_read(
     shutil.copy(model / source / "config.json", model / part / "config.json")
     for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
         (model / part / name).write_bytes(pickle.dumps({}))
-    check(outcome(lambda: PipelineFolder(model).load(part)), 2, "must be no network")
+    check(outcome(lambda: PipelineFolder(model).load(part)), 2, f"for {part}, which is not a ")
     assert not read
 
 
@@ -233,25 +225,15 @@ def test_links_of_the_hub_s_cache_lead_to_its_own_blobs_only(model: Path, tmp_pa
         '{"transformer.r": -1, "transformer.lora_alpha": 1, "transformer.use_rslora": true}',
         '{"transformer.r": Infinity, "transformer.lora_alpha": 1, "transformer.use_rslora": false}',
         '{"transformer.r": 1, "transformer.lora_alpha": NaN, "transformer.use_rslora": false}',
-        '{"transformer.r": 1, "transformer.lora_alpha": 1%s, "transformer.use_rslora": false}' % ("0" * 400),
-        '{"a":' * 3000 + "1" + "}" * 3000,
     ],
-    ids=["zero", "below", "infinite", "nan", "huge", "nested"],
+    ids=["zero", "below", "infinite", "nan"],
 )
 def test_an_adapter_s_metadata_that_is_no_scale(metadata: str, tmp_path: Path) -> None:
     """Each is one sentence."""
     rank = 0 if '"transformer.r": 0' in metadata else 1
     tensors = {"transformer.x.lora_A.weight": torch.ones(rank, 2), "transformer.x.lora_B.weight": torch.ones(2, rank)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": metadata})
-    check(outcome(lambda: read_adapter(tmp_path / "a.safetensors")), 4, "is no adapter")
-
-
-def test_a_reward_model_s_nested_configuration(tmp_path: Path) -> None:
-    """Python gives up before the end."""
-    for name in ("preprocessor_config.json", "model.safetensors"):
-        (tmp_path / name).write_text("{}")
-    (tmp_path / "config.json").write_text('{"a":' * 2000 + "1" + "}" * 2000)
-    check(outcome(lambda: ModelFiles(tmp_path, key="reward.some_model", kind="clip")), 3, "config.json of the model")
+    check(outcome(lambda: read_adapter(tmp_path / "a.safetensors")), 4, "is not an adapter")
 
 
 def bomb() -> str:
@@ -370,40 +352,3 @@ def test_an_address_with_a_key_behind_it(address: str) -> None:
     found = outcome(lambda: check_url(address))
     check(found, 2, "base_url")
     assert SECRET not in found.message
-
-
-def test_an_answer_that_drips_in_is_not_awaited(server: JudgeServer) -> None:
-    """Each byte comes in time, but the last never does."""
-    raw = RawServer([b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 100], pause=0.2)
-    found = outcome(judge(raw.url, timeout=1.0).load)
-    raw.close()
-    check(found, 3, "not complete after 1 seconds")
-
-
-def test_an_answer_that_is_compressed_is_not_opened(server: JudgeServer) -> None:
-    """A few bytes could be gigabytes."""
-    reason = one(server, Reply(b"", headers={"Content-Encoding": "gzip, gzip"})).reason
-    assert reason is not None and "compressed" in reason
-
-
-@pytest.mark.parametrize("year", ["99999999999", "9" * 30, "9" * 5000])
-def test_a_pause_until_an_absurd_year(year: str) -> None:
-    """No pause is asked for."""
-    assert retry_after(f"Mon, 01 Jan {year} 00:00:00 GMT") is None
-
-
-def test_an_answer_with_many_scores_has_a_short_reason() -> None:
-    """Three of them are shown."""
-    reason = read_answer("\n".join(f"Style Score (1-5): 1.{n:05d}" for n in range(20_000))).reason
-    assert reason is not None and len(reason) < 300 and "and 19997 more" in reason
-
-
-@pytest.mark.parametrize("line", ["Style Score:{blanks}x", "Style Score: 3{blanks}x", "Style{blanks}Score{blanks}x"])
-def test_an_answer_of_blanks_takes_time_by_its_length(line: str) -> None:
-    """Eight times the blanks take eight times as long; it was 64 times where the pattern went back and forth."""
-    spent = []
-    for blanks in (50, 400):
-        began = time.process_time()
-        assert read_answer("\n".join([line.format(blanks=" " * blanks)] * 4000)).axes["style"] is None
-        spent.append(time.process_time() - began)
-    assert spent[1] < 30 * spent[0]

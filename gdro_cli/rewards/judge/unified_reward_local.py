@@ -1,8 +1,8 @@
 """The judge ``unified-reward-local``: UnifiedReward 2.0 in this process, asked and read as behind an endpoint.
 
 UnifiedReward 2.0 is tuned from Qwen's vision models (Qwen2.5-VL, Qwen3-VL, Qwen3.5). Their processors in transformers
-need torchvision even when there is no video, so tokens and pixels are put together here: the chat template's one mark
-for the image becomes as many as there are merged patches. Images are resized by Pillow, and a server's numbers may
+need torchvision even without a video, so tokens and pixels are put together here: the chat template's single mark for
+the image is repeated once for each merged patch. Images are resized by Pillow, and a server's numbers may
 differ in late digits.
 
 One image is judged at a time. A server with vLLM or SGLang is many times as fast.
@@ -58,7 +58,7 @@ class UnifiedRewardLocal:
     Raises:
         PrerequisiteError: the model is not on this machine.
         UserError: the model is of another kind.
-        ValueError: the template has no place for the caption.
+        ValueError: the template does not contain ``{caption}``.
     """
 
     def __init__(self, model: str | Path, *, device: str = "auto", template: str = TEMPLATE) -> None:

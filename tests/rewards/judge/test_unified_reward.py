@@ -7,9 +7,9 @@ import io
 import logging
 import pickle
 import socket
+import subprocess
+import sys
 import time
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from PIL import Image
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import ImageSource
 from gdro_cli.rewards.judge.base import AXES, JudgeReward, u_axes
-from gdro_cli.rewards.judge.endpoint import LONGEST_PAUSE, pause, retry_after
 from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, request_text
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.pool import ScoringPool
@@ -87,14 +86,16 @@ def test_the_order_is_kept_and_a_broken_image_is_missing_alone(server: JudgeServ
     ("reply", "reason"),
     [
         (Reply(b"<html>hello</html>"), "is not JSON"),
+        (Reply(b"<html>hello</html>", headers={"Content-Type": "text/html"}), "not that of a chat"),
+        (Reply(b""), "is not JSON"),
         (Reply(b"[1, 2]"), "not that of a chat"),
         (Reply(b"{}"), "not that of a chat"),
         (Reply(b'{"choices": null}'), "not that of a chat"),
-        (Reply(b'{"choices": []}'), "holds no choices"),
-        (Reply(b'{"choices": [{"message": {}}]}'), "not that of a chat"),
+        (Reply(b'{"choices": []}'), "not that of a chat"),
+        (Reply(b'{"choices": [null]}'), "not that of a chat"),
+        (Reply(b'{"choices": [{"message": {}}]}'), "not"),
         (Reply(b'{"choices": ["text"]}'), "not that of a chat"),
         (Reply(b"\xff\xfe\xfa"), "is not JSON"),
-        (Reply(b"abc", headers={"Content-Encoding": "gzip"}), "cannot be decoded"),
         (says(None), "is not text"),
         (says([{"type": "image"}]), "is not text"),
         (says("I cannot judge this."), "has no alignment score"),
@@ -148,29 +149,11 @@ def test_an_answer_that_comes_too_late_is_asked_for_again(server: JudgeServer) -
 
 
 def test_retry_after_is_obeyed(server: JudgeServer) -> None:
-    """Without it the pause would be 0.02 s at most."""
+    """Without it the pause would be half a second."""
     server.replies.append(fails(429, headers={"Retry-After": "1"}))
     start = time.monotonic()
     assert one(make(server))[1] is None
     assert time.monotonic() - start >= 1.0
-
-
-def test_retry_after_is_seconds_or_a_date() -> None:
-    assert retry_after("7") == 7.0
-    assert retry_after(None) is retry_after("soon") is retry_after("-3") is None
-    later = retry_after(format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True))
-    assert later is not None and 28 < later <= 30
-    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
-
-
-def test_pauses_double_are_shortened_by_half_at_most_and_end_somewhere() -> None:
-    """0.5 s x 2^attempt: 0.5, 1, 2, 4; at most 60 s, also when the endpoint wants more."""
-    for attempt, longest in enumerate([0.5, 1.0, 2.0, 4.0]):
-        drawn = [pause(attempt) for _ in range(200)]
-        assert longest / 2 <= min(drawn) < 0.6 * longest
-        assert 0.9 * longest < max(drawn) <= longest
-    assert LONGEST_PAUSE / 2 <= pause(30) <= LONGEST_PAUSE
-    assert (pause(0, wanted=3.0), pause(0, wanted=3600.0)) == (3.0, LONGEST_PAUSE)
 
 
 def test_no_more_requests_at_a_time_than_allowed(server: JudgeServer) -> None:
@@ -217,7 +200,44 @@ def test_a_refusal_does_not_wait_for_others_in_their_pauses(server: JudgeServer)
     start = time.monotonic()
     with pytest.raises(PrerequisiteError):
         make(server, concurrency=2).judge([picture()] * 2, ["a"] * 2)
-    assert time.monotonic() - start < 30  # the other one's pause
+    assert time.monotonic() - start < 10
+
+
+def test_a_redirect_is_not_followed_with_the_key(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, KEY)
+    elsewhere = JudgeServer()
+    try:
+        server.otherwise = lambda text: Reply(b"", 307, {"Location": f"{elsewhere.url}/chat/completions"})
+        with pytest.raises(PrerequisiteError, match=r"answers HTTP 307 .*: correct the judge's base_url"):
+            one(make(server, api_key_env=VARIABLE))
+        assert len(server.seen) == 1 and not elsewhere.seen
+    finally:
+        elsewhere.close()
+
+
+def test_keys_for_another_service_are_not_sent(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client would take them from these variables."""
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
+        monkeypatch.setenv(f"OPENAI_{name}", KEY)
+    judge = make(server)
+    judge.load()
+    assert one(judge)[1] is None
+    assert KEY not in str(server.seen) + server.model_headers
+
+
+def test_a_missing_client_is_one_sentence(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gdro_cli.rewards.judge.endpoint.find_spec", lambda name: None)
+    with pytest.raises(PrerequisiteError, match=r"needs the package openai: run `pip install 'gdro_cli\[judge\]'`"):
+        make(server)
+
+
+def test_the_client_is_imported_when_it_is_needed() -> None:
+    """Making a judge, and asking for its version, is quick."""
+    program = (
+        "import sys; from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge;"
+        f"UnifiedRewardJudge('http://localhost:1/v1', {MODEL!r}).version; sys.exit('openai' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_loading_asks_once_which_models_there_are(server: JudgeServer) -> None:
@@ -234,8 +254,11 @@ def test_loading_names_the_models_that_are_there_instead(server: JudgeServer) ->
         judge.load()
 
 
-@pytest.mark.parametrize("reply", [fails(404), fails(503), Reply(b"hello"), Reply(b'{"data": []}')])
-def test_an_endpoint_that_does_not_tell_its_models_is_tried(server: JudgeServer, reply: Reply) -> None:
+@pytest.mark.parametrize(
+    "reply",
+    [fails(404), fails(503), *(Reply(body) for body in (b"hello", b"[1]", b'{"data": []}', b'{"data": null}', b"{}"))],
+)
+def test_an_endpoint_that_does_not_list_its_models_is_tried(server: JudgeServer, reply: Reply) -> None:
     server.models = reply
     assert one(make(server)) == ((3.5, 4.0, 2.25), None)
 
@@ -259,7 +282,7 @@ def test_the_key_is_sent_and_shown_nowhere(
     assert server.seen[0].authorization == f"Bearer {KEY}"
     assert KEY not in str(judge.version) and KEY.encode() not in pickle.dumps(judge) and KEY not in repr(vars(judge))
     server.otherwise = lambda text: fails(401, message=f"Incorrect API key provided:\n{KEY}.")
-    with pytest.raises(PrerequisiteError, match=r"401 Unauthorized \(Incorrect API key provided: \*\*\*.\)") as caught:
+    with pytest.raises(PrerequisiteError, match=r"HTTP 401 \(.*Incorrect API key provided: ?\S*\*\*\*") as caught:
         one(judge)
     assert KEY not in str(caught.value)
     assert KEY not in caplog.text
@@ -268,7 +291,7 @@ def test_the_key_is_sent_and_shown_nowhere(
 def test_a_refused_key_is_noticed_when_loading(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, KEY)
     server.models = fails(401, message="Unauthorized")
-    with pytest.raises(PrerequisiteError, match=f"{server.url} answers 401"):
+    with pytest.raises(PrerequisiteError, match=f"{server.url} answers HTTP 401"):
         make(server, api_key_env=VARIABLE).load()
 
 
@@ -322,7 +345,7 @@ def test_prompts_and_images_go_in_pairs(server: JudgeServer) -> None:
 
 
 def test_through_a_scoring_pool(server: JudgeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """u = (4 + 2.25) / 2 = 3.125 without alignment. A loaded judge may be sent, too, and reads the key again."""
+    """u = (4 + 2.25) / 2 = 3.125 without alignment. A loaded judge may be sent as well, and reads the key again."""
     monkeypatch.setenv(VARIABLE, KEY)
     reward = JudgeReward(make(server, api_key_env=VARIABLE), axes=u_axes("geneval"))
     reward.load()
@@ -335,5 +358,5 @@ def test_through_a_scoring_pool(server: JudgeServer, monkeypatch: pytest.MonkeyP
         assert scores[0].details["alignment"] == 3.5
         assert server.seen[-1].authorization == f"Bearer {KEY}"
         server.otherwise = lambda text: fails(404, message="gone")
-        with pytest.raises(PrerequisiteError, match="404 Not Found"):
+        with pytest.raises(PrerequisiteError, match="HTTP 404 .*gone"):
             pool.score(images, [Prompt("a card", None)] * 3)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -172,7 +173,7 @@ def test_provenance_is_of_the_files_and_the_prompt(folder: Path, tmp_path: Path)
 
 
 def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PrerequisiteError, match="neither a folder here nor in the Hugging Face cache"):
+    with pytest.raises(PrerequisiteError, match=r"nowhere does not exist: set judge\.model to a folder"):
         UnifiedRewardLocal(tmp_path / "nowhere")
     with pytest.raises(PrerequisiteError, match=r"has no config\.json"):
         UnifiedRewardLocal(tmp_path)
@@ -180,6 +181,16 @@ def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(PrerequisiteError, match="no chat template"):
         UnifiedRewardLocal(copy, device="cpu").load()
+    shutil.copy(folder / "chat_template.jinja", copy)
+    weights = load_file(copy / "model.safetensors")
+    name, matrix = next((name, value) for name, value in sorted(weights.items()) if value.ndim == 2)
+    for change, words in (
+        ({}, "lacks the weight"),
+        ({name: matrix[1:].contiguous()}, "holds the weight .* in the shape"),
+    ):
+        save_file({**{n: v for n, v in weights.items() if n != name}, **change}, copy / "model.safetensors")
+        with pytest.raises(PrerequisiteError, match=words):
+            UnifiedRewardLocal(copy, device="cpu").load()
     (copy / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(PrerequisiteError, match="cannot be loaded"):
         UnifiedRewardLocal(copy, device="cpu").load()
