@@ -82,7 +82,7 @@ class ModelSource:
             first = f"{terms}, then" if repo.startswith(_LICENSED) else "with a connection,"
             raise PrerequisiteError(
                 f"model {repo} is neither a local folder nor could {', '.join(patterns)} be read from the Hugging Face "
-                f"cache or fetched ({type(error).__name__}): {first} fetch it with `hf download {repo}`, {local}"
+                f"cache or fetched ({type(error).__name__}): {first} run `hf download {repo}`, {local}"
             ) from error
 
     def in_cache(self, *patterns: str) -> bool:
@@ -129,7 +129,7 @@ class ModelSource:
             value = json.loads((self.folder / file).read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise PrerequisiteError(f"{file} of model {self.name} is missing: {self.remedy}") from error
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise PrerequisiteError(f"{file} of model {self.name} cannot be read: {self.remedy}") from error
         if not isinstance(value, dict):
             raise PrerequisiteError(f"{file} of model {self.name} is not a JSON object: {self.remedy}")
@@ -201,7 +201,7 @@ def _transformers_options(*, network: bool) -> dict[str, Any]:
     # Some classes open others without passing the option on, and would ask the user whether to run code of the folder.
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
     # Weights of another shape are reported by name only if they are let through first.
-    return {"trust_remote_code": False, **({"ignore_mismatched_sizes": True} if network else {})}
+    return dict(trust_remote_code=False) | (dict(ignore_mismatched_sizes=True) if network else {})
 
 
 def _first_sentence(error: BaseException) -> str:

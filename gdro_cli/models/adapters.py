@@ -97,7 +97,7 @@ def lora_state(model: FlowModel) -> dict[str, Tensor]:
     """Copy the adapter's weights to the CPU, named as peft does: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: the transformer has no adapter.
     """
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in _lora_parameters(model).items()}
 
@@ -106,7 +106,7 @@ def load_lora_state(model: FlowModel, state: Mapping[str, Tensor]) -> None:
     """Put weights of ``lora_state`` into the attached adapter.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: the transformer has no adapter.
         StoreError: names or shapes differ from the attached adapter's.
     """
     parameters = _lora_parameters(model)
@@ -136,7 +136,7 @@ def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None
         Path of the file.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: the transformer has no adapter.
         StoreError: the disk refuses.
     """
     weights = lora_state(model) if state is None else state

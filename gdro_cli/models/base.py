@@ -24,7 +24,7 @@ from gdro_cli.core.flow import as_float
 from gdro_cli.errors import UserError
 from gdro_cli.models.backends import ComputeOptions, prepare_transformer
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.latents import seeded_noise, to_images
+from gdro_cli.models.latents import decoded_at_once, seeded_noise, to_images
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_vae, quantization_config
 
 Conditioning = dict[str, Tensor]
@@ -42,13 +42,6 @@ GuidanceKind = Literal["embedded", "cfg", "none"]
 
 _ENCODE_BATCH = 8
 """Prompts per pass through the text encoders; they are cheap beside the transformer."""
-_DECODE_PIXELS = 1 << 21
-"""Pixels per pass through the autoencoder (two images of 1024 x 1024), which bounds its memory."""
-
-
-def decoded_at_once(height: int, width: int) -> int:
-    """Images per pass through the autoencoder."""
-    return max(1, _DECODE_PIXELS // (height * width))
 
 
 class FlowModel(abc.ABC):
@@ -313,7 +306,6 @@ class FlowModel(abc.ABC):
         """Return starting noise [N, ...], float32, image i from ``seeds[i]`` alone, as the pipeline draws it."""
         return seeded_noise(seeds, self.latent_shape(height=height, width=width), device=self.device)
 
-    @abc.abstractmethod
     def velocity(
         self,
         latents: Tensor,
@@ -328,6 +320,13 @@ class FlowModel(abc.ABC):
 
         One pass: ``guidance`` counts only where it is ``embedded``.
         """
+        text, grid = self.batch_conditioning(conditioning), self.grid(height=height, width=width)
+        velocity: Tensor = self._velocity(latents.to(self.dtype), sigma, text, guidance, grid)
+        return velocity
+
+    @abc.abstractmethod
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        """The velocity [N, ...] of batched arguments, ``x`` in the model's dtype, on the token grid (rows, columns)."""
 
     # -- images -------------------------------------------------------------------------------------------------
 
@@ -357,7 +356,7 @@ class FlowModel(abc.ABC):
 
 
 def takes_two_passes(model: FlowModel, guidance: float) -> bool:
-    """Whether a sampling step at this guidance scale needs the unconditional velocity, too."""
+    """Whether a sampling step at this guidance scale also needs the unconditional velocity."""
     return model.guidance_kind == "cfg" and guidance > 1.0
 
 
@@ -372,9 +371,9 @@ def stack_conditioning(
         dtype: of floating-point entries; integer entries and masks keep theirs.
 
     Returns:
-        The same keys with a leading N. An entry whose first dimension differs between prompts is filled up with zeros
-        and accompanied by ``<key>_mask`` [N, L], bool, True where it is the prompt's own. Tensors that are in place
-        already are not copied.
+        The same keys with a leading N. An entry whose first dimension differs between prompts is padded with zeros and
+        gets a ``<key>_mask`` [N, L], bool, True where it is the prompt's own. Tensors that are already where and as
+        they should be are not copied.
     """
     if isinstance(conditioning, Mapping):
         batched: Conditioning = conditioning

@@ -52,7 +52,7 @@ def load_flow_model(
         compute: how the transformer is computed; None = as it is loaded.
 
     Raises:
-        PrerequisiteError: the model is not there; the message says what to fetch.
+        PrerequisiteError: the model is not on this machine; the message says what to fetch.
         UserError: the pipeline is of an unknown family, or the dtype is unknown.
     """
     folder = model if isinstance(model, PipelineFolder) else PipelineFolder(model)

@@ -87,29 +87,17 @@ class Flux2KleinFlow(FlowModel):
         tokens, channels = self.latent_shape(height=height, width=width)
         return seeded_noise(seeds, (channels, tokens), device=self.device).transpose(1, 2).contiguous()
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, S, C] of one pass; ``guidance`` is up to the sampler."""
-        embeds = self.batch_conditioning(conditioning)["prompt_embeds"]
-        rows, columns = self.grid(height=height, width=width)
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(self.dtype),
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        embeds = text["prompt_embeds"]
+        return self.transformer(
+            hidden_states=x,
             timestep=sigma,  # the transformer itself multiplies by 1000
             guidance=None,
             encoder_hidden_states=embeds,
             txt_ids=self._positions(1, 1, embeds.shape[1]),
-            img_ids=self._positions(rows, columns, 1),
+            img_ids=self._positions(*grid, 1),
             return_dict=False,
         )[0]
-        return velocity
 
     def _positions(self, rows: int, columns: int, words: int) -> Tensor:
         """Token positions [rows * columns * words, 4] (unused, row, column, word), cached."""

@@ -16,6 +16,15 @@ NOT_FINITE = "the image is not finite"
 """Why there is no image."""
 
 
+_DECODE_PIXELS = 1 << 21
+"""Pixels per pass through the autoencoder (two images of 1024 x 1024), which bounds its memory."""
+
+
+def decoded_at_once(height: int, width: int) -> int:
+    """Images per pass through the autoencoder."""
+    return max(1, _DECODE_PIXELS // (height * width))
+
+
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], *, device: torch.device) -> Tensor:
     """Draw standard normal noise [N, *shape] in float32, image i from a CPU generator of ``seeds[i]`` alone.
 

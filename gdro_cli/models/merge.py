@@ -73,7 +73,7 @@ def read_adapter(path: Path) -> Adapter:
         layers = sorted({name.removeprefix(_TRANSFORMER).rsplit(".lora_", 1)[0] for name in tensors})
         names = {layer: [f"{_TRANSFORMER}{layer}.lora_{side}.weight" for side in "AB"] for layer in layers}
         pairs = {layer: (tensors.pop(a), tensors.pop(b)) for layer, (a, b) in names.items()}
-    except (OSError, KeyError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, KeyError, ValueError, TypeError, OverflowError, SafetensorError) as error:
         raise StoreError(foreign) from error
     if tensors or not pairs or not (rank >= 1 and math.isfinite(alpha)):
         raise StoreError(foreign)

@@ -9,7 +9,6 @@ length of its conditional one; training uses the conditional velocity.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -63,28 +62,15 @@ class QwenImageFlow(PackedFlow):
     def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
         return {"true_cfg_scale": guidance, "negative_prompt": self.negative_prompt}
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, S, C] of one pass; ``guidance`` is up to the sampler."""
-        text = self.batch_conditioning(conditioning)
-        rows, columns = self.grid(height=height, width=width)
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(self.dtype),
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        return self.transformer(
+            hidden_states=x,
             timestep=sigma,  # the transformer itself multiplies by 1000
             encoder_hidden_states=text["prompt_embeds"],
             encoder_hidden_states_mask=text.get("prompt_embeds_mask"),
-            img_shapes=[[(1, rows, columns)]] * len(latents),
+            img_shapes=[[(1, *grid)]] * len(x),
             return_dict=False,
         )[0]
-        return velocity
 
     def _decode(self, vae: Any, maps: Tensor) -> Tensor:
         mean = torch.tensor(self.vae_config["latents_mean"], dtype=maps.dtype, device=maps.device)

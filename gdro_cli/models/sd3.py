@@ -8,7 +8,7 @@ training uses the conditional velocity. Schedule: the scheduler's own spacing, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -102,23 +102,11 @@ class StableDiffusion3Flow(FlowModel):
             raise UserError(f"image size {height} x {width} is too large for this model: no side may exceed {side}")
         return rows, columns
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, C, H, W] of one pass; ``guidance`` is up to the sampler."""
-        text = self.batch_conditioning(conditioning)
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(self.dtype),
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        return self.transformer(
+            hidden_states=x,
             timestep=sigma * _TRAIN_TIMESTEPS,
             encoder_hidden_states=text["prompt_embeds"],
             pooled_projections=text["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
-        return velocity

@@ -47,8 +47,8 @@ _RAISED: set[Any] = {
     torch.sum,
     Tensor.sum,
 }
-"""What autocast on CUDA computes in its lower dtype, and in float32 (the lists of torch's autocast_mode.h), of the
-functions that transformers use."""
+"""Of the functions that transformers use, those that autocast on CUDA computes in its lower dtype and those that it
+computes in float32 (the lists of torch's autocast_mode.h)."""
 
 
 class _AsOnGpu(TorchFunctionMode):
@@ -93,13 +93,23 @@ class _NoModules(nullcontext[None]):
     parents = frozenset({"Global"})
 
 
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, storages counted once, without those that existed before."""
+class Meter(TorchDispatchMode):
+    """What a ``metered`` block has counted so far. Storages count once, and not if they existed before."""
 
-    def __init__(self, existing: Iterable[Tensor]) -> None:
+    live = 0
+    """Bytes alive now."""
+    peak = 0
+    """The most bytes that were alive at once."""
+
+    def __init__(self, existing: Iterable[Tensor], operations: FlopCounterMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
+        self._operations = operations
         self._noted = {tensor.untyped_storage()._cdata for tensor in existing}
+
+    @property
+    def flops(self) -> int:
+        """Operations of matrix products, convolutions and attention."""
+        return self._operations.get_total_flops()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -123,28 +133,6 @@ class _Live(TorchDispatchMode):
         self.live -= size
 
 
-class Meter:
-    """What has been counted so far in a ``metered`` block."""
-
-    def __init__(self, live: _Live, operations: FlopCounterMode) -> None:
-        self._live, self._operations = live, operations
-
-    @property
-    def flops(self) -> int:
-        """Operations of matrix products, convolutions and attention."""
-        return self._operations.get_total_flops()
-
-    @property
-    def live(self) -> int:
-        """Bytes alive now."""
-        return self._live.live
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that were alive at once."""
-        return self._live.peak
-
-
 @contextmanager
 def metered(existing: Iterable[Tensor], *, autocast: torch.dtype | None = None) -> Iterator[Meter]:
     """Count what happens inside the block on the meta device.
@@ -155,8 +143,8 @@ def metered(existing: Iterable[Tensor], *, autocast: torch.dtype | None = None) 
     """
     operations = FlopCounterMode(display=False)
     operations.mod_tracker = _NoModules()  # type: ignore[assignment]
-    with _AsOnGpu(autocast), operations, _Live(existing) as live:
-        yield Meter(live, operations)
+    with _AsOnGpu(autocast), operations, Meter(existing, operations) as meter:
+        yield meter
 
 
 @dataclass(frozen=True, slots=True)

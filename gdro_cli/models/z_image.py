@@ -9,7 +9,6 @@ from the empty prompt; the scale is the one of ``base.GuidanceKind``, which is `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -44,22 +43,11 @@ class ZImageFlow(FlowModel):
     def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
         return {"guidance_scale": max(0.0, guidance - 1.0)}
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, C, H, W] of one pass; ``guidance`` is up to the sampler."""
-        text = self.batch_conditioning(conditioning)
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
         embeds, mask = text["prompt_embeds"], text.get("prompt_embeds_mask")
         captions = list(embeds) if mask is None else [one[own] for one, own in zip(embeds, mask, strict=True)]
         slopes = self.transformer(
-            list(latents.to(self.dtype)[:, :, None]),  # one frame each
+            list(x[:, :, None]),  # one frame each
             1.0 - sigma,
             captions,
             return_dict=False,

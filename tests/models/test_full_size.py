@@ -109,7 +109,8 @@ def sampling_step(model: FlowModel) -> None:
     noise = torch.empty(2, *model.latent_shape(height=512, width=512), device="meta")
     model._loaded["scheduler"] = scheduler(model)
     options: dict[str, Any] = {"steps": 1, "guidance": 4.5, "height": 512, "width": 512, "batch_size": 2}
-    latents = sample_latents(model, noise, text, **options)
+    texts = [{key: value[i] for key, value in text.items()} for i in range(2)]
+    latents = sample_latents(model, noise, texts, **options)
     assert latents.shape == noise.shape and latents.dtype == torch.float32
 
 

@@ -25,8 +25,9 @@ from gdro_cli.core.footprint import (
     weight_bytes,
 )
 from gdro_cli.models.adapters import attach_lora
-from gdro_cli.models.base import decoded_at_once, takes_two_passes
+from gdro_cli.models.base import takes_two_passes
 from gdro_cli.models.diffusers_flow import DtypeName
+from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, trace_forward, trace_update, whole_update, whole_work
 from gdro_cli.stages.setup.workspace import EMBEDDED, model_folder, open_prompts
