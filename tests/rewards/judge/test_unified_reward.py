@@ -33,16 +33,16 @@ def make(server: JudgeServer, **options: Any) -> UnifiedRewardJudge:
     return UnifiedRewardJudge(server.url, MODEL, **{"timeout": 5.0, "retries": 1, **options})
 
 
-def picture(colour: str = "#c82828") -> Image.Image:
+def plain_image(colour: str = "#c82828") -> Image.Image:
     return Image.new("RGB", (8, 6), colour)
 
 
 def one(judge: UnifiedRewardJudge) -> tuple[tuple[float | None, ...], str | None]:
-    (judgement,) = judge.judge([picture()], ["a red card"])
+    (judgement,) = judge.judge([plain_image()], ["a red card"])
     return tuple(judgement.axes[axis] for axis in AXES), judgement.reason
 
 
-def test_a_request_holds_the_picture_the_prompt_and_greedy_decoding(server: JudgeServer) -> None:
+def test_a_request_holds_the_image_the_prompt_and_greedy_decoding(server: JudgeServer) -> None:
     assert one(make(server)) == ((3.5, 4.0, 2.25), None)
     (seen,) = server.seen
     assert seen.authorization is None
@@ -53,7 +53,7 @@ def test_a_request_holds_the_picture_the_prompt_and_greedy_decoding(server: Judg
     kind, _, data = image["image_url"]["url"].partition(",")
     assert kind == "data:image/png;base64"
     sent = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert (sent.format, sent.mode, sent.tobytes()) == ("PNG", "RGB", picture().tobytes())
+    assert (sent.format, sent.mode, sent.tobytes()) == ("PNG", "RGB", plain_image().tobytes())
 
 
 def test_a_template_of_ones_own_is_sent_and_is_in_the_provenance(server: JudgeServer) -> None:
@@ -74,8 +74,8 @@ def test_the_order_is_kept_and_a_broken_image_is_missing_alone(server: JudgeServ
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"not an image")
     stored = tmp_path / "stored.png"
-    picture().save(stored)
-    images: list[ImageSource] = [picture(), broken, stored, picture(), picture()]
+    plain_image().save(stored)
+    images: list[ImageSource] = [plain_image(), broken, stored, plain_image(), plain_image()]
     judgements = make(server).judge(images, ["1", "2", "3", "4", "5"])
     assert [judgement.axes["style"] for judgement in judgements] == [1.0, None, 3.0, 4.0, 5.0]
     assert judgements[1].reason is not None and "broken.png cannot be decoded" in judgements[1].reason
@@ -158,7 +158,7 @@ def test_retry_after_is_obeyed(server: JudgeServer) -> None:
 
 def test_no_more_requests_at_a_time_than_allowed(server: JudgeServer) -> None:
     server.otherwise = lambda text: says(lines(3, 3, 3), delay=0.05)
-    judgements = make(server, concurrency=3).judge([picture()] * 12, ["a"] * 12)
+    judgements = make(server, concurrency=3).judge([plain_image()] * 12, ["a"] * 12)
     assert all(judgement.reason is None for judgement in judgements)
     assert len(server.seen) == 12
     assert server.most_at_once == 3
@@ -178,7 +178,7 @@ def test_a_refusal_ends_the_judging_with_one_sentence(
 ) -> None:
     server.otherwise = lambda text: fails(status, message=message)
     with pytest.raises(PrerequisiteError) as caught:
-        make(server, concurrency=1, retries=3).judge([picture()] * 20, ["a"] * 20)
+        make(server, concurrency=1, retries=3).judge([plain_image()] * 20, ["a"] * 20)
     said = str(caught.value)
     assert server.url in said and str(status) in said and message in said and remedy in said
     assert "\n" not in said
@@ -188,7 +188,7 @@ def test_a_refusal_ends_the_judging_with_one_sentence(
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_what_is_wrong_with_one_request_concerns_one_image(server: JudgeServer, status: int) -> None:
     server.replies.append(fails(status, message="maximum context length is 512 tokens"))
-    first, *others = make(server, concurrency=1, retries=3).judge([picture()] * 4, ["a"] * 4)
+    first, *others = make(server, concurrency=1, retries=3).judge([plain_image()] * 4, ["a"] * 4)
     assert first.reason is not None and str(status) in first.reason and "512 tokens" in first.reason
     assert all(judgement.reason is None for judgement in others)
     assert len(server.seen) == 4  # it was not asked again
@@ -199,7 +199,7 @@ def test_a_refusal_does_not_wait_for_others_in_their_pauses(server: JudgeServer)
     server.otherwise = lambda text: fails(401)
     start = time.monotonic()
     with pytest.raises(PrerequisiteError):
-        make(server, concurrency=2).judge([picture()] * 2, ["a"] * 2)
+        make(server, concurrency=2).judge([plain_image()] * 2, ["a"] * 2)
     assert time.monotonic() - start < 10
 
 
@@ -340,7 +340,7 @@ def test_provenance_knows_model_and_prompt_but_not_the_address() -> None:
 
 def test_prompts_and_images_go_in_pairs(server: JudgeServer) -> None:
     with pytest.raises(ValueError, match="1 images but 2 prompts"):
-        make(server).judge([picture()], ["a", "b"])
+        make(server).judge([plain_image()], ["a", "b"])
     assert make(server).judge([], []) == []
 
 
@@ -351,7 +351,7 @@ def test_through_a_scoring_pool(server: JudgeServer, monkeypatch: pytest.MonkeyP
     reward.load()
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"")
-    images: list[ImageSource] = [picture(), broken, picture("#2850be")]
+    images: list[ImageSource] = [plain_image(), broken, plain_image("#2850be")]
     with ScoringPool(reward, workers=1) as pool:
         scores = pool.score(images, [Prompt("a card", None)] * 3)
         assert [score.value for score in scores] == [3.125, None, 3.125]
