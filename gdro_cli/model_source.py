@@ -67,6 +67,8 @@ class ModelSource:
         Raises:
             PrerequisiteError: they are not in the Hub's cache and cannot be fetched.
         """
+        if not self.on_hub:
+            return self.folder
         from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
 
         repo = self.name
@@ -86,7 +88,7 @@ class ModelSource:
             ) from error
 
     def in_cache(self, *patterns: str) -> bool:
-        """Whether the Hub's cache holds files of all these patterns. The network is not asked."""
+        """Whether the Hub's cache holds files of a repository for all these patterns, without asking the network."""
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
@@ -98,11 +100,9 @@ class ModelSource:
     def _snapshot(self, patterns: Collection[str], *, offline: bool) -> Path:
         from huggingface_hub import snapshot_download
 
-        if self.on_hub:
-            options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": _NEVER_FETCHED}
-            root = snapshot_download(self.name, revision=self.commit, local_files_only=offline, **options)
-            self.folder = Path(root)
-            self.commit = self.folder.name
+        options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": _NEVER_FETCHED}
+        self.folder = Path(snapshot_download(self.name, revision=self.commit, local_files_only=offline, **options))
+        self.commit = self.folder.name
         return self.folder
 
     def require(self, *patterns: str | Collection[str]) -> None:

@@ -58,17 +58,9 @@ class Flux2KleinFlow(FlowModel):
         tokenizer = self._component("tokenizer")
         texts = chat(tokenizer, prompts, thinking=False)
         tokens = tokenize(tokenizer, texts, length=self.max_sequence_length, prompts=prompts).to(self.device)
-        # The inner model: logits over the vocabulary are not needed.
-        states = (
-            self._network("text_encoder")
-            .base_model(
-                input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                output_hidden_states=True,
-                use_cache=False,
-            )
-            .hidden_states
-        )
+        encoder = self._network("text_encoder").base_model  # without its head: the logits are not needed
+        options = {"attention_mask": tokens.attention_mask, "output_hidden_states": True, "use_cache": False}
+        states = encoder(input_ids=tokens.input_ids, **options).hidden_states
         return split({"prompt_embeds": torch.cat([states[layer] for layer in _LAYERS], dim=-1)})
 
     def _shift(self, config: Any, tokens: int, steps: int) -> float:

@@ -106,15 +106,12 @@ def prepare_vae(vae: Any, options: MemoryOptions) -> None:
     Raises:
         UserError: its class cannot.
     """
-    for wanted, key, method in (
-        (options.vae_slicing, "model.vae_slicing", "enable_slicing"),
-        (options.vae_tiling, "model.vae_tiling", "enable_tiling"),
-    ):
-        if not wanted:
-            continue
+    for wanted, way in ((options.vae_slicing, "slicing"), (options.vae_tiling, "tiling")):
         try:
-            getattr(vae, method)()
+            if wanted:
+                getattr(vae, f"enable_{way}")()
         except (AttributeError, NotImplementedError) as error:
+            name = type(vae).__name__
             raise UserError(
-                f"{key} has no effect on the autoencoder of this model ({type(vae).__name__}): set it to false"
+                f"model.vae_{way} has no effect on the autoencoder of this model ({name}): set it to false"
             ) from error

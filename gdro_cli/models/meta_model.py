@@ -102,7 +102,8 @@ def meta_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length:
         flow = on_meta(shallow)
         flow.transformer = shallow.meta_component("transformer", dtype=flow.dtype)
         parts.append(ShallowModel(times, flow, count_weights(flow.transformer)))
-    return MetaModel(tuple(parts), _text_weights(folder), _vae_weights(folder))
+    vae = count_weights(folder.meta_component("vae")) if "vae" in folder.components else None
+    return MetaModel(tuple(parts), _text_weights(folder), vae)
 
 
 def _text_weights(folder: PipelineFolder) -> Weights | None:
@@ -112,10 +113,6 @@ def _text_weights(folder: PipelineFolder) -> Weights | None:
     except PrerequisiteError:
         return None
     return sum(counts, Weights(0)) if counts else None
-
-
-def _vae_weights(folder: PipelineFolder) -> Weights | None:
-    return count_weights(folder.meta_component("vae")) if "vae" in folder.components else None
 
 
 def count_weights(module: nn.Module) -> Weights:

@@ -40,10 +40,9 @@ class QwenImageFlow(PackedFlow):
         return str(pipeline.prompt_template_encode), int(pipeline.prompt_template_encode_start_idx)
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        template, head = self._template
-        length = self.max_sequence_length
-        texts = [template.format(prompt) for prompt in prompts]
-        tokens = tokenize(self._component("tokenizer"), texts, length=length + head, to_length=False, prompts=prompts)
+        (template, head), tokenizer = self._template, self._component("tokenizer")
+        texts, length = [template.format(prompt) for prompt in prompts], self.max_sequence_length + head
+        tokens = tokenize(tokenizer, texts, length=length, to_length=False, prompts=prompts)
         tokens = tokens.to(self.device)
         # The inner model: logits over the vocabulary are not needed.
         states = self._network("text_encoder").base_model(

@@ -115,11 +115,8 @@ class UnifiedRewardLocal:
         return read_answer(answer, complete=complete)
 
     def _loaded(self) -> _Loaded:
-        if self._parts is None:
-            self._parts = self._load()
-        return self._parts
-
-    def _load(self) -> _Loaded:
+        if self._parts is not None:
+            return self._parts
         from transformers import AutoModelForImageTextToText, AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -129,7 +126,8 @@ class UnifiedRewardLocal:
         processor = self._source.load(Qwen2VLImageProcessorPil)
         # The files might name an implementation of attention that is code of the Hub.
         network = self._source.load(AutoModelForImageTextToText, dtype=self._dtype, attn_implementation="sdpa")
-        return _Loaded(network.eval().requires_grad_(False).to(self._device), tokenizer, processor)
+        self._parts = _Loaded(network.eval().requires_grad_(False).to(self._device), tokenizer, processor)
+        return self._parts
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the network, so that a judge can be sent to a worker process."""

@@ -117,7 +117,7 @@ def test_a_store_takes_none(make_recipe: MakeRecipe) -> None:
     prompts = open_prompts(recipe, recipe.prompts.train).records[:1]
     (group,) = sample_groups(model, prompts, training_plan(recipe, model), batch_size=4)
     assert len(group.images) == 4
-    for parameter in model._module("vae").parameters():
+    for parameter in model._network("vae").parameters():
         parameter.data.fill_(torch.nan)
     with pytest.raises(StoreError, match=rf"a picture of prompt {prompts[0].id} .* is not finite.* another dtype"):
         sample_groups(model, prompts, training_plan(recipe, model), batch_size=4)
