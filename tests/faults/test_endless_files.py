@@ -14,10 +14,8 @@ import torch
 from gdro_cli.cli.show import _run_row
 from gdro_cli.config.yamlfile import read_yaml
 from gdro_cli.files import append_bytes
-from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.runtime.checkpoint import load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.tiny.assets import tiny_model_path
 from tests.support import small_store
 from tests.support.faulty import Outcome, check, outcome
 
@@ -83,18 +81,6 @@ def test_in_a_checkpoint(kind: str, name: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, tensors={"adapter": {"a": torch.ones(2)}}, state={}, keep=1)
     replace(path / name, kind)
     check(ended(lambda: load_checkpoint(path)), 4, name)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_in_a_model_folder(kind: str, tmp_path: Path) -> None:
-    for file in tiny_model_path().rglob("*"):
-        place = tmp_path / "model" / file.relative_to(tiny_model_path())
-        if file.is_file():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(file)
-    replace(tmp_path / "model" / "model_index.json", kind)
-    found = ended(lambda: PipelineFolder(str(tmp_path / "model")))
-    check(found, 3)
 
 
 def test_what_is_added_to_a_pipe(tmp_path: Path) -> None:
