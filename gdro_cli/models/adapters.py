@@ -54,7 +54,7 @@ def attach_lora(
         The adapter's parameters, float32, on the base's device, in the transformer's order.
 
     Raises:
-        UserError: there is an adapter already, or a target matches no linear layer.
+        UserError: the transformer has an adapter already, or a target matches no linear layer.
     """
     from peft import LoraConfig
 
@@ -97,7 +97,7 @@ def lora_state(model: FlowModel) -> dict[str, Tensor]:
     """Copy the adapter's weights to the CPU, named as peft does: ``<layer>.lora_A.weight``, ``<layer>.lora_B.weight``.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: the transformer has no adapter.
     """
     return {name: p.detach().to("cpu", copy=True).contiguous() for name, p in _lora_parameters(model).items()}
 
@@ -106,15 +106,15 @@ def load_lora_state(model: FlowModel, state: Mapping[str, Tensor]) -> None:
     """Put weights of ``lora_state`` into the attached adapter.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: the transformer has no adapter.
         StoreError: names or shapes differ from the attached adapter's.
     """
     parameters = _lora_parameters(model)
-    odd = sorted(parameters.keys() ^ state.keys())
-    odd += [name for name in parameters.keys() & state.keys() if parameters[name].shape != state[name].shape]
-    if odd:
+    differing = sorted(parameters.keys() ^ state.keys())
+    differing += [name for name in parameters.keys() & state.keys() if parameters[name].shape != state[name].shape]
+    if differing:
         raise StoreError(
-            f"the stored adapter does not fit this recipe's ({len(odd)} layers differ, e.g. {odd[0]}): "
+            f"the stored adapter does not fit this recipe's ({len(differing)} layers differ, e.g. {differing[0]}): "
             "use the rank and targets it was trained with"
         )
     with torch.no_grad():
@@ -136,23 +136,21 @@ def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None
         Path of the file.
 
     Raises:
-        UserError: there is no adapter.
+        UserError: the transformer has no adapter.
         StoreError: the disk refuses.
     """
     weights = lora_state(model) if state is None else state
     config = _bare(model.transformer).peft_config[_ADAPTER]
     # Only what defines the adapter: versions of peft that lack a newer key refuse a file that has it.
-    about = {
+    definition: dict[str, Any] = {
         "peft_type": "LORA",
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
         "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in weights}),
     }
-    metadata = {
-        "format": "pt",
-        "lora_adapter_metadata": json.dumps({_PREFIX + key: value for key, value in about.items()}, sort_keys=True),
-    }
+    prefixed = {_PREFIX + key: value for key, value in definition.items()}
+    metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(prefixed, sort_keys=True)}
     path = folder / LORA_FILE
     write_tensors(path, {_PREFIX + name: value for name, value in weights.items()}, metadata=metadata)
     return path
@@ -214,12 +212,12 @@ class Ema:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Put the average into the parameters inside the block; the trained values come back after it."""
-        kept = [p.detach().clone() for p in self._parameters]
+        trained = [p.detach().clone() for p in self._parameters]
         self._fill(self._average)
         try:
             yield
         finally:
-            self._fill(kept)
+            self._fill(trained)
 
     def _fill(self, values: Sequence[Tensor]) -> None:
         with torch.no_grad():
@@ -246,11 +244,11 @@ def _lora_layers(module: nn.Module) -> list[Any]:
 
 def _lora_parameters(model: FlowModel) -> dict[str, nn.Parameter]:
     """Adapter parameters by the name that peft gives them in files."""
-    part = f".{_ADAPTER}."
-    found = {n.replace(part, "."): p for n, p in _bare(model.transformer).named_parameters() if ".lora_" in n}
-    if not found:
+    infix = f".{_ADAPTER}."
+    parameters = {n.replace(infix, "."): p for n, p in _bare(model.transformer).named_parameters() if ".lora_" in n}
+    if not parameters:
         raise UserError("the transformer has no adapter: attach one first")
-    return found
+    return parameters
 
 
 def _target_names(model: FlowModel, targets: Sequence[str] | str) -> list[str]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from torch import nn
-
 from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.model_source import quiet
 
 Attention = Literal[
     "auto", "native", "native_cudnn", "native_efficient", "native_flash", "native_math", "flash", "flash_3", "xformers"
@@ -18,7 +14,7 @@ Attention = Literal[
 
 _PRIVATE = ("native_", "flash_3")
 """Names that diffusers writes with a leading underscore. Kernels that it would fetch from the Hub are left out: they
-are code of others, run unseen."""
+are other people's code, run unseen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,29 +22,13 @@ class ComputeOptions:
     """What changes the speed of the transformer, and its results by no more than rounding."""
 
     compile: bool = False
-    """Compile its repeated blocks with ``torch.compile``, when they are first used."""
+    """Compile its repeated blocks with ``torch.compile`` when they are first used."""
     attention: Attention = "auto"
     """Which kernels compute attention; ``auto`` is ``native``, PyTorch's own choice."""
 
 
-_TALKATIVE = "diffusers.models.modeling_utils"
-"""Warns, every time, that choosing kernels is experimental."""
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keep a logger's warnings back inside the block."""
-    logger = logging.getLogger(name)
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
-
-
-def prepare_transformer(module: Any, options: ComputeOptions) -> nn.Module:
-    """Set the attention kernels and mark the blocks for compilation; returns the same module.
+def prepare_transformer(module: Any, options: ComputeOptions) -> None:
+    """Set the attention kernels and mark the blocks for compilation.
 
     Blocks are compiled one kind at a time (regional compilation), so that deep models compile as fast as shallow ones
     and the adapter's layers, which are added later, are compiled along.
@@ -60,7 +40,7 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> nn.Module:
     # Also for `auto`: diffusers keeps the kernels that were set last for all models of the process.
     name = "native" if options.attention == "auto" else options.attention
     try:
-        with _quiet(_TALKATIVE):
+        with quiet():  # diffusers warns, every time, that choosing kernels is experimental
             module.set_attention_backend(f"_{name}" if name.startswith(_PRIVATE) else name)
     except (RuntimeError, ImportError) as error:
         raise PrerequisiteError(
@@ -74,5 +54,3 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> nn.Module:
                 f"model.compile has no effect on this transformer ({type(module).__name__}), whose class names no"
                 " repeated blocks: set it to false"
             ) from error
-    transformer: nn.Module = module
-    return transformer

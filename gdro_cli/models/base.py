@@ -1,19 +1,31 @@
-"""The interface that the stages see: a text-to-image model trained with rectified flow.
+"""What the stages see of a model: a pipeline folder as a flow of noise, velocity and images.
 
-Shapes: N images (or prompts), S latent tokens, C numbers per token (some families take maps [C, H, W] in their place;
-nothing outside them minds), L text tokens, D text width. ``sigma`` is in
-[0, 1] and 1 is pure noise; the 0..1000 timestep of the schedulers exists only inside the families.
+A family of models subclasses ``FlowModel`` in a file of its own and adds a row to ``diffusers_flow.FAMILIES``.
+
+Shapes: N images (or prompts), S latent tokens, C numbers per token (some families take maps [C, H, W] instead, and
+nothing outside them cares), L text tokens, D text width. ``sigma`` is in [0, 1], and 1 is pure noise; the 0..1000
+timestep of the schedulers exists only inside the families.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+
+from gdro_cli.core.flow import as_float
+from gdro_cli.errors import UserError
+from gdro_cli.models.backends import ComputeOptions, prepare_transformer
+from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.latents import decoded_at_once, seeded_noise, to_images
+from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_vae, quantization_config
 
 Conditioning = dict[str, Tensor]
 """What the text encoders make of ONE prompt, without a batch dimension; batched, each tensor gains a leading N."""
@@ -28,35 +40,98 @@ GuidanceKind = Literal["embedded", "cfg", "none"]
 - ``none``: nothing.
 """
 
+_ENCODE_BATCH = 8
+"""Prompts per pass through the text encoders; they are cheap beside the transformer."""
 
-class FlowModel(Protocol):
-    """A pipeline folder seen as a flow: noise, velocity, pictures.
+
+class FlowModel(abc.ABC):
+    """A pipeline folder seen as a flow: noise, velocity, images.
 
     Components are loaded when they are first used: the transformer by ``velocity``, the text encoders by ``encode``,
     the autoencoder by ``decode``. So training, which only calls ``velocity``, never loads the other two.
+
+    Args:
+        folder: the opened pipeline folder.
+        device: where the components run.
+        dtype: of the frozen weights and of the transformer's inputs.
+        max_sequence_length: text tokens per prompt; None takes the model's own.
+        memory: what is given up for less memory.
+        compute: how the transformer is computed.
     """
 
-    transformer: nn.Module
-    """The network that is trained; assign the wrapped module (DDP, FSDP, compiled) here to use it."""
+    family: ClassVar[str]
+    """Short name of the model family, e.g. ``"flux"``."""
+    lora_targets: tuple[str, ...]
+    """Names (suffixes) of the linear layers that the family's published recipes adapt."""
+    patch: ClassVar[int] = 2
+    """Latent pixels per side of one token."""
+    fallback_size: ClassVar[int] = 1024
+    """Image side in pixels when the autoencoder's configuration does not give one."""
+    longest_text: ClassVar[int] = 512
+    """Text tokens per prompt unless the recipe says otherwise."""
+    depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)
+    """Keys of the transformer's configuration that say how often a block is repeated."""
+    negative_prompt: ClassVar[str] = ""
+    """The prompt of the unconditional pass."""
 
     place_transformer: Callable[[nn.Module], nn.Module]
     """Brings the frozen transformer, just loaded, to where it runs; assign another one (FSDP) before its first use."""
 
-    @property
-    def family(self) -> str:
-        """Short name of the model family, e.g. ``"flux"``."""
+    def __init__(
+        self,
+        folder: PipelineFolder,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        max_sequence_length: int | None,
+        memory: MemoryOptions | None = None,
+        compute: ComputeOptions | None = None,
+    ) -> None:
+        self.folder = folder
+        self.device = device
+        self.dtype = dtype
+        self.place_transformer = lambda module: module.to(device)
+        self.memory = memory or MemoryOptions()
+        self.compute = compute or ComputeOptions()
+        self._max_sequence_length = max_sequence_length
+        self._offload = OneAtATime(device) if self.memory.offload else None
+        self._movable = True
+        self._transformer: nn.Module | None = None
+        self._loaded: dict[str, Any] = {}
+        self._unconditional: Conditioning | None = None
+        self._ids: dict[tuple[object, ...], Tensor] = {}
+        self.transformer_config = folder.config("transformer")
+        self.vae_config = folder.config("vae")
+        self.vae_scale = self._vae_scale()
+
+    def _vae_scale(self) -> int:
+        """Pixels per side of one latent pixel."""
+        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
+
+    def depths(self) -> dict[str, int]:
+        """Kind of repeated block -> how many the transformer has."""
+        return {key: int(self.transformer_config[key]) for key in self.depth_keys}
+
+    def at_depths(self, depths: Mapping[str, int]) -> dict[str, Any]:
+        """What the transformer's configuration says of a model with other ``depths``."""
+        return dict(depths)
+
+    # -- components ---------------------------------------------------------------------------------------------
 
     @property
-    def device(self) -> torch.device:
-        """Where the components run."""
+    def transformer(self) -> nn.Module:
+        """The network that is trained, frozen as loaded; assign the wrapped module (DDP, FSDP, compiled) to use it."""
+        if self._transformer is None:
+            self._transformer = self._load_network("transformer")
+        if self._offload is not None and self._movable:
+            self._offload.use("transformer", "transformer", self._transformer)
+        return self._transformer
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the frozen weights and of the transformer's inputs."""
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Height and width, in pixels, that the model was made for."""
+    @transformer.setter
+    def transformer(self, module: nn.Module) -> None:
+        if self._offload is not None:
+            self._offload.forget("transformer")  # what was assigned is where its maker wants it
+        self._transformer, self._movable = module, False
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
@@ -65,41 +140,171 @@ class FlowModel(Protocol):
         ``digest`` is a SHA-256 over the bytes of every component file of a local folder (computed on first use, which
         reads all of them); a model of the Hub has ``commit`` instead.
         """
+        return self.folder.identity
 
     @property
-    def lora_targets(self) -> tuple[str, ...]:
-        """Names (suffixes) of the linear layers that the family's published recipes adapt."""
+    def default_size(self) -> tuple[int, int]:
+        """Height and width, in pixels, that the model was made for, by the autoencoder's configuration."""
+        size = self.vae_config.get("sample_size") or self.fallback_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return int(height), int(width)
+
+    def release_encoders(self) -> None:
+        """Free the text encoders; the next ``encode`` loads them again."""
+        self._release([name for name in self._loaded if name.startswith("text_encoder")])
+
+    def release_decoder(self) -> None:
+        """Free the autoencoder; the next ``decode`` loads it again."""
+        self._release(["vae"])
+
+    def _release(self, names: Sequence[str]) -> None:
+        for name in names:
+            self._loaded.pop(name, None)
+            if self._offload is not None:
+                self._offload.forget(name)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _component(self, name: str) -> Any:
+        """A component without weights (tokenizer, scheduler), loaded once."""
+        if name not in self._loaded:
+            self._loaded[name] = self.folder.load(name)
+        return self._loaded[name]
+
+    def _network(self, name: str) -> Any:
+        """A component with weights other than the transformer, loaded once."""
+        if name not in self._loaded:
+            self._loaded[name] = self._load_network(name)
+        if self._offload is not None:
+            self._offload.use("vae" if name == "vae" else "text", name, self._loaded[name])
+        return self._loaded[name]
+
+    def _load_network(self, name: str) -> nn.Module:
+        quantized = None
+        if name == "transformer":
+            quantized = quantization_config(self.memory.quantization, dtype=self.dtype, device=self.device)
+        # A first use inside inference mode must not leave inference tensors behind: they could never be trained on.
+        with torch.inference_mode(False):
+            module: nn.Module = self.folder.load(name, dtype=self.dtype, quantization=quantized)
+            module.eval().requires_grad_(False)
+            if name == "vae":
+                prepare_vae(module, self.memory)
+            if name == "transformer":
+                prepare_transformer(module, self.compute)
+            if self._offload is not None:
+                return module
+            return self.place_transformer(module) if name == "transformer" else module.to(self.device)
+
+    # -- text ---------------------------------------------------------------------------------------------------
 
     @property
-    def guidance_kind(self) -> GuidanceKind:
-        """What the guidance scale does to this model."""
+    def max_sequence_length(self) -> int:
+        """Text tokens per prompt: as the recipe says, or the family's own."""
+        return self.longest_text if self._max_sequence_length is None else self._max_sequence_length
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Encode prompts; the results are on the CPU and do not depend on the batch, up to rounding.
 
-        Where the text has no fixed length, each conditioning is as long as its prompt.
+        Where the text has no fixed length, each conditioning is as long as its prompt. Where guidance is ``cfg``, the
+        negative prompt is encoded as well, so that no sampling has to load the encoders again for it.
         """
+        conditionings = self._encode_all(prompts)
+        if self.guidance_kind == "cfg":
+            self.unconditional()
+        return conditionings
 
     def unconditional(self) -> Conditioning:
         """Encode what ``cfg`` guidance leads away from: the family's negative prompt; kept once encoded."""
+        if self._unconditional is None:
+            self._unconditional = self._encode_all([self.negative_prompt])[0]
+        return self._unconditional
 
-    def guided(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        """Join the velocities [N, ...] of the two passes of ``cfg`` guidance, in float32."""
+    def _encode_all(self, prompts: Sequence[str]) -> list[Conditioning]:
+        conditionings: list[Conditioning] = []
+        with torch.no_grad(), torch.inference_mode(False):
+            for start in range(0, len(prompts), _ENCODE_BATCH):
+                batch = self._encode(list(prompts[start : start + _ENCODE_BATCH]))
+                conditionings += [{key: value.to("cpu", copy=True) for key, value in one.items()} for one in batch]
+        return conditionings
 
     def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
         """Stack N conditionings (or take batched ones as they are), on the model's device and in its dtype."""
+        return stack_conditioning(conditioning, device=self.device, dtype=self.dtype)
+
+    def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's conditioning at so many text tokens: the token embeddings, unless there is more."""
+        return {"prompt_embeds": (tokens, int(self.transformer_config["joint_attention_dim"]))}
+
+    @abc.abstractmethod
+    def _encode(self, prompts: list[str]) -> list[Conditioning]:
+        """Encode a few prompts, one conditioning each."""
+
+    # -- flow ---------------------------------------------------------------------------------------------------
+
+    @property
+    def guidance_kind(self) -> GuidanceKind:
+        """What the guidance scale does: classifier-free guidance, unless the family says otherwise."""
+        return "cfg"
+
+    def guided(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
+        """Join the velocities [N, ...] of the two passes, in float32: v_uncond + g (v_cond - v_uncond)."""
+        start = as_float(unconditional)
+        return start + guidance * (as_float(conditional) - start)
 
     def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
-        """Return the sampling schedule [steps + 1], float32, descending, ending in 0."""
+        """Return the scheduler's schedule [steps + 1] with its shift for this size: float32, descending to 0."""
+        scheduler = self._component("scheduler")
+        config = scheduler.config
+        rows, columns = self.grid(height=height, width=width)
+        unshifted = None if config.get("use_flow_sigmas") else self._unshifted(steps)
+        scheduler.set_timesteps(
+            num_inference_steps=steps if unshifted is None else None,
+            sigmas=unshifted,
+            mu=self._shift(config, rows * columns, steps) if config.get("use_dynamic_shifting") else None,
+        )
+        schedule: Tensor = scheduler.sigmas
+        return schedule.to("cpu", torch.float32).clone()
 
-    def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:
-        """Return the shape of one image's latents as the transformer takes them, e.g. (S, C)."""
+    def _unshifted(self, steps: int) -> npt.NDArray[np.float64] | None:
+        """Sigmas [steps] before the scheduler shifts them, from 1 down; None = as the scheduler spaces them."""
+        return np.linspace(1.0, 1.0 / steps, steps)
+
+    def _shift(self, config: Any, tokens: int, steps: int) -> float:
+        """The schedule's shift exponent mu: linear in the number of image tokens (``calculate_shift``)."""
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        return float(start + (end - start) * (tokens - low) / (high - low))
 
     def pipeline_call(self, *, steps: int, guidance: float, height: int, width: int) -> dict[str, Any]:
-        """Return the arguments with which the pipeline of diffusers draws what is sampled here, beside the prompt."""
+        """Return the arguments, beside the prompt, with which the pipeline of diffusers draws the same image."""
+        call = {"height": height, "width": width, "num_inference_steps": steps}
+        return {**call, "max_sequence_length": self.max_sequence_length, **self._pipeline_guidance(guidance)}
+
+    def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
+        """The scale as the pipeline takes it."""
+        return {} if self.guidance_kind == "none" else {"guidance_scale": guidance}
+
+    def grid(self, *, height: int, width: int) -> tuple[int, int]:
+        """Return the token grid (rows, columns) of an image.
+
+        Raises:
+            UserError: the size is not a multiple of a token's side.
+        """
+        side = self.vae_scale * self.patch
+        if height <= 0 or width <= 0 or height % side or width % side:
+            raise UserError(
+                f"image size {height} x {width} does not fit this model: height and width must be multiples of {side}"
+            )
+        return height // side, width // side
+
+    def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:
+        """Shape of one image's latents as the transformer takes them: a map (C, H, W) unless overridden."""
+        rows, columns = self.grid(height=height, width=width)
+        return int(self.transformer_config["in_channels"]), rows * self.patch, columns * self.patch
 
     def noise(self, seeds: Sequence[int], *, height: int, width: int) -> Tensor:
-        """Return starting noise [N, S, C], float32: image i depends on ``seeds[i]`` only."""
+        """Return starting noise [N, ...], float32, image i from ``seeds[i]`` alone, as the pipeline draws it."""
+        return seeded_noise(seeds, self.latent_shape(height=height, width=width), device=self.device)
 
     def velocity(
         self,
@@ -111,23 +316,47 @@ class FlowModel(Protocol):
         height: int,
         width: int,
     ) -> Tensor:
-        """Return the model's velocity [N, S, C], in its dtype, at noisy ``latents`` [N, S, C] and ``sigma`` [N].
+        """Return the model's velocity [N, ...], in its dtype, at noisy ``latents`` [N, ...] and ``sigma`` [N].
 
         One pass: ``guidance`` counts only where it is ``embedded``.
         """
+        text, grid = self.batch_conditioning(conditioning), self.grid(height=height, width=width)
+        velocity: Tensor = self._velocity(latents.to(self.dtype), sigma, text, guidance, grid)
+        return velocity
+
+    @abc.abstractmethod
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        """The velocity [N, ...] of batched arguments, ``x`` in the model's dtype, on the token grid (rows, columns)."""
+
+    # -- images -------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image | None]:
-        """Turn clean latents [N, S, C] into N RGB pictures; None stands for one that is not finite."""
+        """Decode clean latents [N, ...] into N RGB images, a few at a time; None stands for one that is not finite."""
+        vae, at_once = self._network("vae"), decoded_at_once(height, width)
+        images: list[Image.Image | None] = []
+        with torch.inference_mode():
+            for start in range(0, len(latents), at_once):
+                batch = latents[start : start + at_once].to(self.device, self.dtype)
+                images += to_images(self.pixels(vae, batch, height=height, width=width))
+        return images
 
-    def release_encoders(self) -> None:
-        """Free the text encoders; the next ``encode`` loads them again."""
+    def pixels(self, vae: Any, latents: Tensor, *, height: int, width: int) -> Tensor:
+        """Pixels [N, 3, height, width] in [-1, 1] of clean latents [N, ...] in the autoencoder's dtype."""
+        return self._decode(vae, self._unpack(latents, height=height, width=width))
 
-    def release_decoder(self) -> None:
-        """Free the autoencoder; the next ``decode`` loads it again."""
+    def _unpack(self, latents: Tensor, *, height: int, width: int) -> Tensor:
+        """Turn the transformer's latents into the autoencoder's maps [N, C, H, W], still scaled."""
+        return latents
+
+    def _decode(self, vae: Any, maps: Tensor) -> Tensor:
+        """Pixels [N, 3, height, width] in [-1, 1] of scaled maps [N, C, H, W]."""
+        scale, shift = self.vae_config["scaling_factor"], self.vae_config.get("shift_factor") or 0.0
+        pixels: Tensor = vae.decode(maps / scale + shift, return_dict=False)[0]
+        return pixels
 
 
 def takes_two_passes(model: FlowModel, guidance: float) -> bool:
-    """Whether a sampling step at this guidance scale needs the unconditional velocity, too."""
+    """Whether a sampling step at this guidance scale also needs the unconditional velocity."""
     return model.guidance_kind == "cfg" and guidance > 1.0
 
 
@@ -142,9 +371,9 @@ def stack_conditioning(
         dtype: of floating-point entries; integer entries and masks keep theirs.
 
     Returns:
-        The same keys with a leading N. An entry whose first dimension differs between prompts is filled up with zeros
-        and accompanied by ``<key>_mask`` [N, L], bool, True where it is the prompt's own. Tensors that are in place
-        already are not copied.
+        The same keys with a leading N. An entry whose first dimension differs between prompts is padded with zeros and
+        gets a ``<key>_mask`` [N, L], bool, True where it is the prompt's own. Tensors that are already where and as
+        they should be are not copied.
     """
     if isinstance(conditioning, Mapping):
         batched: Conditioning = conditioning

@@ -10,7 +10,6 @@ import torch
 from gdro_cli.errors import UserError
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
-from gdro_cli.models.family import DiffusersFlow
 from gdro_cli.models.flux import FluxFlow
 from gdro_cli.models.flux2_klein import Flux2KleinFlow
 from gdro_cli.models.folder import PipelineFolder
@@ -19,7 +18,7 @@ from gdro_cli.models.qwen_image import QwenImageFlow
 from gdro_cli.models.sd3 import StableDiffusion3Flow
 from gdro_cli.models.z_image import ZImageFlow
 
-FAMILIES: dict[str, type[DiffusersFlow]] = {
+FAMILIES: dict[str, type[FlowModel]] = {
     "FluxPipeline": FluxFlow,
     "Flux2KleinPipeline": Flux2KleinFlow,
     "QwenImagePipeline": QwenImageFlow,
@@ -34,7 +33,7 @@ DtypeName = Literal["auto", "float32", "bfloat16"]
 
 
 def load_flow_model(
-    path: str | Path,
+    model: str | Path | PipelineFolder,
     *,
     dtype: DtypeName = "auto",
     device: torch.device | str = "cpu",
@@ -42,10 +41,10 @@ def load_flow_model(
     memory: MemoryOptions | None = None,
     compute: ComputeOptions | None = None,
 ) -> FlowModel:
-    """Open a pipeline folder; nothing heavy is loaded before it is used.
+    """Open a model in its family; nothing heavy is loaded before it is used.
 
     Args:
-        path: pipeline folder, or Hub id (whose files are fetched when they are needed).
+        model: pipeline folder, opened or by its path, or Hub id (whose files are fetched when they are needed).
         dtype: of the weights; auto = bfloat16 on CUDA, float32 elsewhere.
         device: where the model runs.
         max_sequence_length: text tokens per prompt; None takes the model's own.
@@ -53,35 +52,14 @@ def load_flow_model(
         compute: how the transformer is computed; None = as it is loaded.
 
     Raises:
-        PrerequisiteError: the model is not there; the message says what to fetch.
+        PrerequisiteError: the model is not on this machine; the message says what to fetch.
         UserError: the pipeline is of an unknown family, or the dtype is unknown.
     """
-    return flow_of(
-        PipelineFolder(path),
-        dtype=dtype,
-        device=device,
-        max_sequence_length=max_sequence_length,
-        memory=memory,
-        compute=compute,
-    )
-
-
-def flow_of(
-    folder: PipelineFolder,
-    *,
-    dtype: DtypeName = "auto",
-    device: torch.device | str = "cpu",
-    max_sequence_length: int | None = None,
-    memory: MemoryOptions | None = None,
-    compute: ComputeOptions | None = None,
-) -> DiffusersFlow:
-    """The family of an opened pipeline folder; arguments and errors as in ``load_flow_model``."""
+    folder = model if isinstance(model, PipelineFolder) else PipelineFolder(model)
     target = torch.device(device)
     if dtype == "auto":
-        weights = torch.bfloat16 if target.type == "cuda" else torch.float32
-    elif dtype in _DTYPES:
-        weights = _DTYPES[dtype]
-    else:
+        dtype = "bfloat16" if target.type == "cuda" else "float32"
+    if dtype not in _DTYPES:
         raise UserError(f"model.dtype is {dtype!r}: choose auto, {', '.join(_DTYPES)}")
     family = FAMILIES.get(folder.pipeline)
     if family is None:
@@ -92,7 +70,7 @@ def flow_of(
     return family(
         folder,
         device=target,
-        dtype=weights,
+        dtype=_DTYPES[dtype],
         max_sequence_length=max_sequence_length,
         memory=memory,
         compute=compute,

@@ -2,14 +2,13 @@
 
 Text: pooled CLIP embedding and T5 token embeddings, all tokens seen (FLUX has no text mask). Latents: the
 autoencoder's map, 2 x 2 pixels packed into one token. Guidance: dev has it as an input (``guidance_embeds``), schnell
-and the embedded model have none and ignore the value; there is no second, unconditional pass.
+and the embedded model have none and ignore the value. No model takes a second, unconditional pass.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,7 +42,7 @@ class FluxFlow(PackedFlow):
 
     @property
     def max_sequence_length(self) -> int:
-        """T5 tokens per prompt: as asked for, or the tokenizer's own length, at most 512."""
+        """T5 tokens per prompt: as the recipe says, or the tokenizer's own length, at most 512."""
         if self._max_sequence_length is not None:
             return self._max_sequence_length
         return self._own_length
@@ -67,7 +66,7 @@ class FluxFlow(PackedFlow):
         return "embedded" if self.transformer_config.get("guidance_embeds") else "none"
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        clip_tokenizer, clip = self._part("tokenizer"), self._module("text_encoder")
+        clip_tokenizer, clip = self._component("tokenizer"), self._network("text_encoder")
         clip_ids = clip_tokenizer(
             prompts,
             padding="max_length",
@@ -75,41 +74,29 @@ class FluxFlow(PackedFlow):
             truncation=True,
             return_tensors="pt",
         ).input_ids
-        ids = tokenize(self._part("tokenizer_2"), prompts, length=self.max_sequence_length).input_ids
+        ids = tokenize(self._component("tokenizer_2"), prompts, length=self.max_sequence_length).input_ids
         return split(
             {
-                "prompt_embeds": self._module("text_encoder_2")(ids.to(self.device))[0],
+                "prompt_embeds": self._network("text_encoder_2")(ids.to(self.device))[0],
                 "pooled_prompt_embeds": clip(clip_ids.to(self.device)).pooler_output,
             }
         )
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, S, C]; ``guidance`` counts only where the model embeds it (FLUX.1-dev)."""
-        text = self.batch_conditioning(conditioning)
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
         embeds = text["prompt_embeds"]
         scale = None
         if self.transformer_config.get("guidance_embeds"):
             scale = torch.full_like(sigma, guidance)
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(self.dtype),
+        return self.transformer(
+            hidden_states=x,
             timestep=sigma,  # the transformer itself multiplies by 1000
             guidance=scale,
             pooled_projections=text["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=self._positions("text", embeds.shape[1], 1),
-            img_ids=self._positions("image", *self.grid(height=height, width=width)),
+            img_ids=self._positions("image", *grid),
             return_dict=False,
         )[0]
-        return velocity
 
     def _positions(self, kind: str, rows: int, columns: int) -> Tensor:
         """Token positions [rows * columns, 3] (unused, row, column), cached; text tokens all stand at the origin."""

@@ -4,7 +4,7 @@ Text: the hidden states after layers 9, 18 and 27 of Qwen3, side by side, for th
 included (the transformer has no text mask and was made with the padding). Latents: the autoencoder's map, 2 x 2 pixels
 gathered into channels and normalised by the autoencoder's batch statistics; one token per gathered pixel. Guidance: the
 distilled models have none; base has classifier-free guidance away from the empty prompt, and is trained on the
-conditional velocity. Schedule: a shift that depends on picture size and number of steps.
+conditional velocity. Schedule: a shift that depends on image size and number of steps.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gdro_cli.models.base import Conditioning, GuidanceKind
-from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.base import Conditioning, FlowModel, GuidanceKind
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import seeded_noise
 from gdro_cli.models.text import chat, split, tokenize
@@ -30,7 +29,7 @@ _MANY_TOKENS = 4300
 """Above so many image tokens the shift is that of 200 steps, whatever the number of steps."""
 
 
-class Flux2KleinFlow(DiffusersFlow):
+class Flux2KleinFlow(FlowModel):
     """FLUX.2 klein as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, 3 D]."""
 
     family: ClassVar[str] = "flux2-klein"
@@ -56,20 +55,12 @@ class Flux2KleinFlow(DiffusersFlow):
         return "none" if self.folder.setting("is_distilled") else "cfg"
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        tokenizer = self._part("tokenizer")
+        tokenizer = self._component("tokenizer")
         texts = chat(tokenizer, prompts, thinking=False)
         tokens = tokenize(tokenizer, texts, length=self.max_sequence_length, prompts=prompts).to(self.device)
-        # The inner model: logits over the vocabulary are not needed.
-        states = (
-            self._module("text_encoder")
-            .base_model(
-                input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                output_hidden_states=True,
-                use_cache=False,
-            )
-            .hidden_states
-        )
+        encoder = self._network("text_encoder").base_model  # without its head: the logits are not needed
+        options = {"attention_mask": tokens.attention_mask, "output_hidden_states": True, "use_cache": False}
+        states = encoder(input_ids=tokens.input_ids, **options).hidden_states
         return split({"prompt_embeds": torch.cat([states[layer] for layer in _LAYERS], dim=-1)})
 
     def _shift(self, config: Any, tokens: int, steps: int) -> float:
@@ -88,29 +79,17 @@ class Flux2KleinFlow(DiffusersFlow):
         tokens, channels = self.latent_shape(height=height, width=width)
         return seeded_noise(seeds, (channels, tokens), device=self.device).transpose(1, 2).contiguous()
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, S, C] of one pass; ``guidance`` is the sampler's business."""
-        embeds = self.batch_conditioning(conditioning)["prompt_embeds"]
-        rows, columns = self.grid(height=height, width=width)
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(self.dtype),
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        embeds = text["prompt_embeds"]
+        return self.transformer(
+            hidden_states=x,
             timestep=sigma,  # the transformer itself multiplies by 1000
             guidance=None,
             encoder_hidden_states=embeds,
             txt_ids=self._positions(1, 1, embeds.shape[1]),
-            img_ids=self._positions(rows, columns, 1),
+            img_ids=self._positions(*grid, 1),
             return_dict=False,
         )[0]
-        return velocity
 
     def _positions(self, rows: int, columns: int, words: int) -> Tensor:
         """Token positions [rows * columns * words, 4] (unused, row, column, word), cached."""

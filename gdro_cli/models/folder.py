@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder, on disk or on the Hugging Face Hub, opened one component at a time.
+"""A diffusers pipeline folder, local or on the Hugging Face Hub, opened one component at a time.
 
 ``model_index.json`` names the class of each component and the library it comes from. Components of diffusers and
 transformers are loaded, and those of modules inside ``gdro_cli``; any other library is refused, so that a downloaded
@@ -8,13 +8,9 @@ folder can never choose code to run.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib
-import json
 import re
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +18,16 @@ import torch
 from torch import nn
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.files import sha256_file
+from gdro_cli.model_source import ModelSource, files_digest, weights_problem
 
 _INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 _OWN = "gdro_cli."
 _COMPONENT = re.compile(r"[A-Za-z_]\w*", re.ASCII)
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-_ASKS_FOR_CODE = re.compile(r"Auto[A-Z]\w*|\w*Pipeline\w*", re.ASCII)
-"""Classes that open whatever class a file names, also one whose code lies in the folder."""
+_NETWORKS = ("text_encoder", "transformer", "vae")
 _ATTENTION = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 """What a configuration may name as an implementation. Other names are kernels, which are code from the Hub."""
-_LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
-"""Repositories whose files the Hub gives out after their licence has been accepted; the beginnings of their ids."""
-_HASH_THREADS = 4
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _LICENCES = ("licen", "notice", "use_policy")
 
 
@@ -52,22 +44,10 @@ class PipelineFolder:
 
     def __init__(self, path: str | Path, *, fetch: bool = True) -> None:
         self.path = str(path)
-        self._may_fetch = fetch
-        folder = Path(path).expanduser()
-        self._repo: str | None = None
-        self._commit: str | None = None
-        if folder.is_dir():
-            self._root = folder
-        elif _HUB_ID.fullmatch(self.path):
-            self._repo = self.path
-            self._root = self._fetch([_INDEX])
-            self._commit = self._root.name
-        else:
-            raise PrerequisiteError(
-                f"model folder {self.path} does not exist: set model.path to a folder with {_INDEX} (such as "
-                "`hf download OWNER/NAME --local-dir FOLDER` makes), to a Hub id like OWNER/NAME, or to tiny"
-            )
-        self._index = _read_json(self._root / _INDEX, what=f"model {self.path}")
+        self._source = ModelSource(path, key="model.path", fetch=fetch)
+        self._source.get(_INDEX)
+        self._index = self._source.read_json(_INDEX)
+        self._checked = False
 
     @property
     def pipeline(self) -> str:
@@ -77,7 +57,12 @@ class PipelineFolder:
     @property
     def components(self) -> dict[str, str]:
         """Component name -> class name, without the absent ones."""
-        return {name: entry[1] for name, entry in self._entries()}
+        return {name: class_name for name, (_, class_name) in self._entries.items()}
+
+    @property
+    def on_hub(self) -> bool:
+        """Whether the files come from the Hub and not from a folder of the user's."""
+        return self._source.on_hub
 
     def setting(self, name: str) -> Any:
         """A plain value that the pipeline keeps beside its components, such as ``is_distilled``; None if absent."""
@@ -90,19 +75,20 @@ class PipelineFolder:
             PrerequisiteError: the file is missing or broken.
             UserError: it asks for kernels from elsewhere.
         """
-        if self._repo is not None:
-            self._fetch([f"{name}/{file}"])
-        found = _read_json(self._root / name / file, what=f"component {name} of model {self.path}")
-        foreign = next((kernel for kernel in _implementations(found) if kernel not in _ATTENTION), None)
+        self._source.get(f"{name}/{file}")
+        config = self._source.read_json(f"{name}/{file}")
+        foreign = next((kernel for kernel in _implementations(config) if kernel not in _ATTENTION), None)
         if foreign is not None:
             raise UserError(
                 f"{file} of component {name} of model {self.path} names the implementation {foreign[:60]!r}, "
                 f"but only {', '.join(_ATTENTION)} are used: take that entry out of the file"
             )
-        return found
+        return config
 
     def load(self, name: str, *, dtype: torch.dtype | None = None, quantization: Any = None) -> Any:
         """Load a component by the class that ``model_index.json`` names.
+
+        The first load from a local folder checks all of its components, so that none fails after hours of sampling.
 
         Args:
             name: component name, e.g. ``"transformer"``.
@@ -110,36 +96,108 @@ class PipelineFolder:
             quantization: a quantization config of diffusers, where the weights are to be stored in fewer bits.
 
         Raises:
-            PrerequisiteError: the component is absent, incomplete or broken.
+            PrerequisiteError: the component, or another one, is absent, incomplete or broken.
             UserError: its class comes from a library that is not loaded, or is of another kind of component.
         """
-        from safetensors import SafetensorError
-
         cls = self.component_class(name)
-        if issubclass(cls, nn.Module) != (dtype is not None):
-            kinds = ("a network", "no network") if dtype is None else ("no network", "a network")
-            raise UserError(
-                f"model {self.path} names {cls.__name__} for {name}, which is {kinds[0]}, but {name} must be "
-                f"{kinds[1]}: fetch the pipeline folder again"
-            )
-        if self._repo is not None:
-            self._fetch([f"{name}/*"])
-        # weights come as safetensors or not at all: the libraries would also read pickles that lie beside them
-        options: dict[str, Any] = {} if dtype is None else {"dtype": dtype, "use_safetensors": True}
-        if self._from_transformers(name):
-            options |= dict(trust_remote_code=False)  # else they ask on standard input
-            if dtype is not None:
-                self.config(name)
-        if quantization is not None:
-            options["quantization_config"] = quantization
-        try:
-            with _quietly():
-                return cls.from_pretrained(str(self._root / name), local_files_only=True, **options)
-        except (OSError, ValueError, ImportError, RecursionError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise PrerequisiteError(
-                f"component {name} of model {self.path} cannot be loaded ({reason}): fetch the folder again"
-            ) from error
+        if self.on_hub:
+            self._source.get(f"{name}/*")
+        elif not self._checked:
+            self.check()
+        if name.startswith("text_encoder"):
+            self.config(name)  # refuses kernels
+        options = {} if quantization is None else {"quantization_config": quantization}
+        return self._source.load(cls, name, dtype=dtype, **options)
+
+    def check(self) -> None:
+        """Compare the files of all components with their classes; of weights, names and shapes alone are read.
+
+        Raises:
+            PrerequisiteError: a weight or a vocabulary is missing or misshapen, or a file is broken.
+            UserError: as for ``load``.
+        """
+        for name in self.components:
+            if name.startswith("tokenizer"):
+                self._check_vocabulary(name)
+            elif name.startswith(_NETWORKS) and not self.config(name).get("quantization_config"):
+                # The names and shapes of quantised weights are the quantiser's, which looks at them when they load.
+                self._check_weights(name)
+        self._checked = True
+
+    def _check_vocabulary(self, name: str) -> None:
+        """Without a vocabulary, transformers makes a tokenizer that knows no word, and says nothing."""
+        files = dict(self.component_class(name).vocab_files_names)
+        whole = files.pop("tokenizer_file", "tokenizer.json")
+        folder = self._source.folder / name
+        needed = [whole] if (folder / whole).is_file() or not files else files.values()
+        for file in ("tokenizer_config.json", *needed):
+            if not (folder / file).is_file():
+                raise self._refusal(name, f"has no {file}")
+
+    def _check_weights(self, name: str) -> None:
+        cls = self.component_class(name)
+        if name.startswith("text_encoder"):
+            # On the meta device the library reads no numbers, and it knows which names its versions have changed.
+            self._source.load(cls, name, dtype=torch.float32, device_map="meta")
+            return
+        own, stored = self.meta_component(name).state_dict(), self._stored_shapes(name)
+        ignored = cls._keys_to_ignore_on_load_unexpected or ()
+        problem = weights_problem(
+            missing=own.keys() - stored.keys(),
+            misshapen=[
+                (key, shape, own[key].shape)
+                for key, shape in stored.items()
+                if key in own and list(own[key].shape) != shape
+            ],
+            unexpected=[k for k in stored.keys() - own.keys() if not any(re.search(one, k) for one in ignored)],
+        )
+        if problem is not None:
+            raise self._refusal(name, problem)
+
+    def _stored_shapes(self, name: str) -> dict[str, list[int]]:
+        """Names and shapes in the weight files of a component of diffusers, from their headers."""
+        from safetensors import SafetensorError, safe_open
+
+        shapes: dict[str, list[int]] = {}
+        for file in self.weight_files(name):
+            try:
+                with safe_open(self._source.folder / file, "pt") as tensors:
+                    shapes |= {key: tensors.get_slice(key).get_shape() for key in tensors.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise self._refusal(name, f"cannot be loaded ({file}: {error})") from error
+        return shapes
+
+    def _refusal(self, name: str, problem: str) -> PrerequisiteError:
+        return PrerequisiteError(f"component {name} of model {self.path} {problem}: {self._source.remedy}")
+
+    def weight_files(self, name: str) -> list[str]:
+        """Names of the files, relative to the folder, that hold the weights of a component of diffusers.
+
+        Raises:
+            PrerequisiteError: the list of the parts of sharded weights is broken.
+        """
+        index = f"{name}/{_WEIGHTS}.index.json"
+        if not (self._source.folder / index).exists():
+            return [f"{name}/{_WEIGHTS}"]
+        parts = self._source.read_json(index).get("weight_map")
+        if not isinstance(parts, dict):
+            raise PrerequisiteError(f"{index} of model {self.path} names no files: {self._source.remedy}")
+        return sorted({f"{name}/{part}" for part in parts.values()})
+
+    def meta_component(self, name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """Build a network on the meta device by its class and configuration, frozen: shapes without numbers.
+
+        Raises:
+            PrerequisiteError: one of them is missing.
+            UserError: the class comes from a library that is not loaded.
+        """
+        cls = self.component_class(name)
+        config = {key: value for key, value in self.config(name).items() if not key.startswith("_")}
+        with torch.device("meta"):
+            transformers = getattr(cls, "config_class", None)
+            module: nn.Module = cls.from_config(config) if transformers is None else cls(transformers.from_dict(config))
+        # torch's own method: that of diffusers warns of layers which are to stay in float32 where there are none
+        return nn.Module.to(module, dtype=dtype).eval().requires_grad_(False)
 
     def files(self) -> dict[str, Path]:
         """The index and every file of every component, fetched where needed: relative name -> file.
@@ -147,156 +205,103 @@ class PipelineFolder:
         Raises:
             PrerequisiteError: files of a Hub repository cannot be fetched.
         """
-        if self._repo is not None:
-            self._fetch([f"{name}/*" for name, _ in self._entries()])
-        found = {_INDEX: self._root / _INDEX}
-        for name, _ in self._entries():
-            there = (f for f in (self._root / name).rglob("*") if f.is_file() and not f.name.startswith("."))
-            found |= {f.relative_to(self._root).as_posix(): f for f in there}
-        return found
+        root = self._source.get(_INDEX, *(f"{name}/*" for name in self.components))
+        files = {_INDEX: root / _INDEX}
+        for name in self.components:
+            visible = (f for f in (root / name).rglob("*") if f.is_file() and not f.name.startswith("."))
+            files |= {f.relative_to(root).as_posix(): f for f in visible}
+        return files
 
     def own_files(self) -> dict[str, Path]:
-        """``files`` and ``licence_files``, all of which lie in the folder itself: to be given away with a copy of it.
+        """``files`` and licences, all of which lie in the folder itself: to be given away with a copy of it.
 
         Raises:
             PrerequisiteError: one is a link that leads out of the folder, or cannot be fetched.
         """
+        root = self._source.get("LICENSE*", "NOTICE*")
+        beside = (f for f in root.iterdir() if f.is_file())
+        licences = {f.name: f for f in beside if f.name.lower().startswith(_LICENCES)}
         # in the Hub's cache a snapshot's files are links to the blobs beside it
-        snapshot = self._root.resolve()
+        snapshot = root.resolve()
         cached = snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--")
         inside = snapshot.parent.parent if cached else snapshot
-        found = {**self.files(), **self.licence_files()}
-        for name, path in found.items():
+        files = {**self.files(), **licences}
+        for name, path in files.items():
             if not path.resolve().is_relative_to(inside):
                 raise PrerequisiteError(
                     f"{name} of model {self.path} is a link that leads out of the folder: put the file itself there, "
-                    "or fetch the pipeline folder again"
+                    f"or {self._source.remedy}"
                 )
-        return found
-
-    def licence_files(self) -> dict[str, Path]:
-        """Licences and notices that lie beside the index, fetched where needed: name -> file."""
-        if self._repo is not None:
-            self._fetch(["LICENSE*", "NOTICE*"])
-        beside = (f for f in self._root.iterdir() if f.is_file())
-        return {f.name: f for f in beside if f.name.lower().startswith(_LICENCES)}
-
-    @property
-    def on_hub(self) -> bool:
-        """Whether the files come from the Hub and not from a folder of the user's."""
-        return self._repo is not None
+        return files
 
     def component_class(self, name: str) -> Any:
         """Find the class of a component.
 
         Raises:
             PrerequisiteError: the pipeline has no such component, or the installed library no such class.
-            UserError: the class comes from a library that is not loaded, or would choose another one by itself.
+            UserError: the class comes from a library that is not loaded, or is of another kind of component.
         """
-        entry = dict(self._entries()).get(name)
-        if entry is None:
-            raise PrerequisiteError(f"model {self.path} has no component {name}: fetch the whole pipeline folder")
-        library, class_name = entry
+        if name not in self._entries:
+            raise PrerequisiteError(f"model {self.path} has no component {name}: {self._source.remedy}")
+        library, class_name = self._entries[name]
         if library not in _LIBRARIES and not library.startswith(_OWN):
             raise UserError(
                 f"model {self.path} names {library}.{class_name} for {name}, "
                 "but only classes of diffusers, transformers and gdro_cli are loaded"
             )
-        if _ASKS_FOR_CODE.fullmatch(class_name):
-            raise UserError(
-                f"model {self.path} names {library}.{class_name} for {name}, which can run code of the folder: "
-                f"name the component's own class in {_INDEX}"
-            )
         try:
             cls = getattr(importlib.import_module(library), class_name)
-            cls.from_pretrained  # noqa: B018 (whether there is one)
-            if not isinstance(cls, type):
-                raise AttributeError(class_name)
-            return cls
         except (ImportError, AttributeError) as error:
             raise PrerequisiteError(
                 f"model {self.path} needs {library}.{class_name} for {name}, which the installed {library} lacks: "
                 "upgrade it"
             ) from error
+        kind = _kind(name)
+        # So no class is loaded that opens whatever a file names, code of the folder included, such as AutoTokenizer.
+        if not (isinstance(cls, type) and issubclass(cls, kind)):
+            raise UserError(
+                f"model {self.path} names {library}.{class_name} for {name}, which is not a {kind.__name__}: fetch the "
+                "pipeline folder again"
+            )
+        return cls
 
     @functools.cached_property
     def identity(self) -> dict[str, str | dict[str, str]]:
         """Path, pipeline and component classes, and ``digest`` (local) or ``commit`` (Hub). Reads every file once."""
-        what: dict[str, str | dict[str, str]] = {
+        classes: dict[str, str | dict[str, str]] = {
             "path": self.path,
             "pipeline": self.pipeline,
             "components": self.components,
         }
-        if self._commit is not None:
-            return {**what, "commit": self._commit}
-        return {**what, "digest": self._digest()}
+        if self._source.commit is not None:
+            return {**classes, "commit": self._source.commit}
+        return {**classes, "digest": files_digest(self.files())}
 
-    def _digest(self) -> str:
-        """SHA-256 over (relative name, SHA-256 of the bytes) of the index and of every component's files."""
-        files = self.files()
-        with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            sums = list(pool.map(sha256_file, files.values()))
-        lines = sorted(f"{name} {digest}\n" for name, digest in zip(files, sums, strict=True))
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
-
-    def _from_transformers(self, name: str) -> bool:
-        return dict(self._entries())[name][0] == "transformers"
-
-    def _entries(self) -> Iterator[tuple[str, tuple[str, str]]]:
+    @functools.cached_property
+    def _entries(self) -> dict[str, tuple[str, str]]:
+        """Component name -> library and class."""
+        entries = {}
         for name, value in self._index.items():
             if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
                 if not _COMPONENT.fullmatch(name):
                     raise PrerequisiteError(
-                        f"model {self.path} names a component {name[:40]!r}, which is no folder of it: fetch the"
+                        f"model {self.path} names a component {name[:40]!r}, which is not a folder of it: fetch the"
                         " pipeline folder again"
                     )
-                yield name, (value[0], value[1])
-
-    def _fetch(self, patterns: Sequence[str]) -> Path:
-        """Fetch files of the Hub repository into its cache, or take them from there; returns the snapshot folder."""
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
-
-        repo = str(self._repo)
-        terms = f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
-        local = f"or put it anywhere with `hf download {repo} --local-dir FOLDER` and set model.path=FOLDER"
-        try:
-            return Path(
-                snapshot_download(
-                    repo,
-                    revision=self._commit,
-                    allow_patterns=list(patterns),
-                    ignore_patterns=["*.bin", "*.msgpack"],
-                    local_files_only=not self._may_fetch,
-                )
-            )
-        except GatedRepoError as error:
-            raise PrerequisiteError(
-                f"model {repo} is given out under a licence: {terms}, then run the command again, {local}"
-            ) from error
-        except (OSError, EntryNotFoundError, HFValidationError) as error:
-            first = f"{terms}, then" if repo.startswith(_LICENSED) else "with a connection,"
-            raise PrerequisiteError(
-                f"model {repo} is neither a folder here nor could {', '.join(patterns)} be fetched from the Hugging "
-                f"Face Hub ({type(error).__name__}): {first} fetch it with `hf download {repo}`, {local}"
-            ) from error
+                entries[name] = (value[0], value[1])
+        return entries
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep transformers from drawing bars, which break up our own, and from asking whether code may be run."""
-    from transformers import dynamic_module_utils
-    from transformers.utils import logging
+def _kind(name: str) -> type:
+    """The class that a component's class must descend from."""
+    from diffusers import ModelMixin, SchedulerMixin
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    bars, patience = logging.is_progress_bar_enabled(), dynamic_module_utils.TIME_OUT_REMOTE_CODE
-    logging.disable_progress_bar()
-    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # seconds to wait for a yes: some classes open others by themselves
-    try:
-        yield
-    finally:
-        dynamic_module_utils.TIME_OUT_REMOTE_CODE = patience
-        if bars:
-            logging.enable_progress_bar()
+    if name.startswith("tokenizer"):
+        return PreTrainedTokenizerBase
+    if name.startswith("text_encoder"):
+        return PreTrainedModel
+    return SchedulerMixin if name == "scheduler" else ModelMixin
 
 
 def _implementations(config: dict[str, Any]) -> Iterator[str]:
@@ -310,14 +315,3 @@ def _implementations(config: dict[str, Any]) -> Iterator[str]:
             waiting += [(part, named) for part in value]
         elif named and isinstance(value, str):
             yield value
-
-
-def _read_json(path: Path, *, what: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
-        raise PrerequisiteError(f"{what}: {path} {reason}: fetch the pipeline folder again") from error
-    if not isinstance(value, dict):
-        raise PrerequisiteError(f"{what}: {path} is not a JSON object: fetch the pipeline folder again")
-    return value

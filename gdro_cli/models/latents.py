@@ -1,4 +1,4 @@
-"""Latents and pictures as tensors: seeded noise, patches packed into tokens, decoder output to pictures.
+"""Latents and images as tensors: seeded noise, patches packed into tokens, decoder output to images.
 
 Shapes: N images, C channels, R x K tokens (rows x columns), p latent pixels per side of a token.
 """
@@ -12,8 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-NOT_FINITE = "the picture is not finite"
-"""Why there is no picture."""
+NOT_FINITE = "the image is not finite"
+"""Why there is no image."""
+
+
+_DECODE_PIXELS = 1 << 21
+"""Pixels per pass through the autoencoder (two images of 1024 x 1024), which bounds its memory."""
+
+
+def decoded_at_once(height: int, width: int) -> int:
+    """Images per pass through the autoencoder."""
+    return max(1, _DECODE_PIXELS // (height * width))
 
 
 def seeded_noise(seeds: Sequence[int], shape: Sequence[int], *, device: torch.device) -> Tensor:
@@ -40,10 +49,10 @@ def unpack(tokens: Tensor, grid: tuple[int, int], *, patch: int) -> Tensor:
     return maps.reshape(len(tokens), -1, rows * patch, columns * patch)
 
 
-def pictures(pixels: Tensor) -> list[Image.Image | None]:
-    """Turn decoder output [N, 3, height, width] in [-1, 1] into pictures.
+def to_images(pixels: Tensor) -> list[Image.Image | None]:
+    """Turn decoder output [N, 3, height, width] in [-1, 1] into images.
 
-    None stands for one with a number that is not finite: whatever its pixels became would be no picture of the model.
+    None stands for one with a number that is not finite: whatever its pixels became would not be the model's image.
     """
     finite = pixels.isfinite().flatten(1).all(1).tolist()
     values = (pixels / 2 + 0.5).clamp(0, 1).float().permute(0, 2, 3, 1).cpu().numpy()
@@ -53,9 +62,9 @@ def pictures(pixels: Tensor) -> list[Image.Image | None]:
     ]
 
 
-def complete(found: Sequence[Image.Image | None]) -> list[Image.Image]:
-    """The pictures, for those who need all of them. Raises ValueError if one is missing."""
-    there = [picture for picture in found if picture is not None]
-    if len(there) < len(found):
+def complete(images: Sequence[Image.Image | None]) -> list[Image.Image]:
+    """The images, for callers that need all of them. Raises ValueError if one is missing."""
+    finite = [image for image in images if image is not None]
+    if len(finite) < len(images):
         raise ValueError(NOT_FINITE)
-    return there
+    return finite

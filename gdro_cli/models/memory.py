@@ -1,4 +1,4 @@
-"""How a model is kept small: a quantised base, one part on the device at a time, and a decoder that works in pieces."""
+"""How a model needs less memory: a quantised base, one part on the device at a time, a decoder that works in pieces."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from gdro_cli.errors import PrerequisiteError, UserError
 
 Quantization = Literal["none", "int8", "fp8", "nf4"]
-Part = Literal["text", "transformer", "vae"]
+ModelPart = Literal["text", "transformer", "vae"]
 
 _PACKAGES: dict[str, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
 """What quantises; each is an extra of the same name."""
@@ -25,15 +25,15 @@ class MemoryOptions:
     quantization: Quantization = "none"
     """How the linear layers of the frozen transformer are stored."""
     offload: bool = False
-    """Keep text encoders, transformer and autoencoder on the CPU but for the one that is at work."""
+    """Keep text encoders, transformer and autoencoder on the CPU, except for the one that is at work."""
     vae_slicing: bool = False
-    """Decode one picture at a time."""
+    """Decode one image at a time."""
     vae_tiling: bool = False
-    """Decode a large picture in overlapping tiles, which changes it slightly."""
+    """Decode a large image in overlapping tiles, which changes it slightly."""
 
 
 class OneAtATime:
-    """Of the parts of a model, the one that was asked for last is on the device, and the others on the CPU.
+    """Keeps on the device the part of a model that was used last, and the others on the CPU.
 
     Args:
         device: where parts work.
@@ -41,10 +41,10 @@ class OneAtATime:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._here: dict[str, nn.Module] = {}
-        self._part: Part | None = None
+        self._on_device: dict[str, nn.Module] = {}
+        self._part: ModelPart | None = None
 
-    def use(self, part: Part, name: str, module: nn.Module) -> None:
+    def use(self, part: ModelPart, name: str, module: nn.Module) -> None:
         """Bring ``module`` to the device, after what belongs to another part has left it.
 
         Args:
@@ -53,18 +53,18 @@ class OneAtATime:
             module: what is about to work.
         """
         if part != self._part:
-            for other in self._here.values():
+            for other in self._on_device.values():
                 other.to("cpu")
-            self._here.clear()
+            self._on_device.clear()
             self._part = part
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-        if self._here.get(name) is not module:
-            self._here[name] = module.to(self._device)
+        if self._on_device.get(name) is not module:
+            self._on_device[name] = module.to(self._device)
 
     def forget(self, name: str) -> None:
         """Let go of a module that is freed."""
-        self._here.pop(name, None)
+        self._on_device.pop(name, None)
 
 
 def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch.device) -> Any:
@@ -89,7 +89,7 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch
         if device.type != "cuda":
             raise PrerequisiteError(
                 "model.quantization nf4 needs a CUDA GPU, which quantises the weights while they are loaded: set it to"
-                " int8 or fp8 to go on without one"
+                " int8 or fp8 to continue without one"
             )
         from diffusers import BitsAndBytesConfig
 
@@ -101,20 +101,17 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch
 
 
 def prepare_vae(vae: Any, options: MemoryOptions) -> None:
-    """Switch on the pieces in which the autoencoder is to work.
+    """Let the autoencoder work in pieces where the options say so.
 
     Raises:
-        UserError: it cannot.
+        UserError: its class cannot.
     """
-    for wanted, key, method in (
-        (options.vae_slicing, "model.vae_slicing", "enable_slicing"),
-        (options.vae_tiling, "model.vae_tiling", "enable_tiling"),
-    ):
-        if not wanted:
-            continue
+    for wanted, way in ((options.vae_slicing, "slicing"), (options.vae_tiling, "tiling")):
         try:
-            getattr(vae, method)()
+            if wanted:
+                getattr(vae, f"enable_{way}")()
         except (AttributeError, NotImplementedError) as error:
+            name = type(vae).__name__
             raise UserError(
-                f"{key} has no effect on the autoencoder of this model ({type(vae).__name__}): set it to false"
+                f"model.vae_{way} has no effect on the autoencoder of this model ({name}): set it to false"
             ) from error

@@ -15,8 +15,8 @@ from torch import nn
 
 from gdro_cli.core.footprint import Weights, depth_plan
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.models.diffusers_flow import DtypeName, flow_of
-from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.diffusers_flow import DtypeName, load_flow_model
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.published import PublishedFolder, published_name
 from gdro_cli.models.trace import Work, metered
@@ -26,39 +26,38 @@ _SHALLOW = 2
 
 
 class _Reconfigured(PipelineFolder):
-    """A folder with another configuration of its transformer, and no weights."""
+    """A folder with another configuration of its transformer."""
 
     def __init__(self, folder: PipelineFolder, changes: dict[str, Any]) -> None:
-        self.path = folder.path
-        self._index, self._folder, self._changes = folder._index, folder, changes
+        vars(self).update(vars(folder))
+        self._original, self._changes = folder, changes
 
     def config(self, name: str, *, file: str = "config.json") -> dict[str, Any]:
         """A component's configuration."""
-        changes = self._changes if name == "transformer" else {}
-        return {**self._folder.config(name, file=file), **changes}
+        return self._original.config(name, file=file) | (self._changes if name == "transformer" else {})
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A shallow model, and how often what is counted on it enters the count of the deep one."""
+class ShallowModel:
+    """A model of few blocks, and how often what is counted on it enters the count of the deep one."""
 
     times: int
-    flow: DiffusersFlow
+    flow: FlowModel
     weights: Weights
 
 
 @dataclass(frozen=True, slots=True)
-class BlankModel:
+class MetaModel:
     """A model as shallow ones on the meta device whose counts, multiplied and added up, are its own."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ShallowModel, ...]
     text: Weights | None
     """Of all text encoders together; None where their configuration is not known."""
     vae: Weights | None
     """None where its configuration is not known."""
 
     @property
-    def flow(self) -> DiffusersFlow:
+    def flow(self) -> FlowModel:
         """One of the models, for everything that does not depend on depth."""
         return self.parts[0].flow
 
@@ -72,7 +71,7 @@ def open_folder(path: str) -> PipelineFolder:
     """The pipeline folder at a path or Hub id, or what is published about it; fetches only what is neither.
 
     Raises:
-        PrerequisiteError: the model is not here, and nothing is known about it.
+        PrerequisiteError: the model is not on this machine, and nothing is known about it.
     """
     name = published_name(path)
     try:
@@ -86,72 +85,54 @@ def open_folder(path: str) -> PipelineFolder:
     return folder
 
 
-def blank_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length: int | None = None) -> BlankModel:
+def meta_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length: int | None = None) -> MetaModel:
     """Build a pipeline's networks without numbers, the transformer at a few depths instead of its own.
 
     Raises:
         PrerequisiteError: a configuration is missing.
         UserError: the family is unknown.
     """
-    whole = flow_of(folder, dtype=dtype, device="meta", max_sequence_length=max_sequence_length)
-    parts = []
+
+    def on_meta(folder: PipelineFolder) -> FlowModel:
+        return load_flow_model(folder, dtype=dtype, device="meta", max_sequence_length=max_sequence_length)
+
+    whole, parts = on_meta(folder), []
     for times, depths in depth_plan(whole.depths(), shallow=_SHALLOW):
         shallow = _Reconfigured(folder, whole.at_depths(depths))
-        flow = flow_of(shallow, dtype=dtype, device="meta", max_sequence_length=max_sequence_length)
-        transformer = blank_component(shallow, "transformer", dtype=flow.dtype)
-        flow.transformer = transformer
-        parts.append(Part(times, flow, count_weights(transformer)))
-    return BlankModel(tuple(parts), _text_weights(folder), _vae_weights(folder))
+        flow = on_meta(shallow)
+        flow.transformer = shallow.meta_component("transformer", dtype=flow.dtype)
+        parts.append(ShallowModel(times, flow, count_weights(flow.transformer)))
+    vae = count_weights(folder.meta_component("vae")) if "vae" in folder.components else None
+    return MetaModel(tuple(parts), _text_weights(folder), vae)
 
 
 def _text_weights(folder: PipelineFolder) -> Weights | None:
     encoders = [name for name in folder.components if name.startswith("text_encoder")]
     try:
-        found = [count_weights(blank_component(folder, name)) for name in encoders]
+        counts = [count_weights(folder.meta_component(name)) for name in encoders]
     except PrerequisiteError:
         return None
-    return sum(found, Weights(0)) if found else None
-
-
-def _vae_weights(folder: PipelineFolder) -> Weights | None:
-    return count_weights(blank_component(folder, "vae")) if "vae" in folder.components else None
-
-
-def blank_component(folder: PipelineFolder, name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Build a component on the meta device by its class and configuration, frozen.
-
-    Raises:
-        PrerequisiteError: one of them is missing.
-        UserError: the class comes from a library that is not loaded.
-    """
-    cls: Any = folder.component_class(name)
-    config = {key: value for key, value in folder.config(name).items() if not key.startswith("_")}
-    with torch.device("meta"):
-        transformers = getattr(cls, "config_class", None)
-        module: nn.Module = cls.from_config(config) if transformers is None else cls(transformers.from_dict(config))
-    # torch's own method: that of diffusers warns of layers which are to stay in float32 where there are none
-    return nn.Module.to(module, dtype=dtype).eval().requires_grad_(False)
+    return sum(counts, Weights(0)) if counts else None
 
 
 def count_weights(module: nn.Module) -> Weights:
     """How many numbers a network holds, shared ones and tables without gradient counted once."""
     linear = {id(layer.weight): layer for layer in module.modules() if isinstance(layer, nn.Linear)}.values()
+    tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}.values()
     return Weights(
-        values=sum(
-            tensor.numel() for tensor in {id(t): t for t in module.state_dict(keep_vars=True).values()}.values()
-        ),
+        values=sum(tensor.numel() for tensor in tensors),
         linear=sum(layer.weight.numel() for layer in linear),
         outputs=sum(layer.out_features for layer in linear),
         largest=max((layer.weight.numel() for layer in linear), default=0),
     )
 
 
-def trace_decoding(model: BlankModel, images: int, *, height: int, width: int) -> Work | None:
+def trace_decoding(model: MetaModel, images: int, *, height: int, width: int) -> Work | None:
     """The autoencoder's decoder on so many images at once; None where its configuration is not known."""
     flow = model.flow
     if model.vae is None:
         return None
-    vae = blank_component(flow.folder, "vae", dtype=flow.dtype)
+    vae = flow.folder.meta_component("vae", dtype=flow.dtype)
     shape = flow.latent_shape(height=height, width=width)
     latents = torch.empty(images, *shape, device="meta", dtype=flow.dtype)
     with torch.no_grad(), metered([*vae.parameters(), *vae.buffers()]) as meter:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.base import FlowModel
 from gdro_cli.models.latents import pack, seeded_noise, unpack
 
 
-class PackedFlow(DiffusersFlow):
+class PackedFlow(FlowModel):
     """A family whose tokens are packed outside the transformer: latents [S, C], C = p * p times the map's channels."""
 
     def latent_shape(self, *, height: int, width: int) -> tuple[int, ...]:

@@ -9,7 +9,6 @@ length of its conditional one; training uses the conditional velocity.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -41,13 +40,12 @@ class QwenImageFlow(PackedFlow):
         return str(pipeline.prompt_template_encode), int(pipeline.prompt_template_encode_start_idx)
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        template, head = self._template
-        length = self.max_sequence_length
-        texts = [template.format(prompt) for prompt in prompts]
-        tokens = tokenize(self._part("tokenizer"), texts, length=length + head, to_length=False, prompts=prompts)
+        (template, head), tokenizer = self._template, self._component("tokenizer")
+        texts, length = [template.format(prompt) for prompt in prompts], self.max_sequence_length + head
+        tokens = tokenize(tokenizer, texts, length=length, to_length=False, prompts=prompts)
         tokens = tokens.to(self.device)
         # The inner model: logits over the vocabulary are not needed.
-        states = self._module("text_encoder").base_model(
+        states = self._network("text_encoder").base_model(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
         )
         own = seen(states.hidden_states[-1], tokens.attention_mask, skip=head)
@@ -63,28 +61,15 @@ class QwenImageFlow(PackedFlow):
     def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
         return {"true_cfg_scale": guidance, "negative_prompt": self.negative_prompt}
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, S, C] of one pass; ``guidance`` is the sampler's business."""
-        text = self.batch_conditioning(conditioning)
-        rows, columns = self.grid(height=height, width=width)
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(self.dtype),
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        return self.transformer(
+            hidden_states=x,
             timestep=sigma,  # the transformer itself multiplies by 1000
             encoder_hidden_states=text["prompt_embeds"],
             encoder_hidden_states_mask=text.get("prompt_embeds_mask"),
-            img_shapes=[[(1, rows, columns)]] * len(latents),
+            img_shapes=[[(1, *grid)]] * len(x),
             return_dict=False,
         )[0]
-        return velocity
 
     def _decode(self, vae: Any, maps: Tensor) -> Tensor:
         mean = torch.tensor(self.vae_config["latents_mean"], dtype=maps.dtype, device=maps.device)

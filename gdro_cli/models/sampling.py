@@ -1,8 +1,8 @@
-"""Sample pictures' latents: Euler steps on the flow's ODE, as the pipelines of diffusers take them."""
+"""Sample the latents of images: Euler steps on the flow's ODE, as the pipelines of diffusers take them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -15,7 +15,7 @@ from gdro_cli.models.base import Conditioning, FlowModel, takes_two_passes
 def sample_latents(
     model: FlowModel,
     noise: Tensor,
-    conditioning: Conditioning | Sequence[Conditioning],
+    conditioning: Sequence[Conditioning],
     *,
     steps: int,
     guidance: float,
@@ -32,12 +32,12 @@ def sample_latents(
     Args:
         model: gives schedule and velocity.
         noise: starting noise [N, S, C] of ``model.noise``.
-        conditioning: N conditionings, or one batched with leading N.
+        conditioning: N conditionings.
         steps: Euler steps.
-        guidance: guidance scale; above 1, a model with ``cfg`` guidance is asked twice per step (see
+        guidance: guidance scale; above 1, a model with ``cfg`` guidance takes two passes per step (see
             ``base.GuidanceKind``).
-        height: picture height in pixels.
-        width: picture width in pixels.
+        height: image height in pixels.
+        width: image width in pixels.
         batch_size: images per forward.
         on_step: called after each step of each batch with the number of images in it (N * steps in total); what it
             raises ends the sampling.
@@ -49,9 +49,8 @@ def sample_latents(
         ValueError: ``noise`` and ``conditioning`` have different lengths, or steps or batch_size is below 1.
     """
     count = len(noise)
-    given = _length(conditioning)
-    if given != count:
-        raise ValueError(f"sample_latents: {count} starting points but {given} conditionings")
+    if len(conditioning) != count:
+        raise ValueError(f"sample_latents: {count} starting points but {len(conditioning)} conditionings")
     if steps < 1 or batch_size < 1:
         raise ValueError(f"sample_latents: steps ({steps}) and batch_size ({batch_size}) must be at least 1")
     sigmas = model.sigmas(steps, height=height, width=width).tolist()
@@ -59,7 +58,7 @@ def sample_latents(
     with torch.inference_mode():
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
-            text = model.batch_conditioning(_cut(conditioning, part))
+            text = model.batch_conditioning(conditioning[part])
             state = noise[part].to(model.device, torch.float32)
             away = away_from(model, len(state), guidance=guidance)
             for sigma, sigma_next in pairwise(sigmas):
@@ -99,23 +98,11 @@ def guided_velocity(
         conditioning: batched, of the prompts.
         away: batched, of ``away_from``; None for one pass.
         guidance: guidance scale.
-        height: picture height in pixels.
-        width: picture width in pixels.
+        height: image height in pixels.
+        width: image width in pixels.
     """
     velocity = model.velocity(latents, sigma, conditioning, guidance=guidance, height=height, width=width)
     if away is None:
         return velocity
     other = model.velocity(latents, sigma, away, guidance=guidance, height=height, width=width)
     return model.guided(velocity, other, guidance)
-
-
-def _length(conditioning: Conditioning | Sequence[Conditioning]) -> int:
-    if isinstance(conditioning, Mapping):
-        return len(next(iter(conditioning.values())))
-    return len(conditioning)
-
-
-def _cut(conditioning: Conditioning | Sequence[Conditioning], part: slice) -> Conditioning | Sequence[Conditioning]:
-    if isinstance(conditioning, Mapping):
-        return {key: value[part] for key, value in conditioning.items()}
-    return conditioning[part]

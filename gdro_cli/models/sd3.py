@@ -8,7 +8,7 @@ training uses the conditional velocity. Schedule: the scheduler's own spacing, t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,14 +16,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gdro_cli.errors import UserError
-from gdro_cli.models.base import Conditioning
-from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.text import split, tokenize
 
 _TRAIN_TIMESTEPS = 1000
 
 
-class StableDiffusion3Flow(DiffusersFlow):
+class StableDiffusion3Flow(FlowModel):
     """SD3 as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D] and ``pooled_prompt_embeds`` [P]."""
 
     family: ClassVar[str] = "sd3"
@@ -41,14 +40,14 @@ class StableDiffusion3Flow(DiffusersFlow):
     )
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        length = int(self._part("tokenizer").model_max_length)
+        length = int(self._component("tokenizer").model_max_length)
         tokens, pooled = [], []
         for which in ("", "_2"):
-            tokenizer = self._part(f"tokenizer{which}")
+            tokenizer = self._component(f"tokenizer{which}")
             ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            found = self._module(f"text_encoder{which}")(ids.input_ids.to(self.device), output_hidden_states=True)
-            tokens.append(found.hidden_states[-2])
-            pooled.append(found[0])
+            states = self._network(f"text_encoder{which}")(ids.input_ids.to(self.device), output_hidden_states=True)
+            tokens.append(states.hidden_states[-2])
+            pooled.append(states[0])
         clip, t5 = torch.cat(tokens, dim=-1), self._t5(prompts)
         clip = pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
         return split({"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)})
@@ -59,8 +58,8 @@ class StableDiffusion3Flow(DiffusersFlow):
         if "text_encoder_3" not in self.folder.components:
             width = int(self.transformer_config["joint_attention_dim"])
             return torch.zeros(len(prompts), length, width, dtype=self.dtype, device=self.device)
-        ids = tokenize(self._part("tokenizer_3"), prompts, length=length).input_ids
-        states: Tensor = self._module("text_encoder_3")(ids.to(self.device))[0]
+        ids = tokenize(self._component("tokenizer_3"), prompts, length=length).input_ids
+        states: Tensor = self._network("text_encoder_3")(ids.to(self.device))[0]
         return states
 
     def depths(self) -> dict[str, int]:
@@ -91,35 +90,23 @@ class StableDiffusion3Flow(DiffusersFlow):
         return super()._shift({"max_shift": 1.16, **config}, tokens, steps)
 
     def grid(self, *, height: int, width: int) -> tuple[int, int]:
-        """Return the token grid (rows, columns) of a picture.
+        """Return the token grid (rows, columns) of an image.
 
         Raises:
-            UserError: the size is no multiple of a token's side, or larger than the position table.
+            UserError: the size is not a multiple of a token's side, or larger than the position table.
         """
         rows, columns = super().grid(height=height, width=width)
         most = int(self.transformer_config["pos_embed_max_size"])
         if max(rows, columns) > most:
             side = most * self.vae_scale * self.patch
-            raise UserError(f"picture size {height} x {width} is too large for this model: no side may exceed {side}")
+            raise UserError(f"image size {height} x {width} is too large for this model: no side may exceed {side}")
         return rows, columns
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, C, H, W] of one pass; ``guidance`` is the sampler's business."""
-        text = self.batch_conditioning(conditioning)
-        velocity: Tensor = self.transformer(
-            hidden_states=latents.to(self.dtype),
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
+        return self.transformer(
+            hidden_states=x,
             timestep=sigma * _TRAIN_TIMESTEPS,
             encoder_hidden_states=text["prompt_embeds"],
             pooled_projections=text["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
-        return velocity

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.base import Conditioning
 
 _LOG = logging.getLogger(__name__)
@@ -16,14 +17,14 @@ _LOG = logging.getLogger(__name__)
 def tokenize(
     tokenizer: Any, texts: Sequence[str], *, length: int, to_length: bool = True, prompts: Sequence[str] | None = None
 ) -> Any:
-    """Token ids and attention mask [N, L] of texts, cut to ``length`` tokens; a cut is warned of by name.
+    """Token ids and attention mask [N, L] of texts, cut to ``length`` tokens; a warning names each text that is cut.
 
     Args:
         tokenizer: of transformers.
         texts: what is tokenized.
         length: the most tokens.
         to_length: pad to ``length``; else to the longest of the texts.
-        prompts: what a warning names where a text is a prompt inside a template.
+        prompts: what a warning names instead, where a text is a prompt inside a template.
     """
     for text, prompt in zip(texts, prompts or texts, strict=True):
         whole = len(tokenizer(text).input_ids)
@@ -34,7 +35,15 @@ def tokenize(
 
 
 def chat(tokenizer: Any, prompts: Sequence[str], *, thinking: bool) -> list[str]:
-    """Each prompt as the user's turn of the tokenizer's own chat template, up to where the answer begins."""
+    """Each prompt as the user's turn of the tokenizer's own chat template, up to where the answer begins.
+
+    Raises:
+        PrerequisiteError: the tokenizer has no template.
+    """
+    if tokenizer.chat_template is None:
+        raise PrerequisiteError(
+            f"the tokenizer in {tokenizer.name_or_path} has no chat template: fetch the pipeline folder again"
+        )
     return [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=thinking

@@ -1,8 +1,8 @@
 """Count what a network would do and keep: it runs on the meta device, where tensors have shapes and no numbers.
 
-No formula per architecture: the real classes run, forwards and backwards, every tensor that comes to be and ceases to
-be is noted with its bytes, and every product with its operations. What is counted is the arithmetic of the model's own
-code; kernels' workspaces, the allocator's rounding and fragmentation come on top.
+No formula per architecture: the real classes run, forwards and backwards. Every tensor is noted with its bytes when it
+is made and when it is freed, and every product with its operations. What is counted is the arithmetic of the model's
+own code; kernels' workspaces, the allocator's rounding and fragmentation come on top.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
 from gdro_cli.core.flow import velocity_error
 from gdro_cli.models.base import Conditioning, FlowModel
@@ -47,8 +47,8 @@ _RAISED: set[Any] = {
     torch.sum,
     Tensor.sum,
 }
-"""What autocast on CUDA computes in its lower dtype, and in float32 (the lists of torch's autocast_mode.h), of the
-functions that transformers use."""
+"""Of the functions that transformers use, those that autocast on CUDA computes in its lower dtype and those that it
+computes in float32 (the lists of torch's autocast_mode.h)."""
 
 
 class _AsOnGpu(TorchFunctionMode):
@@ -78,45 +78,38 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, **named: Any) -> Tensor:
-    """A mask has no place here; beside queries, keys and values it is small."""
+    """Masks are left out; beside queries, keys and values they are small."""
     heads = query.shape[1] // key.shape[1]
     if heads > 1:  # grouped queries: each key serves several
         key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
-    found = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False)
-    result: Tensor = found[0]
+    result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
     return result
 
 
-class _Products(TorchDispatchMode):
-    """Operations by PyTorch's table of them, without its ``FlopCounterMode``, whose hooks on modules keep tensors alive
-    that are gone otherwise.
-    """
+class _NoModules(nullcontext[None]):
+    """In place of the counter's own list of running modules, whose hooks keep tensors alive that are freed otherwise:
+    they double the peak of gradient checkpointing."""
 
-    def __init__(self) -> None:
+    parents = frozenset({"Global"})
+
+
+class Meter(TorchDispatchMode):
+    """What a ``metered`` block has counted so far. Storages count once, and not if they existed before."""
+
+    live = 0
+    """Bytes alive now."""
+    peak = 0
+    """The most bytes that were alive at once."""
+
+    def __init__(self, existing: Iterable[Tensor], operations: FlopCounterMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.flops = 0
+        self._operations = operations
+        self._noted = {tensor.untyped_storage()._cdata for tensor in existing}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        count = flop_registry.get(func._overloadpacket)
-        if count is None and func is not torch.ops.prim.device.default:
-            with self:  # a function made of others counts as them
-                parts = func.decompose(*args, **kwargs)
-            if parts is not NotImplemented:
-                return parts
-        result = func(*args, **kwargs)
-        if count is not None:
-            self.flops += int(count(*args, **kwargs, out_val=result))
-        return result
-
-
-class _Live(TorchDispatchMode):
-    """Bytes of the tensors that are alive, storages counted once, without those that were there before."""
-
-    def __init__(self, there: Iterable[Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.live = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in there}
+    @property
+    def flops(self) -> int:
+        """Operations of matrix products, convolutions and attention."""
+        return self._operations.get_total_flops()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -127,51 +120,31 @@ class _Live(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in self._known:
+        if storage._cdata in self._noted:
             return
         size = storage.nbytes()
-        self._known.add(storage._cdata)
+        self._noted.add(storage._cdata)
         self.live += size
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._freed, storage._cdata, size)
 
     def _freed(self, which: int, size: int) -> None:
-        self._known.discard(which)
+        self._noted.discard(which)
         self.live -= size
 
 
-class Meter:
-    """What has been counted so far in a ``metered`` block."""
-
-    def __init__(self, live: _Live, products: _Products) -> None:
-        self._live, self._products = live, products
-
-    @property
-    def flops(self) -> int:
-        """Operations of matrix products, convolutions and attention."""
-        return self._products.flops
-
-    @property
-    def live(self) -> int:
-        """Bytes alive now."""
-        return self._live.live
-
-    @property
-    def peak(self) -> int:
-        """The most bytes that were alive at once."""
-        return self._live.peak
-
-
 @contextmanager
-def metered(there: Iterable[Tensor], *, autocast: torch.dtype | None = None) -> Iterator[Meter]:
+def metered(existing: Iterable[Tensor], *, autocast: torch.dtype | None = None) -> Iterator[Meter]:
     """Count what happens inside the block on the meta device.
 
     Args:
-        there: tensors that are not counted, such as weights.
+        existing: tensors that are not counted, such as weights.
         autocast: the lower dtype of CUDA's autocast; None = every tensor in its own dtype.
     """
-    with _AsOnGpu(autocast), _Products() as products, _Live(there) as live:
-        yield Meter(live, products)
+    operations = FlopCounterMode(display=False)
+    operations.mod_tracker = _NoModules()  # type: ignore[assignment]
+    with _AsOnGpu(autocast), operations, Meter(existing, operations) as meter:
+        yield meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +172,8 @@ def whole_work(parts: Iterable[tuple[int, Work]]) -> Work:
 
     Without gradient nothing is kept from block to block, so the peak is the same at any depth.
     """
-    found = list(parts)
-    return Work(sum(times * work.flops for times, work in found), max(work.peak for _, work in found))
+    counted = list(parts)
+    return Work(sum(times * work.flops for times, work in counted), max(work.peak for _, work in counted))
 
 
 def whole_update(parts: Iterable[tuple[int, Update]]) -> Update:
@@ -209,12 +182,12 @@ def whole_update(parts: Iterable[tuple[int, Update]]) -> Update:
     How far above is a matter of single blocks: the highest excess of the shallow models is taken, which the deep one
     does not exceed.
     """
-    found = list(parts)
-    kept = sum(times * work.kept for times, work in found)
+    counted = list(parts)
+    kept = sum(times * work.kept for times, work in counted)
     return Update(
-        flops=sum(times * work.flops for times, work in found),
-        peak=kept + max(work.peak - work.kept for _, work in found),
-        forward=sum(times * work.forward for times, work in found),
+        flops=sum(times * work.flops for times, work in counted),
+        peak=kept + max(work.peak - work.kept for _, work in counted),
+        forward=sum(times * work.forward for times, work in counted),
         kept=kept,
     )
 
@@ -265,16 +238,16 @@ def trace_update(
     target = torch.empty_like(latents)
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
-    there = [*_tensors(model.transformer), *(p.grad for p in parameters if p.grad is not None)]
-    with checkpointed(model.transformer, checkpointing, autocast), metered(there, autocast=autocast) as meter:
+    existing = [*_tensors(model.transformer), *(p.grad for p in parameters if p.grad is not None)]
+    with checkpointed(model.transformer, checkpointing, autocast), metered(existing, autocast=autocast) as meter:
         velocity = model.velocity(latents, sigma, conditioning, guidance=guidance, height=size[0], width=size[1])
         loss = velocity_error(velocity, target).sum()
         forward, kept = meter.flops, meter.live
         torch.autograd.backward(loss)
-        found = Update(meter.flops, meter.peak, forward, kept)
+        update = Update(meter.flops, meter.peak, forward, kept)
     for parameter in parameters:
         parameter.grad = None
-    return found
+    return update
 
 
 @contextmanager
@@ -305,5 +278,5 @@ def _inputs(
 ) -> tuple[Tensor, Tensor, Conditioning]:
     shape = model.latent_shape(height=size[0], width=size[1])
     latents = torch.empty(images, *shape, device="meta")
-    conditioning = {key: torch.empty(images, *each, device="meta", dtype=model.dtype) for key, each in text.items()}
+    conditioning = {key: torch.empty(images, *one, device="meta", dtype=model.dtype) for key, one in text.items()}
     return latents, torch.empty(images, device="meta"), conditioning

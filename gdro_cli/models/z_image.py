@@ -1,7 +1,7 @@
 """Z-Image and Z-Image-Turbo (``ZImagePipeline``).
 
 Text: the last but one hidden states of Qwen3 for the prompt as a chat turn, as long as the prompt. Latents: the
-autoencoder's map, which the transformer cuts into tokens itself. Time: the transformer counts from noise to picture, so
+autoencoder's map, which the transformer cuts into tokens itself. Time: the transformer counts from noise to image, so
 it is given 1 - sigma, and it answers with x0 - eps, so the velocity is its negative. Guidance: classifier-free, away
 from the empty prompt; the scale is the one of ``base.GuidanceKind``, which is ``guidance_scale`` + 1 of the pipeline
 (Turbo, published with 0 there, is sampled with 1 here). Training uses the conditional velocity.
@@ -9,18 +9,16 @@ from the empty prompt; the scale is the one of ``base.GuidanceKind``, which is `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from gdro_cli.models.base import Conditioning
-from gdro_cli.models.family import DiffusersFlow
+from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.text import chat, seen, tokenize
 
 
-class ZImageFlow(DiffusersFlow):
+class ZImageFlow(FlowModel):
     """Z-Image as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D], L the prompt's own length."""
 
     family: ClassVar[str] = "z-image"
@@ -29,11 +27,11 @@ class ZImageFlow(DiffusersFlow):
     lora_targets: tuple[str, ...] = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        tokenizer = self._part("tokenizer")
+        tokenizer = self._component("tokenizer")
         texts = chat(tokenizer, prompts, thinking=True)
         tokens = tokenize(tokenizer, texts, length=self.max_sequence_length, to_length=False, prompts=prompts)
         tokens = tokens.to(self.device)
-        states = self._module("text_encoder")(
+        states = self._network("text_encoder")(
             input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
         )
         return [{"prompt_embeds": one} for one in seen(states.hidden_states[-2], tokens.attention_mask)]
@@ -45,24 +43,13 @@ class ZImageFlow(DiffusersFlow):
     def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
         return {"guidance_scale": max(0.0, guidance - 1.0)}
 
-    def velocity(
-        self,
-        latents: Tensor,
-        sigma: Tensor,
-        conditioning: Conditioning | Sequence[Conditioning],
-        *,
-        guidance: float,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        """Return the velocity [N, C, H, W] of one pass; ``guidance`` is the sampler's business."""
-        text = self.batch_conditioning(conditioning)
+    def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
         embeds, mask = text["prompt_embeds"], text.get("prompt_embeds_mask")
         captions = list(embeds) if mask is None else [one[own] for one, own in zip(embeds, mask, strict=True)]
-        found = self.transformer(
-            list(latents.to(self.dtype)[:, :, None]),  # one frame each
+        slopes = self.transformer(
+            list(x[:, :, None]),  # one frame each
             1.0 - sigma,
             captions,
             return_dict=False,
         )[0]
-        return -torch.stack(found)[:, :, 0]
+        return -torch.stack(slopes)[:, :, 0]

@@ -89,7 +89,7 @@ class Teacher(nn.Module):
     def losses(self, pixels: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Cross-entropy of the three qualities, and of letters and things in the cells that hold one."""
         judge = self.judge
-        tokens = judge.picture_tokens(pixels)
+        tokens = judge.image_tokens(pixels)
         looks = judge.looks(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))
         read = judge.read(tokens, batch["words"])
         logits = torch.cat([judge.fit(read[:, 0]), looks], dim=1)

@@ -128,7 +128,8 @@ def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, f
 
     model = open_model(recipe)
     prompts = Session(recipe, Path()).prompts("train").records[:32]
-    text = model.batch_conditioning(model.encode([prompt.prompt for prompt in prompts]))
+    texts = model.encode([prompt.prompt for prompt in prompts])
+    text = model.batch_conditioning(texts)
     noise = model.noise(list(range(32)), height=64, width=64)
     steps = recipe.sample.steps
     sigmas = model.sigmas(steps, height=64, width=64)
@@ -139,7 +140,7 @@ def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, f
     ids["txt_ids"] = torch.zeros(text["prompt_embeds"].shape[1], 3)
 
     def ours() -> None:
-        sample_latents(model, noise, text, steps=steps, guidance=1.0, height=64, width=64, batch_size=32)
+        sample_latents(model, noise, texts, steps=steps, guidance=1.0, height=64, width=64, batch_size=32)
 
     def bare() -> None:
         state = noise

@@ -92,7 +92,7 @@ def test_a_class_that_would_choose_another_is_refused(library: str, name: str, m
     """Whatever standard input says."""
     evil(model / "tokenizer", flag, model_type="evil")
     edit(model / "model_index.json", tokenizer=[library, name])
-    check(outcome(lambda: PipelineFolder(model).load("tokenizer")), 2, "can run code of the folder")
+    check(outcome(lambda: PipelineFolder(model).load("tokenizer")), 2, "is not a PreTrainedTokenizerBase")
     assert not flag.exists()
 
 
@@ -117,7 +117,7 @@ def test_the_local_judge_runs_no_code_of_its_model(kind: str, tmp_path: Path, fl
     """Neither of a kind of its own nor under the name of a known one."""
     evil(tmp_path / "judge", flag, model_type=kind)
     (tmp_path / "judge" / "model.safetensors").write_bytes(b"")
-    found = outcome(UnifiedRewardLocal(tmp_path / "judge").load)
+    found = outcome(lambda: UnifiedRewardLocal(tmp_path / "judge").load())
     check(found, 2 if kind == "evil" else 3, "is a evil" if kind == "evil" else "cannot be loaded")
     assert not flag.exists()
 
@@ -169,7 +169,7 @@ def test_a_pickle_beside_a_part_without_weights_is_not_read(
     shutil.copy(model / source / "config.json", model / part / "config.json")
     for name in ("pytorch_model.bin", "diffusion_pytorch_model.bin"):
         (model / part / name).write_bytes(pickle.dumps({}))
-    check(outcome(lambda: PipelineFolder(model).load(part)), 2, "must be no network")
+    check(outcome(lambda: PipelineFolder(model).load(part)), 2, f"for {part}, which is not a ")
     assert not read
 
 
@@ -224,14 +224,14 @@ def test_links_of_the_hub_s_cache_lead_to_its_own_blobs_only(model: Path, tmp_pa
         '{"transformer.r": 0, "transformer.lora_alpha": 1, "transformer.use_rslora": false}',
         '{"transformer.r": 1, "transformer.lora_alpha": NaN, "transformer.use_rslora": false}',
     ],
-    ids=["zero", "nan"],
+    ids=["zero", "below", "infinite", "nan"],
 )
 def test_an_adapter_s_metadata_that_is_no_scale(metadata: str, tmp_path: Path) -> None:
     """Each is one sentence."""
     rank = 0 if '"transformer.r": 0' in metadata else 1
     tensors = {"transformer.x.lora_A.weight": torch.ones(rank, 2), "transformer.x.lora_B.weight": torch.ones(2, rank)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": metadata})
-    check(outcome(lambda: read_adapter(tmp_path / "a.safetensors")), 4, "is no adapter")
+    check(outcome(lambda: read_adapter(tmp_path / "a.safetensors")), 4, "is not an adapter")
 
 
 def bomb() -> str:
@@ -350,17 +350,3 @@ def test_an_address_with_a_key_behind_it(address: str) -> None:
     found = outcome(lambda: check_url(address))
     check(found, 2, "base_url")
     assert SECRET not in found.message
-
-
-def test_an_answer_that_drips_in_is_not_awaited(server: JudgeServer) -> None:
-    """Each byte comes in time, but the last never does."""
-    raw = RawServer([b"HTTP/1.1 200 OK\r\n\r\n", *[b" "] * 100], pause=0.2)
-    found = outcome(judge(raw.url, timeout=1.0).load)
-    raw.close()
-    check(found, 3, "not complete after 1 seconds")
-
-
-def test_an_answer_that_is_compressed_is_not_opened(server: JudgeServer) -> None:
-    """A few bytes could be gigabytes."""
-    reason = one(server, Reply(b"", headers={"Content-Encoding": "gzip, gzip"})).reason
-    assert reason is not None and "compressed" in reason

@@ -50,14 +50,14 @@ def guidance_options(name: str, guidance: float) -> dict[str, Any]:
 
 
 def by_pipeline(pipe: Any, name: str, prompt: str, *, seed: int, guidance: float) -> tuple[list[Tensor], Any]:
-    """Latents after every step, as the transformer sees them, and the picture."""
+    """Latents after every step, as the transformer sees them, and the image."""
     states: list[Tensor] = []
 
     def keep(_pipe: Any, _step: int, _time: Any, values: dict[str, Tensor]) -> dict[str, Tensor]:
         states.append(values["latents"].clone())
         return {}
 
-    picture = pipe(
+    image = pipe(
         prompt=prompt,
         generator=torch.Generator().manual_seed(seed),
         num_inference_steps=STEPS,
@@ -66,7 +66,7 @@ def by_pipeline(pipe: Any, name: str, prompt: str, *, seed: int, guidance: float
         **({"max_sequence_length": TEXT_LENGTH[name]} if name in TEXT_LENGTH else {}),
         **SIZE,
     ).images[0]
-    return states, picture
+    return states, image
 
 
 def by_us(model: FlowModel, prompts: list[str], seeds: list[int], *, guidance: float = 1.0, batch: int = 8) -> Tensor:
@@ -76,16 +76,16 @@ def by_us(model: FlowModel, prompts: list[str], seeds: list[int], *, guidance: f
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("name", ALL)
-def test_same_latents_and_picture_as_the_pipeline(name: str, guidance: float, family_folder: Folder) -> None:
+def test_same_latents_and_image_as_the_pipeline(name: str, guidance: float, family_folder: Folder) -> None:
     model, pipe = open_model(family_folder, name), open_pipeline(family_folder, name)
     states, expected = by_pipeline(pipe, name, PROMPTS[1], seed=7, guidance=guidance)
     ours = by_us(model, [PROMPTS[1]], [7], guidance=guidance)
     assert ours.std() > 0.1
     torch.testing.assert_close(ours, states[-1], rtol=1e-3, atol=1e-3 * float(ours.std()))
-    picture = model.decode(ours, **SIZE)[0]
-    assert picture.size == (SIZE["width"], SIZE["height"]) and picture.mode == "RGB"
+    image = model.decode(ours, **SIZE)[0]
+    assert image.size == (SIZE["width"], SIZE["height"]) and image.mode == "RGB"
     # One grey level: 0.5 / 255 may be rounded either way.
-    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -120,7 +120,7 @@ def test_guidance_of_flux_is_an_input_or_nothing(flux_folder: Path, guided_folde
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_picture_does_not_depend_on_its_batch(name: str, family_folder: Folder) -> None:
+def test_image_does_not_depend_on_its_batch(name: str, family_folder: Folder) -> None:
     """Prompts of different lengths in one batch: what fills up the shorter ones must not be seen."""
     model = open_model(family_folder, name)
     seeds = [1, 2, 3]

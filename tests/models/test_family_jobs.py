@@ -78,14 +78,14 @@ def tiny_recipe(folder: Path) -> Recipe:
 
 
 def give_order(recipe: Recipe, made: sample.SampleResult) -> None:
-    """Score the second picture of each pair higher; the OCR reads nothing on noise, and equal scores teach nothing."""
+    """Score the second image of each pair higher; the OCR reads nothing on noise, and equal scores teach nothing."""
     table = open_reward_table(Session(recipe, Path("unused")), made.store)
     for number in range(len(made.store.shards)):
         images = made.store.images(number)
         table.write_shard(number, [ScoreRow(i.prompt.id, i.index, 0.5 * i.index, None, {}) for i in images])
 
 
-def pipeline_picture(folder: Path, name: str, run: Path | None, prompt: str, seed: int) -> np.ndarray[Any, Any]:
+def pipeline_image(folder: Path, name: str, run: Path | None, prompt: str, seed: int) -> np.ndarray[Any, Any]:
     from diffusers import DiffusionPipeline
 
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
@@ -94,8 +94,8 @@ def pipeline_picture(folder: Path, name: str, run: Path | None, prompt: str, see
         pipe.load_lora_weights(run)
     generator = torch.Generator().manual_seed(seed)
     options = {"num_inference_steps": STEPS, "max_sequence_length": TEXT, "height": 32, "width": 48}
-    picture = pipe(prompt=prompt, generator=generator, **options, **PIPELINE_OPTIONS[name]).images[0]
-    return np.asarray(picture).astype(int)
+    image = pipe(prompt=prompt, generator=generator, **options, **PIPELINE_OPTIONS[name]).images[0]
+    return np.asarray(image).astype(int)
 
 
 @pytest.mark.parametrize("name", list(PIPELINE_OPTIONS))
@@ -124,7 +124,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
         load_lora_state(model, weights.adapter)
         (group,) = sample_groups(model, (prompt,), evaluation_plan(session, images_per_prompt=1), batch_size=1)
     base, adapted = (
-        pipeline_picture(folder, name, run, prompt.prompt, group.seeds[0]) for run in (None, trained.run.path)
+        pipeline_image(folder, name, run, prompt.prompt, group.seeds[0]) for run in (None, trained.run.path)
     )
     assert np.abs(adapted - np.asarray(group.images[0])).max() <= 1
     assert np.abs(adapted - base).max() > 1
@@ -134,7 +134,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     assert call == {**called, **PIPELINE_OPTIONS[name]}
     assert f"LoRA adapter for the model {folder.name}" in (trained.run.path / "README.md").read_text()
     export.run(export.Export(trained.run.path.name, merge=tmp_path / "merged"), tmp_path, quiet)
-    merged = pipeline_picture(tmp_path / "merged", name, None, prompt.prompt, group.seeds[0])
+    merged = pipeline_image(tmp_path / "merged", name, None, prompt.prompt, group.seeds[0])
     assert np.abs(merged - adapted).max() <= 1
 
 

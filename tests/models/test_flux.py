@@ -52,18 +52,18 @@ def by_us(model: FlowModel, prompts: list[str], seeds: list[int], *, guidance: f
 
 
 @pytest.mark.parametrize(("folder", "guidance"), [("flux_folder", 1.0), ("guided_folder", 3.5)])
-def test_same_latents_and_picture_as_the_pipeline(folder: str, guidance: float, request: pytest.FixtureRequest) -> None:
+def test_same_latents_and_image_as_the_pipeline(folder: str, guidance: float, request: pytest.FixtureRequest) -> None:
     where = request.getfixturevalue(folder)
     pipe, model = pipeline(where), load_flow_model(where)
     ours = by_us(model, [PROMPTS[1]], [7], guidance=guidance)
     theirs = by_pipeline(pipe, PROMPTS[1], 7, guidance=guidance, output="latent")
     assert ours.std() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    picture = model.decode(ours, **SIZE)[0]
+    image = model.decode(ours, **SIZE)[0]
     expected = by_pipeline(pipe, PROMPTS[1], 7, guidance=guidance, output="pil")[0]
-    assert picture.size == (SIZE["width"], SIZE["height"]) and picture.mode == "RGB"
+    assert image.size == (SIZE["width"], SIZE["height"]) and image.mode == "RGB"
     # One grey level: 0.5 / 255 may be rounded either way.
-    assert np.abs(np.asarray(picture, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
+    assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
 def test_guidance_counts_only_where_it_is_an_input(flux_folder: Path, guided_folder: Path) -> None:
@@ -73,7 +73,7 @@ def test_guidance_counts_only_where_it_is_an_input(flux_folder: Path, guided_fol
     assert not torch.allclose(by_us(guided, prompts, seeds, guidance=1.0), by_us(guided, prompts, seeds, guidance=5.0))
 
 
-def test_picture_does_not_depend_on_its_batch(flux_folder: Path) -> None:
+def test_image_does_not_depend_on_its_batch(flux_folder: Path) -> None:
     model = load_flow_model(flux_folder)
     prompts, seeds = [*PROMPTS, *PROMPTS], [1, 2, 3, 4, 5, 6]
     together = by_us(model, prompts, seeds, batch=6)

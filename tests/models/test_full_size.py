@@ -11,9 +11,9 @@ import torch
 
 from gdro_cli.core.footprint import Weights
 from gdro_cli.models.adapters import attach_lora, reference
-from gdro_cli.models.diffusers_flow import flow_of
-from gdro_cli.models.family import DiffusersFlow
-from gdro_cli.models.meta_model import blank_component, blank_model, count_weights
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.diffusers_flow import load_flow_model
+from gdro_cli.models.meta_model import count_weights, meta_model
 from gdro_cli.models.published import PublishedFolder, published_configurations
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.stages.training.group_gradient import GroupGradient, NoisyGroups
@@ -46,15 +46,15 @@ STEPPED = ("FLUX.1-dev", "SD3.5-medium", "SD3.5-large")
 """Models with a whole sampling and training step at full size."""
 
 
-def open_on_meta(name: str) -> DiffusersFlow:
+def open_on_meta(name: str) -> FlowModel:
     """The family on the published configurations alone; the transformer has shapes and no numbers."""
     folder = PublishedFolder(name)
-    model = flow_of(folder, dtype="bfloat16", device="meta")
-    model.transformer = blank_component(folder, "transformer", dtype=torch.bfloat16)
+    model = load_flow_model(folder, dtype="bfloat16", device="meta")
+    model.transformer = folder.meta_component("transformer", dtype=torch.bfloat16)
     return model
 
 
-def conditioning(model: DiffusersFlow, count: int) -> dict[str, torch.Tensor]:
+def conditioning(model: FlowModel, count: int) -> dict[str, torch.Tensor]:
     tokens = (
         min(model.max_sequence_length, 60) if model.family in ("qwen-image", "z-image") else model.max_sequence_length
     )
@@ -102,18 +102,19 @@ def test_published_model_at_full_size(name: str) -> None:
         training_step(model, parameters)
 
 
-def sampling_step(model: DiffusersFlow) -> None:
+def sampling_step(model: FlowModel) -> None:
     """Two images, one Euler step, with both passes where guidance is classifier-free."""
     text = conditioning(model, 2)
     model._unconditional = {key: value[0] for key, value in text.items()}
     noise = torch.empty(2, *model.latent_shape(height=512, width=512), device="meta")
     model._loaded["scheduler"] = scheduler(model)
     options: dict[str, Any] = {"steps": 1, "guidance": 4.5, "height": 512, "width": 512, "batch_size": 2}
-    latents = sample_latents(model, noise, text, **options)
+    texts = [{key: value[i] for key, value in text.items()} for i in range(2)]
+    latents = sample_latents(model, noise, texts, **options)
     assert latents.shape == noise.shape and latents.dtype == torch.float32
 
 
-def scheduler(model: DiffusersFlow) -> Any:
+def scheduler(model: FlowModel) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler.from_config(model.folder.config("scheduler"))
@@ -135,16 +136,16 @@ class Landed(torch.autograd.Function):
 class Grounded:
     """A model whose transformer has no numbers, for what needs some around it: the loss sorts and checks rewards."""
 
-    def __init__(self, model: DiffusersFlow) -> None:
+    def __init__(self, model: FlowModel) -> None:
         self.model, self.sizes = model, list[int]()
 
     def velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: Any, **options: Any) -> torch.Tensor:
         self.sizes.append(len(latents))
-        found = self.model.velocity(latents.to("meta"), sigma.to("meta"), text, **options)
-        return Landed.apply(found)  # type: ignore[no-any-return]
+        velocity = self.model.velocity(latents.to("meta"), sigma.to("meta"), text, **options)
+        return Landed.apply(velocity)  # type: ignore[no-any-return]
 
 
-def training_step(model: DiffusersFlow, parameters: list[torch.nn.Parameter]) -> None:
+def training_step(model: FlowModel, parameters: list[torch.nn.Parameter]) -> None:
     """The two-pass gradient of two groups of three at 512 pixels, in micro-batches of four images, checkpointed."""
     images = GROUPS * K
     clean = torch.zeros(images, *model.latent_shape(height=512, width=512))
@@ -179,12 +180,12 @@ def training_step(model: DiffusersFlow, parameters: list[torch.nn.Parameter]) ->
 @pytest.mark.parametrize("name", list(KNOWN))
 def test_shallow_models_have_the_numbers_of_the_published_one(name: str) -> None:
     """What ``--dry-run`` counts: two or three blocks of a kind for all of them, and the text encoders' files."""
-    model, known = blank_model(PublishedFolder(name), dtype="bfloat16"), KNOWN[name]
+    model, known = meta_model(PublishedFolder(name), dtype="bfloat16"), KNOWN[name]
     digits = len(known.gigabytes.split(".")[1])
     assert f"{2 * model.transformer.values / 1e9:.{digits}f}" == known.gigabytes
     if known.encoders_gigabytes is None:
         assert model.text is None
     else:
-        assert model.text is not None and model.vae == count_weights(blank_component(PublishedFolder(name), "vae"))
+        assert model.text is not None and model.vae == count_weights(PublishedFolder(name).meta_component("vae"))
         assert f"{2 * model.text.values / 1e9:.2f}" == known.encoders_gigabytes
     assert sum((part.weights.times(part.times) for part in model.parts), Weights(0)).linear <= model.transformer.values

@@ -25,33 +25,33 @@ CPU = torch.device("cpu")
 
 
 def drawn(model: FlowModel) -> list[Any]:
-    """Two pictures, with all three parts at work."""
+    """Two images, with all three parts at work."""
     noise, texts = model.noise([1, 2], **SIZE), model.encode(PROMPTS[:2])
     latents = sample_latents(model, noise, texts, steps=2, guidance=1.0, batch_size=2, **SIZE)
-    return [np.asarray(picture, dtype=int) for picture in model.decode(latents, **SIZE)]
+    return [np.asarray(image, dtype=int) for image in model.decode(latents, **SIZE)]
 
 
 @pytest.mark.parametrize("family", ["flux", "sd3"])
-def test_offload_and_slicing_draw_the_same_pictures(
+def test_offload_and_slicing_draw_the_same_images(
     family: str, flux_folder: Path, family_folder: Callable[[str], Path]
 ) -> None:
     folder = flux_folder if family == "flux" else family_folder(family)
     plain = drawn(load_flow_model(folder))
     model: Any = load_flow_model(folder, memory=MemoryOptions(offload=True, vae_slicing=True))
     saved = drawn(model)
-    # One level of 255: convolutions of one picture and of two may round differently.
+    # One level of 255: convolutions of one image and of two may round differently.
     assert all(abs(a - b).max() <= 1 for a, b in zip(plain, saved, strict=True))
-    assert model._module("vae").use_slicing
+    assert model._network("vae").use_slicing
     assert not any(p.requires_grad for p in model.transformer.parameters())
 
 
-def test_tiles_are_used_for_pictures_larger_than_the_autoencoder_was_made_for(flux_folder: Path) -> None:
+def test_tiles_are_used_for_images_larger_than_the_autoencoder_was_made_for(flux_folder: Path) -> None:
     size = {"height": 128, "width": 64}
-    pictures = []
+    images = []
     for tiling in (False, True):
         model = load_flow_model(flux_folder, memory=MemoryOptions(vae_tiling=tiling))
-        pictures.append(np.asarray(model.decode(model.noise([1], **size), **size)[0], dtype=int))
-    assert pictures[0].shape == pictures[1].shape and not np.array_equal(*pictures)
+        images.append(np.asarray(model.decode(model.noise([1], **size), **size)[0], dtype=int))
+    assert images[0].shape == images[1].shape and not np.array_equal(*images)
 
 
 def test_an_autoencoder_that_cannot_work_in_pieces_says_so() -> None:

@@ -12,10 +12,10 @@ from gdro_cli.core.flow import velocity_error
 from gdro_cli.core.footprint import Weights
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.backends import ComputeOptions, prepare_transformer
-from gdro_cli.models.diffusers_flow import DtypeName, flow_of
-from gdro_cli.models.family import DiffusersFlow
-from gdro_cli.models.meta_model import blank_component, blank_model, count_weights
-from gdro_cli.models.published import PublishedFolder
+from gdro_cli.models.base import FlowModel
+from gdro_cli.models.diffusers_flow import DtypeName, load_flow_model
+from gdro_cli.models.meta_model import count_weights, meta_model
+from gdro_cli.models.published import PublishedFolder, published_name
 from gdro_cli.models.trace import Update, metered, trace_forward, trace_update, whole_update
 
 SIZE = (128, 128)
@@ -47,31 +47,33 @@ class Small(PublishedFolder):
     """A published pipeline with a smaller transformer."""
 
     def config(self, name: str, *, file: str = "config.json") -> dict[str, Any]:
-        return super().config(name, file=file) | (SMALL[self.path] if name == "transformer" else {})
+        return super().config(name, file=file) | (
+            SMALL[published_name(self.path) or ""] if name == "transformer" else {}
+        )
 
 
-def open_small(name: str, device: str, dtype: DtypeName = "float32") -> tuple[DiffusersFlow, list[Any]]:
+def open_small(name: str, device: str, dtype: DtypeName = "float32") -> tuple[FlowModel, list[Any]]:
     """The whole small model with random numbers (none on the meta device) and an adapter."""
-    folder = Small(name, path=name)
-    flow = flow_of(folder, dtype=dtype, device=device, max_sequence_length=TEXT)
-    module = blank_component(folder, "transformer")
+    folder = Small(name)
+    flow = load_flow_model(folder, dtype=dtype, device=device, max_sequence_length=TEXT)
+    module = folder.meta_component("transformer")
     if device != "meta":
         module = module.to_empty(device=device)
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-    module = prepare_transformer(module, ComputeOptions())  # kernels that another test has chosen keep more
+    prepare_transformer(module, ComputeOptions())  # kernels that another test has chosen keep more
     flow.transformer = module.to(flow.dtype).requires_grad_(False)
     return flow, attach_lora(flow, rank=4, alpha=4)
 
 
-def traced(flow: DiffusersFlow, parameters: list[Any], *, checkpointing: bool = False) -> Update:
+def traced(flow: FlowModel, parameters: list[Any], *, checkpointing: bool = False) -> Update:
     text = flow.conditioning_shapes(TEXT)
     return trace_update(
         flow, parameters, IMAGES, text, guidance=3.5, size=SIZE, checkpointing=checkpointing, autocast=None
     )
 
 
-def saved_bytes(flow: DiffusersFlow) -> int:
+def saved_bytes(flow: FlowModel) -> int:
     """Bytes that a real forward pass on the CPU keeps for the backward pass, weights left out."""
     weights = {t.untyped_storage().data_ptr() for t in (*flow.transformer.parameters(), *flow.transformer.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -106,10 +108,10 @@ def test_shallow_models_count_for_the_deep_one(name: str, checkpointing: bool) -
     """Numbers, operations and kept bytes are exact; the peak is not below the deep model's and not far above."""
     whole, parameters = open_small(name, "meta")
     deep = traced(whole, parameters, checkpointing=checkpointing)
-    parts = blank_model(Small(name, path=name), dtype="float32", max_sequence_length=TEXT).parts
+    parts = meta_model(Small(name), dtype="float32", max_sequence_length=TEXT).parts
     assert len(parts) == 3
     assert sum((p.weights.times(p.times) for p in parts), Weights(0)) == count_weights(
-        blank_component(Small(name, path=name), "transformer")
+        Small(name).meta_component("transformer")
     )
     adapters = [attach_lora(part.flow, rank=4, alpha=4) for part in parts]
     assert sum(part.times * sum(p.numel() for p in own) for part, own in zip(parts, adapters, strict=True)) == sum(
@@ -134,7 +136,7 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
 def test_a_pass_without_gradient_is_as_high_at_any_depth() -> None:
     name = "FLUX.1-dev"
     text = {"prompt_embeds": (TEXT, 64), "pooled_prompt_embeds": (768,)}
-    parts = blank_model(Small(name, path=name), dtype="float32", max_sequence_length=TEXT).parts
+    parts = meta_model(Small(name), dtype="float32", max_sequence_length=TEXT).parts
     peaks = {trace_forward(part.flow, IMAGES, text, guidance=3.5, size=SIZE).peak for part in parts}
     assert len(peaks) == 1
 

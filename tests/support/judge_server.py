@@ -1,4 +1,4 @@
-"""A judge's endpoint that behaves as it is told, on a port of this machine."""
+"""A judge's endpoint on a port of this machine, with replies that a test sets."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class Seen:
 
     payload: dict[str, Any]
     authorization: str | None
+    headers: str
 
 
 def lines(alignment: Any, coherence: Any, style: Any) -> str:
@@ -44,8 +45,9 @@ def says(text: Any, *, finish: str = "stop", delay: float = 0.0) -> Reply:
 
 
 def fails(status: int, *, message: str = "", headers: Mapping[str, str] | None = None) -> Reply:
-    """An error as vLLM words it."""
-    return Reply(json.dumps({"error": {"message": message, "code": status}}).encode(), status, headers or {})
+    """An error as vLLM words it; another attempt is welcome at once unless the headers say otherwise."""
+    body = json.dumps({"error": {"message": message, "code": status}}).encode()
+    return Reply(body, status, {"retry-after-ms": "1"} if headers is None else headers)
 
 
 class JudgeServer:
@@ -57,6 +59,7 @@ class JudgeServer:
         self.models = Reply(json.dumps({"object": "list", "data": [{"id": MODEL}]}).encode())
         self.seen: list[Seen] = []
         self.model_requests = 0
+        self.model_headers = ""
         self.at_once = 0
         self.most_at_once = 0
         self.lock = threading.Lock()
@@ -87,13 +90,14 @@ def _handler(server: JudgeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             server.model_requests += 1
+            server.model_headers = str(self.headers)
             known = self.path == "/v1/models"
             self.send(server.models if known else fails(404))
 
         def do_POST(self) -> None:
             payload = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
-                server.seen.append(Seen(payload, self.headers["Authorization"]))
+                server.seen.append(Seen(payload, self.headers["Authorization"], str(self.headers)))
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
             if self.path == "/v1/chat/completions":
@@ -111,7 +115,7 @@ def _handler(server: JudgeServer) -> type[BaseHTTPRequestHandler]:
                 return
             try:
                 self.send_response(reply.status)
-                for name, value in reply.headers.items():
+                for name, value in {"Content-Type": "application/json", **reply.headers}.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(reply.body)))
                 self.end_headers()

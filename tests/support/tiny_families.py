@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 SIZE = {"height": 32, "width": 48}
-"""Picture size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so that swapped axes show."""
+"""Image size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so that swapped axes show."""
 T5_TOKENS = 12
 WIDTH = 24
 """Text width of the tiny transformers."""
@@ -57,13 +57,13 @@ def autoencoder(**options: Any) -> Any:
     ).eval()
 
 
-def clip_tokenizer() -> Any:
+def clip_tokenizer(*, length: int = 16) -> Any:
     from transformers import CLIPTokenizer
 
     letters = string.ascii_lowercase
     words = {piece: i for i, piece in enumerate(["<|startoftext|>", "<|endoftext|>", *letters])}
     words |= {f"{letter}</w>": len(words) + i for i, letter in enumerate(letters)}
-    return CLIPTokenizer(vocab=words, merges=[], model_max_length=16)
+    return CLIPTokenizer(vocab=words, merges=[], model_max_length=length)
 
 
 def clip_encoder(width: int) -> Any:
@@ -128,6 +128,44 @@ def scheduler(**options: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def build_flux(folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bool = True) -> Path:
+    """FLUX.1, with or without a guidance input, its schedule shifted by image size or by a fixed number."""
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with seeded():
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(2, 2, 4),
+        )
+        clip = CLIPTextConfig(
+            vocab_size=54,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        FluxPipeline(
+            scheduler=scheduler(use_dynamic_shifting=dynamic_shift, shift=3.0),
+            vae=autoencoder(),
+            text_encoder=CLIPTextModel(clip).eval(),
+            tokenizer=clip_tokenizer(length=77),
+            text_encoder_2=t5_encoder(),
+            tokenizer_2=t5_tokenizer(),
+            transformer=loud(transformer),
+        ).save_pretrained(folder)
+    return folder
 
 
 def build_sd3(folder: Path, *, t5: bool = True, dual: bool = True) -> Path:

@@ -1,7 +1,7 @@
 """What a judge of quality is: an image and its prompt's text in, three axes of quality out.
 
 The corrected score ``r_corrected = r * (u - 3) + 0.2`` weighs a reward ``r`` by a judgement ``u`` that was made without
-it. So a judge is given pictures and texts and nothing else: no score, no target, no metadata.
+it. So a judge sees images and texts and nothing else: no score, no target, no metadata.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from gdro_cli.rewards.base import ImageSource, PromptLike, Score
 
 AXES = ("alignment", "coherence", "style")
-"""Does the picture show what the prompt says; is it free of glitches and distortions; is it pleasing?"""
+"""Does the image show what the prompt says; is it free of glitches and distortions; is it pleasing?"""
 LOWEST, HIGHEST = 1.0, 5.0
 """Ends of the scale of every axis."""
 
@@ -26,7 +26,7 @@ class Judgement:
     axes: Mapping[str, float | None]
     """Each of ``AXES`` in 1..5; ``None`` when the judge gave no usable number for it."""
     reason: str | None = None
-    """Why an axis is missing, for a person to read; ``None`` when all are there."""
+    """Why an axis is missing, for a person to read; ``None`` when none is."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the axes were read from, as JSON values."""
 
@@ -68,7 +68,7 @@ class Judge(Protocol):
 
 
 class JudgeReward:
-    """A judge in the place of a reward, so that ``ScoringPool`` and score tables serve it too.
+    """A judge used as a reward, so that ``ScoringPool`` and score tables work for it as well.
 
     The value of a score is ``u``, the mean of the chosen axes, in 1..5; it is missing when one of them is. Details hold
     every axis under its name, the present ones also when ``u`` is missing, beside the judge's own details; ``missing``

@@ -1,21 +1,14 @@
-"""Requests to an endpoint that speaks OpenAI's chat protocol: who may ask, how often, and what an answer is.
+"""Chat requests to an endpoint that speaks OpenAI's protocol, through the ``openai`` client.
 
-What passes by itself (no connection, no answer in time, 408, 429, 5xx) is tried again after a pause; what does not
-(a key or a model that is refused: 401, 403, 404) ends the work with one sentence; what is wrong with one request or one
-answer (other 4xx, such as a picture that is too large) concerns one image. Redirects are not followed.
+The client repeats what may pass by itself (no connection, no answer in time, 408, 409, 429, 5xx) after a pause. What
+does not (a refused key or model: 401, 403, 404, or a redirect, which is not followed) ends the work with one sentence.
+What is wrong with one request or one answer (another 4xx, such as for an image that is too large) concerns one image.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import random
-import threading
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
+from importlib.util import find_spec
 from typing import Any
 
 import httpx2
@@ -23,180 +16,149 @@ import httpx2
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import one_line
 
-FIRST_PAUSE = 0.5
-"""Seconds before the second attempt; every further pause is twice as long."""
-LONGEST_PAUSE = 60.0
-"""Seconds; no pause is longer, not even one that the endpoint asks for."""
-_LARGEST_PORT = 65_535
-_PASSING = frozenset({408, 429})
-_REFUSED = frozenset({401, 403, 404})
+_REMEDIES = {
+    401: "set the environment variable that the judge's api_key_env names to a valid key",
+    403: "use a key that may use this model",
+    404: "correct the judge's model or base_url",
+}
+_PASSING = (408, 409, 429)
 _QUOTED = 200
 """Characters of the endpoint's own message that an error shows."""
-LARGEST_ANSWER = 4 * 2**20
-"""Bytes; no more of an answer is read. One of three lines has a thousandth of that."""
 _SHORTEST_SECRET = 8
-"""Characters; an answer holds a shorter key, such as the ``EMPTY`` of a server without keys, by chance."""
+"""Characters; an answer may contain a shorter key, such as the ``EMPTY`` of a server without keys, by chance."""
 
 
 class NoAnswerError(Exception):
     """One request that got no usable answer; the message is the reason."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """What came back."""
-
-    status: int
-    phrase: str
-    retry_after: str | None
-    body: bytes
-    whole: bool
-    """Whether there was no more than ``LARGEST_ANSWER`` of it."""
-
-    @property
-    def good(self) -> bool:
-        """Whether the endpoint did what it was asked for."""
-        return 200 <= self.status < 300
-
-    def json(self) -> Any:
-        """The body. Raises ValueError when it is not JSON."""
-        try:
-            value = json.loads(self.body)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-        return value
-
-
 class Endpoint:
-    """An open connection to one model of an endpoint. It may be used by several threads.
+    """One model of an endpoint; ``async with endpoint.client`` holds the connections.
 
     Args:
         base_url: address up to and including the version, as ``check_url`` takes it.
-        model: name of the model there.
+        model: the endpoint's name of the model.
         key: sent as bearer token; ``None`` for none.
-        connections: requests that may be under way at a time.
-        timeout: seconds for connecting, for the first silence, and for the whole of a request once it is answered.
+        timeout: seconds for connecting, and for each silence of the endpoint.
         retries: further attempts after the first.
     """
 
-    def __init__(
-        self, base_url: str, model: str, *, key: str | None, connections: int, timeout: float, retries: int
-    ) -> None:
-        self._url = base_url
-        self._model = model
-        self._key = key
-        self._retries = retries
-        self._timeout = timeout
-        # compressed, a small answer could be a large one
-        headers = {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
-        self._client = httpx2.Client(
-            headers=headers,
-            timeout=httpx2.Timeout(timeout, pool=None),
-            limits=httpx2.Limits(max_connections=connections),
+    def __init__(self, base_url: str, model: str, *, key: str | None, timeout: float, retries: int) -> None:
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Omit
+
+        self._url, self._model, self._key, self._retries = base_url, model, key, retries
+        # The client would fill in what it is not given from OPENAI_* variables, which are meant for another service.
+        omitted = ("OpenAI-Organization", "OpenAI-Project", *(("Authorization",) if key is None else ()))
+        self._headers: dict[str, Any] = dict.fromkeys(omitted, Omit())
+        self.client = AsyncOpenAI(
+            base_url=base_url,
+            api_key=key or "none",
+            admin_api_key="",
+            max_retries=retries,
+            timeout=timeout,
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False),
         )
 
-    def check(self) -> None:
-        """Ask once which models there are.
+    async def check(self) -> None:
+        """Ask once which models it has.
 
-        An endpoint that answers but does not tell passes: only a request for a judgement shows whether it works.
+        An endpoint that answers without a list passes: only a request for a judgement shows whether it works.
 
         Raises:
             PrerequisiteError: it cannot be reached, refuses the key, or has other models only.
         """
+        from openai import APIConnectionError, APIStatusError
+
         try:
-            answer = self._send("GET", "models")
-        except httpx2.RequestError as error:
+            answer = await self.client.with_options(max_retries=0).get(
+                "/models", cast_to=httpx2.Response, options={"headers": self._headers}
+            )
+        except APIConnectionError as error:
             raise PrerequisiteError(
-                f"the judge's endpoint {self._url} cannot be reached ({self._hidden(one_line(error))}): start the "
-                "server, or correct its base_url"
+                f"the judge's endpoint {self._url} cannot be reached ({self._cause(error)}): start the server, or "
+                "correct its base_url"
             ) from None
-        if answer.status in (401, 403):
-            raise self._refusal(answer)
-        names = [self._hidden(name)[:_QUOTED] for name in _model_names(answer)] if answer.good else []
-        if names and self._hidden(self._model)[:_QUOTED] not in names:
+        except APIStatusError as error:
+            if error.status_code in (401, 403):
+                raise self._refusal(error) from None
+            return
+        try:
+            names = [str(model["id"]) for model in answer.json()["data"]]
+        except (ValueError, TypeError, LookupError):
+            return
+        if names and self._model not in names:
             raise PrerequisiteError(
-                f"the judge's endpoint {self._url} serves {', '.join(names[:5])}, not {self._model}: correct the "
-                f"judge's model or base_url"
+                f"the judge's endpoint {self._url} serves {self._hidden(', '.join(names[:5]))[:_QUOTED]}, "
+                f"not {self._model}: correct the judge's model or base_url"
             )
 
-    def ask(self, request: Mapping[str, Any], *, stop: threading.Event) -> tuple[str, bool]:
-        """The text that the model answers to a chat request, and whether the model ended it (else it was cut off).
+    async def ask(self, content: list[dict[str, Any]], *, max_tokens: int) -> tuple[str, bool]:
+        """The text that the model answers to one message, greedily, and whether the model ended it or was cut off.
 
         Args:
-            request: JSON of the request, without the model.
-            stop: when set, no further attempt is made.
+            content: of the message, as OpenAI's protocol has it.
+            max_tokens: after which the answer is cut off.
 
         Raises:
             NoAnswerError: no attempt brought a usable answer.
             PrerequisiteError: the endpoint refuses the key, or has no such model.
         """
-        body = json.dumps({"model": self._model, **request}).encode()
-        reason = ""
-        for attempt in range(self._retries + 1):
-            wanted_pause = None
-            try:
-                answer = self._send("POST", "chat/completions", body)
-            except httpx2.TransportError as error:
-                reason = self._hidden(one_line(error))
-            except httpx2.RequestError as error:
-                raise NoAnswerError(f"the judge's answer cannot be decoded: {self._hidden(one_line(error))}") from None
-            else:
-                if answer.good:
-                    text, complete = _text(answer)
-                    secret = self._key is not None and len(self._key) >= _SHORTEST_SECRET
-                    return (self._hidden(text) if secret else text), complete
-                if answer.status in _REFUSED or answer.status < 400:
-                    raise self._refusal(answer)
-                if answer.status not in _PASSING and answer.status < 500:
-                    raise NoAnswerError(f"the judge's endpoint answers {self._told(answer)}")
-                reason = f"HTTP {answer.status}"
-                wanted_pause = retry_after(answer.retry_after)
-            if attempt < self._retries and stop.wait(pause(attempt, wanted=wanted_pause)):
-                break
-        raise NoAnswerError(f"the judge's endpoint gave no answer in {self._retries + 1} attempts, at last {reason}")
+        from openai import APIConnectionError, APIStatusError
 
-    def close(self) -> None:
-        """End the connections."""
-        self._client.close()
+        messages: Any = [{"role": "user", "content": content}]
+        try:
+            answer = await self.client.chat.completions.create(
+                model=self._model,
+                messages=messages,
+                temperature=0,
+                max_tokens=max_tokens,
+                extra_headers=self._headers,
+            )
+        except APIConnectionError as error:
+            raise self._gave_up(self._cause(error)) from None
+        except APIStatusError as error:
+            if error.status_code in _PASSING or error.status_code >= 500:
+                raise self._gave_up(f"HTTP {error.status_code}") from None
+            if error.status_code in _REMEDIES or error.status_code < 400:
+                raise self._refusal(error) from None
+            raise NoAnswerError(f"the judge's endpoint answers {self._quoted(error)}") from None
+        except ValueError:
+            raise NoAnswerError("the judge's answer is not JSON") from None
+        try:
+            text, complete = answer.choices[0].message.content, answer.choices[0].finish_reason != "length"
+        except (TypeError, LookupError, AttributeError):
+            raise NoAnswerError("the judge's answer is not that of a chat") from None
+        if not isinstance(text, str):
+            raise NoAnswerError("the judge's answer is not text")
+        return self._hidden(text), complete
 
-    def _send(self, method: str, place: str, body: bytes | None = None) -> _Answer:
-        """One request; an answer without end, in size or in time, is not read to its end."""
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        deadline = time.monotonic() + self._timeout
-        with self._client.stream(method, f"{self._url}/{place}", content=body, headers=headers) as response:
-            encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-            if encoding not in ("", "identity"):
-                raise httpx2.DecodingError("it is compressed, which was not asked for", request=response.request)
-            data = bytearray()
-            for part in response.iter_raw():
-                data += part
-                if len(data) > LARGEST_ANSWER:
-                    break
-                if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout(
-                        f"the answer is not complete after {self._timeout:g} seconds", request=response.request
-                    )
-            whole = len(data) <= LARGEST_ANSWER
-            after = response.headers.get("Retry-After")
-            return _Answer(response.status_code, response.reason_phrase, after, bytes(data), whole)
+    def _cause(self, error: Exception) -> str:
+        return self._hidden(one_line(error.__cause__ or error))
 
-    def _refusal(self, response: _Answer) -> PrerequisiteError:
-        remedy = {
-            401: "set the environment variable that the judge's api_key_env names to a valid key",
-            403: "use a key that may use this model",
-            404: "correct the judge's model or base_url",
-        }.get(response.status, "correct the judge's base_url")
-        return PrerequisiteError(f"the judge's endpoint {self._url} answers {self._told(response)}: {remedy}")
+    def _gave_up(self, reason: str) -> NoAnswerError:
+        attempts = self._retries + 1
+        return NoAnswerError(f"the judge's endpoint gave no answer in {attempts} attempts, at last {reason}")
 
-    def _told(self, response: _Answer) -> str:
-        """Status and the endpoint's own message, without the key."""
-        status = self._hidden(f"{response.status} {response.phrase}".strip())[:_QUOTED]
-        said = self._hidden(_message(response))[:_QUOTED]
-        return f"{status} ({said})" if said else status
+    def _refusal(self, error: Any) -> PrerequisiteError:
+        remedy = _REMEDIES.get(error.status_code, "correct the judge's base_url")
+        return PrerequisiteError(f"the judge's endpoint {self._url} answers {self._quoted(error)}: {remedy}")
+
+    def _quoted(self, error: Any) -> str:
+        """Status and the endpoint's own message in one line, without the key."""
+        return f"HTTP {error.status_code} ({self._hidden(' '.join(error.message.split()))[:_QUOTED]})"
 
     def _hidden(self, text: str) -> str:
-        """A text of the endpoint's without the key, which it may say back; to be used before the text is cut."""
-        return text if self._key is None else text.replace(self._key, "***")
+        """A text of the endpoint's without the key, which it may repeat; to be called before the text is cut."""
+        return text if self._key is None or len(self._key) < _SHORTEST_SECRET else text.replace(self._key, "***")
+
+
+def check_package() -> None:
+    """Raise PrerequisiteError unless the client is installed."""
+    if find_spec("openai") is None:
+        raise PrerequisiteError(
+            "judge.kind unified-reward needs the package openai: run `pip install 'gdro_cli[judge]'`, or choose another"
+            " judge.kind"
+        )
 
 
 def check_url(base_url: str) -> str:
@@ -211,8 +173,7 @@ def check_url(base_url: str) -> str:
         parts = httpx2.URL(base_url)
     except httpx2.InvalidURL:
         parts = httpx2.URL()
-    port = parts.port or 0
-    if parts.scheme not in ("http", "https") or not parts.host or port > _LARGEST_PORT:
+    if parts.scheme not in ("http", "https") or not parts.host:
         raise UserError(
             f"the judge's base_url is {base_url[:_QUOTED]!r}: it must be an address like http://localhost:8000/v1"
         )
@@ -233,66 +194,3 @@ def read_key(variable: str | None) -> str | None:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise PrerequisiteError(f"the environment variable {variable} holds no API key: it must be one printable word")
     return key
-
-
-def pause(attempt: int, *, wanted: float | None = None) -> float:
-    """Seconds to wait after a failed attempt (the first is 0): what the endpoint wants, or twice as long every time.
-
-    The latter is shortened at random by up to half, so that requests that failed together do not come back together.
-    """
-    if wanted is not None:
-        return min(wanted, LONGEST_PAUSE)
-    return float(min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE) * random.uniform(0.5, 1.0))
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a ``Retry-After`` header asks for, as a number or a date; ``None`` for neither."""
-    if value is None:
-        return None
-    if value.strip().isdecimal():
-        return float(value)
-    try:
-        when = parsedate_to_datetime(value)
-        if when.tzinfo is None:
-            when = when.replace(tzinfo=UTC)
-        return max(0.0, (when - datetime.now(UTC)).total_seconds())
-    except (ValueError, OverflowError):
-        return None
-
-
-def _text(response: _Answer) -> tuple[str, bool]:
-    """Text of the first choice, and whether it is complete."""
-    if not response.whole:
-        raise NoAnswerError(f"the judge's answer has more than {LARGEST_ANSWER // 2**20} MiB")
-    try:
-        choices = response.json()["choices"]
-        choice = choices[0]
-        text = choice["message"]["content"]
-        complete = choice.get("finish_reason") != "length"
-    except ValueError:
-        raise NoAnswerError("the judge's answer is not JSON") from None
-    except IndexError:
-        raise NoAnswerError("the judge's answer holds no choices") from None
-    except (KeyError, TypeError, AttributeError):
-        raise NoAnswerError("the judge's answer is not that of a chat") from None
-    if not isinstance(text, str):
-        raise NoAnswerError("the judge's answer is not text")
-    return text, complete
-
-
-def _model_names(response: _Answer) -> list[str]:
-    try:
-        return [str(model["id"]) for model in response.json()["data"]]
-    except (ValueError, KeyError, TypeError):
-        return []
-
-
-def _message(response: _Answer) -> str:
-    """What an error's body says, in one line; empty when it says nothing in the known forms."""
-    try:
-        body = response.json()
-    except ValueError:
-        return ""
-    error = body.get("error", body) if isinstance(body, dict) else None
-    said = error.get("message") if isinstance(error, dict) else error
-    return " ".join(said.split()) if isinstance(said, str) else ""

@@ -1,4 +1,4 @@
-"""What UnifiedReward 2.0 is asked for one image, and how its answer is read.
+"""The question to UnifiedReward 2.0 about one image, and how its answer is read.
 
 UnifiedReward 2.0 (arXiv 2503.05236; github.com/CodeGoat24/UnifiedReward) is tuned on a fixed form: the image comes
 first, then the text that names the three axes, the form of the answer, and the caption in square brackets. It answers
@@ -37,10 +37,7 @@ MAX_TOKENS = 1024
 """Tokens of an answer; three lines need about a hundred."""
 
 _QUOTED = 500
-"""Characters of an answer that are kept in the details."""
-_LONGEST_LINE = 1000
-"""Characters; a longer line is no axis with its number, and the pattern would take hours over a million blanks."""
-_SHOWN_SCORES = 3
+"""Characters of an answer that the details hold."""
 _MARKUP = re.compile(r"[*_`#>|]|\\(?=[()\-])")
 _BULLET = re.compile(r"^\s*+(?:[-\u2022]|[0-9]{1,2}[.)])\s++")
 _LINE = re.compile(
@@ -51,7 +48,7 @@ _LINE = re.compile(
 
 
 def check_template(template: str) -> None:
-    """Raises ValueError unless the caption has exactly one place in the template."""
+    """Raise ValueError unless the template contains the caption's mark exactly once."""
     if template.count(CAPTION) != 1:
         raise ValueError(f"the template must contain {CAPTION} once, it does {template.count(CAPTION)} times")
 
@@ -71,7 +68,7 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
 
     A line counts when it is nothing but one axis and its number, in any case, with or without markup, a bullet, the
     "(1-5)", or "/5". Nothing is guessed: an axis without such a line, off the scale, or with two different numbers is
-    missing. What a model thinks aloud in ``<think>`` is no part of its answer.
+    missing. What a model thinks aloud in ``<think>`` is not a part of its answer.
 
     Args:
         answer: the model's text.
@@ -79,15 +76,15 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
     """
     final = answer.rpartition("</think>")[2].partition("<think>")[0]
     lines = final.splitlines()
-    found: dict[str, set[float]] = {axis: set() for axis in AXES}
+    numbers: dict[str, set[float]] = {axis: set() for axis in AXES}
     for line in lines if complete else lines[:-1]:
         text = _MARKUP.sub("", line).strip()
-        match = _LINE.fullmatch(_BULLET.sub("", text)) if len(text) <= _LONGEST_LINE else None
+        match = _LINE.fullmatch(_BULLET.sub("", text))
         if match is not None:
-            found[match["axis"].lower()].add(float(match["value"]))
+            numbers[match["axis"].lower()].add(float(match["value"]))
     axes: dict[str, float | None] = {}
     problems = []
-    for axis, values in found.items():
+    for axis, values in numbers.items():
         value = next(iter(values)) if len(values) == 1 else None
         axes[axis] = value if value is not None and on_scale(value) else None
         if axes[axis] is None:
@@ -101,9 +98,7 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
 def _problem(axis: str, values: set[float]) -> str:
     if not values:
         return f"has no {axis} score"
-    numbers = " and ".join(f"{value:g}" for value in sorted(values)[:_SHOWN_SCORES])
-    if len(values) > _SHOWN_SCORES:
-        numbers += f" and {len(values) - _SHOWN_SCORES} more"
+    numbers = " and ".join(f"{value:g}" for value in sorted(values))
     if len(values) > 1:
         return f"has different {axis} scores ({numbers})"
     return f"has a {axis} score of {numbers}, which is not between {LOWEST:g} and {HIGHEST:g}"

@@ -1,8 +1,8 @@
-"""UnifiedReward 2.0 in this process, through transformers: the same question and reading as behind an endpoint.
+"""The judge ``unified-reward-local``: UnifiedReward 2.0 in this process, asked and read as behind an endpoint.
 
 UnifiedReward 2.0 is tuned from Qwen's vision models (Qwen2.5-VL, Qwen3-VL, Qwen3.5). Their processors in transformers
-need torchvision even when there is no video, so tokens and pixels are put together here: the chat template's one mark
-for the image becomes as many as there are merged patches. Images are resized by Pillow, and a server's numbers may
+need torchvision even without a video, so tokens and pixels are put together here: the chat template's single mark for
+the image is repeated once for each merged patch. Images are resized by Pillow, and a server's numbers may
 differ in late digits.
 
 One image is judged at a time. A server with vLLM or SGLang is many times as fast.
@@ -11,18 +11,17 @@ One image is judged at a time. A server with vLLM or SGLang is many times as fas
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.files import sha256, sha256_file
+from gdro_cli.model_source import WEIGHTS, ModelSource
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, one_line, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.unified_prompt import (
@@ -37,7 +36,7 @@ from gdro_cli.rewards.judge.unified_prompt import (
 KINDS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """Model types of transformers that UnifiedReward 2.0 comes in."""
 _IMAGE_MARK = "<|image_pad|>"
-_FILES = ("*.json", "*.txt", "*.jinja", "*.safetensors")
+_FILES = ("*.json", "*.txt", "*.jinja", WEIGHTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,15 +56,20 @@ class UnifiedRewardLocal:
         template: the text that goes with an image, with ``{caption}`` where its prompt goes.
 
     Raises:
-        PrerequisiteError: the model is not there.
-        ValueError: the template has no place for the caption.
+        PrerequisiteError: the model is not on this machine.
+        UserError: the model is of another kind.
+        ValueError: the template does not contain ``{caption}``.
     """
 
     def __init__(self, model: str | Path, *, device: str = "auto", template: str = TEMPLATE) -> None:
         check_template(template)
-        self._name = str(model)
         self._template = template
-        self._folder, self._commit = _find(model)
+        self._source = ModelSource(model, key="judge.model", fetch=False)
+        self._source.get(*_FILES)
+        self._source.require("config.json", WEIGHTS)
+        kind = self._source.read_json("config.json").get("model_type")
+        if kind not in KINDS:
+            raise UserError(f"the judge's model {model} is a {str(kind)[:60]}; it must be one of {', '.join(KINDS)}")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._device = device
@@ -75,22 +79,16 @@ class UnifiedRewardLocal:
     @functools.cached_property
     def version(self) -> Mapping[str, Any]:
         """Provenance: the model's commit, or the digest of its files (read once); prompt, precision, transformers."""
-        model = {"sha256": self._digest()} if self._commit is None else {"model": self._name, "commit": self._commit}
         return {
             "judge": "unified-reward-local",
-            **model,
+            **self._source.version(*_FILES),
             **provenance(self._template),
             "precision": str(self._dtype).removeprefix("torch."),
             "transformers": metadata.version("transformers"),
         }
 
     def load(self) -> None:
-        """Load the network; a second call does nothing.
-
-        Raises:
-            PrerequisiteError: files are missing or broken.
-            UserError: the model is of another kind.
-        """
+        """Load the network; a second call does nothing. Raises ``PrerequisiteError`` for missing or broken files."""
         self._loaded()
 
     def judge(self, images: Sequence[ImageSource], prompts: Sequence[str]) -> list[Judgement]:
@@ -117,80 +115,23 @@ class UnifiedRewardLocal:
         return read_answer(answer, complete=complete)
 
     def _loaded(self) -> _Loaded:
-        if self._parts is None:
-            self._parts = self._load()
-        return self._parts
-
-    def _load(self) -> _Loaded:
-        from safetensors import SafetensorError
+        if self._parts is not None:
+            return self._parts
         from transformers import AutoModelForImageTextToText, AutoTokenizer
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        folder, loader = str(self._folder), cast(Any, AutoModelForImageTextToText)
-        try:
-            self._check_kind()
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
-            network, info = loader.from_pretrained(
-                folder,
-                dtype=self._dtype,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                attn_implementation="sdpa",  # the files might name kernels of the Hub
-            )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise PrerequisiteError(
-                f"the judge's model {self._name} cannot be loaded ({one_line(error)}): fetch all of its files again"
-            ) from error
-        # transformers would go on with random numbers for weights that the file lacks
-        missing = sorted(set(info["missing_keys"]) & {name for name, _ in network.named_parameters()})
-        if missing:
-            raise PrerequisiteError(f"the judge's model {self._name} lacks the weight {missing[0]}: fetch it again")
+        tokenizer = self._source.load(AutoTokenizer)
         if tokenizer.chat_template is None:
-            raise PrerequisiteError(
-                f"the judge's model {self._name} has no chat template: fetch all of its files again"
-            )
-        return _Loaded(network.eval().requires_grad_(False).to(self._device), tokenizer, processor)
-
-    def _check_kind(self) -> None:
-        config = json.loads((self._folder / "config.json").read_bytes().decode("utf-8"))
-        kind = config.get("model_type") if isinstance(config, dict) else None
-        if kind not in KINDS:
-            raise UserError(
-                f"the judge's model {self._name} is a {str(kind)[:60]}; it must be one of {', '.join(KINDS)}"
-            )
-
-    def _digest(self) -> str:
-        files = sorted({file for pattern in _FILES for file in self._folder.glob(pattern)})
-        return sha256("".join(f"{file.name} {sha256_file(file)}\n" for file in files).encode())
+            raise PrerequisiteError(f"model {self._source.name} has no chat template: {self._source.remedy}")
+        processor = self._source.load(Qwen2VLImageProcessorPil)
+        # The files might name an implementation of attention that is code of the Hub.
+        network = self._source.load(AutoModelForImageTextToText, dtype=self._dtype, attn_implementation="sdpa")
+        self._parts = _Loaded(network.eval().requires_grad_(False).to(self._device), tokenizer, processor)
+        return self._parts
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the network, so that a judge can be sent to a worker process."""
         return {**self.__dict__, "_parts": None}
-
-
-def _find(model: str | Path) -> tuple[Path, str | None]:
-    """The model's folder, and its commit if it is in the Hub's cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    folder = Path(model).expanduser()
-    commit = None
-    if not folder.is_dir():
-        try:
-            folder = Path(snapshot_download(str(model), allow_patterns=list(_FILES), local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError):
-            raise PrerequisiteError(
-                f"the judge's model {model} is neither a folder here nor in the Hugging Face cache: name a local "
-                "folder, or run `hf download` with the model's Hub id"
-            ) from None
-        commit = folder.name
-    for pattern in ("config.json", "*.safetensors"):
-        if not any(folder.glob(pattern)):
-            raise PrerequisiteError(f"the judge's model {model} has no {pattern}: fetch all of its files again")
-    return folder, commit
 
 
 def _ask(loaded: _Loaded, image: Image.Image, text: str) -> tuple[str, bool]:

@@ -19,7 +19,7 @@ from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.files import new_folder, storage_errors
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.merge import Merged, merge_into, read_adapter, refuse_undecodable
+from gdro_cli.models.merge import Merged, merge_into, read_adapter
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.exporting import hub
@@ -62,8 +62,6 @@ class Export:
                 raise UserError("--adapter and --merge name the same folder: name two")
             if one.is_relative_to(other) or other.is_relative_to(one):
                 raise UserError("--adapter and --merge name one folder inside the other: name two beside each other")
-        if self.merge is not None:
-            refuse_undecodable(self.merge.resolve())
         if self.push is not None:
             hub.check_name(self.push)
 

@@ -1,4 +1,4 @@
-"""Uploading a folder to the Hugging Face Hub with the user's own token, where that was asked for."""
+"""Upload a folder to the Hugging Face Hub with the user's own token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_name(repo: str) -> None:
     """Raise UserError if no repository can be called that."""
     if not _NAME.fullmatch(repo) or "--" in repo or ".." in repo:
         raise UserError(
-            f"--push {repo} is no repository of the Hub: write OWNER/NAME, in letters, digits, `-`, `_`, `.`"
+            f"--push {repo} cannot be the name of a repository: write OWNER/NAME, in letters, digits, `-`, `_`, `.`"
         )
 
 
@@ -29,19 +29,19 @@ def has_token() -> bool:
 
 
 def check_login() -> None:
-    """Raise PrerequisiteError where there is no token."""
+    """Raise PrerequisiteError unless the user has a token."""
     if not has_token():
         raise PrerequisiteError(
-            "there is no Hugging Face token: log in with `hf auth login` or set HF_TOKEN, with a token that may write,"
+            "no Hugging Face token was found: log in with `hf auth login` or set HF_TOKEN, with a token that may write,"
             " and run the command again"
         )
 
 
 def make_repository(repo: str, *, public: bool) -> bool:
-    """Make the repository if it is not there; returns whether it is public.
+    """Make the repository unless it exists; returns whether it is public.
 
     Raises:
-        UserError: it is public already, and that was not asked for.
+        UserError: it is already public, and the user has not said ``public``.
         PrerequisiteError: the Hub refuses or cannot be reached.
     """
     api = HfApi()
@@ -54,14 +54,14 @@ def make_repository(repo: str, *, public: bool) -> bool:
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise _refused(repo, error) from error
     if is_public and not public:
-        raise UserError(f"the repository {repo} is public: push to another, or add --public if all may see the model")
+        raise UserError(f"the repository {repo} is public: push to another, or add --public")
     return is_public
 
 
 def upload(folder: Path, repo: str, *, message: str, again: str) -> str:
     """Upload all files of a folder in one commit; returns the repository's address.
 
-    ``again`` tells how to continue after a failure.
+    ``again`` says how to continue after a failure.
 
     Raises:
         PrerequisiteError: the Hub refuses or cannot be reached.

@@ -27,8 +27,8 @@ from gdro_cli.core.footprint import (
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import takes_two_passes
 from gdro_cli.models.diffusers_flow import DtypeName
-from gdro_cli.models.family import decoded_at_once
-from gdro_cli.models.meta_model import BlankModel, Part, blank_model, open_folder, trace_decoding
+from gdro_cli.models.latents import decoded_at_once
+from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, trace_forward, trace_update, whole_update, whole_work
 from gdro_cli.stages.setup.model import EMBEDDED, model_folder
 from gdro_cli.stages.training.batch_sizes import images_per_process, takes_one_pass
@@ -52,9 +52,9 @@ class Shape:
 
 
 @lru_cache(maxsize=8)
-def blank(path: str, dtype: DtypeName, tokens: int | None) -> BlankModel:
+def blank(path: str, dtype: DtypeName, tokens: int | None) -> MetaModel:
     """The model on the meta device, without an adapter."""
-    return blank_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    return meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
 
 
 @lru_cache(maxsize=32)
@@ -77,14 +77,14 @@ def decoding_work(shape: Shape, images: int) -> Work | None:
 class Adapted:
     """A shallow model with its adapter."""
 
-    part: Part
+    part: ShallowModel
     parameters: list[torch.nn.Parameter]
 
 
 @lru_cache(maxsize=8)
 def adapted(path: str, dtype: DtypeName, tokens: int | None, rank: int, targets: Targets) -> tuple[Adapted, ...]:
     """The shallow models again, with an adapter; its scale counts for nothing here."""
-    model = blank_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    model = meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
     return tuple(Adapted(part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
 
 

@@ -9,9 +9,9 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import yaml
+from huggingface_hub import ModelCardData
 
 import gdro_cli
 from gdro_cli.files import write_bytes
@@ -70,7 +70,7 @@ def card(run: FinishedRun, place: Place) -> bytes:
     grid = run.grid
     return render(
         "card.md.j2",
-        front=Markdown(yaml.safe_dump(front_matter(run, place), sort_keys=False, allow_unicode=True)),
+        front=Markdown(f"{front_matter(run, place).to_yaml()}\n"),
         kind=place.kind,
         name=run.name,
         base=_base(run),
@@ -94,14 +94,17 @@ def card(run: FinishedRun, place: Place) -> bytes:
     )
 
 
-def front_matter(run: FinishedRun, place: Place) -> dict[str, Any]:
+def front_matter(run: FinishedRun, place: Place) -> ModelCardData:
     """The card's metadata. The licence is the base model's to name, so none is named here."""
     tags = ["text-to-image", "diffusers", "gdro", run.recipe.method.name, run.recipe.prompts.task, run.model["family"]]
-    front: dict[str, Any] = {"library_name": "diffusers", "pipeline_tag": "text-to-image"}
-    if _on_hub(run):
-        front["base_model"] = run.model["path"]
-        front["base_model_relation"] = "finetune" if place.kind == "merged" else "adapter"
-    return front | {"tags": list(dict.fromkeys([*tags, *([] if place.kind == "merged" else ["lora"])]))}
+    on_hub, merged = _on_hub(run), place.kind == "merged"
+    return ModelCardData(
+        base_model=run.model["path"] if on_hub else None,
+        base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=tags if merged else [*tags, "lora"],
+    )
 
 
 def loading_code(run: FinishedRun, place: Place) -> str:

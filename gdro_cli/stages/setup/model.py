@@ -9,7 +9,7 @@ from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
-from gdro_cli.models.diffusers_flow import flow_of
+from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine, Precision
@@ -46,7 +46,7 @@ def open_model(recipe: Recipe, *, engine: Engine | None = None, folder: Pipeline
     Raises:
         PrerequisiteError: the model is missing.
     """
-    model = flow_of(
+    model = load_flow_model(
         folder or PipelineFolder(model_folder(recipe)),
         dtype=recipe.model.dtype,
         device=str(engine.device) if engine else "cuda" if torch.cuda.is_available() else "cpu",

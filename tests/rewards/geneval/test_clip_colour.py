@@ -206,7 +206,7 @@ def test_missing_parts_are_named(folder: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(PrerequisiteError) as caught:
         ClipColours()
     assert f"run `hf download {MODEL}`" in str(caught.value)
-    assert "a local folder as `reward.geneval.colour_model`" in str(caught.value)
+    assert "set reward.geneval.colour_model=FOLDER" in str(caught.value)
 
 
 def test_published_size_can_be_built() -> None:

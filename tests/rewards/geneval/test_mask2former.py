@@ -237,10 +237,10 @@ def test_weights_that_lack_a_part_are_refused(folder: Path, tmp_path: Path) -> N
     weights = load_file(broken / "model.safetensors")
     del weights["class_predictor.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(PrerequisiteError, match=r"broken lack class_predictor\.weight and 0 more: fetch the whole"):
+    with pytest.raises(PrerequisiteError, match=r"broken lacks the weight class_predictor\.weight: fetch the whole"):
         Mask2FormerDetector(str(broken)).load()
     (broken / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(PrerequisiteError, match=r"broken cannot be loaded \(SafetensorError"):
+    with pytest.raises(PrerequisiteError, match=r"broken cannot be loaded \(Error while deserializing header"):
         Mask2FormerDetector(str(broken)).load()
     (broken / "model.safetensors").unlink()
     with pytest.raises(PrerequisiteError, match=r"broken has no \*\.safetensors"):
@@ -269,7 +269,7 @@ def test_missing_model_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_p
     with pytest.raises(PrerequisiteError) as caught:
         Mask2FormerDetector()
     assert f"run `hf download {MODEL}`" in str(caught.value)
-    assert "a local folder as `reward.geneval.detector_model`" in str(caught.value)
+    assert "set reward.geneval.detector_model=FOLDER" in str(caught.value)
 
 
 def test_published_size_can_be_built() -> None:

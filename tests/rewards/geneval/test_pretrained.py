@@ -85,8 +85,8 @@ def test_repository_in_the_cache_needs_no_network(cache: Path, monkeypatch: pyte
 
 def test_repository_that_cannot_be_fetched(cache: Path) -> None:
     sentence = (
-        r"owner/name is neither a folder here nor in the Hugging Face cache, and could not be fetched "
-        r"\(LocalEntryNotFoundError\): run `hf download owner/name` .* a local folder as `reward\.some_model`$"
+        r"owner/name is neither a local folder nor could .* be read from the Hugging Face cache or fetched "
+        r"\(LocalEntryNotFoundError\): .*`hf download owner/name`.* set reward\.some_model=FOLDER$"
     )
     with pytest.raises(PrerequisiteError, match=sentence):
         open_files("owner/name")
@@ -110,11 +110,11 @@ def test_incomplete_folder_is_named(tmp_path: Path, name: str) -> None:
 
 
 def test_broken_config_and_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(PrerequisiteError, match=r"nowhere does not exist: set `reward\.some_model` to a folder"):
+    with pytest.raises(PrerequisiteError, match=r"nowhere does not exist: set reward\.some_model to a folder"):
         open_files(tmp_path / "nowhere")
-    with pytest.raises(PrerequisiteError, match=r"config\.json of the model .* cannot be read"):
+    with pytest.raises(PrerequisiteError, match=r"config\.json of model .* cannot be read"):
         open_files(fill(tmp_path / "broken", config="{"))
-    with pytest.raises(PrerequisiteError, match=r"config\.json of the model .* is not a JSON object"):
+    with pytest.raises(PrerequisiteError, match=r"config\.json of model .* is not a JSON object"):
         open_files(fill(tmp_path / "list", config="[]"))
 
 

@@ -37,7 +37,7 @@ GOOD = 0.9
 
 
 def network(*, seed: int = 0) -> JudgeNetwork:
-    """Random weights, with heads large enough that pictures and prompts differ visibly."""
+    """Random weights, with heads large enough that images and prompts differ visibly."""
     torch.manual_seed(seed)
     made = JudgeNetwork(max(judge_vocabulary().values()) + 1)
     with torch.no_grad():
@@ -70,8 +70,8 @@ def prompts_of(drawn: list[Picture]) -> list[str]:
 
 def judged(judge: EmbeddedJudge, drawn: list[Picture]) -> np.ndarray:
     """[N, 3]."""
-    found = judge.judge(images_of(drawn), prompts_of(drawn))
-    return np.array([[each.axes[axis] for axis in AXES] for each in found], float)
+    judgements = judge.judge(images_of(drawn), prompts_of(drawn))
+    return np.array([[judgement.axes[axis] for axis in AXES] for judgement in judgements], float)
 
 
 # --- words ---------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_coherence_and_style_never_see_the_prompt_and_alignment_does(folder: Pat
         assert (found[:, 0] - own[:, 0]).abs().max() > 1e-3
 
 
-def test_all_axes_see_the_picture(folder: Path, drawn: list[Picture]) -> None:
+def test_all_axes_see_the_image(folder: Path, drawn: list[Picture]) -> None:
     found = EmbeddedJudge(folder).qualities(images_of(drawn), [drawn[0].prompt] * len(drawn))
     assert found.shape == (20, 3) and found.min() >= 0 and found.max() <= 1
     assert (found.std(dim=0) > 1e-3).all()
@@ -142,7 +142,7 @@ def test_the_shift_to_a_mean() -> None:
     assert shift_to(3.0, torch.tensor([0.75])) == pytest.approx(math.log(3), abs=1e-3)
 
 
-def test_pictures_of_other_sizes_are_brought_to_the_judge_s(folder: Path, drawn: list[Picture]) -> None:
+def test_images_of_other_sizes_are_brought_to_the_judge_s(folder: Path, drawn: list[Picture]) -> None:
     """Each pixel as a block of 2 x 2 is averaged back to what it was."""
     judge = EmbeddedJudge(folder)
     large = [image.resize((128, 128), Image.Resampling.NEAREST) for image in images_of(drawn)]
@@ -243,18 +243,18 @@ def shipped() -> EmbeddedJudge:
 
 @cache
 def sample() -> dict[str, dict[str, float]]:
-    """Rank correlations on 60 fresh pictures of each kind, and on 15 at nine severities."""
+    """Rank correlations on 60 fresh images of each kind, and on 15 at nine severities."""
     return measure(tiny_judge_path(), pictures=60, seed=2)
 
 
-def told() -> dict[str, dict[str, float]]:
-    report: dict[str, dict[str, float]] = json.loads((tiny_judge_path() / "report.json").read_text())
-    return report
+def report() -> dict[str, dict[str, float]]:
+    measured: dict[str, dict[str, float]] = json.loads((tiny_judge_path() / "report.json").read_text())
+    return measured
 
 
 @pytest.mark.parametrize(("axis", "fault"), FAULTS)
-def test_ruined_pictures_are_judged_worse_than_clean_ones(axis: str, fault: str, drawn: list[Picture]) -> None:
-    """Mean of 20 pictures on the fault's own axis, of 1 to 5."""
+def test_ruined_images_are_judged_worse_than_clean_ones(axis: str, fault: str, drawn: list[Picture]) -> None:
+    """Mean of 20 images on the fault's own axis, of 1 to 5."""
     ruined = [
         Image.fromarray(
             degrade(
@@ -274,17 +274,17 @@ def test_ruined_pictures_are_judged_worse_than_clean_ones(axis: str, fault: str,
 
 @pytest.mark.parametrize(("axis", "fault"), FAULTS)
 def test_the_score_follows_the_severity(axis: str, fault: str) -> None:
-    """Of one picture, and less closely from picture to picture."""
+    """Of one image, and less closely from image to image."""
     name = f"{axis}: {fault}"
-    assert told()[name]["within a picture"] >= GOOD
-    assert sample()[name]["within a picture"] >= GOOD - 0.05  # 15 pictures
-    assert sample()[name]["across pictures"] == pytest.approx(told()[name]["across pictures"], abs=0.2)
+    assert report()[name]["within a picture"] >= GOOD
+    assert sample()[name]["within a picture"] >= GOOD - 0.05  # 15 images
+    assert sample()[name]["across pictures"] == pytest.approx(report()[name]["across pictures"], abs=0.2)
 
 
 @pytest.mark.parametrize("kind", ["signs", "shapes"])
 def test_alignment_follows_the_known_fit(kind: str) -> None:
     name = f"alignment: {kind}"
-    assert sample()[name]["across pictures"] == pytest.approx(told()[name]["across pictures"], abs=0.2)
+    assert sample()[name]["across pictures"] == pytest.approx(report()[name]["across pictures"], abs=0.2)
     assert sample()[name]["across pictures"] > 0.3
 
 
@@ -297,7 +297,7 @@ def test_own_prompts_fit_better_than_others(drawn: list[Picture]) -> None:
 
 
 def test_the_report_is_of_every_fault() -> None:
-    assert set(told()) == {f"{axis}: {fault}" for axis, fault in FAULTS} | {"alignment: signs", "alignment: shapes"}
+    assert set(report()) == {f"{axis}: {fault}" for axis, fault in FAULTS} | {"alignment: signs", "alignment: shapes"}
 
 
 def test_the_shipped_judge_is_calibrated() -> None:

@@ -1,4 +1,4 @@
-"""Judgements, and a judge in the place of a reward."""
+"""Judgements, and a judge used as a reward."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def axes(alignment: float | None, coherence: float | None, style: float | None) 
     return {"alignment": alignment, "coherence": coherence, "style": style}
 
 
-def pictures(count: int) -> list[ImageSource]:
+def blank_images(count: int) -> list[ImageSource]:
     return [Image.new("RGB", (4, 4)) for _ in range(count)]
 
 
@@ -51,8 +51,8 @@ def prompt(text: str) -> Prompt:
 def test_u_is_the_mean_of_the_axes_of_the_task() -> None:
     """(2 + 3.5 + 5) / 3 = 3.5 with all axes, (3.5 + 5) / 2 = 4.25 without alignment."""
     judgement = Judgement(axes(2.0, 3.5, 5.0))
-    (ocr,) = JudgeReward(PaperJudge(judgement), axes=OcrReward.judge_axes).score(pictures(1), [prompt("a")])
-    (geneval,) = JudgeReward(PaperJudge(judgement), axes=GenEvalReward.judge_axes).score(pictures(1), [prompt("a")])
+    (ocr,) = JudgeReward(PaperJudge(judgement), axes=OcrReward.judge_axes).score(blank_images(1), [prompt("a")])
+    (geneval,) = JudgeReward(PaperJudge(judgement), axes=GenEvalReward.judge_axes).score(blank_images(1), [prompt("a")])
     assert ocr.value == 3.5
     assert geneval.value == 4.25
     assert ocr.details == geneval.details == {"alignment": 2.0, "coherence": 3.5, "style": 5.0}
@@ -60,7 +60,7 @@ def test_u_is_the_mean_of_the_axes_of_the_task() -> None:
 
 def test_u_is_missing_with_one_of_its_axes_and_the_present_ones_are_kept() -> None:
     judge = PaperJudge(Judgement(axes(2.0, None, 5.0), "no coherence", {"answer": "..."}))
-    (score,) = JudgeReward(judge, axes=AXES).score(pictures(1), [prompt("a")])
+    (score,) = JudgeReward(judge, axes=AXES).score(blank_images(1), [prompt("a")])
     assert (score.value, score.reason) == (None, "no coherence")
     assert score.details == {"alignment": 2.0, "coherence": None, "style": 5.0, "answer": "..."}
 
@@ -68,7 +68,7 @@ def test_u_is_missing_with_one_of_its_axes_and_the_present_ones_are_kept() -> No
 def test_an_axis_outside_u_may_be_missing() -> None:
     """u = (3 + 4) / 2."""
     judge = PaperJudge(Judgement(axes(None, 3.0, 4.0), "no alignment"))
-    (score,) = JudgeReward(judge, axes=GenEvalReward.judge_axes).score(pictures(1), [prompt("a")])
+    (score,) = JudgeReward(judge, axes=GenEvalReward.judge_axes).score(blank_images(1), [prompt("a")])
     assert (score.value, score.reason) == (3.5, None)
     assert score.details["alignment"] is None
     assert score.details["missing"] == "no alignment"
@@ -76,7 +76,7 @@ def test_an_axis_outside_u_may_be_missing() -> None:
 
 def test_the_judge_sees_the_texts_and_nothing_else_of_the_prompts() -> None:
     judge = PaperJudge(Judgement(axes(1, 1, 1)), Judgement(axes(5, 5, 5)))
-    scores = JudgeReward(judge, axes=AXES).score(pictures(2), [prompt("one"), prompt("two")])
+    scores = JudgeReward(judge, axes=AXES).score(blank_images(2), [prompt("one"), prompt("two")])
     assert judge.prompts == ["one", "two"]
     assert all(type(text) is str for text in judge.prompts)
     assert [score.value for score in scores] == [1.0, 5.0]
@@ -99,9 +99,9 @@ def test_load_loads_the_judge() -> None:
 def test_counts_must_agree() -> None:
     reward = JudgeReward(PaperJudge(Judgement.missing("nothing")), axes=AXES)
     with pytest.raises(ValueError, match="2 images but 1 prompts"):
-        reward.score(pictures(2), [prompt("a")])
+        reward.score(blank_images(2), [prompt("a")])
     with pytest.raises(ValueError, match="1 judgements for 2 images"):
-        reward.score(pictures(2), [prompt("a"), prompt("b")])
+        reward.score(blank_images(2), [prompt("a"), prompt("b")])
 
 
 @pytest.mark.parametrize("wrong", [(), ("beauty",), ("style", "style")])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForImageTextToText,
@@ -33,7 +34,7 @@ CHAT = (
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}"
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PICTURES = {"red": Image.new("RGB", (16, 8), "#ff0000"), "blue": Image.new("RGB", (16, 8), "#0000ff")}
+IMAGES = {"red": Image.new("RGB", (16, 8), "#ff0000"), "blue": Image.new("RGB", (16, 8), "#0000ff")}
 ANSWERS = {"red": lines(4.5, 3, 2), "blue": lines(1, 5, 3.25)}
 
 
@@ -94,7 +95,7 @@ def learn(model: Any, made: PreTrainedTokenizerFast, processor: Any) -> None:
     """Teach the two answers. 16 x 8 pixels are 4 x 2 patches of 4 pixels, merged by 2 x 2: 2 tokens."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     batches = []
-    for name, picture in PICTURES.items():
+    for name, image in IMAGES.items():
         question = (
             "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
             "Rate a card.<|im_end|>\n<|im_start|>assistant\n"
@@ -103,18 +104,18 @@ def learn(model: Any, made: PreTrainedTokenizerFast, processor: Any) -> None:
         ids = made(question + ANSWERS[name] + "<|im_end|>", return_tensors="pt")["input_ids"]
         labels = ids.clone()
         labels[:, : asked.shape[1]] = -100
-        pixels = processor(images=[picture], return_tensors="pt")
+        pixels = processor(images=[image], return_tensors="pt")
         kinds = (ids == model.config.image_token_id).int()
         batches.append({"input_ids": ids, "labels": labels, "mm_token_type_ids": kinds, **pixels})
     for _ in range(400):
         optimiser.zero_grad()
-        known = True
+        learnt = True
         for batch in batches:
             output = model(**batch)
             output.loss.backward()
             answer = batch["labels"][:, 1:] >= 0
-            known &= torch.equal(output.logits.argmax(-1)[:, :-1][answer], batch["labels"][:, 1:][answer])
-        if known:  # then greedy decoding says it, letter by letter
+            learnt &= torch.equal(output.logits.argmax(-1)[:, :-1][answer], batch["labels"][:, 1:][answer])
+        if learnt:  # then greedy decoding says it, letter by letter
             return
         optimiser.step()
     raise AssertionError("the answers were not learnt")
@@ -137,26 +138,26 @@ def judged(judge: UnifiedRewardLocal, *images: ImageSource) -> list[tuple[float 
     return [tuple(judgement.axes[axis] for axis in AXES) for judgement in judgements]
 
 
-def test_what_was_learnt_is_answered_for_each_picture(folder: Path, tmp_path: Path) -> None:
+def test_what_was_learnt_is_answered_for_each_image(folder: Path, tmp_path: Path) -> None:
     judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
     stored, broken = tmp_path / "blue.png", tmp_path / "broken.png"
-    PICTURES["blue"].save(stored)
+    IMAGES["blue"].save(stored)
     broken.write_bytes(b"no")
     expected = [(4.5, 3.0, 2.0), (None, None, None), (1.0, 5.0, 3.25)]
-    assert judged(judge, PICTURES["red"], broken, stored) == expected
-    assert judged(pickle.loads(pickle.dumps(judge)), PICTURES["red"]) == expected[:1]
+    assert judged(judge, IMAGES["red"], broken, stored) == expected
+    assert judged(pickle.loads(pickle.dumps(judge)), IMAGES["red"]) == expected[:1]
 
 
 def test_an_answer_that_was_cut_off_loses_its_last_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A token is a letter, and all but the last one are allowed."""
     monkeypatch.setattr(unified_reward_local, "MAX_TOKENS", len(lines(4.5, 3, 2)) - 1)
     judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
-    assert judged(judge, PICTURES["red"]) == [(4.5, 3.0, None)]
+    assert judged(judge, IMAGES["red"]) == [(4.5, 3.0, None)]
 
 
 def test_a_prompt_with_the_model_s_own_mark_is_missing(folder: Path) -> None:
     judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
-    (judgement,) = judge.judge([PICTURES["red"]], ["a <|image_pad|>"])
+    (judgement,) = judge.judge([IMAGES["red"]], ["a <|image_pad|>"])
     assert judgement.reason is not None and "2 times" in judgement.reason
 
 
@@ -172,14 +173,24 @@ def test_provenance_is_of_the_files_and_the_prompt(folder: Path, tmp_path: Path)
 
 
 def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(PrerequisiteError, match="neither a folder here nor in the Hugging Face cache"):
+    with pytest.raises(PrerequisiteError, match=r"nowhere does not exist: set judge\.model to a folder"):
         UnifiedRewardLocal(tmp_path / "nowhere")
     with pytest.raises(PrerequisiteError, match=r"has no config\.json"):
         UnifiedRewardLocal(tmp_path)
     copy = shutil.copytree(folder, tmp_path / "copy")
     (copy / "chat_template.jinja").unlink()
     with pytest.raises(PrerequisiteError, match="no chat template"):
-        UnifiedRewardLocal(copy).load()
+        UnifiedRewardLocal(copy, device="cpu").load()
+    shutil.copy(folder / "chat_template.jinja", copy)
+    weights = load_file(copy / "model.safetensors")
+    name, matrix = next((name, value) for name, value in sorted(weights.items()) if value.ndim == 2)
+    for change, words in (
+        ({}, "lacks the weight"),
+        ({name: matrix[1:].contiguous()}, "holds the weight .* in the shape"),
+    ):
+        save_file({**{n: v for n, v in weights.items() if n != name}, **change}, copy / "model.safetensors")
+        with pytest.raises(PrerequisiteError, match=words):
+            UnifiedRewardLocal(copy, device="cpu").load()
     (copy / "model.safetensors").write_bytes(b"broken")
     with pytest.raises(PrerequisiteError, match="cannot be loaded"):
         UnifiedRewardLocal(copy).load()

@@ -22,7 +22,7 @@ from gdro_cli.core.signals import ImageSignals
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema
 from gdro_cli.models.base import Conditioning
-from gdro_cli.models.latents import NOT_FINITE, complete, pictures
+from gdro_cli.models.latents import NOT_FINITE, complete, to_images
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.reporting.image_sheet import CELL, FAINT
@@ -47,7 +47,7 @@ def broken(texts: Conditioning) -> Conditioning:
 def test_decoder_output_that_is_not_finite_is_no_picture() -> None:
     pixels = torch.zeros(5, 3, 8, 8)
     pixels[1, 0, 3, 3], pixels[2, 1, 0, 0], pixels[3, 2, 7, 7] = torch.nan, torch.inf, -torch.inf
-    found = pictures(pixels)
+    found = to_images(pixels)
     assert [picture is None for picture in found] == [False, True, True, True, False]
     assert all(np.all(np.asarray(picture) == 128) for picture in (found[0], found[4]))
     assert len(complete([found[0], found[4]])) == 2
@@ -115,7 +115,7 @@ def test_a_store_takes_none(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     prompts = session.prompts("train").records[:1]
     (group,) = sample_groups(model, prompts, training_plan(session), batch_size=4)
     assert len(group.images) == 4
-    for parameter in model._module("vae").parameters():
+    for parameter in model._network("vae").parameters():
         parameter.data.fill_(torch.nan)
     with pytest.raises(StoreError, match=rf"an image of prompt {prompts[0].id} .* is not finite.* another dtype"):
         sample_groups(model, prompts, training_plan(session), batch_size=4)

@@ -129,11 +129,10 @@ def test_a_merge_that_fails_leaves_nothing(workspace: Path, tmp_path: Path) -> N
         ([NAME, "--adapter", "a", "--merge", "b", "--push", "me/x"], "--push uploads one folder"),
         ([NAME, "--adapter", "a", "--merge", "a/b"], "name one folder inside the other: name two"),
         ([NAME, "--adapter", "a/b", "--merge", "a"], "name one folder inside the other: name two"),
-        ([NAME, "--adapter", f"{__file__}/a"], "the export cannot be written to"),
-        ([NAME, "--merge", os.fsdecode(b"caf\xe9")], "because it is not UTF-8"),
+        ([NAME, "--adapter", f"{__file__}/a"], "is no folder that export can be written to"),
         ([NAME, "--adapter", "a", "--public"], "it goes with --push"),
-        ([NAME, "--push", "x"], "--push x is no repository of the Hub: write OWNER/NAME"),
-        ([NAME, "--push", "me/../x"], "is no repository of the Hub"),
+        ([NAME, "--push", "x"], "--push x cannot be the name of a repository: write OWNER/NAME"),
+        ([NAME, "--push", "me/../x"], "cannot be the name of a repository"),
         (["small-012", "--adapter", "a"], "did you mean `small-0123`?"),
     ],
 )
@@ -221,7 +220,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def test_without_a_token_nothing_is_made_or_sent(workspace: Path, tmp_path: Path, hub: Hub) -> None:
-    with pytest.raises(PrerequisiteError, match="there is no Hugging Face token: log in with `hf auth login`"):
+    with pytest.raises(PrerequisiteError, match="no Hugging Face token was found: log in with `hf auth login`"):
         run(Export(NAME, merge=tmp_path / "merged", push="me/model"), workspace, QUIET)
     assert dict(describe(Export(NAME, push="me/model"), workspace))["token"].startswith("none")
     assert not hub.private and not hub.tokens and not list(tmp_path.iterdir())

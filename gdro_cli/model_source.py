@@ -1,0 +1,231 @@
+"""Where a model's files come from: a local folder, or a repository of the Hugging Face Hub.
+
+Weights are safetensors or nothing. Pickles are neither fetched nor read, and no code of a model runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.errors import PrerequisiteError
+from gdro_cli.files import sha256_file
+
+WEIGHTS = "*.safetensors"
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_NEVER_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.py"]
+_LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
+"""Beginnings of the ids of repositories whose files the Hub gives out only after their licence has been accepted."""
+_HASH_THREADS = 4
+_LOGGING = ("diffusers.utils.logging", "transformers.utils.logging")
+
+
+class ModelSource:
+    """The files of one model. Making one reads nothing and fetches nothing.
+
+    Args:
+        name: a local folder, or a Hub id such as ``black-forest-labs/FLUX.1-dev``.
+        key: the recipe's key that names the model, for messages.
+        fetch: whether files that are not in the Hub's cache may be fetched.
+
+    Raises:
+        PrerequisiteError: the name is neither an existing folder nor a Hub id.
+    """
+
+    def __init__(self, name: str | Path, *, key: str, fetch: bool = True) -> None:
+        self.name, self.key = str(name), key
+        self.folder = Path(name).expanduser()
+        """Where the files are; for a model of the Hub only after ``get`` or ``in_cache``."""
+        self.on_hub = not self.folder.is_dir()
+        self.commit: str | None = None
+        """Of the Hub, once a file has been read: all further files are of the same commit."""
+        self._may_fetch = fetch
+        if self.on_hub and not _HUB_ID.fullmatch(self.name):
+            raise PrerequisiteError(
+                f"the model folder {self.name} does not exist: set {key} to a folder (such as `hf download OWNER/NAME "
+                "--local-dir FOLDER` makes), or to a Hub id like OWNER/NAME"
+            )
+
+    @property
+    def remedy(self) -> str:
+        """What to do about a missing or broken file."""
+        if self.on_hub:
+            return f"run `hf download {self.name}` again, or set {self.key} to a local folder"
+        return "fetch the whole folder again"
+
+    def get(self, *patterns: str) -> Path:
+        """Return the model's folder, with the files of these patterns fetched from the Hub where it has to be asked.
+
+        Raises:
+            PrerequisiteError: they are not in the Hub's cache and cannot be fetched.
+        """
+        if not self.on_hub:
+            return self.folder
+        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError
+
+        repo = self.name
+        terms = f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
+        local = f"or put it anywhere with `hf download {repo} --local-dir FOLDER` and set {self.key}=FOLDER"
+        try:
+            return self._snapshot(patterns, offline=not self._may_fetch)
+        except GatedRepoError as error:
+            raise PrerequisiteError(
+                f"model {repo} is given out under a licence: {terms}, then run the command again, {local}"
+            ) from error
+        except (OSError, EntryNotFoundError, HFValidationError) as error:
+            first = f"{terms}, then" if repo.startswith(_LICENSED) else "with a connection,"
+            raise PrerequisiteError(
+                f"model {repo} is neither a local folder nor could {', '.join(patterns)} be read from the Hugging Face "
+                f"cache or fetched ({type(error).__name__}): {first} run `hf download {repo}`, {local}"
+            ) from error
+
+    def in_cache(self, *patterns: str) -> bool:
+        """Whether the Hub's cache holds files of a repository for all these patterns, without asking the network."""
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            folder = self._snapshot(patterns, offline=True)
+        except (LocalEntryNotFoundError, HFValidationError):
+            return False
+        return all(any(folder.glob(pattern)) for pattern in patterns)
+
+    def _snapshot(self, patterns: Collection[str], *, offline: bool) -> Path:
+        from huggingface_hub import snapshot_download
+
+        options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": _NEVER_FETCHED}
+        self.folder = Path(snapshot_download(self.name, revision=self.commit, local_files_only=offline, **options))
+        self.commit = self.folder.name
+        return self.folder
+
+    def require(self, *patterns: str | Collection[str]) -> None:
+        """Raise PrerequisiteError unless there is a file of each pattern; of several patterns together, of one."""
+        for alternatives in patterns:
+            names = [alternatives] if isinstance(alternatives, str) else alternatives
+            if not any(any(self.folder.glob(name)) for name in names):
+                raise PrerequisiteError(f"model {self.name} has no {' or '.join(names)}: {self.remedy}")
+
+    def version(self, *patterns: str) -> dict[str, str]:
+        """What the model is: Hub id and commit, or the digest of a local folder's files of these patterns."""
+        if self.commit is not None:
+            return {"model": self.name, "commit": self.commit}
+        files = {file.name: file for pattern in patterns for file in self.folder.glob(pattern)}
+        return {"sha256": files_digest(files)}
+
+    def read_json(self, file: str) -> dict[str, Any]:
+        """Read a JSON object that ``get`` has brought.
+
+        Raises:
+            PrerequisiteError: the file is missing or broken.
+        """
+        try:
+            value = json.loads((self.folder / file).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise PrerequisiteError(f"{file} of model {self.name} is missing: {self.remedy}") from error
+        except (OSError, ValueError) as error:
+            raise PrerequisiteError(f"{file} of model {self.name} cannot be read: {self.remedy}") from error
+        if not isinstance(value, dict):
+            raise PrerequisiteError(f"{file} of model {self.name} is not a JSON object: {self.remedy}")
+        return value
+
+    def load(self, cls: Any, subfolder: str = "", *, dtype: Any = None, **options: Any) -> Any:
+        """Load a part of the model by its class's ``from_pretrained``, from local files alone.
+
+        Args:
+            cls: a class of diffusers or transformers.
+            subfolder: of the model's folder.
+            dtype: of the weights; None for a part without weights (tokenizer, scheduler, image processor).
+            options: more arguments of ``from_pretrained``.
+
+        Raises:
+            PrerequisiteError: files are missing or broken, or a network's weights are not all in them.
+        """
+        from safetensors import SafetensorError
+
+        what = f"component {subfolder} of model {self.name}" if subfolder else f"model {self.name}"
+        if dtype is not None:
+            options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        if cls.__module__.startswith("transformers."):
+            options |= _transformers_options(network=dtype is not None)
+        try:
+            with quiet():
+                part = cls.from_pretrained(str(self.folder / subfolder), local_files_only=True, **options)
+        except (OSError, ValueError, RuntimeError, ImportError, KeyError, TypeError, SafetensorError) as error:
+            raise PrerequisiteError(f"{what} cannot be loaded ({_first_sentence(error)}): {self.remedy}") from error
+        if dtype is None:
+            return part
+        module, report = part
+        # What the file lacks would stay random, or without numbers.
+        problem = weights_problem(missing=report["missing_keys"], misshapen=report["mismatched_keys"])
+        if problem is not None:
+            raise PrerequisiteError(f"{what} {problem}: {self.remedy}")
+        return module
+
+
+def weights_problem(
+    *, missing: Collection[str], misshapen: Iterable[tuple[str, Any, Any]] = (), unexpected: Collection[str] = ()
+) -> str | None:
+    """Say how a network's files differ from its class; None where they agree.
+
+    Args:
+        missing: names of weights that the files lack.
+        misshapen: (name, shape in the files, shape of the class).
+        unexpected: names of weights that the class does not have.
+    """
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"lacks the weight {min(missing)}{more}"
+    for name, stored, own in sorted(misshapen):
+        return f"holds the weight {name} in the shape {list(stored)} instead of {list(own)}"
+    return f"holds the weight {min(unexpected)}, which its class does not have" if unexpected else None
+
+
+def files_digest(files: Mapping[str, Path]) -> str:
+    """SHA-256 over the names and the SHA-256 of the bytes of files; reads all of them."""
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        sums = list(pool.map(sha256_file, files.values()))
+    lines = sorted(f"{name} {digest}\n" for name, digest in zip(files, sums, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _transformers_options(*, network: bool) -> dict[str, Any]:
+    from transformers import dynamic_module_utils
+
+    # Some classes open others without passing the option on, and would ask the user whether to run code of the folder.
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    # Weights of another shape are reported by name only if they are let through first.
+    return dict(trust_remote_code=False) | (dict(ignore_mismatched_sizes=True) if network else {})
+
+
+def _first_sentence(error: BaseException) -> str:
+    """What an error of a library says first; the rest is advice to programmers."""
+    text = str(error).strip().split("\n")[0].split(". ")[0]
+    return text or type(error).__name__
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers and transformers from drawing bars and from warning inside the block.
+
+    Their lists of weights that do not fit become one sentence here.
+    """
+    # A class's library is imported by now; the other one need not be.
+    libraries: list[Any] = [sys.modules[name] for name in _LOGGING if name in sys.modules]
+    before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
+    for library in libraries:
+        library.disable_progress_bar()
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, (bars, verbosity) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
