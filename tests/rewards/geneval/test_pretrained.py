@@ -98,7 +98,7 @@ def test_repository_without_weights_in_the_cache_fails_on_loading(cache: Path) -
     from transformers import CLIPModel
 
     with pytest.raises(PrerequisiteError, match="run `hf download owner/name`"):
-        files.load_model(CLIPModel)
+        files.load_model(CLIPModel, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
