@@ -48,15 +48,14 @@ def show(
 ) -> None:
     """Print a recipe with every key, defaults and `extends` resolved; the output is a recipe itself."""
     from gdro_cli.config.load import load_recipe
+    from gdro_cli.config.yamlfile import dump_yaml
 
     resolved = load_recipe(recipe, overrides=overrides or ()).resolved()
     if as_json:
         text = json.dumps(resolved, indent=2, ensure_ascii=False)
         text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)  # a terminal would obey them
     else:
-        import yaml
-
-        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100).rstrip()
+        text = dump_yaml(resolved).rstrip()
     typer.echo(text)
 
 

@@ -1,4 +1,4 @@
-"""Reading YAML without its surprises.
+"""Reading YAML without its surprises, and writing YAML that is read back as it was.
 
 Plain scalars follow YAML 1.2's core rules, so ``3e-4`` is a number, ``no`` is text and ``1:30`` is text. Repeated keys,
 aliases, anchors and tags are refused.
@@ -116,6 +116,29 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if data is not None and not isinstance(data, dict):
         raise UserError(f"{path} must hold keys and values such as `name: ocr`, not {describe(data)}")
     return data or {}
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML writes text by the rules of YAML 1.1, which leave ``1e-5`` without quotes."""
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    quotes = None if isinstance(_plain(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
+def dump_yaml(value: object) -> str:
+    """A plain value as a YAML file that ``parse_yaml`` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def dump_yaml_line(value: object) -> str:
+    """A plain value as YAML on one line, as ``--set`` takes it."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def shown(name: str) -> str:

@@ -42,11 +42,13 @@ def test_recipes_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_recipes_show_prints_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run("recipes", "show", "ocr", "--set", "train.lr=1e-5", "--json") == 0
+    overrides = ["train.lr=1e-5", "description='1e-5'"]
+    options = [part for override in overrides for part in ("--set", override)]
+    assert run("recipes", "show", "ocr", *options, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    expected = load_recipe("ocr", overrides=["train.lr=1e-5"]).resolved()
+    expected = load_recipe("ocr", overrides=overrides).resolved()
     assert shown == expected
-    assert run("recipes", "show", "ocr.yaml", "--set", "train.lr=1e-5") == 0
+    assert run("recipes", "show", "ocr.yaml", *options) == 0
     path = tmp_path / "shown.yaml"
     path.write_text(capsys.readouterr().out, encoding="utf-8")
     assert load_recipe(str(path)).resolved() == expected

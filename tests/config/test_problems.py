@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gdro_cli.config.keys import describe_fields, field_names
 from gdro_cli.config.load import build_recipe, load_recipe
-from gdro_cli.config.yamlfile import parse_yaml
+from gdro_cli.config.yamlfile import dump_yaml, dump_yaml_line, parse_yaml
 from gdro_cli.errors import UserError
 
 
@@ -214,6 +214,12 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     assert type(parsed) is type(value)
 
 
+@pytest.mark.parametrize("text", ["1e-5", "1.5e5", "08", "1.", ".5", "-.inf", "null", "no", "1:30", "", "it's", "a\nb"])
+def test_written_text_is_read_back_as_text(text: str) -> None:
+    assert parse_yaml(dump_yaml({"key": text, "list": [text]}), source="test") == {"key": text, "list": [text]}
+    assert parse_yaml(dump_yaml_line(text), source="test") == text
+
+
 # --- whatever is thrown at it --------------------------------------------------------------------------------
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
@@ -248,6 +254,13 @@ def test_any_text_as_yaml_gives_a_value_or_a_sentence(text: str) -> None:
         parse_yaml(text, source="test")
     except UserError as error:
         assert str(error).startswith("test")
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.text(max_size=8), st.lists))
+def test_any_plain_value_is_written_and_read_back(value: object) -> None:
+    for text in (dump_yaml(value), dump_yaml_line(value)):
+        assert parse_yaml(text, source="test") == value
 
 
 # --- the fields' own documentation ---------------------------------------------------------------------------
