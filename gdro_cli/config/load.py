@@ -1,4 +1,4 @@
-"""From a file, a shipped name or a mapping to a recipe."""
+"""Load a recipe from a file, a shipped name or a mapping."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["build_recipe", "load_recipe", "shipped_recipes"]
 
 
 def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at a path or of a shipped name (``ocr``, ``ocr.yaml``; a path wins), ``--set`` applied.
+    """The recipe at a path or with a shipped name (``ocr``, ``ocr.yaml``; a path wins), ``--set`` applied.
 
-    Raises ``UserError`` that lists every problem at once, each with the dotted path of its key.
+    Raises a ``UserError`` that lists every problem, each with the dotted path of its key.
     """
     path = find_recipe(name_or_path)
     data = merge_layers([*file_layers(path), override_layer(overrides)])
@@ -25,7 +25,7 @@ def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-    """The recipe of a plain mapping with no ``extends``; error messages call it ``source``."""
+    """The recipe of a plain mapping without ``extends``. Raises as ``load_recipe``; messages call it ``source``."""
     method = data.get("method")
     if isinstance(method, Mapping) and "name" not in method:
         data = {**data, "method": {"name": "gdro", **method}}
