@@ -14,6 +14,7 @@ from gdro_cli.runtime.terminal import UNREAD
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process started from here takes Python files from the working folder
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does what its encoding lacks
     with ended_by_signals():
