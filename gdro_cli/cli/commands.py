@@ -24,6 +24,7 @@ from gdro_cli.cli.options import (
     AtRewardOption,
     DebugOption,
     DryRunOption,
+    EvaluatedRunArgument,
     ExportOption,
     ImagesOption,
     JobsOption,
@@ -154,6 +155,7 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
+    run: EvaluatedRunArgument = None,
     recipe: RecipeOption = DEFAULT_RECIPE,
     overrides: SetOption = None,
     out: OutOption = DEFAULT_OUT,
@@ -163,15 +165,22 @@ def evaluate(
     num_processes: ProcessesOption = 1,
 ) -> None:
     """Measure the base and the trained model on held-out prompts, side by side."""
+    path = None
+    if run is not None:
+        from gdro_cli.stages.runs.identity import run_named
+
+        if recipe != DEFAULT_RECIPE:
+            raise UserError("name a run or a recipe with --recipe, not both: a run has its recipe with it")
+        path = run_named(run, out)
     options = () if export is None else ("--export", str(export))
-    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, more=options)
+    job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, run=path, more=options)
     if dry_run:
         return _describe(job, num_processes)
     if launch.several(num_processes):
         return launch.run_in_processes(job, num_processes)
     from gdro_cli.stages.evaluation import evaluate as stage
 
-    result = stage.run(launch.start(job), export=export)
+    result = stage.run(launch.start(job), path=path, export=export)
     tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
     tables.print_comparisons("Signals of reward hacking", result.signals)
     tables.print_verdict(result.verdict)

@@ -46,18 +46,33 @@ def prepare(
     overrides: Sequence[str] | None,
     out: Path,
     debug: bool = False,
+    run: Path | None = None,
     more: Sequence[str] = (),
 ) -> Job:
-    """Load and check the recipe; nothing is run or written. ``more`` are the stage's own options.
+    """Load and check the recipe; nothing is run or written.
 
-    Raises ``UserError``.
+    Args:
+        stage: the command.
+        recipe: name or path of the recipe.
+        overrides: ``--set``.
+        out: folder of stores and runs.
+        debug: whether the processes of the job print tracebacks.
+        run: a run whose recipe counts in the place of ``recipe``.
+        more: the stage's own options.
+
+    Raises:
+        UserError: the recipe cannot be used.
+        StoreError: the run's recipe is missing or damaged.
     """
-    from gdro_cli.config.load import load_recipe
+    from gdro_cli.config.load import load_recipe, load_resolved
 
     changes = tuple(part for override in overrides or () for part in ("--set", override))
     last = ("--debug",) if debug else ()
-    command = (stage, "--recipe", recipe, *changes, "--out", str(out), *more, *last)
-    return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
+    subject = ("--recipe", recipe) if run is None else (str(run),)
+    command = (stage, *subject, *changes, "--out", str(out), *more, *last)
+    if run is None:
+        return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
+    return Job(stage, load_resolved(run / "resolved.json", overrides=overrides or ()), out, command)
 
 
 def several(num_processes: int) -> bool:

@@ -28,6 +28,10 @@ ImagesOption = Annotated[
 RunsArgument = Annotated[
     list[str], typer.Argument(metavar="RUN RUN...", help="Evaluated runs: their folders, or their names.")
 ]
+EvaluatedRunArgument = Annotated[
+    str | None,
+    typer.Argument(metavar="[RUN]", help="A finished run: its folder, or its name. Default: the recipe's."),
+]
 AtRewardOption = Annotated[
     float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward.")
 ]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, override_layer, shipped_recipes
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.validation import validate
+from gdro_cli.files import read_object
 
-__all__ = ["build_recipe", "load_recipe", "shipped_recipes"]
+__all__ = ["build_recipe", "load_recipe", "load_resolved", "shipped_recipes"]
 
 
 def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -22,6 +24,13 @@ def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
     data = merge_layers([*file_layers(path), override_layer(overrides)])
     data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe")
     return build_recipe(data, source=f"{path.name} with --set" if overrides else str(path))
+
+
+def load_resolved(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe that a run keeps as JSON, ``--set`` applied. Raises ``UserError`` as ``load_recipe`` does."""
+    remedy = "run `gdro train` with the run's recipe again"
+    data = merge_layers([read_object(path, remedy=remedy), override_layer(overrides)])
+    return build_recipe(data, source=f"{path} with --set" if overrides else str(path))
 
 
 def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:

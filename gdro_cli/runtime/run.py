@@ -56,6 +56,7 @@ class RunFolder:
         recipe: Mapping[str, Any],
         inputs: Mapping[str, Any],
         environment: Mapping[str, Any],
+        provenance: Mapping[str, Any] | None = None,
     ) -> RunFolder:
         """Make the run, or open it if it was made from the same recipe and inputs.
 
@@ -64,6 +65,7 @@ class RunFolder:
             recipe: the resolved recipe as JSON values.
             inputs: digests of what the run reads (store, scores, model) as JSON values.
             environment: what ``environment()`` gives; it may change between two starts.
+            provenance: what ``inputs`` are digests of, as JSON values; kept for messages.
 
         Raises:
             StoreError: the folder belongs to another recipe or other inputs, is damaged, holds a link, or cannot be
@@ -81,7 +83,8 @@ class RunFolder:
         run.write_json("recipe.json", source["recipe"])
         run.write_json("environment.json", _plain(environment))
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        run.write_json("manifest.json", {"schema": SCHEMA, "created": created, "inputs": source["inputs"]})
+        manifest = {"schema": SCHEMA, "created": created, "inputs": source["inputs"]}
+        run.write_json("manifest.json", manifest | {"provenance": _plain(provenance or {})})
         return run
 
     @property

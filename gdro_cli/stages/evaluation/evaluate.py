@@ -28,9 +28,8 @@ from gdro_cli.stages.evaluation.quality import Rated, change_between, comparable
 from gdro_cli.stages.reporting.evaluation_report import write_csv, write_report
 from gdro_cli.stages.reporting.image_sheet import draw_grid
 from gdro_cli.stages.reporting.model_card import write_card
-from gdro_cli.stages.runs.finished_run import ADAPTER_NOTE
 from gdro_cli.stages.runs.results import RESULTS_KIND, RESULTS_SCHEMA
-from gdro_cli.stages.runs.weights import RunWeights, applied, trained_run
+from gdro_cli.stages.runs.weights import ADAPTER_NOTE, RunWeights, applied, named_run, trained_run
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing
 from gdro_cli.stages.setup.scorers import open_judge_pool, open_judge_table, open_reward_pool, open_reward_table
@@ -93,10 +92,13 @@ class EvalResult:
         return rows | ({"images": str(self.grid)} if self.grid else {})
 
 
-def run(session: Session, *, export: Path | None = None) -> EvalResult:
-    """Evaluate the recipe's finished run against its base model.
+def run(session: Session, *, path: Path | None = None, export: Path | None = None) -> EvalResult:
+    """Evaluate a finished run against its base model.
 
-    ``export`` is a folder for the images of both in the official GenEval layout.
+    Args:
+        session: on the recipe to evaluate with.
+        path: the run's folder. Default: the run that ``gdro train`` makes of the recipe.
+        export: a folder for the images of both models in the official GenEval layout.
 
     Raises:
         UserError: ``export`` is not empty.
@@ -110,7 +112,7 @@ def run(session: Session, *, export: Path | None = None) -> EvalResult:
         def find() -> tuple[RunFolder, RunWeights]:
             if export is not None:
                 refuse_used(export)
-            return trained_run(session)
+            return trained_run(session) if path is None else named_run(session, path)
 
         folder, weights = engine.from_main(find)
         base = _measure(session, stores_folder(session.workspace), weights="base")

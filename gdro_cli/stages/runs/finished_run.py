@@ -21,11 +21,10 @@ from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.diffusers_flow import FAMILIES
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.results import read_shown
-from gdro_cli.stages.runs.weights import RunWeights
+from gdro_cli.stages.runs.weights import ADAPTER_NOTE, RunWeights
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan
 
-ADAPTER_NOTE = "adapter.json"
 _SCHEMA = 1
 _OF_WEIGHTS = {"kind", "checkpoint", "step"}
 _OF_MODEL = {"path", "pipeline", "family", "dtype"}

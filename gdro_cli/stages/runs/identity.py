@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from gdro_cli.config.base import Effect
 from gdro_cli.config.keys import values_that_affect
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import UserError
-from gdro_cli.identity import digest
+from gdro_cli.identity import differences, digest
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.setup.session import Session
@@ -53,8 +54,30 @@ def open_run(session: Session) -> RunFolder:
         run_path(session),
         recipe=learnt_from(session.recipe),
         inputs=run_inputs(session),
+        provenance=_provenance(session),
         environment=environment(),
     )
+
+
+def _provenance(session: Session) -> dict[str, Any]:
+    """What ``run_inputs`` are digests of, to say what differs."""
+    scores = dict(session.reward.version)
+    if session.recipe.online_method is None:
+        return {"store": training_identity(session), "scores": scores}
+    model = {key: value for key, value in session.model.identity.items() if key != "path"}
+    return {"prompts": session.prompts("train").digest, "model": model, "scores": scores}
+
+
+def similar_runs(session: Session) -> list[tuple[RunFolder, list[str]]]:
+    """Runs of the same recipe that started from something else, and what differs, as ``scores.rule: "a" -> "b"``."""
+    learnt, present = learnt_from(session.recipe), _provenance(session)
+    runs = []
+    for path in sorted(runs_folder(session.workspace).glob(f"{glob.escape(session.recipe.name)}-*/manifest.json")):
+        run = RunFolder(path.parent)
+        if path.parent != run_path(session) and not differences(run.recipe, learnt):
+            changes = differences(run.read_object("manifest.json").get("provenance", {}), present)
+            runs.append((run, [str(change) for change in changes]))
+    return runs
 
 
 def find_run(session: Session) -> RunFolder | None:

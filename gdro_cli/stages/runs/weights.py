@@ -9,20 +9,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load
 from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import sha256_file, storage_errors
-from gdro_cli.models.adapters import Ema, load_lora_state
+from gdro_cli.errors import PrerequisiteError, StoreError
+from gdro_cli.files import read_file, sha256_file, storage_errors
+from gdro_cli.models.adapters import LORA_FILE, Ema, load_lora_state
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.runs.identity import find_run
+from gdro_cli.stages.runs.identity import find_run, similar_runs
 from gdro_cli.stages.setup.model import attach_adapter
 from gdro_cli.stages.setup.session import Session
 
 STOPPED = "stopped.json"
 """Says at which step and why a run ended before its last one; see ``early_end``."""
+
+ADAPTER_NOTE = "adapter.json"
+"""Describes the adapter that a run has exported; written last, so a run that has it is finished."""
+
+_SHOWN = 3
+"""Differences between two runs that a message names."""
 
 UNMEASURED = "unmeasured"
 """In the state of a checkpoint whose step's evaluation point is still to be measured."""
@@ -37,6 +44,7 @@ class RunWeights:
     """``best`` or ``last``."""
     adapter: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
+    """Empty where ``adapter`` already holds the evaluated weights."""
     chosen_by: Mapping[str, Any] | None
     """Measure, score and validation protocol by which the best point was chosen; None for the last step."""
     identity: str
@@ -97,6 +105,44 @@ def forget_best_after(folder: RunFolder, step: int) -> None:
             shutil.rmtree(best_folder(folder))
 
 
+def is_finished(folder: RunFolder, recipe: Recipe) -> bool:
+    """Whether the run's training is over. A run that has lost its checkpoints is, if it has exported its adapter."""
+    path = latest_checkpoint(folder.path)
+    if path is None:
+        return (folder.path / ADAPTER_NOTE).is_file() and (folder.path / LORA_FILE).is_file()
+    if early_end(folder.path) is not None:
+        return True
+    return checkpoint_step(path) == recipe.train.steps and UNMEASURED not in load_checkpoint(path).state
+
+
+def _exported_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
+    """The adapter that a finished run has exported, where its checkpoints are gone; None if it has exported none.
+
+    Raises:
+        PrerequisiteError: the recipe evaluates other weights than those.
+        StoreError: a file is damaged.
+    """
+    if not is_finished(folder, recipe):
+        return None
+    weights = folder.read_object(ADAPTER_NOTE).get("weights", {})
+    if weights.get("kind") != recipe.eval.weights or weights.get("checkpoint") not in (recipe.eval.checkpoint, "last"):
+        raise PrerequisiteError(
+            f"the run {folder.path} has no checkpoints any more, and its adapter has the {weights.get('kind')} weights"
+            f" of the {weights.get('checkpoint')} checkpoint: set eval.weights and eval.checkpoint to these"
+        )
+    path = folder.path / LORA_FILE
+    remedy = "delete the run and train it again"
+    tensors = load(read_file(path, digest=str(weights.get("sha256")), remedy=remedy))
+    return RunWeights(
+        step=int(weights["step"]),
+        checkpoint=str(weights["checkpoint"]),
+        adapter={name.removeprefix("transformer."): value for name, value in tensors.items()},
+        ema={},
+        chosen_by=weights.get("chosen_by"),
+        identity=f"{recipe.eval.weights} {weights['sha256']}",
+    )
+
+
 def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     """The weights of a finished run that the recipe evaluates; None when it has no checkpoint.
 
@@ -106,7 +152,7 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     """
     path = latest_checkpoint(folder.path)
     if path is None:
-        return None
+        return _exported_weights(folder, recipe)
     kept = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
     needed = ("adapter", "ema")
     last = load_checkpoint(path, needed=needed)
@@ -138,10 +184,47 @@ def trained_run(session: Session) -> tuple[RunFolder, RunWeights]:
     weights = None if folder is None else evaluated_weights(folder, session.recipe)
     if folder is None or weights is None:
         raise PrerequisiteError(
-            f"there is no trained model of the recipe {session.recipe.name} in {session.workspace}: run `gdro train`"
-            " with the same recipe, --set and --out first"
+            f"there is no trained model of the recipe {session.recipe.name} in {session.workspace}"
+            f"{_finished_otherwise(session) or ': run `gdro train` with the same recipe, --set and --out first'}"
         )
     return folder, weights
+
+
+def _finished_otherwise(session: Session) -> str:
+    """The rest of a sentence that names a finished run of the recipe which started from something else."""
+    for run, changes in similar_runs(session):
+        if is_finished(run, session.recipe):
+            return (
+                f" that started from what is here now; {run.path.name} is finished and differs in"
+                f" {'; '.join(changes[:_SHOWN])}: run `gdro eval {run.path.name}` to evaluate that one"
+            )
+    return ""
+
+
+def refuse_repetition(session: Session) -> None:
+    """Raise StoreError if a finished run of the recipe differs in nothing but the versions behind its scores.
+
+    Such a difference comes with an upgrade; the user may not want to sample, score and train again for it.
+    """
+    for run, changes in similar_runs(session):
+        if all(change.startswith("scores.") for change in changes) and is_finished(run, session.recipe):
+            raise StoreError(
+                f"{run.path.name} is a finished run of this recipe; its scores were made with other versions"
+                f" ({'; '.join(changes[:_SHOWN])}): run `gdro eval {run.path.name}` to evaluate it, or choose another"
+                " folder with --out to train again"
+            )
+
+
+def named_run(session: Session, path: Path) -> tuple[RunFolder, RunWeights]:
+    """The run in a folder, and the weights of it that the recipe evaluates.
+
+    Raises:
+        PrerequisiteError: it is not finished.
+    """
+    weights = evaluated_weights(RunFolder(path), session.recipe)
+    if weights is None:
+        raise PrerequisiteError(f"the run {path} has neither a checkpoint nor an adapter: run `gdro train` again")
+    return RunFolder(path), weights
 
 
 @contextmanager
@@ -150,7 +233,7 @@ def applied(session: Session, weights: RunWeights) -> Iterator[None]:
     recipe = session.recipe
     parameters = attach_adapter(recipe, session.model)
     load_lora_state(session.model, weights.adapter)
-    if recipe.eval.weights == "raw":
+    if recipe.eval.weights == "raw" or not weights.ema:
         yield
         return
     ema = Ema(parameters, recipe.train.ema.rate, recipe.train.ema.max_decay)

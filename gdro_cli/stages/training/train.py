@@ -14,8 +14,8 @@ from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.reporting.model_card import write_card
-from gdro_cli.stages.runs.identity import open_run
-from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end
+from gdro_cli.stages.runs.identity import find_run, open_run
+from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end, is_finished, refuse_repetition
 from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares
@@ -71,7 +71,10 @@ def run(session: Session) -> TrainResult:
     session.track()
     with session:
         engine, recipe = session.engine, session.recipe
-        source = open_source(session)
+        finished = engine.from_main(lambda: _finished_run(session))
+        if finished is not None and latest_checkpoint(finished.path) is None:
+            return TrainResult(finished, recipe.train.steps, recipe.train.steps, was_finished=True)
+        source = open_source(session) if finished is None else None
         folder = engine.from_main(lambda: open_run(session))
         engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.train_seed})
         with engine.held_by_main(folder.lock()), ExitStack() as stack:
@@ -81,17 +84,27 @@ def run(session: Session) -> TrainResult:
             start = state.resume()
             validation = None
             with engine.together():
-                if not state.finished:
+                if source is not None and not state.finished:
                     pool = source.open(stack, folder, state.ema)
                     if recipe.train.eval_every:
                         validation = Validation.open(session, folder.path, stack, rewards=pool)
-            Trainer(session, state, source, validation).train()
+            if source is not None:
+                Trainer(session, state, source, validation).train()
             with engine.together():
                 if engine.is_main:
                     folder.write_json("resolved.json", recipe.resolved())
                     state.export()
                     write_card(folder.path)
         return TrainResult(folder, recipe.train.steps, start, state.finished)
+
+
+def _finished_run(session: Session) -> RunFolder | None:
+    """The recipe's run, if it is finished: whatever of its store and scores is gone, nothing is made again."""
+    folder = find_run(session)
+    if folder is None:
+        refuse_repetition(session)
+        return None
+    return folder if is_finished(folder, session.recipe) else None
 
 
 def open_source(session: Session) -> StepSource:

@@ -129,7 +129,7 @@ def test_a_merge_that_fails_leaves_nothing(workspace: Path, tmp_path: Path) -> N
         ([NAME, "--adapter", "a", "--merge", "b", "--push", "me/x"], "--push uploads one folder"),
         ([NAME, "--adapter", "a", "--merge", "a/b"], "name one folder inside the other: name two"),
         ([NAME, "--adapter", "a/b", "--merge", "a"], "name one folder inside the other: name two"),
-        ([NAME, "--adapter", f"{__file__}/a"], "is no folder that export can be written to"),
+        ([NAME, "--adapter", f"{__file__}/a"], "the export cannot be written to"),
         ([NAME, "--adapter", "a", "--public"], "it goes with --push"),
         ([NAME, "--push", "x"], "--push x cannot be the name of a repository: write OWNER/NAME"),
         ([NAME, "--push", "me/../x"], "cannot be the name of a repository"),
