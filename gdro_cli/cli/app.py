@@ -18,7 +18,7 @@ _NOISY_PACKAGES = ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils.
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ["PYTHONSAFEPATH"] = "1"  # no process started from here takes Python files from the working folder
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process started here imports from the working folder
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does for letters that its encoding lacks
     with ended_by_signals():

@@ -170,7 +170,7 @@ def evaluate(
         from gdro_cli.stages.runs.identity import run_named
 
         if recipe != DEFAULT_RECIPE:
-            raise UserError("name a run or a recipe with --recipe, not both: a run has its recipe with it")
+            raise UserError("name a run or a recipe with --recipe, not both: a run contains its recipe")
         path = run_named(run, out)
     options = () if export is None else ("--export", str(export))
     job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, run=path, more=options)

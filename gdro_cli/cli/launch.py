@@ -57,8 +57,8 @@ def prepare(
         overrides: ``--set``.
         out: folder of stores and runs.
         debug: whether the processes of the job print tracebacks.
-        run: a run whose recipe counts in the place of ``recipe``.
-        more: the stage's own options.
+        run: a run whose recipe replaces ``recipe``.
+        more: options of this stage alone.
 
     Raises:
         UserError: the recipe cannot be used.
@@ -71,8 +71,10 @@ def prepare(
     subject = ("--recipe", recipe) if run is None else (str(run),)
     command = (stage, *subject, *changes, "--out", str(out), *more, *last)
     if run is None:
-        return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
-    return Job(stage, load_resolved(run / "resolved.json", overrides=overrides or ()), out, command)
+        loaded = load_recipe(recipe, overrides=overrides or ())
+    else:
+        loaded = load_resolved(run / "resolved.json", overrides=overrides or ())
+    return Job(stage, loaded, out, command)
 
 
 def several(num_processes: int) -> bool:

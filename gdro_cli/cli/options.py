@@ -30,7 +30,7 @@ RunsArgument = Annotated[
 ]
 EvaluatedRunArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", help="A finished run: its folder, or its name. Default: the recipe's."),
+    typer.Argument(metavar="[RUN]", help="A finished run: its folder, or its name. Default: the run of the recipe."),
 ]
 AtRewardOption = Annotated[
     float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward.")

@@ -27,7 +27,7 @@ def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_resolved(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run keeps as JSON, ``--set`` applied. Raises ``UserError`` as ``load_recipe`` does."""
+    """The recipe that a run keeps as JSON, ``--set`` applied. Raises as ``load_recipe``, and ``StoreError``."""
     remedy = "run `gdro train` with the run's recipe again"
     data = merge_layers([read_object(path, remedy=remedy), override_layer(overrides)])
     return build_recipe(data, source=f"{path} with --set" if overrides else str(path))

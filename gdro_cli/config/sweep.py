@@ -138,7 +138,7 @@ def _axes(recipe: Recipe, names: Sequence[str], values: Sequence[str]) -> tuple[
             f"--values is given {len(values)} times for {len(names)} --param: give it once for each, in the same"
             " order, as in --values 0.5,0.05"
         )
-    texts = values or [None] * len(names)
+    texts: Sequence[str | None] = values or [None] * len(names)
     return tuple(
         Axis(name, key, _values(name, key, recipe, text)) for name, key, text in zip(names, keys, texts, strict=True)
     )
