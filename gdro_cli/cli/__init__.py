@@ -1,1 +1,1 @@
-"""The command line: Typer and Rich. Whatever is heavy is imported inside the command that needs it."""
+"""The command line: Typer and Rich. A command imports its heavy dependencies itself, when it runs."""

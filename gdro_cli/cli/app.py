@@ -1,7 +1,8 @@
-"""``gdro``: from the command line to an exit code, whatever happens on the way. Loads the commands when it runs."""
+"""``gdro``: from the command line to an exit code. The commands are imported when it runs."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -10,13 +11,16 @@ from io import TextIOWrapper
 from gdro_cli.runtime.interrupt import ended_by_signals, stop_with_launcher, stopped_at_once
 from gdro_cli.runtime.terminal import UNREAD
 
+_NOISY_PACKAGES = ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree", "torchao")
+"""Loggers that warn at each start about kernels and classes that this tool does not use."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and leave with its exit code: the console script ``gdro``."""
+    """Run the command line and exit with its code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    os.environ["PYTHONSAFEPATH"] = "1"  # no process started from here takes Python files from the working folder
+    os.environ["PYTHONSAFEPATH"] = "1"  # no process started here imports from the working folder
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does what its encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does for letters that its encoding lacks
     with ended_by_signals():
         stop_with_launcher()
         code = _flush(_run(given))
@@ -27,13 +31,12 @@ def _run(given: list[str]) -> int:
     debug = "--debug" in given
     try:
         from gdro_cli.cli.commands import app
-        from gdro_cli.cli.quiet import silence_optional_packages
 
-        if not debug:
-            silence_optional_packages()
+        for name in () if debug else _NOISY_PACKAGES:
+            logging.getLogger(name).setLevel(logging.ERROR)
         app(args=given, prog_name="gdro")
     except SystemExit as leaving:
-        if isinstance(leaving.__context__, BrokenPipeError):  # Rich leaves so
+        if isinstance(leaving.__context__, BrokenPipeError):  # Rich exits in this way
             return UNREAD
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 (the one place where a failure becomes an exit code)
@@ -51,7 +54,7 @@ def _report(error: BaseException, *, debug: bool = False) -> int:
 
 
 def _flush(code: int) -> int:
-    """The exit code when all output is written, which may fail as late as this: a full disk, a reader that left."""
+    """The exit code once all output is written. Writing can fail as late as this: a full disk, a closed pipe."""
     try:
         sys.stdout.flush()
     except OSError as error:

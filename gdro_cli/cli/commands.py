@@ -1,7 +1,7 @@
-"""``gdro``: one command per stage. Each loads a recipe, runs one stage and shows its result.
+"""``gdro``: one command per stage. Each loads a recipe, runs its stage and prints the result.
 
-From ``gdro train`` to the loss: the stage ``train.run`` calls ``Trainer.train``, which asks its source for a gradient
-(``GroupSteps.gradient``), which ``GroupGradient`` computes with a loss of ``gdro_cli.core.losses``.
+From ``gdro train`` to the loss: the stage's ``train.run`` calls ``Trainer.train``. That asks its source for a gradient
+(``GroupSteps.gradient``), and ``GroupGradient`` computes it with a loss of ``gdro_cli.core.losses``.
 """
 
 from __future__ import annotations
@@ -48,21 +48,22 @@ from gdro_cli.runtime.terminal import UNREAD
 
 
 class Commands(TyperGroup):
-    """All commands; what Typer would end without a word reaches ``main``, or has a meaning of its own."""
+    """All commands. Typer would end silently at Ctrl-C and at a closed pipe: ``main`` reports the first instead, and
+    the second has its own exit code."""
 
     def make_context(self, *arguments: Any, **options: Any) -> Any:
         """Read the command line; ``--help`` is carried out here."""
-        with _not_typers():
+        with _interruptions():
             return super().make_context(*arguments, **options)
 
     def invoke(self, ctx: Any) -> Any:
         """Carry out the command."""
-        with _not_typers():
+        with _interruptions():
             return super().invoke(ctx)
 
 
 @contextmanager
-def _not_typers() -> Iterator[None]:
+def _interruptions() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
@@ -94,7 +95,7 @@ def sample(
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Make groups: several images of each training prompt, once, with the untrained model."""
+    """Generate groups: several images of each training prompt, once, with the untrained model."""
     job = launch.prepare("sample", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if dry_run:
         return _describe(job, num_processes)
@@ -115,12 +116,12 @@ def score(
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Score the stored images with the recipe's reward, or with --images a folder of images that any tool made."""
+    """Score the stored images with the recipe's reward, or (--images) a folder of images from any tool."""
     job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if images is not None:
         if dry_run or num_processes > 1:
             raise UserError(
-                "--images goes with neither --dry-run nor --num-processes: it scores a folder in this process"
+                "--images cannot be combined with --dry-run or --num-processes: it scores a folder in this process"
             )
         return _score_folder(job, images)
     if dry_run:
@@ -141,7 +142,7 @@ def train(
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Train an adapter: on scored groups, which are made first where they are missing, or online, by the method."""
+    """Train an adapter: on scored groups (missing ones are made first), or online, depending on the method."""
     job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
     if dry_run:
         return _describe(job, num_processes)
@@ -169,7 +170,7 @@ def evaluate(
         from gdro_cli.stages.runs.identity import run_named
 
         if recipe != DEFAULT_RECIPE:
-            raise UserError("name a run or a recipe with --recipe, not both: a run has its recipe with it")
+            raise UserError("name a run or a recipe with --recipe, not both: a run contains its recipe")
         path = run_named(run, out)
     options = () if export is None else ("--export", str(export))
     job = launch.prepare("eval", recipe=recipe, overrides=overrides, out=out, debug=debug, run=path, more=options)
@@ -193,7 +194,7 @@ def compare(
     out: OutOption = DEFAULT_OUT,
     debug: DebugOption = False,
 ) -> None:
-    """Compare evaluated runs: on the same held-out prompts, and at the same validation reward."""
+    """Compare evaluated runs on the same held-out prompts, and at the same validation reward."""
     from gdro_cli.stages.comparison import compare as stage
 
     work_begins()
@@ -206,14 +207,14 @@ def compare(
 
 
 def _describe(job: launch.Job, num_processes: int) -> None:
-    """``--dry-run``: what the job would do."""
+    """``--dry-run``: report what the job would do."""
     from gdro_cli.stages.planning.dry_run import describe
 
     tables.print_plan(job.stage, describe(job.recipe, job.stage, job.workspace, world=num_processes))
 
 
 def _score_folder(job: launch.Job, images: Path) -> None:
-    """``gdro score --images``: images of another tool, scored with the recipe's reward."""
+    """``gdro score --images``: score images of another tool with the recipe's reward."""
     from gdro_cli.stages.evaluation import image_folder as stage
 
     result = stage.run(launch.start(job), folder=images)
@@ -234,7 +235,7 @@ def ablate(
     debug: DebugOption = False,
     worker: WorkerOption = False,
 ) -> None:
-    """Train with several values of one key (or two), on one store, and compare the evaluation points."""
+    """Train with several values of one key (or two) on one store, and compare the evaluation points."""
     job = launch.prepare("ablate", recipe=recipe, overrides=overrides, out=out, debug=debug)
     from gdro_cli.config.sweep import plan_sweep
 
@@ -243,7 +244,7 @@ def ablate(
         launch.alone_on_its_device()
     elif "WORLD_SIZE" in os.environ and not dry_run:
         raise UserError(
-            "gdro ablate starts its own processes: run it without a launcher, with --jobs N; where there is none,"
+            "gdro ablate starts its own processes: run it with --jobs N and without a launcher; if you use no launcher,"
             " `unset WORLD_SIZE`"
         )
     from gdro_cli.stages.ablation import ablate as stage
@@ -274,15 +275,14 @@ def export_run(
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make a folder of a finished run for others: its adapter, or the base model with it merged in; or push one."""
+    """Package a finished run for others: its adapter, or the base model with the adapter merged in; --push uploads."""
     from gdro_cli.stages.exporting import export as stage
 
-    asked = stage.Export(run, adapter, merge, push, public)
+    export = stage.Export(run, adapter, merge, push, public)
     if dry_run:
-        tables.print_plan("export", stage.describe(asked, out))
-        return
+        return tables.print_plan("export", stage.describe(export, out))
     work_begins()
-    tables.print_result("Export", stage.run(asked, out, launch.plain_reporter()))
+    tables.print_result("Export", stage.run(export, out, launch.plain_reporter()))
 
 
 app.add_typer(show.recipes, name="recipes")

@@ -1,4 +1,4 @@
-"""What a failure looks like to the user: one sentence in red on stderr, and a fixed exit code."""
+"""How a failure appears to the user: one sentence in red on stderr, and a fixed exit code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _UNEXPECTED = 1
 _DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _LONGEST_CHAIN = 100
-"""Errors behind an error that are looked at; ``raise error from error`` makes a circle."""
+"""Causes of an error that are examined; ``raise error from error`` makes a circle."""
 
 
 def exit_code_of(error: Exception, *, debug: bool) -> int:
@@ -23,7 +23,7 @@ def exit_code_of(error: Exception, *, debug: bool) -> int:
     if debug:
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(expected, EndedElsewhere) and not str(expected):
-        return expected.exit_code  # the process that failed has said why
+        return expected.exit_code  # the process that failed has reported it
     if expected is not None:
         stopped = isinstance(expected, Interrupted)
         _print(str(expected), label="" if stopped else "Error", style="yellow" if stopped else "red")
@@ -36,7 +36,7 @@ def exit_code_of(error: Exception, *, debug: bool) -> int:
 
 
 def _expected(error: Exception) -> GdroError | None:
-    """The error as one of ours; what the operating system refuses is for the user to fix, and one of them."""
+    """The error as one of ours; None for a defect of the tool."""
     if isinstance(error, Interrupted):
         return error
     signal = _interrupt_behind(error)
@@ -46,28 +46,28 @@ def _expected(error: Exception) -> GdroError | None:
         return error
     if _is_out_of_memory(error):
         return PrerequisiteError(
-            "There is not enough memory: lower sample.batch_size, train.micro_batch or the images' size (--dry-run"
-            " reports what is needed), and run the same command again."
+            "not enough memory: lower sample.batch_size, train.micro_batch or the images' size (--dry-run reports what"
+            " is needed), and run the same command again"
         )
     return _refusal(error) if isinstance(error, OSError) else None
 
 
 def _refusal(error: OSError) -> GdroError | None:
-    """What the operating system refuses, for the user."""
-    where = error.filename if error.filename is not None else "a file"
+    """A refusal of the operating system that the user can fix."""
+    path = error.filename if error.filename is not None else "a file"
     if error.errno in _DENIED:
-        return UserError(f"{where}: {error.strerror}: change its permissions or name another --out.")
+        return UserError(f"{path}: {error.strerror}: change its permissions or name another --out")
     if error.errno in _FULL:
-        return StoreError(f"The disk is full ({where}): make room and run the same command again to continue.")
+        return StoreError(f"the disk is full ({path}): free some space and run the same command again to continue")
     if error.errno == errno.ENAMETOOLONG:
-        return UserError(f"The name {str(where)[:60]!r}... is too long for a file: choose a shorter one.")
+        return UserError(f"the name {str(path)[:60]!r}... is too long for a file: choose a shorter one")
     if error.errno == errno.EMFILE:
-        return PrerequisiteError("Too many open files: raise the limit (ulimit -n) and run the same command again.")
+        return PrerequisiteError("too many open files: raise the limit (ulimit -n) and run the same command again")
     return None
 
 
 def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
-    """The signal behind an error: libraries report what interrupts them as a failure of their own."""
+    """The signal behind an error: libraries report an interruption as a failure of their own."""
     for _ in range(_LONGEST_CHAIN):
         if error is None or isinstance(error, KeyboardInterrupt):
             return error
@@ -76,7 +76,7 @@ def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Python's, CUDA's (whose class is not imported for this) or that of PyTorch on the CPU, which has no class."""
+    """Python's error, CUDA's (recognised without importing torch) or that of PyTorch on the CPU, a RuntimeError."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

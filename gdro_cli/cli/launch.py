@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,22 +22,21 @@ if TYPE_CHECKING:
 
 Stage = Literal["sample", "score", "train", "eval", "ablate"]
 
-
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells a process of its group, beside what begins with TORCHELASTIC_, ROLE_ and GROUP_."""
-
+"""Variables with which a launcher describes the group to each process, beside TORCHELASTIC_*, ROLE_* and GROUP_*."""
 _SAFE_POINT_SECONDS = 120
-"""How long the processes may take to a safe point after Ctrl-C before they are killed (torch's own: 30)."""
+"""Time for the processes to reach a safe point after Ctrl-C before torch kills them (its default: 30)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A stage, its checked recipe and its folder; ``command`` starts the same job again."""
+    """A stage with its checked recipe and its folder."""
 
     stage: Stage
     recipe: Recipe
     workspace: Path
     command: tuple[str, ...]
+    """Arguments of ``gdro`` that start the same job."""
 
 
 def prepare(
@@ -58,8 +57,8 @@ def prepare(
         overrides: ``--set``.
         out: folder of stores and runs.
         debug: whether the processes of the job print tracebacks.
-        run: a run whose recipe counts in the place of ``recipe``.
-        more: the stage's own options.
+        run: a run whose recipe replaces ``recipe``.
+        more: options of this stage alone.
 
     Raises:
         UserError: the recipe cannot be used.
@@ -72,17 +71,19 @@ def prepare(
     subject = ("--recipe", recipe) if run is None else (str(run),)
     command = (stage, *subject, *changes, "--out", str(out), *more, *last)
     if run is None:
-        return Job(stage, load_recipe(recipe, overrides=overrides or ()), out, command)
-    return Job(stage, load_resolved(run / "resolved.json", overrides=overrides or ()), out, command)
+        loaded = load_recipe(recipe, overrides=overrides or ())
+    else:
+        loaded = load_resolved(run / "resolved.json", overrides=overrides or ())
+    return Job(stage, loaded, out, command)
 
 
 def several(num_processes: int) -> bool:
-    """Whether this process should start others: several are wanted, and it is not one of them itself."""
+    """Whether this process must start others: it should be one of several, and no launcher has started it."""
     return num_processes > 1 and "WORLD_SIZE" not in os.environ
 
 
 def start(job: Job) -> Session:
-    """The session of the job; its folder exists and can be written. Raises ``UserError``."""
+    """The session of the job, whose folder now exists. Raises ``UserError`` if it cannot be written to."""
     from gdro_cli.runtime.interrupt import work_begins
     from gdro_cli.runtime.progress import Reporter
     from gdro_cli.stages.setup.session import Session
@@ -93,7 +94,7 @@ def start(job: Job) -> Session:
 
 
 def plain_reporter() -> Reporter:
-    """One that draws no bars, for processes that share a terminal."""
+    """A reporter without progress bars, for processes that share a terminal."""
     from rich.console import Console
 
     from gdro_cli.runtime.progress import Reporter
@@ -105,26 +106,28 @@ def _writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"--out {folder} is not a folder: name another one.") from error
+        raise UserError(f"--out {folder} is not a folder: name another one") from error
     except OSError as error:
-        raise UserError(f"--out {folder} cannot be made ({error.strerror}): name another folder.") from error
+        raise UserError(f"--out {folder} cannot be made ({error.strerror}): name another folder") from error
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"--out {folder} cannot be written: change its permissions or name another folder.")
+        raise UserError(f"--out {folder} cannot be written: change its permissions or name another folder")
 
 
 def check_devices(num_processes: int, *, option: str) -> None:
-    """Raise ``PrerequisiteError`` if there are GPUs, but fewer than processes."""
+    """Raise ``PrerequisiteError`` if this machine has GPUs, but fewer than processes."""
     import torch
 
     gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else num_processes
     if gpus < num_processes:
-        raise PrerequisiteError(f"{option} {num_processes} needs as many GPUs, but there are {gpus}: ask for no more.")
+        raise PrerequisiteError(
+            f"{option} {num_processes} needs as many GPUs, but there are {gpus}: choose a lower number"
+        )
 
 
 def alone_on_its_device() -> None:
-    """Leave the group of processes that ``run_in_processes`` made; from then on this process sees its own GPU only.
+    """Take this process out of the group that ``run_in_processes`` made, and show it its own GPU only.
 
-    The processes of the group then do not wait for each other, and a training in one is a training of its own.
+    It then waits for no other process, and a training in it is a training of its own.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = only_gpu(int(os.environ.get("LOCAL_RANK", "0")))
     for name in list(os.environ):
@@ -133,7 +136,7 @@ def alone_on_its_device() -> None:
 
 
 def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-processes") -> None:
-    """Run the job in several processes of this machine; leave with the exit code of the first to fail."""
+    """Run the job in several processes of this machine; exit with the code of the first that fails."""
     import logging
 
     import torch
@@ -147,20 +150,20 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
     os.environ[LAUNCHER] = str(os.getpid())
     check_devices(num_processes, option=option)
     if not torch.accelerator.is_available():
-        os.environ["ACCELERATE_USE_CPU"] = "true"  # else each process would take itself for the only one
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise each process would take itself for the only one
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // num_processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAFE_POINT_SECONDS))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # each process says itself what failed
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the process that fails reports it
     # --multi_gpu is accelerate's name for "several processes on this machine", with GPUs or without
     options = ["--multi_gpu", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     ports = ["--main_process_port", "0"]  # any free one, so that two jobs can share a machine
     arguments = [*options, *ports, "--num_processes", str(num_processes), "-m", "gdro_cli", *job.command]
-    asked = launch_command_parser().parse_args(arguments)
+    parsed = launch_command_parser().parse_args(arguments)
     if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # nohup
-        asked.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"  # torch's own, but for SIGHUP
+        parsed.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"  # torch's default without SIGHUP
     try:
-        launch_command(asked)
+        launch_command(parsed)
     except ChildFailedError as error:
         rank, code = _cause(error.failures)
         if code > 0:
@@ -168,13 +171,15 @@ def run_in_processes(job: Job, num_processes: int, *, option: str = "--num-proce
         raise _killed(rank, -code) from error
     except SignalException as error:
         raise Interrupted(
-            f"all processes have been stopped by {error.sigval.name}: run the same command again to continue"
+            f"all processes were stopped by {error.sigval.name}: run the same command again to continue"
         ) from error
 
 
 def _cause(failures: Mapping[int, Any]) -> tuple[int, int]:
-    """Rank and exit code of the process that failed first. Of the same second it is one that was killed rather than
-    one that may end for having lost it: how they ended is looked at together.
+    """Rank and exit code of the process that failed first.
+
+    Torch's times are whole seconds. Within the first of them, a killed process comes before one that ended because it
+    had lost another.
     """
     earliest = min(failure.timestamp for failure in failures.values())
     first = [(rank, failure.exitcode) for rank, failure in failures.items() if failure.timestamp == earliest]
@@ -183,32 +188,29 @@ def _cause(failures: Mapping[int, Any]) -> tuple[int, int]:
 
 
 def _killed(rank: int, number: int) -> GdroError:
-    """What to tell of a process that a signal has ended, and that could not tell it itself."""
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        name = "an unknown one"
-    told = f"process {rank} of the job was killed by signal {number} ({name})"
+    """The error for a process that a signal ended before it could report anything."""
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    killed = f"process {rank} of the job was killed by signal {number} ({name})"
     if number == signal.SIGKILL:
         return PrerequisiteError(
-            f"{told}, mostly because memory ran out: lower sample.batch_size or train.micro_batch or ask for fewer"
+            f"{killed}, mostly because memory ran out: lower sample.batch_size or train.micro_batch or use fewer"
             " processes, and run the same command again to continue"
         )
     if number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        return Interrupted(f"{told} and the others stopped with it: run the same command again to continue")
+        return Interrupted(f"{killed} and the others stopped with it: run the same command again to continue")
     return PrerequisiteError(
-        f"{told}, a crash inside a library or a driver: look at the messages above, check that torch and the driver"
-        " belong together (gdro env), and run the same command again to continue"
+        f"{killed}, a crash inside a library or a driver: read the messages above, check that torch fits the driver"
+        " (gdro env), and run the same command again to continue"
     )
 
 
 def spread_cells(
     job: Job, jobs: int, *, param: Sequence[str], values: Sequence[str], seeds: int
 ) -> Callable[[], None] | None:
-    """What carries out the cells of an ablation in several processes; None where one is asked for."""
+    """A function that carries out the cells of an ablation in several processes; None for one process."""
     if jobs == 1:
         return None
     swept = [part for name in param for part in ("--param", name)]
-    swept += [part for each in values for part in ("--values", each)]
+    swept += [part for text in values for part in ("--values", text)]
     command = (*job.command, *swept, "--seeds", str(seeds), "--worker")
-    return lambda: run_in_processes(Job(job.stage, job.recipe, job.workspace, command), jobs, option="--jobs")
+    return lambda: run_in_processes(replace(job, command=command), jobs, option="--jobs")

@@ -1,4 +1,4 @@
-"""The options that all stage commands share."""
+"""Options and arguments of the commands, and their defaults."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ RecipeOption = Annotated[
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; may be given many times."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; may be repeated."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of stores and runs.")]
-DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Say what would run, and run nothing.")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Report what would run, and run nothing.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ProcessesOption = Annotated[
     int, typer.Option("--num-processes", metavar="N", min=1, help="Processes on this machine, one per GPU.")
@@ -30,14 +30,14 @@ RunsArgument = Annotated[
 ]
 EvaluatedRunArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", help="A finished run: its folder, or its name. Default: the recipe's."),
+    typer.Argument(metavar="[RUN]", help="A finished run: its folder, or its name. Default: the run of the recipe."),
 ]
 AtRewardOption = Annotated[
     float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward.")
 ]
 ExportOption = Annotated[
     Path | None,
-    typer.Option("--export", metavar="DIR", help="Also write both models' images there, in GenEval's layout."),
+    typer.Option("--export", metavar="DIR", help="Also write both models' images to DIR, in GenEval's layout."),
 ]
 ParamOption = Annotated[
     list[str] | None,
@@ -45,7 +45,7 @@ ParamOption = Annotated[
 ]
 ValuesOption = Annotated[
     list[str] | None,
-    typer.Option("--values", metavar="A,B,...", help="Its values, once per --param; default: the recipe's own."),
+    typer.Option("--values", metavar="A,B,...", help="Its values, once per --param. Default: those of the recipe."),
 ]
 SeedsOption = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="Trainings of each setting.")]
 JobsOption = Annotated[
@@ -53,17 +53,17 @@ JobsOption = Annotated[
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A finished run: its folder, or its name.")]
 AdapterOption = Annotated[
-    Path | None, typer.Option("--adapter", metavar="DIR", help="Write the adapter there, with model card and recipe.")
+    Path | None, typer.Option("--adapter", metavar="DIR", help="Write the adapter to DIR, with model card and recipe.")
 ]
 MergeOption = Annotated[
     Path | None,
-    typer.Option("--merge", metavar="DIR", help="Write a complete pipeline there, with the adapter merged in."),
+    typer.Option("--merge", metavar="DIR", help="Write a complete pipeline to DIR, with the adapter merged in."),
 ]
 PushOption = Annotated[
     str | None,
-    typer.Option("--push", metavar="OWNER/NAME", help="Upload it to the Hugging Face Hub, with your own token."),
+    typer.Option("--push", metavar="OWNER/NAME", help="Upload the export to the Hugging Face Hub, with your token."),
 ]
-PublicOption = Annotated[bool, typer.Option("--public", help="Push to a repository that all may see.")]
+PublicOption = Annotated[bool, typer.Option("--public", help="Push to a public repository.")]
 WorkerOption = Annotated[bool, typer.Option("--worker", hidden=True)]
 
 DEFAULT_RECIPE = "ocr"

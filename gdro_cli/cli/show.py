@@ -1,4 +1,4 @@
-"""Commands that only look: ``gdro recipes``, ``gdro prompts``, ``gdro runs``, ``gdro env``."""
+"""Commands that change nothing: ``gdro recipes``, ``gdro prompts``, ``gdro runs``, ``gdro env``."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption
-from gdro_cli.errors import UserError
-from gdro_cli.files import parse_json
+from gdro_cli.errors import StoreError, UserError
 from gdro_cli.runtime.terminal import printable
 
 recipes = typer.Typer(
@@ -24,7 +23,7 @@ RecipeArgument = Annotated[str, typer.Argument(metavar="NAME|PATH", help="A reci
 
 @recipes.callback()
 def default(context: typer.Context) -> None:
-    """List, show and check recipes, and explain their keys; with no command, list them."""
+    """List, show and check recipes, and explain their keys. Without a command, list them."""
     if context.invoked_subcommand is None:
         list_()
 
@@ -46,17 +45,16 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of YAML.")] = False,
     debug: DebugOption = False,
 ) -> None:
-    """Print a recipe with every key, defaults and `extends` resolved; the output is a recipe itself."""
+    """Print a recipe with every key, defaults and `extends` resolved. The output is itself a recipe."""
     from gdro_cli.config.load import load_recipe
+    from gdro_cli.config.yamlfile import dump_yaml
 
     resolved = load_recipe(recipe, overrides=overrides or ()).resolved()
     if as_json:
         text = json.dumps(resolved, indent=2, ensure_ascii=False)
-        text = re.sub("[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", text)  # a terminal would obey them
+        text = re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", text)  # a terminal would obey them
     else:
-        import yaml
-
-        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=100).rstrip()
+        text = dump_yaml(resolved).rstrip()
     typer.echo(text)
 
 
@@ -69,16 +67,16 @@ def check(
     """Load recipes and report everything wrong with them."""
     from gdro_cli.config.load import load_recipe, shipped_recipes
 
-    faults = []
+    problems = []
     for name in names or [str(path) for path in shipped_recipes().values()]:
         try:
             recipe = load_recipe(name, overrides=overrides or ())
         except UserError as error:
-            faults.append(str(error))
+            problems.append(str(error))
         else:
             typer.echo(f"{printable(name)}: correct (digest {recipe.digest()})")
-    if faults:
-        raise UserError("\n".join(faults))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 @recipes.command(name="fields")
@@ -94,7 +92,8 @@ def fields(
 
     chosen = [doc for doc in describe_fields() if not prefix or f"{doc.path}.".startswith(f"{prefix}.")]
     if not chosen:
-        raise UserError(f"There is no recipe key {prefix!r}{similar_key(prefix, field_names(sections=True)) or '.'}")
+        hint = similar_key(prefix, field_names(sections=True))
+        raise UserError(f"there is no recipe key {prefix!r}{hint or ': gdro recipes fields lists them'}")
     console = Console(highlight=False)
     for doc in chosen:
         head = Text(doc.path, style="bold")
@@ -108,7 +107,7 @@ def fields(
 
 def prompts(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A built-in prompt set, such as ocr-test.")],
-    count: Annotated[int | None, typer.Option(min=1, help="Number of prompts. Default: as in a recipe.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Number of prompts. Default: that of a recipe.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Which draw of the set.")] = 0,
     plurals: Annotated[
         Literal["naive", "correct"], typer.Option(help="Plurals of a geneval-coco set: three knifes, or knives.")
@@ -122,11 +121,11 @@ def prompts(
     from gdro_cli.suggest import similar
 
     if name not in BUILTIN_SETS:
-        hint = similar(name, BUILTIN_SETS) or f": choose one of {', '.join(BUILTIN_SETS)}."
-        raise UserError(f"There is no built-in prompt set {name!r}{hint}")
+        hint = similar(name, BUILTIN_SETS) or f": choose one of {', '.join(BUILTIN_SETS)}"
+        raise UserError(f"there is no built-in prompt set {name!r}{hint}")
     source = PromptSource(builtin=name, count=count, seed=seed, plurals=plurals)
     for problem in source_problems(source, sets=BUILTIN_SETS, path=name):
-        raise UserError(f"{problem.path}: {problem.message}.")
+        raise UserError(f"{problem.path}: {problem.message}")
     from gdro_cli.data.prompts import draw_prompts
 
     for record in draw_prompts(source, name):
@@ -135,7 +134,7 @@ def prompts(
 
 
 def env(debug: DebugOption = False) -> None:
-    """Print versions, devices and what is installed; for bug reports."""
+    """Print versions, devices and installed packages, for bug reports."""
     from gdro_cli.cli.tables import print_pairs
     from gdro_cli.runtime.environment import environment
 
@@ -151,41 +150,22 @@ def runs(
 
     folders = sorted(path.parent for path in (out / "runs").glob("*/recipe.json"))
     if not folders:
-        raise UserError(f"There is no run in {out}: make one with gdro train, or name the folder that was its --out.")
+        raise UserError(f"there is no run in {out}: make one with gdro train, or name the folder that was its --out")
     rows = [[folder.name, *_run_row(folder)] for folder in folders]
     print_table(f"Runs in {out / 'runs'}", ["run", "recipe", "method", "step", "results"], rows)
 
 
 def _run_row(folder: Path) -> list[str]:
-    recipe = _json(folder / "recipe.json")
-    method, train = ({} if not isinstance(recipe.get(key), dict) else recipe[key] for key in ("method", "train"))
-    steps = f"{_last_step(folder / 'metrics.jsonl')} of {train.get('steps', '?')}"
-    results = "yes" if (folder / "results.json").is_file() else "no"
-    return [str(recipe.get("name", "?")), str(method.get("name", "?")), steps, results]
+    from gdro_cli.runtime.run import RunFolder
 
-
-def _json(path: Path) -> dict[str, Any]:
+    run = RunFolder(folder)
     try:
-        data = parse_json(path.read_bytes())
-    except (OSError, ValueError):
-        return {}  # a run that cannot be read is still listed, with question marks
-    return data if isinstance(data, dict) else {}
-
-
-def _last_step(path: Path) -> str:
-    """The step of the last whole row of a metrics file; 0 if it has none."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return "0"
-    for line in reversed(lines):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "step" in row:
-            return str(row["step"])
-    return "0"
+        recipe, metrics = run.recipe, run.metrics()
+        step = metrics[-1]["step"] if metrics else 0
+        row = [str(recipe["name"]), str(recipe["method"]["name"]), f"{step} of {recipe['train']['steps']}"]
+    except (StoreError, LookupError, TypeError):  # a damaged run is listed too
+        row = ["?", "?", "?"]
+    return [*row, "yes" if (folder / "results.json").is_file() else "no"]
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:

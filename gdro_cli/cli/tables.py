@@ -19,52 +19,52 @@ if TYPE_CHECKING:
     from gdro_cli.stages.evaluation.evaluate import Comparison
 
 WIDEST = 400
-"""Characters of a line where there is no terminal to fit into."""
+"""Characters of a line that need not fit into a terminal."""
 
 
 def print_result(title: str, summary: Mapping[str, object]) -> None:
-    """A stage's summary as a table of two columns; only the first of several processes prints."""
+    """Print a stage's summary as a table of two columns; only the main process does."""
     if is_main_process():
         print_pairs(title, [(name, str(value)) for name, value in summary.items()])
 
 
 def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
-    """Each measured quantity of both models with its interval, and the paired difference."""
+    """Print each measured quantity of both models with its interval, and the paired difference."""
     if is_main_process():
-        rows = [[c.name, _shown(c.base), _shown(c.trained), _shown(c.difference, "+.3f")] for c in comparisons]
+        rows = [[c.name, _interval(c.base), _interval(c.trained), _interval(c.difference, "+.3f")] for c in comparisons]
         print_table(title, ["", "base", "trained", "difference"], rows)
 
 
 def print_verdict(verdict: Verdict) -> None:
-    """The verdict and its reasons, a sentence each."""
+    """Print the verdict and its reasons, a sentence each."""
     if is_main_process():
         rows = [[verdict.level if number == 0 else "", reason] for number, reason in enumerate(verdict.reasons)]
         print_table("Verdict", ["", ""], rows, header=False)
 
 
 def print_intervals(title: str, intervals: Iterable[tuple[str, Interval]]) -> None:
-    """Each measured quantity of one set of images with its interval and what it was measured on."""
-    rows = [[name, _shown(interval), str(interval.prompts), str(interval.images)] for name, interval in intervals]
+    """Print each measured quantity of a set of images with its interval and the numbers of prompts and images."""
+    rows = [[name, _interval(interval), str(interval.prompts), str(interval.images)] for name, interval in intervals]
     print_table(title, ["", "mean", "prompts", "images"], rows)
 
 
-def _shown(interval: Interval, form: str = ".3f") -> str:
+def _interval(interval: Interval, form: str = ".3f") -> str:
     return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
 
 def print_plan(stage: str, lines: Iterable[tuple[str, str]]) -> None:
-    """What ``--dry-run`` says."""
+    """Print what ``--dry-run`` reports."""
     print_pairs(f"gdro {stage} would do this (nothing was run)", lines)
 
 
 def print_cells(lines: Iterable[tuple[str, str]], cells: Iterable[list[str]]) -> None:
-    """What ``gdro ablate --dry-run`` says."""
+    """Print what ``gdro ablate --dry-run`` reports."""
     print_plan("ablate", lines)
     print_table("Cells", ["setting", "seed", "state", "run"], cells)
 
 
 def print_ablation(result: AblationResult) -> None:
-    """The cells, the means over seeds if there are several, the summary in words, and the files."""
+    """Print the cells, the means over several seeds, the summary in words, and the files."""
     ablation = result.ablation
     print_table(f"Ablation of {ablation.sweep.title}, validation prompts", *ablation.cell_table)
     if len(ablation.sweep.seeds) > 1:
@@ -74,13 +74,12 @@ def print_ablation(result: AblationResult) -> None:
 
 
 def print_pairs(title: str, pairs: Iterable[tuple[str, str]]) -> None:
-    """A titled table of names and values."""
-    rows = [[name, value] for name, value in pairs]
-    print_table(title, ["", ""], rows, header=False)
+    """Print a titled table of names and values."""
+    print_table(title, ["", ""], [list(pair) for pair in pairs], header=False)
 
 
 def print_table(title: str, columns: list[str], rows: Iterable[list[str]], *, header: bool = True) -> None:
-    """A titled table of plain text: nothing in it is read as markup. Off a terminal no line is cut."""
+    """Print a titled table of plain text, in which nothing is read as markup. Off a terminal no line is cut."""
     console = Console(highlight=False)
     table = Table(
         title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, show_header=header, pad_edge=False

@@ -1,4 +1,4 @@
-"""The base of every recipe section, and the annotations that say what a key is for."""
+"""The base class of every recipe section, and the annotations that say what a key is for."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 Effect = Literal["images", "scores", "training", "measurement", "evaluation", "speed", "label"]
-"""What another value of a key changes:
+"""What a change of a key's value changes:
 
 - ``images``: the images in a store.
 - ``scores``: the rewards of given images.
 - ``training``: what a training learns from given images and rewards.
-- ``measurement``: what the evaluation points of a training measure, and ``gdro eval`` with them.
+- ``measurement``: what the evaluation points of a training and ``gdro eval`` measure.
 - ``evaluation``: what ``gdro eval`` alone measures, or the weights that it measures.
 - ``speed``: speed, memory, disk space and messages only. Numbers may change by rounding.
 - ``label``: what the recipe says about itself.
@@ -21,7 +21,7 @@ Effect = Literal["images", "scores", "training", "measurement", "evaluation", "s
 
 
 class StrictModel(BaseModel):
-    """A section of a recipe: immutable, no unknown keys, no silent conversions, a docstring per field."""
+    """A section of a recipe: immutable, without unknown keys or silent conversions, with a docstring per field."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -34,7 +34,7 @@ class StrictModel(BaseModel):
 
 
 class Affects:
-    """The effects of a key. On a section: the effects of its keys that have no annotation of their own."""
+    """The effects of a key, or those of a section's keys that have no annotation of their own."""
 
     def __init__(self, *effects: Effect) -> None:
         self.effects = frozenset(effects)
@@ -42,14 +42,14 @@ class Affects:
 
 @dataclass(frozen=True, slots=True)
 class StoredGroupsOnly:
-    """The key is for methods that train on stored groups."""
+    """Only methods that train on stored groups use the key."""
 
     instead: str | None = None
-    """The key that online methods have in its place."""
+    """The key that online methods have instead."""
 
 
 @dataclass(frozen=True, slots=True)
 class FallsBackTo:
-    """The key whose value counts where the annotated key is not set."""
+    """The key whose value counts if the annotated key is not set."""
 
     key: str

@@ -1,4 +1,4 @@
-"""Every key of a recipe: its type, default and meaning (``gdro recipes fields``), whom it is for, what it affects."""
+"""Every key of a recipe: its type, default and meaning (``gdro recipes fields``), who uses it, what it affects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT_NAMES = {
     "rank": "train.lora.rank",
     "alpha": "train.lora.alpha",
 }
-"""Short names beside those of the keys of `method`, which may be named alone: `tau` is `method.tau`."""
+"""Short names of keys. A key of `method` needs no entry: `tau` is `method.tau`."""
 _TYPE_NAMES: dict[Any, str] = {int: "whole number", float: "number", str: "text", bool: "true | false"}
 _STORED = tuple(name for name, model in METHODS.items() if issubclass(model, GroupMethod))
 """The methods that train on stored groups."""
@@ -40,60 +40,60 @@ class FieldDoc:
     default: str
     text: str
     section: bool
-    """Whether it only holds other keys."""
+    """Whether it only contains other keys."""
     methods: tuple[str, ...]
-    """The methods that have a use for it; empty for all."""
+    """The methods that use it; empty for all."""
     reward: str | None
-    """The reward whose setting it is."""
+    """The reward that it is a setting of."""
     instead: str | None
-    """The key that the other methods have in its place."""
+    """The key that the other methods have instead."""
     affects: frozenset[Effect]
     falls_back_to: str | None
-    """The key whose value counts where this one is not set."""
-
-
-@cache
-def describe_fields() -> tuple[FieldDoc, ...]:
-    """Every key in the order of the recipe, sections included."""
-    return tuple(_walk(Recipe, prefix="", notes=()))
-
-
-@cache
-def field_names(*, sections: bool = False) -> tuple[str, ...]:
-    """The dotted path of every key, with or without the sections themselves."""
-    return tuple(doc.path for doc in describe_fields() if sections or not doc.section)
+    """The key whose value counts if this one is not set."""
 
 
 @cache
 def _docs() -> dict[str, FieldDoc]:
-    return {doc.path: doc for doc in describe_fields()}
+    return {doc.path: doc for doc in _walk(Recipe, prefix="", notes=())}
+
+
+def describe_fields() -> tuple[FieldDoc, ...]:
+    """Every key and section in the order of the recipe."""
+    return tuple(_docs().values())
+
+
+@cache
+def field_names(*, sections: bool = False) -> tuple[str, ...]:
+    """The dotted path of every key, with or without the sections."""
+    return tuple(doc.path for doc in describe_fields() if sections or not doc.section)
 
 
 def field_doc(path: str) -> FieldDoc:
-    """The key or section at a dotted path, which must exist."""
+    """The key or section at a dotted path. Raises KeyError."""
     return _docs()[path]
 
 
 def full_key(name: str) -> str | None:
-    """The dotted path of the recipe key that a name stands for; None where there is none."""
+    """The dotted path of the recipe key with this full or short name, or None."""
     candidates = (name, SHORT_NAMES.get(name, ""), f"method.{name}")
     return next((key for key in candidates if key in field_names()), None)
 
 
 def foreign_keys(method: str) -> dict[str, FieldDoc]:
-    """The keys that a method has no use for, by path."""
+    """The keys that a method does not use, by path."""
     return {doc.path: doc for doc in describe_fields() if doc.methods and method not in doc.methods}
 
 
 def values_that_affect(recipe: Recipe, *effects: Effect) -> dict[str, Any]:
-    """The values of the keys with one of the effects, in their sections, as plain JSON.
+    """The values of the keys with one of the effects, nested in their sections, as plain JSON.
 
-    Keys that the recipe has no use for are left out. A key that is not set has the value of the key it falls back to.
+    Keys that the recipe's method or reward does not use are left out. A key that is not set has the value of the key it
+    falls back to.
     """
     resolved = recipe.resolved()
     chosen: dict[str, Any] = {}
     for doc in describe_fields():
-        if doc.affects.isdisjoint(effects) or not _is_for(doc, recipe):
+        if doc.affects.isdisjoint(effects) or not _uses(recipe, doc):
             continue
         *sections, name = doc.path.split(".")
         value = _value(resolved, doc.path)
@@ -103,7 +103,7 @@ def values_that_affect(recipe: Recipe, *effects: Effect) -> dict[str, Any]:
     return chosen
 
 
-def _is_for(doc: FieldDoc, recipe: Recipe) -> bool:
+def _uses(recipe: Recipe, doc: FieldDoc) -> bool:
     return not (doc.methods and recipe.method.name not in doc.methods) and doc.reward in (None, recipe.reward.kind)
 
 
@@ -111,11 +111,8 @@ def _value(resolved: dict[str, Any], path: str) -> Any:
     return reduce(lambda section, part: section[part], path.split("."), resolved)
 
 
-# -- from the classes of the recipe ---------------------------------------------------------------------------
-
-
 def _walk(model: type[BaseModel], *, prefix: str, notes: Sequence[object]) -> Iterator[FieldDoc]:
-    """The fields of a section; ``notes`` are the annotations of the sections around it, the innermost last."""
+    """The fields of a section. ``notes`` are the annotations of the sections around it, innermost last."""
     for name, field in model.model_fields.items():
         path, own = f"{prefix}{name}", (*notes, *field.metadata)
         inner = field.annotation
@@ -171,25 +168,25 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type_of(field: FieldInfo) -> str:
-    return " | ".join(REWARDS) if IN_REGISTRY in field.metadata else type_text(field.annotation)
+    return " | ".join(REWARDS) if IN_REGISTRY in field.metadata else _type_text(field.annotation)
 
 
-def type_text(annotation: Any) -> str:
-    """A field's type in the words of a YAML reader: ``whole number``, ``png | webp``, ``list of text``."""
+def _type_text(annotation: Any) -> str:
+    """A type in words for readers of YAML: ``whole number``, ``png | webp``, ``list of text``."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation in _TYPE_NAMES:
         return _TYPE_NAMES[annotation]
     if annotation is type(None):
         return "null"
     if origin is Annotated:
-        return type_text(arguments[0])
+        return _type_text(arguments[0])
     if origin is Literal:
         return " | ".join(str(argument) for argument in arguments)
     if origin in (Union, types.UnionType):
-        return " | ".join(type_text(argument) for argument in arguments)
+        return " | ".join(_type_text(argument) for argument in arguments)
     if origin is tuple:
-        inner = dict.fromkeys(type_text(argument) for argument in arguments if argument is not Ellipsis)
+        inner = dict.fromkeys(_type_text(argument) for argument in arguments if argument is not Ellipsis)
         return f"list of {', '.join(inner)}"
     if origin is dict:
-        return f"section of {'numbers' if type_text(arguments[1]) == 'number' else 'lists'}"
+        return f"section of {'numbers' if _type_text(arguments[1]) == 'number' else 'lists'}"
     return "any value"

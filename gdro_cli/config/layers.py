@@ -1,15 +1,15 @@
 """From files and ``--set`` to one mapping: ``extends:``, overrides, and what a later layer replaces.
 
-A recipe is a stack of layers: the recipe it extends (and what that one extends), its own file, then all ``--set``
-together. A later layer wins key by key: sections are merged, lists and plain values are replaced. Two choices
-replace more:
+A recipe is a stack of layers: the recipe it extends (and whatever that one extends), its own file, then all ``--set``
+together. A later layer wins key by key: sections are merged, lists and plain values are replaced. Two choices replace
+more:
 
-- A layer that changes ``method.name`` drops the inherited keys that the new method has no use for, in ``ablation``
-  also. Keys that this layer itself gives must belong to the new method.
-- A layer that names a prompt ``file`` where a ``builtin`` set was inherited (or the reverse) replaces the whole
+- A layer that changes ``method.name`` drops the inherited keys that the new method does not use, also in ``ablation``.
+  The keys that this layer itself sets must belong to the new method.
+- A layer that names a prompt ``file`` instead of an inherited ``builtin`` set (or the reverse) replaces the whole
   source.
 
-``name`` and ``description`` belong to one recipe and are not inherited.
+``name`` and ``description`` are not inherited.
 """
 
 from __future__ import annotations
@@ -22,36 +22,30 @@ from typing import Any
 
 from gdro_cli.config.keys import foreign_keys, full_key
 from gdro_cli.config.methods import METHODS
-from gdro_cli.config.yamlfile import MAX_NESTING, describe, parse_yaml, read_yaml, shown
+from gdro_cli.config.yamlfile import describe, parse_yaml, read_yaml, shown
 from gdro_cli.errors import UserError
 
 #: Folders of shipped recipes: inside an installed package, or beside it in a checkout.
-RECIPE_FOLDERS = (
-    Path(__file__).resolve().parents[1] / "recipes",
-    Path(__file__).resolve().parents[2] / "recipes",
-)
-#: Keys that say something about one recipe only.
+_RECIPE_FOLDERS = tuple(folder / "recipes" for folder in Path(__file__).resolve().parents[1:3])
+#: Keys that are not inherited.
 _OWN_KEYS = ("name", "description")
 _PATHS = (
     *(f"prompts.{split}.file" for split in ("train", "validation", "eval")),
     "model.path",
     "reward.ocr.model_dir",
 )
-#: Characters that no key has.
+#: Characters that end a key.
 _KEY_ENDS = re.compile(r"[\s:=]")
 
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with the tool: name without ending -> file, sorted by name."""
-    for folder in RECIPE_FOLDERS:
-        recipes = {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
-        if recipes:
-            return recipes
-    return {}
+    paths = next(filter(None, (list(folder.glob("*.yaml")) for folder in _RECIPE_FOLDERS)), [])
+    return {path.stem: path for path in sorted(paths, key=lambda path: path.stem)}
 
 
 def find_recipe(name_or_path: str) -> Path:
-    """The file of a recipe: an existing path, else a shipped recipe by name with or without ``.yaml``."""
+    """The file of a recipe: an existing path, else a shipped recipe by its name, with or without ``.yaml``."""
     path = _find(name_or_path, folder=Path())
     if path is not None:
         return path
@@ -64,12 +58,12 @@ def find_recipe(name_or_path: str) -> Path:
 
 
 def _find(name: str, *, folder: Path) -> Path | None:
-    path = folder / os.path.expanduser(name)  # unlike Path's own, it takes any text
+    path = folder / os.path.expanduser(name)  # Path's own raises for an unknown user
     return path if os.path.isfile(path) else shipped_recipes().get(name.removesuffix(".yaml"))
 
 
 def file_layers(path: Path) -> list[dict[str, Any]]:
-    """The layers of a recipe file, the root of its ``extends`` chain first; their paths are made absolute."""
+    """The layers of a recipe file, the root of its ``extends`` chain first, with absolute paths."""
     layers: list[dict[str, Any]] = []
     visited: list[Path] = []
     current: Path | None = path
@@ -94,24 +88,23 @@ def _extended(extends: object, *, by: Path) -> Path:
         raise UserError(f"{by}: `extends` must be a path or the name of a shipped recipe, not {describe(extends)}")
     path = _find(extends, folder=by.resolve().parent)
     if path is None:
-        problem = "which is neither a file beside it nor a shipped recipe: correct it"
-        raise UserError(f"{by} extends {describe(extends)}, {problem}")
+        raise UserError(
+            f"{by} extends {describe(extends)}, which is neither a file beside it nor a shipped recipe: correct it"
+        )
     return path
 
 
 def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
-    """All ``--set key=value`` as one layer. Values are YAML; of two for the same key the last counts."""
+    """All ``--set key=value`` as one layer. Values are YAML. If a key is repeated, the last value counts."""
     layer: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = (part.strip() for part in override.partition("="))
         parts = key.split(".")
         if not separator or not all(parts) or _KEY_ENDS.search(key):
-            start = describe(_KEY_ENDS.split(override.strip(), maxsplit=1)[0])  # what follows may be a secret
+            start = describe(_KEY_ENDS.split(override.strip(), maxsplit=1)[0])  # the rest may be a secret
             raise UserError(f"--set {start} must look like key=value, for example --set method.tau=0.1")
         if parts[0] == "extends":
             raise UserError("--set cannot change `extends`: name the other recipe with --recipe")
-        if len(parts) > MAX_NESTING:
-            raise UserError(f"the key of --set {shown(key)} is nested too deeply: name a key of the recipe")
         value = parse_yaml(text, source=f"the value of --set {shown(key)}")
         layer = merge(layer, nested(parts, value))
     resolve_paths(layer, folder=Path())
@@ -126,9 +119,9 @@ def nested(parts: Sequence[str], value: Any) -> dict[str, Any]:
 
 
 def resolve_paths(layer: dict[str, Any], *, folder: Path) -> None:
-    """Make the layer's relative paths absolute where they exist: in ``folder``, else in the current folder."""
-    judge = _inner(layer.get("judge"), "kind") == "unified-reward-local"  # else its model is a name, not a folder
-    for path in (*_PATHS, *(["judge.model"] if judge else [])):
+    """Make the layer's relative paths absolute if they exist in ``folder`` or, failing that, in the current folder."""
+    is_local = _inner(layer.get("judge"), "kind") == "unified-reward-local"  # otherwise judge.model is a name
+    for path in (*_PATHS, *(["judge.model"] if is_local else [])):
         *parents, key = path.split(".")
         section: Any = layer
         for parent in parents:
@@ -140,10 +133,10 @@ def resolve_paths(layer: dict[str, Any], *, folder: Path) -> None:
 
 
 def merge_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One mapping of all layers, later ones winning, by the rules in this module's docstring."""
+    """One mapping of all layers by the rules in this module's docstring."""
     merged: dict[str, Any] = {}
     for layer in layers:
-        merged = merge(_released(merged, layer), layer)
+        merged = merge(_without_replaced(merged, layer), layer)
     return merged
 
 
@@ -158,22 +151,22 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _released(below: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """``below`` without what the layer's choice of method or prompt source makes useless."""
-    released = dict(below)
+def _without_replaced(below: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    """``below`` without what the layer's choice of another method or prompt source replaces."""
+    remaining = dict(below)
     method, chosen = below.get("method"), _inner(layer.get("method"), "name")
     if isinstance(method, dict) and isinstance(chosen, str) and chosen != method.get("name") and chosen in METHODS:
-        released = _without(released, foreign_keys(chosen))
-    prompts, given = below.get("prompts"), layer.get("prompts")
-    if isinstance(prompts, dict) and isinstance(given, Mapping):
-        released["prompts"] = {
-            key: {} if _other_kind(value, given.get(key)) else value for key, value in prompts.items()
+        remaining = _without(remaining, foreign_keys(chosen))
+    prompts, sources = below.get("prompts"), layer.get("prompts")
+    if isinstance(prompts, dict) and isinstance(sources, Mapping):
+        remaining["prompts"] = {
+            key: {} if _other_kind(value, sources.get(key)) else value for key, value in prompts.items()
         }
-    return released
+    return remaining
 
 
 def _without(data: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
-    """A copy without the keys at some dotted paths of two parts, and without their values in ``ablation``."""
+    """A copy without the keys at these dotted paths of two parts, and without their values in ``ablation``."""
     result = {
         section: {key: value for key, value in inner.items() if f"{section}.{key}" not in paths}
         if isinstance(inner, Mapping)
@@ -189,9 +182,9 @@ def _inner(section: object, key: str) -> object:
     return section.get(key) if isinstance(section, Mapping) else None
 
 
-def _other_kind(inherited: object, given: object) -> bool:
-    """Whether a prompt source changes from file to built-in set or back."""
+def _other_kind(inherited: object, source: object) -> bool:
+    """Whether a prompt source changes from a file to a built-in set or back."""
     return any(
-        _inner(inherited, old) is not None and _inner(given, new) is not None and _inner(given, old) is None
+        _inner(inherited, old) is not None and _inner(source, new) is not None and _inner(source, old) is None
         for old, new in (("file", "builtin"), ("builtin", "file"))
     )

@@ -1,4 +1,4 @@
-"""From a file, a shipped name or a mapping to a recipe."""
+"""Load a recipe from a file, a shipped name or a mapping."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["build_recipe", "load_recipe", "load_resolved", "shipped_recipes"]
 
 
 def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe at a path or of a shipped name (``ocr``, ``ocr.yaml``; a path wins), ``--set`` applied.
+    """The recipe at a path or with a shipped name (``ocr``, ``ocr.yaml``; a path wins), ``--set`` applied.
 
-    Raises ``UserError`` that lists every problem at once, each with the dotted path of its key.
+    Raises a ``UserError`` that lists every problem, each with the dotted path of its key.
     """
     path = find_recipe(name_or_path)
     data = merge_layers([*file_layers(path), override_layer(overrides)])
@@ -27,14 +27,14 @@ def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def load_resolved(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe that a run keeps as JSON, ``--set`` applied. Raises ``UserError`` as ``load_recipe`` does."""
+    """The recipe that a run keeps as JSON, ``--set`` applied. Raises as ``load_recipe``, and ``StoreError``."""
     remedy = "run `gdro train` with the run's recipe again"
     data = merge_layers([read_object(path, remedy=remedy), override_layer(overrides)])
     return build_recipe(data, source=f"{path} with --set" if overrides else str(path))
 
 
 def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-    """The recipe of a plain mapping with no ``extends``; error messages call it ``source``."""
+    """The recipe of a plain mapping without ``extends``. Raises as ``load_recipe``; messages call it ``source``."""
     method = data.get("method")
     if isinstance(method, Mapping) and "name" not in method:
         data = {**data, "method": {"name": "gdro", **method}}

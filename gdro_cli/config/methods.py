@@ -3,14 +3,14 @@
 Methods on stored groups learn offline. Their symbols and equations are those of the GDRO paper (arXiv 2601.02036): K
 images per group, tau the temperature of the target distribution (eqs. 7, 17), beta the strength of the implicit reward
 (eq. 3), gamma the weight of the top-1 likelihood (eqs. 8-9). Online methods make their images while they train:
-Flow-GRPO (arXiv 2505.05470) and DanceGRPO (arXiv 2505.07818). A new method is one class here, one entry in ``Method``
-and one in ``METHODS``.
+Flow-GRPO (arXiv 2505.05470) and DanceGRPO (arXiv 2505.07818). A new method is one class here and one entry in
+``Method``.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field
 
@@ -28,7 +28,7 @@ class GroupMethod(AnyMethod):
     """The keys that all methods on stored groups share."""
 
     loss_settings: ClassVar[tuple[str, ...]] = ()
-    """The keys that the method's loss (``core.losses.LOSSES``) takes beside beta and gamma."""
+    """The keys that the method's loss (``core.losses.LOSSES``) takes in addition to beta and gamma."""
 
     k: int = Field(6, ge=2)
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
@@ -47,16 +47,16 @@ class GroupMethod(AnyMethod):
     share_sigma: bool = True
     """`true`: one noise level for all images of a group; `false`: one for each image."""
     noise_bank: int | None = Field(None, ge=1)
-    """Draws of noise and noise level per prompt (per image where they are not shared). They are used again and again,
-    so that the reference's errors are computed only once (`train.cache_reference`). 1 or more. Unset: a new draw at
-    every visit."""
+    """Draws of noise and noise level per prompt (per image if they are not shared). They are reused at every visit, so
+    the reference's errors are computed only once (`train.cache_reference`). 1 or more. Unset: a new draw at every
+    visit."""
     sigma_min: float = Field(0.0, ge=0, lt=1)
     """Lowest noise level trained, 0 = clean. In [0, 1), below `sigma_max`."""
     sigma_max: float = Field(1.0, gt=0, le=1)
     """Highest noise level trained, 1 = pure noise. In (0, 1], above `sigma_min`."""
     min_spread: float = Field(0.0, ge=0)
-    """Groups whose highest and lowest reward differ by no more than this carry no preference and are left out. In units
-    of the reward, 0 or more."""
+    """A group whose highest and lowest reward differ by no more than this carries no preference and is left out. In
+    units of the reward, 0 or more."""
 
 
 class GdroMethod(GroupMethod):
@@ -91,15 +91,15 @@ class DpoMethod(GroupMethod):
     loss_settings: ClassVar[tuple[str, ...]] = ("pairs",)
     name: Literal["dpo"]
     pairs: Literal["best_worst", "all"] = "best_worst"
-    """`best_worst`: one pair per group, the highest against the lowest reward. `all`: every pair whose
-    rewards differ."""
+    """`best_worst`: one pair per group, the highest against the lowest reward. `all`: every pair of different
+    rewards."""
 
 
 class OnlineMethod(AnyMethod):
-    """The keys that the online methods share: they sample with the policy, score, and update it, round after round.
+    """The keys that the online methods share. Each round samples with the policy, scores the images and updates it.
 
-    Sources of the defaults: the public code's settings for OCR and GenEval on SD3.5-M (Flow-GRPO) and for FLUX
-    (DanceGRPO); the table is in docs/baselines.md.
+    The defaults are the public code's settings for OCR and GenEval on SD3.5-M (Flow-GRPO) and for FLUX (DanceGRPO);
+    docs/baselines.md has the table.
     """
 
     group_size: int = Field(24, ge=2)
@@ -110,17 +110,17 @@ class OnlineMethod(AnyMethod):
     """Equal parts into which a round's images are split, with one optimizer step each. 1 or more. Flow-GRPO: 2;
     DanceGRPO: 3, of 4 images per GPU."""
     inner_epochs: int = Field(1, ge=1)
-    """Passes over the images of a round. 1 or more. A round has this times `updates_per_round` optimizer steps.
+    """Passes over the images of a round. 1 or more. A round has `inner_epochs` * `updates_per_round` optimizer steps.
     Flow-GRPO and DanceGRPO: 1."""
     train_sample_steps: int = Field(10, ge=2)
-    """Sampling steps in the rounds, few to save time; evaluations have their own number. 2 or more. The last step has
-    no noise and is not trained. Flow-GRPO: 10 on SD3.5, 6 on FLUX; DanceGRPO: 16."""
+    """Sampling steps in the rounds, few to save time; evaluations have a number of their own. 2 or more. The last step
+    has no noise and is not trained. Flow-GRPO: 10 on SD3.5, 6 on FLUX; DanceGRPO: 16."""
     timestep_fraction: float = Field(1.0, gt=0, le=1)
-    """Share of the steps with noise to train, drawn for each image and rounded down to at least one step. In (0, 1].
-    Flow-GRPO: all; DanceGRPO: 0.6."""
+    """Share of the steps with noise that are trained, drawn for each image; rounded down, but at least one step. In
+    (0, 1]. Flow-GRPO: all; DanceGRPO: 0.6."""
     share_initial_noise: bool = False
-    """One initial noise for all images of a group, so that they differ only by the noise of the steps. Flow-GRPO: no;
-    DanceGRPO: yes."""
+    """`true`: one initial noise for all images of a group, which then differ only by the noise of the steps. Flow-GRPO:
+    false; DanceGRPO: true."""
     guidance: Annotated[float | None, FallsBackTo("sample.guidance")] = Field(None, ge=0)
     """Guidance scale of the rounds and updates, 0 or more. Unset: `sample.guidance`."""
     clip_range: float = Field(1e-4, gt=0)
@@ -130,8 +130,8 @@ class OnlineMethod(AnyMethod):
     """Weight of the divergence from the reference; 0 saves the reference's forward passes. 0 or more. Flow-GRPO: 0.04
     on SD3.5 (OCR, GenEval), 0 on FLUX; DanceGRPO: 0."""
     advantage_std: Literal["global", "group"] = "global"
-    """The standard deviation that divides a group's rewards: that of all rewards of the round (`global`), or the
-    group's own (`group`). Flow-GRPO: global; DanceGRPO: group."""
+    """The standard deviation by which a group's rewards are divided: that of the whole round (`global`) or of the group
+    (`group`). Flow-GRPO: global; DanceGRPO: group."""
     advantage_clip: float = Field(5.0, gt=0)
     """Largest advantage. Above 0. Flow-GRPO and DanceGRPO: 5."""
 
@@ -142,7 +142,7 @@ class OnlineMethod(AnyMethod):
 
     @property
     def trained_sample_steps(self) -> int:
-        """How many of an image's ``train_sample_steps - 1`` stochastic sampling steps are trained."""
+        """The number of trained steps among an image's ``train_sample_steps - 1`` stochastic sampling steps."""
         return max(1, math.floor(self.timestep_fraction * (self.train_sample_steps - 1) + 1e-9))  # 0.6 * 5 is 3
 
 
@@ -178,10 +178,5 @@ Method = Annotated[
 
 #: The methods by the value of ``method.name``.
 METHODS: dict[str, type[AnyMethod]] = {
-    "gdro": GdroMethod,
-    "rank": RankMethod,
-    "top1": Top1Method,
-    "dpo": DpoMethod,
-    "flow-grpo": FlowGrpoMethod,
-    "dance-grpo": DanceGrpoMethod,
+    get_args(model.model_fields["name"].annotation)[0]: model for model in get_args(get_args(Method)[0])
 }

@@ -1,4 +1,4 @@
-"""Built-in prompt sets: what their prompts carry, and which keys of a prompt source shape them.
+"""Built-in prompt sets: what their prompts carry, and which keys of a prompt source apply to them.
 
 Train, validation and test share no word (OCR) and no content (GenEval). ``gdro_cli.data.prompts`` draws the prompts.
 """
@@ -18,17 +18,17 @@ OPTIONS: Mapping[str, str] = {
     "tags": "a built-in GenEval set",
     "plurals": "a geneval-coco set",
 }
-"""Keys of a prompt source that only some sets have, and which sets those are."""
+"""Keys of a prompt source that apply to some sets only, and a name for those sets."""
 
 
 @dataclass(frozen=True, slots=True)
 class BuiltinSet:
-    """What is known of a built-in set before it is drawn."""
+    """Facts about a built-in set that are known before it is drawn."""
 
     carries: frozenset[str]
     """What each of its prompts has: ``target``, or keys of its metadata."""
     options: tuple[str, ...]
-    """Those of ``OPTIONS`` that it has."""
+    """The keys of ``OPTIONS`` that apply to it."""
 
 
 _SIGNS = BuiltinSet(frozenset({"target"}), ("two_line_share", "min_letters", "max_letters"))

@@ -23,7 +23,7 @@ from gdro_cli.identity import digest
 class Recipe(StrictModel):
     """Everything about a job; immutable.
 
-    The class checks every key by itself. The rules between keys are checked by ``load_recipe`` and ``build_recipe``.
+    The class checks each key by itself; ``load_recipe`` and ``build_recipe`` also check the rules between keys.
     """
 
     name: Annotated[str, Affects("label")] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)
@@ -31,8 +31,8 @@ class Recipe(StrictModel):
     description: Annotated[str, Affects("label")] = Field("", max_length=2000)
     """One line for `gdro recipes`. At most 2000 letters."""
     seed: Annotated[int, Affects("images")] = Field(0, ge=0)
-    """Seed of everything random except the evaluation (`eval.seed`), built-in prompts, and a training that has its own
-    seed (`train.seed`). 0 or more."""
+    """Seed of everything random except the evaluation (`eval.seed`), built-in prompts (their own `seed`), and a
+    training with a seed of its own (`train.seed`). 0 or more."""
     model: Annotated[ModelSection, Affects("images", "training", "measurement")] = ModelSection()
     """The text-to-image model to train."""
     prompts: PromptsSection
@@ -42,7 +42,7 @@ class Recipe(StrictModel):
     reward: Annotated[RewardSection, Affects("scores", "measurement")] = RewardSection()
     """How images are scored."""
     judge: Annotated[JudgeSection, Affects("measurement")] = JudgeSection()
-    """Who judges quality, beside the reward."""
+    """Who judges the quality of images, independently of the reward."""
     method: Annotated[Method, Affects("training")] = GdroMethod(name="gdro")
     """The training method and its numbers; its keys depend on `method.name`."""
     train: Annotated[TrainSection, Affects("training")] = TrainSection()
@@ -52,8 +52,7 @@ class Recipe(StrictModel):
     ablation: Annotated[dict[str, Annotated[tuple[JsonValue, ...], Field(strict=False)]], Affects("label")] = Field(
         default_factory=dict
     )
-    """Values that `gdro ablate` sweeps if the command names none, by recipe key or its short name (`tau` for
-    `method.tau`)."""
+    """Default values for `gdro ablate`, by recipe key or short name (`tau` for `method.tau`)."""
 
     @property
     def eval_steps(self) -> int:
@@ -72,20 +71,20 @@ class Recipe(StrictModel):
 
     @property
     def online_method(self) -> OnlineMethod | None:
-        """``method``, if it makes its images while it trains."""
+        """``method`` if it makes its images while it trains, else None."""
         return self.method if isinstance(self.method, OnlineMethod) else None
 
     @property
     def group_method(self) -> GroupMethod:
-        """``method``, which trains on stored groups. Raises TypeError for another."""
+        """``method``, which must train on stored groups. Raises TypeError."""
         if isinstance(self.method, OnlineMethod):
             raise TypeError(f"{self.method.name} does not train on stored groups")
         return self.method
 
     def resolved(self) -> dict[str, Any]:
-        """Every key with its value, defaults included, as plain JSON; ``build_recipe`` takes it back."""
+        """Every key with its value, defaults included, as plain JSON; ``build_recipe`` reads it back."""
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """Twelve hexadecimal digits that stand for the values of all keys but name and description."""
+        """Twelve hexadecimal digits that identify the values of all keys except name and description."""
         return digest(self.model_dump(mode="json", exclude={"name", "description"}))

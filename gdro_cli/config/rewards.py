@@ -1,7 +1,7 @@
-"""The rewards that a recipe can name, and where the class of each lies.
+"""The rewards that a recipe can name, and the module and class of each.
 
-Rewards lie above recipes, so this module names them and imports none before a recipe asks for it; their files load
-nothing heavy. ``gdro_cli.rewards.registry`` has the classes.
+The reward classes depend on recipes, so this module only names them and imports a class when a recipe needs it.
+``gdro_cli.rewards.registry`` has the classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ REWARDS: dict[str, str] = {
     "ocr": "gdro_cli.rewards.ocr.reward:OcrReward",
     "geneval": "gdro_cli.rewards.geneval.reward:GenEvalReward",
 }
-"""``module:class`` of each reward by its name; a new reward is one more line."""
+"""``module:class`` of each reward by its name. A new reward is one more line."""
 
 
 def reward_needs(name: str) -> frozenset[str]:

@@ -25,34 +25,26 @@ class Problem:
     """One thing wrong with a recipe."""
 
     path: str
-    """The key at fault."""
+    """The key."""
     message: str
-    """The rest of the sentence. It names in full the other keys that the fault depends on."""
+    """The rest of the sentence. It names in full the other keys that the problem depends on."""
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The key at fault and those that the message names."""
+        """The key and those that the message names."""
         return self.path, *_DOTTED.findall(self.message)
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every rule between keys that a recipe breaks; each key by itself is valid."""
-    yield from _model(recipe)
-    yield from _method(recipe)
-    yield from _prompts(recipe)
-    yield from _sizes(recipe)
-    yield from _train(recipe)
-    yield from _geneval(recipe)
-    yield from _judge(recipe)
-    yield from _ablation(recipe)
+    """Every rule between keys that a recipe breaks. Each key by itself is valid."""
+    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _judge, _ablation):
+        yield from rule(recipe)
 
 
 def _model(recipe: Recipe) -> Iterator[Problem]:
-    model = recipe.model
-    if model.sharding == "fsdp":
-        for key, off in (("quantization", "none"), ("offload", False)):
-            if getattr(model, key) != off:
-                yield Problem(f"model.{key}", "cannot be combined with model.sharding 'fsdp': choose one of them")
+    for key in ("quantization", "offload") if recipe.model.sharding == "fsdp" else ():
+        if _is_set(recipe.model, key):
+            yield Problem(f"model.{key}", "cannot be combined with model.sharding 'fsdp': choose one of them")
 
 
 def _method(recipe: Recipe) -> Iterator[Problem]:
@@ -68,20 +60,15 @@ def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
             yield Problem(path, f"has no meaning for method.name {method.name!r}: {advice}")
     images = method.prompts_per_round * method.group_size
     if method.updates_per_round > images:
-        yield Problem(
-            "method.updates_per_round",
-            f"{method.updates_per_round} is more than the {images} images of a round (method.prompts_per_round *"
-            " method.group_size)",
-        )
+        message = f"is more than the {images} images of a round (method.prompts_per_round * method.group_size)"
+        yield Problem("method.updates_per_round", f"{method.updates_per_round} {message}")
 
 
 def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
     images = recipe.sample.images_per_prompt
     if method.k > images:
-        yield Problem(
-            "method.k",
-            f"{method.k} is more than sample.images_per_prompt ({images}): lower k or sample more images",
-        )
+        message = f"{method.k} is more than sample.images_per_prompt ({images}): lower k or sample more images"
+        yield Problem("method.k", message)
     if method.sigma_min >= method.sigma_max:
         message = f"{method.sigma_min:g} must be below method.sigma_max ({method.sigma_max:g})"
         yield Problem("method.sigma_min", message)
@@ -103,7 +90,7 @@ def source_problems(source: PromptSource, *, sets: Collection[str], path: str) -
     Args:
         source: the prompt source.
         sets: the built-in sets that fit its reward.
-        path: the dotted path of its section.
+        path: the dotted path of its section in messages.
     """
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
@@ -113,7 +100,7 @@ def source_problems(source: PromptSource, *, sets: Collection[str], path: str) -
         if source.builtin in sets:
             yield from _builtin(source, source.builtin, BUILTIN_SETS[source.builtin], path=path)
         else:
-            names = ", ".join(sets) if sets else "none for this reward, name a `file`"
+            names = ", ".join(sets) or "none for this reward, name a `file`"
             hint = similar(source.builtin, sets)
             yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
     else:
@@ -143,7 +130,7 @@ def _tags(source: PromptSource, *, path: str) -> Iterator[Problem]:
 
 
 def _is_set(section: StrictModel, key: str) -> bool:
-    """Whether a key has another value than its default."""
+    """Whether a key has a value other than its default."""
     return bool(getattr(section, key) != type(section).model_fields[key].default)
 
 
@@ -193,17 +180,17 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
     judge = recipe.judge
     for key in ("base_url", "api_key_env"):
         yield from _secret(f"judge.{key}", getattr(judge, key), path=f"judge.{key}")
-    takes = {"unified-reward": ("base_url", "model"), "unified-reward-local": ("model",)}.get(judge.kind, ())
+    needed = {"unified-reward": ("base_url", "model"), "unified-reward-local": ("model",)}.get(judge.kind, ())
     for key in ("base_url", "model"):
         is_set = getattr(judge, key) is not None
-        if key in takes and not is_set:
+        if key in needed and not is_set:
             yield Problem(f"judge.{key}", f"is needed for judge.kind {judge.kind!r}")
-        elif key not in takes and is_set:
+        elif key not in needed and is_set:
             yield Problem(f"judge.{key}", f"has no meaning for judge.kind {judge.kind!r}: remove it")
 
 
 def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
-    """Refuses what may be a secret in a value of the judge's, in a sentence that does not repeat it."""
+    """Refuse a value of the judge's keys that may be a secret, in a sentence that does not repeat it."""
     if key not in ("judge.base_url", "judge.api_key_env") or value is None:
         return
     if not isinstance(value, str):

@@ -1,4 +1,4 @@
-"""The sections of a recipe: each key with its meaning, unit and range, and with what it affects."""
+"""The sections of a recipe: each key with its meaning, unit, range and effects."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import Field
 from gdro_cli.config.base import Affects, FallsBackTo, StoredGroupsOnly, StrictModel
 from gdro_cli.config.rewards import RewardName
 
-#: The most scoring processes: a slip of the keyboard must not start thousands.
-MOST_WORKERS = 1024
+_MOST_WORKERS = 1024
+"""Scoring processes; a slip of the keyboard must not start thousands."""
 
 Attention = Literal[
     "auto", "native", "native_cudnn", "native_efficient", "native_flash", "native_math", "flash", "flash_3", "xformers"
@@ -28,16 +28,16 @@ class ModelSection(StrictModel):
     is looked up beside the recipe first, then in the current folder."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the frozen weights. `auto`: bfloat16 on CUDA, float32 on the CPU. LoRA weights are always
-    float32. There is no float16: the gradients of a mean over so many numbers are too small for it."""
+    float32. float16 is not supported: the gradients of a mean over so many numbers are too small for it."""
     max_sequence_length: int | None = Field(None, ge=1)
     """Text tokens per prompt, 1 or more. Unset: the model family's own length."""
     sharding: Annotated[Literal["none", "fsdp"], Affects("speed")] = "none"
-    """How several processes hold the frozen transformer. `none`: each holds all of it; `fsdp`: each holds a part of
-    every layer, for models that do not fit on one GPU. Changes memory and speed, not what is learnt."""
+    """How several processes share the frozen transformer. `none`: each has all of it; `fsdp`: each has a part of every
+    layer, for models that do not fit on one GPU. Changes memory and speed, not what is learnt."""
     quantization: Literal["none", "int8", "fp8", "nf4"] = "none"
     """How the linear layers of the frozen transformer are stored: `none` (in `dtype`), `int8` or `fp8` (half of
-    bfloat16; package torchao), `nf4` (under a third of bfloat16; package bitsandbytes, CUDA only). The adapter stays
-    float32. Changes the images a little, so every setting has its own store."""
+    bfloat16; package torchao), `nf4` (less than a third of bfloat16; package bitsandbytes, CUDA only). The adapter
+    stays float32. Changes the images slightly, so every setting has its own store."""
     offload: Annotated[bool, Affects("speed")] = False
     """Keep the text encoders, transformer and autoencoder in CPU memory, and move each to the GPU only while it works.
     Changes memory and speed, not the images."""
@@ -50,8 +50,8 @@ class ModelSection(StrictModel):
     """Compile the transformer's blocks with torch.compile at their first use. Takes a minute or more and, on the CPU, a
     C++ compiler. Changes speed, and results by rounding."""
     attention: Annotated[Attention, Affects("speed")] = "auto"
-    """The kernels that compute attention, by diffusers' names: PyTorch's own (`native`, or one of its kinds), or those
-    of a package that you have installed. `auto`: `native`. Changes speed and memory, and results by rounding."""
+    """The attention kernels, by diffusers' names: PyTorch's own (`native` and its variants), or those of an installed
+    package. `auto`: `native`. Changes speed and memory, and results by rounding."""
 
 
 class PromptSource(StrictModel):
@@ -61,15 +61,15 @@ class PromptSource(StrictModel):
     """Prompt file, one prompt per line or JSONL. A relative path is looked up beside the recipe that names it, then in
     the current folder."""
     builtin: str | None = None
-    """Name of a set that the tool draws itself: `ocr-train`, `ocr-validation` or `ocr-test`; for GenEval
-    `geneval-train` and so on (the embedded model's shapes) or `geneval-coco-train` and so on (COCO's classes). `gdro
-    prompts NAME` prints a set."""
+    """Name of a set that the tool generates: `ocr-train`, `ocr-validation` or `ocr-test`; for GenEval `geneval-train`
+    and so on (the embedded model's shapes) or `geneval-coco-train` and so on (COCO's classes). `gdro prompts NAME`
+    prints a set."""
     count: int | None = Field(None, ge=1)
     """Number of prompts, counted from the first. 1 or more. Unset: all of a file, one per word of a built-in OCR set,
-    or as many of a built-in GenEval set as there can be with every tag in full proportion to its weight (the official
-    553 of `geneval-coco-test`)."""
+    or as many of a built-in GenEval set as are possible with every tag in proportion to its weight (the official 553
+    for `geneval-coco-test`)."""
     seed: int = Field(0, ge=0)
-    """Which draw of a built-in set. 0 or more. A file has no draws, so it must stay 0 there."""
+    """Which draw of a built-in set. 0 or more. Must stay 0 for a file."""
     two_line_share: float = Field(0.0, ge=0, le=1)
     """Share of a built-in OCR set whose signs carry two words, one above the other. 0 to 1."""
     min_letters: int = Field(4, ge=1)
@@ -78,24 +78,24 @@ class PromptSource(StrictModel):
     """Letters of the longest word of a built-in OCR set. At least `min_letters`."""
     tags: dict[str, Annotated[float, Field(ge=0)]] | None = None
     """Weight of each tag in a built-in GenEval set, such as `{position: 7, counting: 5}`. 0 or more, not all 0. A tag
-    that is not named has weight 0. A tag that runs out of prompts leaves the rest to the others. Unset: the official
-    sizes for `geneval-coco-test`, else the same weight for every tag."""
+    that is not named has weight 0. If a tag runs out of prompts, the others fill its share. Unset: the official sizes
+    for `geneval-coco-test`, otherwise the same weight for every tag."""
     plurals: Literal["naive", "correct"] = "naive"
-    """Plurals in a built-in GenEval set of COCO's classes: `naive` as in the official prompts ("three knifes"), or
+    """Plurals in a built-in GenEval set of COCO's classes: `naive`, as in the official prompts ("three knifes"), or
     `correct` ("three knives")."""
 
 
 class PromptsSection(StrictModel):
-    """The task, and its prompts for the training, for its evaluation points, and for the final evaluation."""
+    """The task, and its prompts for training, evaluation points and the final evaluation."""
 
     task: Annotated[RewardName, Affects("scores", "measurement")]
-    """What the prompts ask for: `ocr` (this text), or `geneval` (these objects, counts, colours and places)."""
+    """What the prompts ask for: `ocr` (a text), or `geneval` (objects, counts, colours and places)."""
     train: Annotated[PromptSource, Affects("images", "training")]
     """Prompts whose groups are sampled, scored and trained on."""
     validation: Annotated[PromptSource, Affects("measurement")]
-    """Prompts of the evaluation points during training. Settings may be chosen by their results."""
+    """Prompts of the evaluation points during training. Their results may be used to choose settings."""
     eval: Annotated[PromptSource, Affects("evaluation")]
-    """Held-out prompts of `gdro eval`. Choose no setting by their results."""
+    """Held-out prompts of `gdro eval`. Do not use their results to choose settings."""
 
 
 class SampleSection(StrictModel):
@@ -104,12 +104,13 @@ class SampleSection(StrictModel):
     images_per_prompt: Annotated[int, StoredGroupsOnly(instead="method.group_size")] = Field(16, ge=2)
     """Images of each training prompt in the store (the stored group). 2 or more. Paper: 16."""
     steps: int = Field(8, ge=1)
-    """Euler steps from noise to image. 1 or more. Online methods have their own number and use this one for evaluations
-    only."""
+    """Euler steps from noise to image. 1 or more. Online methods use this number for evaluations only
+    (`method.train_sample_steps`)."""
     guidance: Annotated[float, Affects("images", "training")] = Field(1.0, ge=0)
-    """Guidance scale g, 0 or more. FLUX.1-dev and other models made for it take it as an input, in training also. SD3,
-    Qwen-Image, Z-Image and FLUX.2-klein-base use classifier-free guidance, v_uncond + g (v_cond - v_uncond) for g above
-    1, in sampling and in online methods; training on stored groups has none. Models without guidance ignore it."""
+    """Guidance scale g, 0 or more. FLUX.1-dev and other guidance-distilled models take it as an input, in training too.
+    SD3, Qwen-Image, Z-Image and FLUX.2-klein-base use classifier-free guidance, v_uncond + g (v_cond - v_uncond) for g
+    above 1, in sampling and in online methods, but not in training on stored groups. Models without guidance ignore
+    it."""
     height: Annotated[int | None, Affects("images", "training", "measurement")] = Field(None, ge=8)
     """Image height in pixels, 8 or more. Set both height and width, or neither. Unset: the model's own size."""
     width: Annotated[int | None, Affects("images", "training", "measurement")] = Field(None, ge=8)
@@ -126,11 +127,11 @@ class OcrReward(StrictModel):
     """The text recognition engine, PaddleOCR."""
 
     engine: Literal["onnxruntime", "paddle"] = "onnxruntime"
-    """What runs the models: `onnxruntime`, or `paddle` where paddlepaddle is installed (for GPUs; it needs models in
-    its own format, see `model_dir`)."""
+    """What runs the models: `onnxruntime`, or `paddle` if paddlepaddle is installed (for GPUs; it needs models in its
+    own format, see `model_dir`)."""
     recognition_width: int = Field(160, ge=48, le=3200)
-    """Width in pixels to which a text line of height 48 is scaled for recognition. 48 to 3200. The engine's own default
-    is 320; 160 was as accurate on 64-pixel images and a third faster."""
+    """Width in pixels to which a text line of height 48 is scaled for recognition. 48 to 3200. The engine's default is
+    320; 160 was as accurate on 64-pixel images and a third faster."""
     detection_model: str = Field("PP-OCRv6_small_det", min_length=1)
     """Name of the detection model."""
     recognition_model: str = Field("PP-OCRv6_small_rec", min_length=1)
@@ -140,13 +141,13 @@ class OcrReward(StrictModel):
 
 
 class GenEvalReward(StrictModel):
-    """What finds the objects, what names their colours, and the reward to train on."""
+    """The detector of objects, the classifier of colours, and the reward to train on."""
 
     objective: Annotated[Objective | dict[Objective, Annotated[float, Field(ge=0)]], Affects("training")] = "soft"
-    """The reward to train on. `soft`: the mean of the scores of the prompt's clauses, 0 to 1; `strict`: 1 for exactly
-    what the prompt asks for; `accuracy`: 1 where the official metric says correct (in most prompts it forgives
-    additional objects); or a weighted mean of them, such as `{soft: 1, accuracy: 2}`. All three are stored, so a change
-    costs no scoring."""
+    """The reward to train on. `soft`: the mean score of the prompt's clauses, 0 to 1; `strict`: 1 for exactly what the
+    prompt asks for; `accuracy`: 1 if the official metric says correct (for most prompts it forgives additional
+    objects); or a weighted mean of them, such as `{soft: 1, accuracy: 2}`. All three are stored, so a change needs no
+    new scoring."""
     detector: Literal["shapes", "mask2former"] = "shapes"
     """`shapes`: the small network for the embedded model's six shapes; `mask2former`: the 80 classes of COCO."""
     detector_model: str | None = Field(None, min_length=1)
@@ -163,12 +164,12 @@ class RewardSection(StrictModel):
 
     kind: RewardName = "ocr"
     """The reward. Must be the one of `prompts.task`."""
-    workers: Annotated[Annotated[int, Field(ge=1, le=MOST_WORKERS)] | Literal["auto"], Affects("speed")] = "auto"
-    """Scoring processes, 1 or more. `auto`: one per available CPU core; one in all for mask2former and clip."""
+    workers: Annotated[Annotated[int, Field(ge=1, le=_MOST_WORKERS)] | Literal["auto"], Affects("speed")] = "auto"
+    """Scoring processes, 1 or more. `auto`: one per available CPU core; a single one for mask2former and clip."""
     max_failed_share: Annotated[float, Affects("evaluation")] = Field(0.02, ge=0, le=1)
-    """Share of images that may lack a score. With more, `gdro score` and `gdro eval` refuse, and an evaluation point
-    cannot be the best one. 0 to 1. A failed image has no score, never a score of 0. Online methods continue without the
-    failed images, as long as a round has one score."""
+    """Share of images that may lack a score, 0 to 1. Above it, `gdro score` and `gdro eval` stop with an error, and an
+    evaluation point cannot be the best one. A failed image has no score, never a score of 0. Online methods continue
+    without the failed images as long as a round has one score."""
     ocr: OcrReward = OcrReward()
     """Settings of the OCR reward."""
     geneval: GenEvalReward = GenEvalReward()
@@ -179,26 +180,26 @@ class JudgeSection(StrictModel):
     """Who judges the quality of images for the corrected score. A judge never sees a reward."""
 
     kind: Literal["auto", "embedded", "unified-reward", "unified-reward-local", "none"] = "auto"
-    """`embedded`: the small network that knows the embedded model's world; `unified-reward`: UnifiedReward behind an
+    """`embedded`: the small network for the embedded model's world; `unified-reward`: UnifiedReward behind an
     OpenAI-compatible endpoint (vLLM, SGLang); `unified-reward-local`: the same model in this process, through
     transformers; `none`: no judge and no corrected score. `auto`: embedded for the embedded model, none for others."""
     base_url: Annotated[str | None, Affects("speed")] = Field(None, min_length=1)
     """Address of the endpoint, up to `/v1`, without a user name, key or query. For `unified-reward`."""
     model: str | None = Field(None, min_length=1)
-    """`unified-reward`: the name under which the endpoint serves the model. `unified-reward-local`: its folder, or the
-    Hub id of a model that is already downloaded."""
+    """For `unified-reward`, the name by which the endpoint serves the model. For `unified-reward-local`, its folder, or
+    the Hub id of a model that is already downloaded."""
     api_key_env: Annotated[str | None, Affects("speed")] = Field(None, min_length=1)
-    """Name of the environment variable that holds the endpoint's key, if it needs one. The key itself is never
+    """Name of the environment variable with the endpoint's key, if the endpoint needs one. The key itself is never
     stored."""
     concurrency: Annotated[int, Affects("speed")] = Field(8, ge=1)
     """Simultaneous requests. 1 or more."""
     timeout: Annotated[float, Affects("speed")] = Field(120.0, gt=0)
     """Seconds that one request may take. Above 0."""
     retries: Annotated[int, Affects("speed")] = Field(4, ge=0)
-    """How often a failed request is repeated. 0 or more."""
+    """Repetitions of a failed request. 0 or more."""
     max_failed_share: Annotated[float, Affects("evaluation")] = Field(0.05, ge=0, le=1)
-    """Share of images that may lack a judgement. With more, `gdro eval` refuses, and an evaluation point cannot be the
-    best one. 0 to 1."""
+    """Share of images that may lack a judgement, 0 to 1. Above it, `gdro eval` stops with an error, and an evaluation
+    point cannot be the best one."""
 
 
 class LoraSection(StrictModel):
@@ -209,7 +210,7 @@ class LoraSection(StrictModel):
     alpha: float = Field(32.0, gt=0)
     """The update is scaled by alpha / rank (by alpha / sqrt(rank) with `rslora`). Above 0."""
     targets: Strings | Literal["auto", "all-linear"] = "auto"
-    """Layers that get an adapter: `auto` (those published for the model family), `all-linear`, or a list of module
+    """Layers with an adapter: `auto` (those published for the model family), `all-linear`, or a list of module
     names."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha / sqrt(rank)."""
@@ -234,8 +235,8 @@ class TrainSection(StrictModel):
     lr: float = Field(3e-4, gt=0)
     """Highest learning rate of AdamW. Above 0. Paper: 3e-4."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Course of the learning rate after the warm-up: `constant`, or a fall to 0, which it would reach one step after
-    the last."""
+    """Learning rate after the warm-up: `constant`, or a decay to 0, which would be reached one step after the
+    last."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0. 0 or more, at most `steps`."""
     weight_decay: float = Field(0.0, ge=0)
@@ -248,20 +249,20 @@ class TrainSection(StrictModel):
     """`adamw`, or `adamw8bit`: the same with both moments in 8 bits, a quarter of their memory (package
     bitsandbytes)."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """The norm that the gradient is clipped to. Above 0."""
+    """Norm to which the gradient is clipped. Above 0."""
     micro_batch: Annotated[int | None, Affects("speed")] = Field(None, ge=1)
     """Images per forward pass in one process, 1 or more. Unset: all images of the step. Changes memory and speed, and
     the gradient by rounding only. For online methods an image counts once per sampling step."""
     rounds: Annotated[int, StoredGroupsOnly()] = Field(1, ge=1)
-    """Rounds of equally many steps, 1 or more, at most `steps`. Every round after the first samples and scores its
-    groups anew, with the adapter's average at that point; the reference stays the base model."""
+    """Rounds with equal numbers of steps, 1 or more, at most `steps`. Every round after the first samples and scores
+    new groups with the adapter's average at that point. The reference stays the base model."""
     group_gradient: Annotated[Literal["auto", "one_pass", "two_pass"], Affects("speed"), StoredGroupsOnly()] = "auto"
     """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first and
-    needs memory for `micro_batch` images only. The gradients are equal. `auto`: one pass where all images of the step
-    fit into `micro_batch`."""
+    needs memory for `micro_batch` images only. The gradients are equal. `auto`: one pass if all images of the step fit
+    into `micro_batch`."""
     checkpoint_every: Annotated[int, Affects("speed")] = Field(50, ge=1)
-    """Steps between checkpoints. 1 or more. The last step always has one. With online methods a checkpoint waits for
-    the end of its round."""
+    """Steps between checkpoints. 1 or more. The last step always has one. For online methods a checkpoint waits for the
+    end of its round."""
     keep_checkpoints: Annotated[int, Affects("speed")] = Field(3, ge=1)
     """Checkpoints to keep; older ones are deleted. 1 or more."""
     log_every: Annotated[int, Affects("speed")] = Field(1, ge=1)
@@ -275,19 +276,19 @@ class TrainSection(StrictModel):
     ema: EmaSection = EmaSection()
     """Moving average of the adapter."""
     seed: Annotated[int | None, FallsBackTo("seed")] = Field(None, ge=0)
-    """Seed of the training alone: the adapter's start, the order of groups and images, sigma and noise. 0 or more.
-    Unset: `seed`. The images of the store and their scores stay those of `seed`."""
+    """Seed of the training alone: the adapter's initial weights, the order of groups and images, sigma and noise. 0 or
+    more. Unset: `seed`. The images of the store and their scores always follow `seed`."""
     stop_on_collapse: bool = False
     """End the training at an evaluation point whose verdict is `collapsed`. Needs `eval_every` above 0."""
     shuffle_rewards: bool = False
-    """Control experiment: permute the rewards among the images of each group, so that there is nothing to learn. The
-    reward did not cause what such a run gains."""
+    """Control experiment: permute the rewards within each group, so that nothing can be learnt from them. Whatever such
+    a run gains is not caused by the reward."""
     cache_reference: Annotated[bool, Affects("speed"), StoredGroupsOnly()] = True
-    """Keep the reference's velocity errors beside the store. No later training with the same draws computes them again:
-    the other values of an ablation, or this training where `method.noise_bank` repeats draws. Changes speed, not the
-    result (by rounding with a `noise_bank`). No effect with `model.sharding: fsdp`."""
+    """Keep the reference's velocity errors beside the store, so that trainings with the same draws compute them once:
+    other values of an ablation, or this training if `method.noise_bank` repeats draws. Changes speed, not the result
+    (with a `noise_bank`, by rounding). No effect with `model.sharding: fsdp`."""
     prefetch: Annotated[bool, Affects("speed"), StoredGroupsOnly()] = True
-    """Draw the next step's groups and noise during the present step. Changes speed, not the result."""
+    """Draw the next step's groups and noise during the current step. Changes speed, not the result."""
     gradient_checkpointing: Annotated[bool, Affects("speed")] = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
@@ -304,14 +305,14 @@ class EvalSection(StrictModel):
     seed: int = Field(1000, ge=0)
     """Seed of the evaluation's noise. 0 or more. The base and the trained model get the same noise."""
     weights: Literal["ema", "raw"] = "ema"
-    """The adapter's weights to evaluate: their moving average (`ema`) or the weights themselves (`raw`)."""
+    """The adapter's weights to evaluate: the moving average (`ema`) or the trained weights themselves (`raw`)."""
     checkpoint: Annotated[Literal["best", "last"], Affects("evaluation")] = "best"
-    """The step to evaluate: the evaluation point with the best corrected score on the validation prompts (without a
-    judge, with the best headline measure: the OCR reward, or GenEval's overall accuracy), or the end of the training. A
-    point that lacks more than `reward.max_failed_share` or `judge.max_failed_share` is not a candidate. Without
-    evaluation points both are the end."""
+    """The step to evaluate. `best`: the evaluation point with the best corrected score on the validation prompts
+    (without a judge, with the best headline measure: the OCR reward, or GenEval's overall accuracy); a point that lacks
+    more than `reward.max_failed_share` or `judge.max_failed_share` is not a candidate. `last`: the end of the training,
+    which is also `best` if there are no evaluation points."""
     bootstrap: int = Field(2000, ge=100)
-    """Resamples over prompts behind each 95 % confidence interval. 100 or more."""
+    """Bootstrap resamples over prompts for each 95 % confidence interval. 100 or more."""
     grid_prompts: Annotated[int, Affects("evaluation")] = Field(8, ge=0)
     """Prompts shown in the image grid, base above trained. 0: no grid."""
     validation_images_per_prompt: int = Field(1, ge=1)

@@ -1,7 +1,7 @@
 """A sweep: one recipe, one or more of its keys with several values each, and the cells, one recipe per combination.
 
-A cell is an ordinary recipe, made as ``--set`` makes one. Cells that could not be compared are refused here, before any
-work.
+A cell is an ordinary recipe, the one that ``--set`` would give. Cells that could not be compared are refused here,
+before any work.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from gdro_cli.identity import digest
 from gdro_cli.suggest import similar_key
 
 POINTS = 4
-"""Evaluation points of a training whose recipe has none."""
+"""Evaluation points that are added to a training whose recipe has none."""
 
 MOST_CELLS = 1000
-"""Trainings of one ablation; all of their recipes are held at once."""
+"""Trainings of one ablation; all of their recipes are in memory together."""
 
 _SEEDS = "cannot be swept: `--seeds N` repeats every cell with N training seeds"
 _TASK = "is the task itself, and cells of two tasks cannot be compared"
 _REASONS = {"seed": _SEEDS, "train.seed": _SEEDS, "prompts.task": _TASK, "reward.kind": _TASK}
-"""Why a key is not swept, where what it affects does not say so."""
+"""Why a key cannot be swept, if what it affects (``_reason``) does not say so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Sweep:
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
     notes: tuple[str, ...]
-    """Decisions that the user should know of, a sentence each."""
+    """Decisions that the user should know about, a sentence each."""
 
     @property
     def name(self) -> str:
@@ -98,31 +98,15 @@ def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | Non
 
     Args:
         recipe: the recipe that all cells share.
-        names: the keys to sweep, in full or short.
-        values: for each name its values, separated by commas, as YAML; None takes them from ``recipe.ablation``.
+        names: full or short names of the keys to sweep.
+        values: the values of each key as YAML, separated by commas; empty or None takes them from ``recipe.ablation``.
         seeds: trainings per combination of values, with the recipe's training seed and the next ones.
 
     Raises:
         UserError: an unknown key or one that cannot be swept, values that are missing, repeated or invalid, cells that
             could not be compared, or more of them than ``MOST_CELLS``.
     """
-    if not names:
-        keys_with_values = ", ".join(recipe.ablation)
-        hint = f"the recipe {recipe.name} has values for {keys_with_values}" if keys_with_values else "such as tau"
-        raise UserError(f"no key to sweep: name one with --param ({hint})")
-    keys = [_key(name, recipe) for name in names]
-    repeated = [name for number, name in enumerate(names) if keys[number] in keys[:number]]
-    if repeated:
-        raise UserError(f"--param {repeated[0]} is given twice: name each key once")
-    if values and len(values) != len(names):
-        raise UserError(
-            f"--values is given {len(values)} times for {len(names)} --param: give it once for each, in the same"
-            " order, as in --values 0.5,0.05"
-        )
-    axes = tuple(
-        Axis(name, key, _values(name, key, recipe, values[number] if values else None))
-        for number, (name, key) in enumerate(zip(names, keys, strict=True))
-    )
+    axes = _axes(recipe, names, values or ())
     count = math.prod(len(axis.values) for axis in axes) * seeds
     if count > MOST_CELLS:
         raise UserError(
@@ -140,8 +124,28 @@ def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | Non
     return Sweep(recipe, axes, numbers, cells, tuple(_notes(recipe, axes, cells)))
 
 
+def _axes(recipe: Recipe, names: Sequence[str], values: Sequence[str]) -> tuple[Axis, ...]:
+    if not names:
+        keys_with_values = ", ".join(recipe.ablation)
+        hint = f"the recipe {recipe.name} has values for {keys_with_values}" if keys_with_values else "such as tau"
+        raise UserError(f"no key to sweep: name one with --param ({hint})")
+    keys = [_key(name, recipe) for name in names]
+    repeated = [name for number, name in enumerate(names) if keys[number] in keys[:number]]
+    if repeated:
+        raise UserError(f"--param {repeated[0]} is given twice: name each key once")
+    if values and len(values) != len(names):
+        raise UserError(
+            f"--values is given {len(values)} times for {len(names)} --param: give it once for each, in the same"
+            " order, as in --values 0.5,0.05"
+        )
+    texts: Sequence[str | None] = values or [None] * len(names)
+    return tuple(
+        Axis(name, key, _values(name, key, recipe, text)) for name, key, text in zip(names, keys, texts, strict=True)
+    )
+
+
 def _key(name: str, recipe: Recipe) -> str:
-    """The key that a name stands for. Raises UserError where it cannot be swept."""
+    """The key with this full or short name. Raises UserError if it cannot be swept."""
     key = full_key(name)
     if key is None:
         if any(path.startswith(f"{name}.") for path in field_names()):
@@ -161,7 +165,7 @@ def _key(name: str, recipe: Recipe) -> str:
 
 
 def _reason(key: str) -> str | None:
-    """Why a key cannot be swept, by what it affects; None where it can."""
+    """Why a key cannot be swept, by what it affects; None if it can."""
     affects = field_doc(key).affects
     if "label" in affects:
         return "says something about the recipe and not about the training"
@@ -186,13 +190,13 @@ def _values(name: str, key: str, recipe: Recipe, text: str | None) -> tuple[Any,
 
 
 def _cell_recipe(recipe: Recipe, axes: Sequence[Axis], values: Sequence[Any], seed: int) -> Recipe:
-    """The recipe with the values in it, as ``--set`` would put them."""
+    """The recipe with these values, as ``--set`` would give it."""
     layer: dict[str, Any] = {"train": {"seed": seed}}
     for axis, value in zip(axes, values, strict=True):
         layer = merge(layer, nested(axis.key.split("."), value))
     resolve_paths(layer, folder=Path())
     data = merge_layers([recipe.resolved(), layer])
-    data["ablation"] = recipe.resolved()["ablation"]  # a cell of another method keeps it, unread
+    data["ablation"] = recipe.resolved()["ablation"]  # a cell of another method keeps it, unused
     steps = data["train"]["steps"]
     if recipe.train.eval_every == 0 and isinstance(steps, int) and steps > 0:
         data["train"]["eval_every"] = math.ceil(steps / POINTS)
@@ -204,12 +208,12 @@ def _label(axes: Sequence[Axis], values: Sequence[Any]) -> str:
 
 
 def value_text(value: Any) -> str:
-    """A value in a label: text as it is, the rest as JSON."""
+    """A value in a label: text unchanged, other values as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _refuse_equal(cells: Sequence[Cell]) -> None:
-    """12 and 12.0 are one value, so this compares the recipes and not the text of the values."""
+    """Refuse cells with equal recipes: 12 and 12.0 are one value, though their texts differ."""
     labels: dict[str, str] = {}
     for cell in cells:
         key = cell.recipe.digest()

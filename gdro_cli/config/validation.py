@@ -1,4 +1,4 @@
-"""Validation that reports everything wrong with a recipe at once, each key by its dotted path."""
+"""Validation that reports all problems of a recipe at once, each with the dotted path of its key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gdro_cli.suggest import similar, similar_key
 MAX_PROBLEMS = 20
 """How many problems one message lists."""
 _SECTION = "a section of keys and values"
-#: pydantic's error types -> what the value must be, with the error's context.
+#: pydantic's error types -> what the value must be, a template for the error's context.
 _EXPECTED = {
     "int_type": "a whole number",
     "int_from_float": "a whole number",
@@ -49,29 +49,28 @@ _EXPECTED = {
 
 
 def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
-    """``data`` as a recipe, or a ``UserError`` with all its problems."""
+    """``data`` as a recipe. Raises a ``UserError`` with all its problems, which calls it ``source``."""
     try:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        faults = _field_problems(details, data)
-        raise _refusal([*faults, *_rule_problems_despite(faults, details, data)], source) from error
-    broken = list(problems(recipe))
-    if broken:
-        raise _refusal(broken, source)
+        wrong_keys = _key_problems(details, data)
+        raise _refusal([*wrong_keys, *_rule_problems(details, data, wrong_keys)], source) from error
+    if broken_rules := list(problems(recipe)):
+        raise _refusal(broken_rules, source)
     return recipe
 
 
-def _refusal(faults: Sequence[Problem], source: str) -> UserError:
-    lines = [f"{shown(problem.path)}: {problem.message}" for problem in faults[:MAX_PROBLEMS]]
+def _refusal(found: Sequence[Problem], source: str) -> UserError:
+    lines = [f"{shown(problem.path)}: {problem.message}" for problem in found[:MAX_PROBLEMS]]
     if len(lines) == 1:
         return UserError(f"{source}: {lines[0]}")
-    more = [f"and {len(faults) - len(lines)} more"] if len(faults) > len(lines) else []
-    return UserError(f"{source} has {len(faults)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
+    more = [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
+    return UserError(f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
 
 
-def _field_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any]) -> list[Problem]:
-    """One problem per key, in the order of the errors; the branches of a union become one sentence."""
+def _key_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any]) -> list[Problem]:
+    """One problem per key, in the order of the errors. The branches of a union become one sentence."""
     keys: dict[str, str] = {}
     values: dict[str, list[ErrorDetails]] = {}
     for detail in details:
@@ -79,27 +78,26 @@ def _field_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any]) ->
         if detail["type"] == "missing":
             keys[path] = "is missing"
         elif detail["type"] == "extra_forbidden":
-            keys[path] = _unknown(path, data) if len(keys) < MAX_PROBLEMS else "unknown key"
+            keys[path] = _unknown(path, data) if len(keys) < MAX_PROBLEMS else "unknown key"  # a hint takes 1 ms
         else:
             values.setdefault(path, []).append(detail)
-    # Where an element of a list is at fault, the other branches of the list's union add nothing.
+    # If an element of a list is wrong, the other branches of the list's union add nothing.
     lists = {path[: match.start()] for path in values for match in re.finditer(r"\[", path)}
-    wrong = [(path, own) for path, own in values.items() if path not in lists]
-    faults = [Problem(path, message) for path, message in keys.items()]
-    return faults + [Problem(path, _wrong(own, hint=n < MAX_PROBLEMS)) for n, (path, own) in enumerate(wrong)]
+    messages = keys | {path: _wrong(branches) for path, branches in values.items() if path not in lists}
+    return [Problem(path, message) for path, message in messages.items()]
 
 
-def _wrong(details: Sequence[ErrorDetails], *, hint: bool) -> str:
-    """What a value must be, by all branches of its type, and what it is."""
+def _wrong(details: Sequence[ErrorDetails]) -> str:
+    """The values that the branches of a key's type expect, and the value that it has."""
     expected = " or ".join(dict.fromkeys(_expectation(detail) for detail in details))
-    hints = (_value_hint(detail) for detail in details) if hint else ()
-    return f"must be {expected}, not {describe(_value(details[-1]))}{next(filter(None, hints), '')}"
+    hint = next(filter(None, map(_value_hint, details)), "")
+    return f"must be {expected}, not {describe(_value(details[-1]))}{hint}"
 
 
-def _rule_problems_despite(
-    faults: Sequence[Problem], details: Sequence[ErrorDetails], data: Mapping[str, Any]
+def _rule_problems(
+    details: Sequence[ErrorDetails], data: Mapping[str, Any], wrong_keys: Sequence[Problem]
 ) -> list[Problem]:
-    """The rules that the rest of the recipe breaks, without those that depend on a faulty key."""
+    """The rules that the rest of the recipe breaks, without those that depend on a wrong key."""
     rest = copy.deepcopy(dict(data))
     for detail in details:
         _remove(rest, _path(detail))
@@ -111,7 +109,7 @@ def _rule_problems_despite(
     return [
         problem
         for problem in problems(recipe)
-        if not any(_overlap(key, fault.path) for key in problem.keys for fault in faults)
+        if not any(_overlap(key, wrong.path) for key in problem.keys for wrong in wrong_keys)
     ]
 
 
@@ -129,7 +127,7 @@ def _remove(data: dict[str, Any], path: str) -> None:
 
 
 def _path(detail: ErrorDetails) -> str:
-    """The dotted path of the key at fault, without pydantic's labels for the branches of unions."""
+    """The dotted path of the wrong key, without pydantic's labels for the branches of unions."""
     path = ""
     for number, part in enumerate(detail["loc"], start=1):
         inner = f"{path}.{part}".lstrip(".")
@@ -157,7 +155,7 @@ def _value_hint(detail: ErrorDetails) -> str:
 
 
 def _unknown(path: str, data: Mapping[str, Any]) -> str:
-    """The message about a key that the recipe, or its method, does not have."""
+    """The message about a key that the recipe or its method does not have."""
     if path in field_names():
         owners = ", ".join(field_doc(path).methods)
         return f"the method {data['method']['name']!r} has no such key (it belongs to {owners}): remove it"

@@ -1,4 +1,4 @@
-"""Reading YAML without its surprises.
+"""Reading YAML without its surprises, and writing YAML that is read back as it was.
 
 Plain scalars follow YAML 1.2's core rules, so ``3e-4`` is a number, ``no`` is text and ``1:30`` is text. Repeated keys,
 aliases, anchors and tags are refused.
@@ -15,7 +15,7 @@ import yaml
 
 from gdro_cli.errors import UserError
 
-#: A recipe is a page of text; anything larger is another file given by mistake.
+#: A recipe is a page of text; a larger file was named by mistake.
 MAX_BYTES = 1_000_000
 #: Sections inside sections, and brackets inside brackets.
 MAX_NESTING = 50
@@ -26,7 +26,7 @@ _WORDS = {
     **dict.fromkeys(("false", "False", "FALSE"), False),
 }
 _INTEGER = re.compile(r"[-+]?[0-9]{1,19}")
-"""Integers fit into 64 bits, as PyTorch's seeds must. With more digits they are numbers that no whole key takes."""
+"""Integers fit into 64 bits, as PyTorch's seeds must. Longer ones become floats, which integer keys refuse."""
 _NUMBER = re.compile(
     r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
@@ -57,7 +57,7 @@ def _document(events: Iterator[Any]) -> Any:
 
 
 def _value(event: Any, events: Iterator[Any], *, depth: int) -> Any:
-    """The value that begins with ``event``; takes the rest of its events from ``events``."""
+    """The value that begins with ``event``; the rest of its events are taken from ``events``."""
     if isinstance(event, yaml.AliasEvent):
         raise _fault("aliases (*name) are not supported", event)
     if event.anchor is not None or event.tag is not None:
@@ -101,7 +101,7 @@ def _fault(reason: str, event: Any) -> yaml.MarkedYAMLError:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, empty for an empty file; ``UserError`` where it cannot be read."""
+    """The mapping in a YAML file, empty for an empty file. Raises ``UserError``."""
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
@@ -118,14 +118,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data or {}
 
 
+class _Dumper(yaml.SafeDumper):
+    """PyYAML writes text by the rules of YAML 1.1, which leave ``1e-5`` without quotes."""
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    quotes = None if isinstance(_plain(text), str) else "'"
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
+def dump_yaml(value: object) -> str:
+    """A plain value as a YAML file that ``parse_yaml`` reads back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+def dump_yaml_line(value: object) -> str:
+    """A plain value as YAML on one line, as ``--set`` takes it."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 def shown(name: str) -> str:
-    """A name in a message: on one line, and cut where it is longer than anyone reads."""
+    """A name in a message: on one line, and at most 120 characters."""
     line = name if name.isprintable() else repr(name)[1:-1]
     return line if len(line) <= 120 else f"{line[:117]}..."
 
 
 def describe(value: object) -> str:
-    """A value in an error message: short, and by its kind where that is the point."""
+    """A value in an error message: short, and a section or list by its kind."""
     if value is None:
         return "null"
     if isinstance(value, dict):

@@ -24,7 +24,7 @@ def main() -> None:
     for names, card, settings in ROWS:
         estimate = Estimate(load_recipe(names[0], overrides=settings))
         needed = estimate.sampling_bytes, estimate.training_bytes
-        shown = ", ".join(f"`{setting}`" for setting in settings) or "as it is"
+        shown = ", ".join(f"`{setting}`" for setting in settings) or "none"
         recipes = ", ".join(f"`{name}`" for name in names)
         row = f"| {recipes} | {card} GB | {shown} | {gigabytes(needed[0])} | {gigabytes(needed[1])} |"
         print(row + ("" if card in fits(max(needed)) else " TOO MUCH"), flush=True)

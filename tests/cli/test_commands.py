@@ -1,4 +1,4 @@
-"""Commands that only look, errors and exit codes: through the same `main` as the console script."""
+"""Commands that change nothing, errors and exit codes, through the same `main` as the console script."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(*arguments: str) -> int:
     return code
 
 
-# --- looking -------------------------------------------------------------------------------------------------
+# --- commands that change nothing ----------------------------------------------------------------------------
 
 
 def test_recipes_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,17 +42,19 @@ def test_recipes_lists_the_shipped_ones(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_recipes_show_prints_a_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run("recipes", "show", "ocr", "--set", "train.lr=1e-5", "--json") == 0
+    overrides = ["train.lr=1e-5", "description='1e-5'"]
+    options = [part for override in overrides for part in ("--set", override)]
+    assert run("recipes", "show", "ocr", *options, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    expected = load_recipe("ocr", overrides=["train.lr=1e-5"]).resolved()
+    expected = load_recipe("ocr", overrides=overrides).resolved()
     assert shown == expected
-    assert run("recipes", "show", "ocr.yaml", "--set", "train.lr=1e-5") == 0
+    assert run("recipes", "show", "ocr.yaml", *options) == 0
     path = tmp_path / "shown.yaml"
     path.write_text(capsys.readouterr().out, encoding="utf-8")
     assert load_recipe(str(path)).resolved() == expected
 
 
-def test_recipes_check_goes_through_all_of_them_and_reports_every_fault(
+def test_recipes_check_reports_every_problem_of_every_recipe(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert run("recipes", "check") == 0
@@ -115,7 +117,9 @@ def test_prompts_prints_a_file_that_is_the_set(
         (["geneval-test", "--count", "1975"], "has 1974 different prompts"),
     ],
 )
-def test_prompts_that_there_are_not(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_prompt_set_that_does_not_exist_is_one_sentence(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("prompts", *arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -129,12 +133,14 @@ def test_runs_lists_runs_even_damaged_ones(capsys: pytest.CaptureFixture[str], t
         folder.mkdir(parents=True)
     resolved = load_recipe("ocr", overrides=["train.steps=30"]).resolved()
     (whole / "recipe.json").write_text(json.dumps(resolved), encoding="utf-8")
-    (whole / "metrics.jsonl").write_text('{"step": 1}\n{"step": 20}\n{"st', encoding="utf-8")
+    (whole / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1}\n{"kind": "train", "step": 20}\n{"ki', encoding="utf-8"
+    )
     (damaged / "recipe.json").write_text("{", encoding="utf-8")
     assert run("runs", str(tmp_path)) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["ocr-1", "ocr", "gdro", "20", "of", "30", "no"] in lines
-    assert ["ocr-2", "?", "?", "0", "of", "?", "no"] in lines
+    assert ["ocr-2", "?", "?", "?", "no"] in lines
     assert run("runs", str(tmp_path / "nothing")) == 2
 
 
@@ -183,7 +189,7 @@ def test_a_wrong_recipe_is_one_sentence_and_exit_code_2(
         (["--param", "reward.geneval.objective", "--values", "soft,strict"], "are one and the same training"),
     ],
 )
-def test_an_ablation_that_makes_no_sense_is_one_sentence_before_any_work(
+def test_an_ablation_that_makes_no_sense_is_refused_before_any_work(
     arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -195,7 +201,7 @@ def test_an_ablation_that_makes_no_sense_is_one_sentence_before_any_work(
     assert not list(out.glob("*"))
 
 
-def test_an_ablation_can_be_looked_at_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_ablation_can_be_described_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert run("ablate", "--param", "tau", "--seeds", "2", "--dry-run", "--out", str(out)) == 0
     shown = capsys.readouterr().out
@@ -246,8 +252,8 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         (Interrupted("stopped"), 130, "Stopped"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "/x: Permission denied"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), 2, "/x: Read-only file system"),
-        (OSError(errno.ENOSPC, "No space left on device"), 4, "The disk is full"),
-        (OSError(errno.EMFILE, "Too many open files"), 3, "Too many open files"),
+        (OSError(errno.ENOSPC, "No space left on device"), 4, "the disk is full"),
+        (OSError(errno.EMFILE, "Too many open files"), 3, "too many open files"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999), 2, "xxx'... is too long for a file"),
         (MemoryError(), 3, "not enough memory: lower sample.batch_size"),
         (torch.OutOfMemoryError("CUDA out of memory."), 3, "not enough memory"),
@@ -266,7 +272,9 @@ def test_each_kind_of_failure_has_its_exit_code(
     assert "Traceback" not in err
 
 
-def test_what_a_library_makes_of_a_signal_is_told_as_the_signal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_signal_that_a_library_turned_into_an_error_is_reported_as_the_signal(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     try:
         try:
             raise StoppedBySignal("SIGTERM")
@@ -294,7 +302,7 @@ except typer.Exit as leaving:
 NOHUP = """
 import atexit, signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-atexit.register(lambda: print("ignored" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else "heeded"))
+atexit.register(lambda: print("ignored" if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else "handled"))
 """
 
 
@@ -304,7 +312,7 @@ def test_several_processes_can_be_started_with_nohup() -> None:
     assert done.stdout.splitlines()[-1] == "ignored"
 
 
-def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> None:
+def test_several_processes_exit_with_the_code_of_the_one_that_failed() -> None:
     command = [sys.executable, "-c", IN_PROCESSES, "recipes", "check", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -312,7 +320,7 @@ def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> 
     assert "Traceback" not in done.stderr
 
 
-# --- pictures of other tools -----------------------------------------------------------------------------------
+# --- images of other tools -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -320,12 +328,12 @@ def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> 
     [
         (["score", "--images", "nowhere"], "the image folder nowhere cannot be read: No such file"),
         (["score", "--images", "."], ". holds no images: it needs folders 00000"),
-        (["score", "--images", ".", "--dry-run"], "--images goes with neither --dry-run nor --num-processes"),
+        (["score", "--images", ".", "--dry-run"], "--images cannot be combined with --dry-run or --num-processes"),
         (["eval", "--export", "."], ". is not empty: name a new folder"),
         (["eval", "--export", "file"], "the images cannot be written to file: Not a directory"),
     ],
 )
-def test_picture_folders_that_cannot_be_used_are_one_sentence(
+def test_an_image_folder_that_cannot_be_used_is_one_sentence(
     arguments: list[str],
     words: str,
     tmp_path: Path,
@@ -341,7 +349,7 @@ def test_picture_folders_that_cannot_be_used_are_one_sentence(
     assert not list(tmp_path.glob("gdro-out/*"))
 
 
-def test_a_picture_folder_with_bad_metadata_names_file_and_line(
+def test_an_image_folder_with_bad_metadata_names_file_and_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "00000" / "samples").mkdir(parents=True)

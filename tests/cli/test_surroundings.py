@@ -1,4 +1,4 @@
-"""Streams and signals as a shell can leave them, each in a real process."""
+"""Streams and signals as a shell can set them up, each in a real process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 GDRO = [sys.executable, "-P", "-m", "gdro_cli"]
 PATIENCE = 120.0
-"""Seconds until a process must have come to a moment; importing takes most of it on a busy machine."""
+"""Seconds that a process may take; on a busy machine imports take most of it."""
 
 
 def gdro(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -35,21 +35,22 @@ def in_shell(script: str) -> tuple[int, str]:
 # --- streams -------------------------------------------------------------------------------------------------
 
 
-def test_a_terminal_without_the_letters_of_a_text_gets_them_spelt_out(tmp_path: Path) -> None:
+def test_letters_that_the_terminal_lacks_are_escaped(tmp_path: Path) -> None:
     (tmp_path / "runs" / "one").mkdir(parents=True)
-    (tmp_path / "runs" / "one" / "recipe.json").write_text('{"name": "\\u4f60\\u597d"}')
+    recipe = '{"name": "\\u4f60\\u597d", "method": {"name": "gdro"}, "train": {"steps": 3}}'
+    (tmp_path / "runs" / "one" / "recipe.json").write_text(recipe)
     done = gdro("runs", str(tmp_path), PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "\\u4f60\\u597d" in done.stdout
 
 
 @pytest.mark.parametrize("command", ["prompts geneval-coco-train", "recipes show ocr"])
-def test_a_reader_that_leaves_ends_the_command_quietly(command: str) -> None:
+def test_a_closed_pipe_ends_the_command_quietly(command: str) -> None:
     assert in_shell(f"gdro {command} | true; exit ${{PIPESTATUS[0]}}") == (141, "")
 
 
 def test_a_full_disk_behind_stdout_is_one_sentence() -> None:
     code, errors = in_shell("gdro prompts ocr-test --count 1 > /dev/full")
-    assert code == 4 and errors.startswith("Error: The disk is full") and errors.count("\n") == 1
+    assert code == 4 and errors.startswith("Error: the disk is full") and errors.count("\n") == 1
 
 
 # --- signals before any work ---------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ def wait_for_library(process: subprocess.Popen[str], library: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_any_work_is_one_sentence(number: signal.Signals, tmp_path: Path) -> None:
-    """While torch is imported, which takes seconds."""
+    """It comes while torch is imported, which takes seconds."""
     command = [*GDRO, "train", "--recipe", "smoke", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_library(process, "libtorch")
@@ -75,7 +76,7 @@ def test_a_signal_before_any_work_is_one_sentence(number: signal.Signals, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_nohup_keeps_what_it_asks_for() -> None:
+def test_a_command_under_nohup_ignores_sighup() -> None:
     process = subprocess.Popen(["nohup", *GDRO, "env"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for_library(process, "libtorch")
     process.send_signal(signal.SIGHUP)

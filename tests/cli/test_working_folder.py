@@ -1,4 +1,4 @@
-"""Python files of the working folder are data: no process of any command runs them."""
+"""Python files in the working folder are data: no process of any command imports them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 TRAP = "import pathlib, os; pathlib.Path(os.environ['TRAP']).touch()\n"
-"""Content of a module that leaves a file when it is imported."""
+"""A module that makes a file when it is imported."""
 NAMES = ("yaml", "numpy", "torch", "typer", "pydantic", "selectors", "struct", "accelerate", "onnxruntime")
 
 
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
-    """A working folder full of modules with the names of libraries."""
+    """A working folder with modules that have the names of libraries."""
     folder = tmp_path / "work"
     folder.mkdir()
     for name in NAMES:
@@ -26,7 +26,7 @@ def trap(tmp_path: Path) -> Path:
 
 
 def run(command: list[str], trap: Path, *, code: int = 0) -> None:
-    """Run a command in the working folder; it must end with ``code`` and run none of the modules there."""
+    """Run a command in the working folder. It must end with ``code`` and import none of the modules there."""
     mark = trap.parent / "mark"
     environment = {**os.environ, "TRAP": str(mark)}
     environment.pop("PYTHONSAFEPATH", None)
@@ -45,6 +45,6 @@ def test_one_process_and_its_scoring_workers(start: list[str], trap: Path) -> No
 
 
 def test_processes_of_one_job(trap: Path) -> None:
-    """Both start and find that there is nothing to evaluate."""
+    """Both processes start and find nothing to evaluate."""
     gdro = str(Path(sys.executable).with_name("gdro"))
     run([gdro, "eval", "--recipe", "smoke", "--num-processes", "2", "--out", "out"], trap, code=3)

@@ -1,4 +1,4 @@
-"""What each key affects and whom it is for, as sweeps, runs and stores read it."""
+"""What each key affects and who uses it, as sweeps, runs and stores read it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def test_every_key_says_what_it_affects() -> None:
     assert [doc.path for doc in describe_fields() if not doc.section and not doc.affects] == []
 
 
-def test_the_nearest_annotation_counts() -> None:
-    """A key's own, else that of its section; prompt sources are one class in three places."""
+def test_the_innermost_annotation_counts() -> None:
+    """A key's own, otherwise that of its section. Prompt sources are one class in three sections."""
     assert field_doc("train.micro_batch").affects == {"speed"}
     assert field_doc("train.lora.rank").affects == {"training"}
     assert field_doc("reward.geneval.objective").affects == {"training"}
@@ -38,14 +38,14 @@ def test_keys_of_another_task_are_left_out(name: str, task: str) -> None:
 
 def test_keys_of_another_method_are_left_out() -> None:
     online = values_that_affect(load_recipe("ocr-flow-grpo"), "images", "training", "speed")
-    assert not {"images_per_prompt"} & online["sample"].keys()
+    assert "images_per_prompt" not in online["sample"]
     assert not {"groups_per_step", "rounds", "group_gradient", "cache_reference", "prefetch"} & online["train"].keys()
     assert "noise_level" in online["method"] and not {"tau", "eta", "k"} & online["method"].keys()
     assert {"train.rounds", "method.tau", "method.eta"} < foreign_keys("flow-grpo").keys()
     assert "train.rounds" not in foreign_keys("dpo")
 
 
-def test_the_fields_name_the_methods_that_train_on_stored_groups() -> None:
+def test_a_key_for_stored_groups_names_their_methods() -> None:
     assert field_doc("train.rounds").methods == field_doc("method.beta").methods == ("gdro", "rank", "top1", "dpo")
     assert field_doc("train.groups_per_step").instead == "method.prompts_per_round"
     assert field_doc("reward.ocr.engine").reward == "ocr"

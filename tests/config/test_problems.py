@@ -1,4 +1,4 @@
-"""Everything wrong with a recipe is reported at once, by dotted path, in plain words."""
+"""All problems of a recipe are reported at once, by dotted path, in plain words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gdro_cli.config.keys import describe_fields, field_names
 from gdro_cli.config.load import build_recipe, load_recipe
-from gdro_cli.config.yamlfile import parse_yaml
+from gdro_cli.config.yamlfile import dump_yaml, dump_yaml_line, parse_yaml
 from gdro_cli.errors import UserError
 
 
@@ -20,7 +20,7 @@ def message(*overrides: str) -> str:
     return str(caught.value)
 
 
-def test_all_problems_come_at_once_those_between_keys_too() -> None:
+def test_all_problems_are_reported_at_once_also_those_between_keys() -> None:
     text = message("method.k=99", "train.lr=-1", "sede=3", "sample.image_format=jpg", "sample.height=64")
     assert text.splitlines()[0].endswith("has 5 problems:")
     assert sorted(line.strip() for line in text.splitlines()[1:]) == [
@@ -32,7 +32,7 @@ def test_all_problems_come_at_once_those_between_keys_too() -> None:
     ]
 
 
-def test_a_rule_about_a_faulty_key_is_not_reported_beside_its_fault() -> None:
+def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
     """With images_per_prompt invalid, k may or may not be too large."""
     assert message("method.k=99", "sample.images_per_prompt=x").count("\n") == 0
     assert message("judge.model=m", "judge.kind=gpt").count("\n") == 0
@@ -133,7 +133,7 @@ def test_one_pass_needs_the_group_in_one_forward() -> None:
         ("method.advantage_std=globl", "method.advantage_std: must be 'global' or 'group', not 'globl'"),
     ],
 )
-def test_keys_that_mean_nothing_to_an_online_method(override: str, expected: str) -> None:
+def test_keys_that_an_online_method_does_not_use(override: str, expected: str) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe("ocr-flow-grpo", overrides=[override])
     assert expected in f"{caught.value}."
@@ -148,7 +148,7 @@ def test_missing_keys_are_named() -> None:
     assert sorted(lines[1:]) == ["  name: is missing", "  prompts.eval: is missing", "  prompts.validation: is missing"]
 
 
-# --- files that are no recipes -------------------------------------------------------------------------------
+# --- files that are not recipes ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_missing_keys_are_named() -> None:
         (b"", "prompts: is missing"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, content: bytes, words: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_one_sentence(tmp_path: Path, content: bytes, words: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
@@ -182,7 +182,7 @@ def test_a_file_that_is_no_recipe_is_one_sentence(tmp_path: Path, content: bytes
     assert "\n" not in str(caught.value)
 
 
-def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("\ufeffextends: ocr\n", encoding="utf-8")
     assert load_recipe(str(path)).prompts.task == "ocr"
@@ -214,7 +214,13 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
     assert type(parsed) is type(value)
 
 
-# --- whatever is thrown at it --------------------------------------------------------------------------------
+@pytest.mark.parametrize("text", ["1e-5", "1.5e5", "08", "1.", ".5", "-.inf", "null", "no", "1:30", "", "it's", "a\nb"])
+def test_written_text_is_read_back_as_text(text: str) -> None:
+    assert parse_yaml(dump_yaml({"key": text, "list": [text]}), source="test") == {"key": text, "list": [text]}
+    assert parse_yaml(dump_yaml_line(text), source="test") == text
+
+
+# --- random input --------------------------------------------------------------------------------------------
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 VALUES = st.recursive(
@@ -224,7 +230,7 @@ VALUES = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(field_names(sections=True)), VALUES), min_size=1, max_size=4))
-def test_any_values_at_any_keys_give_a_recipe_or_a_sentence(changes: list[tuple[str, object]]) -> None:
+def test_any_value_of_any_key_gives_a_recipe_or_an_error(changes: list[tuple[str, object]]) -> None:
     data: dict[str, object] = load_recipe("ocr").resolved()
     for path, value in changes:
         *parents, last = path.split(".")
@@ -243,14 +249,21 @@ def test_any_values_at_any_keys_give_a_recipe_or_a_sentence(changes: list[tuple[
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(max_size=30))
-def test_any_text_as_yaml_gives_a_value_or_a_sentence(text: str) -> None:
+def test_any_text_as_yaml_gives_a_value_or_an_error(text: str) -> None:
     try:
         parse_yaml(text, source="test")
     except UserError as error:
         assert str(error).startswith("test")
 
 
-# --- the fields' own documentation ---------------------------------------------------------------------------
+@settings(max_examples=150, deadline=None)
+@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**62), 2**62) | st.text(max_size=8), st.lists))
+def test_any_plain_value_is_written_and_read_back(value: object) -> None:
+    for text in (dump_yaml(value), dump_yaml_line(value)):
+        assert parse_yaml(text, source="test") == value
+
+
+# --- the documentation of the fields -------------------------------------------------------------------------
 
 
 def test_every_key_is_documented() -> None:
@@ -258,7 +271,7 @@ def test_every_key_is_documented() -> None:
     assert undocumented == []
 
 
-def test_keys_of_some_methods_only_say_so() -> None:
+def test_a_key_of_some_methods_names_them() -> None:
     methods = {doc.path: doc.methods for doc in describe_fields()}
     assert methods["method.tau"] == ("gdro", "top1")
     assert methods["method.pairs"] == ("dpo",)

@@ -1,4 +1,4 @@
-"""The rules of a prompt source: which of its keys go with which set."""
+"""The rules of a prompt source: which keys apply to which set."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gdro_cli.errors import UserError
 from gdro_cli.identity import digest
 
 
-def found(task: str, **keys: Any) -> list[str]:
-    known = fitting_sets(reward_needs(task))
-    problems = source_problems(PromptSource(**keys), sets=known, path="here")
+def messages(task: str, **keys: Any) -> list[str]:
+    sets = fitting_sets(reward_needs(task))
+    problems = source_problems(PromptSource(**keys), sets=sets, path="here")
     return [f"{problem.path}: {problem.message}" for problem in problems]
 
 
@@ -38,8 +38,8 @@ def message(*overrides: str) -> str:
         ("ocr", {"builtin": "ocr-train", "two_line_share": 0.5, "min_letters": 3, "max_letters": 3}),
     ],
 )
-def test_sources_that_are_right(task: str, keys: dict[str, Any]) -> None:
-    assert found(task, **keys) == []
+def test_valid_sources(task: str, keys: dict[str, Any]) -> None:
+    assert messages(task, **keys) == []
 
 
 @pytest.mark.parametrize(
@@ -103,8 +103,8 @@ def test_sources_that_are_right(task: str, keys: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_sources_that_are_wrong(task: str, keys: dict[str, Any], expected: list[str]) -> None:
-    assert found(task, **keys) == expected
+def test_invalid_sources(task: str, keys: dict[str, Any], expected: list[str]) -> None:
+    assert messages(task, **keys) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,19 +122,19 @@ def test_sources_that_are_wrong(task: str, keys: dict[str, Any], expected: list[
         ),
     ],
 )
-def test_in_a_recipe_a_problem_is_one_sentence(override: str, expected: str) -> None:
+def test_a_problem_in_a_recipe_is_one_sentence(override: str, expected: str) -> None:
     text = message(override)
     assert expected in f"{text}."
     assert "\n" not in text
 
 
-def test_equal_weights_are_equal_recipes_however_they_are_written() -> None:
-    whole, decimal = (PromptSource(builtin="geneval-train", tags={"position": one}) for one in (7, 7.0))
+def test_weights_7_and_7_0_are_the_same() -> None:
+    whole, decimal = (PromptSource(builtin="geneval-train", tags={"position": weight}) for weight in (7, 7.0))
     assert digest(whole) == digest(decimal)
     assert PromptSource.model_validate(whole.model_dump(mode="json")) == whole
 
 
-def test_the_fields_say_that_tags_are_numbers() -> None:
+def test_the_documented_type_of_tags_is_numbers() -> None:
     types = {doc.path: doc.type for doc in describe_fields()}
     assert types["prompts.train.tags"] == "section of numbers | null"
     assert types["ablation"] == "section of lists"

@@ -1,4 +1,4 @@
-"""Loading recipes: shipped ones, names and paths, `extends`, `--set`, and what the resolved recipe says."""
+"""Loading recipes: shipped ones, names and paths, `extends`, `--set`, and the resolved recipe."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write(folder: Path, name: str, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))
-def test_every_shipped_recipe_loads_and_says_what_it_is_for(name: str) -> None:
+def test_every_shipped_recipe_loads_and_has_a_description(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
@@ -40,7 +40,7 @@ def test_there_are_shipped_recipes() -> None:
     assert {"geneval", "ocr", "ocr-flow-grpo", "smoke"} <= set(shipped_recipes())
 
 
-def test_name_name_with_ending_and_path_are_the_same_recipe() -> None:
+def test_name_file_name_and_path_give_the_same_recipe() -> None:
     by_name = load_recipe("ocr")
     assert load_recipe("ocr.yaml").resolved() == by_name.resolved()
     assert load_recipe(str(shipped_recipes()["ocr"])).resolved() == by_name.resolved()
@@ -53,7 +53,7 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: 
     assert load_recipe("ocr").seed != 77
 
 
-def test_unknown_recipe_names_the_shipped_ones() -> None:
+def test_an_unknown_recipe_is_refused_with_the_shipped_names() -> None:
     with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: .*geneval, .*ocr, ocr-dance-grpo, ocr-dpo"):
         load_recipe("orc")
 
@@ -81,7 +81,7 @@ def test_the_name_is_the_file_name_unless_given(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "b.yaml", MINIMAL + "name: given\n")).name == "given"
 
 
-def test_method_is_gdro_unless_named(tmp_path: Path) -> None:
+def test_the_method_is_gdro_unless_named(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, "a.yaml", MINIMAL)).method.name == "gdro"
     recipe = load_recipe(write(tmp_path, "b.yaml", MINIMAL + "method: {tau: 0.5}\n"))
     assert recipe.resolved()["method"]["tau"] == 0.5
@@ -118,15 +118,15 @@ def test_a_cycle_of_extends_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["nowhere.yaml", "[ocr]", "''", "3"])
-def test_a_wrong_extends_is_one_sentence(tmp_path: Path, value: str) -> None:
+def test_a_wrong_extends_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(UserError, match="extends"):
         load_recipe(write(tmp_path, "a.yaml", f"extends: {value}\n"))
 
 
-# --- what a later layer replaces -----------------------------------------------------------------------------
+# --- keys that a later layer replaces ------------------------------------------------------------------------
 
 
-def test_another_method_lets_go_of_inherited_keys_it_does_not_have() -> None:
+def test_another_method_drops_inherited_keys_it_does_not_have() -> None:
     """ocr.yaml sets tau; dpo has none; beta, gamma and k stay."""
     base = load_recipe("ocr").method
     method = load_recipe("ocr", overrides=["method.name=dpo"]).method
@@ -140,15 +140,15 @@ def test_a_key_given_together_with_a_method_must_belong_to_it(order: list[str]) 
         load_recipe("ocr", overrides=order)
 
 
-def test_an_online_method_lets_go_of_keys_of_the_store_too() -> None:
-    """geneval.yaml may say how many groups a step takes; no round has any."""
+def test_an_online_method_also_drops_keys_of_the_store() -> None:
+    """geneval.yaml may set the groups of a step; a round has none."""
     recipe = load_recipe("ocr", overrides=["sample.images_per_prompt=10", "train.groups_per_step=4"])
     layered = build_recipe(merge_layers([recipe.resolved(), {"method": {"name": "flow-grpo"}}]))
     assert (layered.sample.images_per_prompt, layered.train.groups_per_step) == (16, 8)  # the defaults, unread
     assert layered.sample.steps == recipe.sample.steps
 
 
-def test_an_online_method_is_no_group_method() -> None:
+def test_an_online_method_is_not_a_group_method() -> None:
     online, offline = load_recipe("ocr-flow-grpo"), load_recipe("ocr")
     assert online.online_method is online.method and offline.online_method is None
     assert offline.group_method is offline.method
@@ -157,7 +157,7 @@ def test_an_online_method_is_no_group_method() -> None:
     assert load_recipe("ocr-flow-grpo", overrides=["method.inner_epochs=3"]).online_method.steps_per_round == 6  # type: ignore[union-attr]
 
 
-def test_going_back_to_the_method_brings_its_default_not_the_forgotten_value(tmp_path: Path) -> None:
+def test_returning_to_a_method_gives_its_defaults_not_the_dropped_values(tmp_path: Path) -> None:
     write(tmp_path, "one.yaml", MINIMAL + "method: {name: gdro, tau: 0.7}\n")
     two = write(tmp_path, "two.yaml", "extends: one.yaml\nmethod: {name: rank}\n")
     assert "tau" not in load_recipe(two).resolved()["method"]
@@ -181,7 +181,7 @@ def test_changing_the_count_keeps_the_builtin_set() -> None:
 # --- paths ---------------------------------------------------------------------------------------------------
 
 
-def test_paths_are_looked_up_beside_the_recipe_that_names_them_first(
+def test_paths_are_resolved_beside_the_recipe_that_names_them_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     beside = write(tmp_path, "a/prompts.txt", 'x "A"\n')
@@ -205,7 +205,7 @@ def test_a_local_model_folder_becomes_absolute_and_a_hub_id_stays(tmp_path: Path
 # --- --set ---------------------------------------------------------------------------------------------------
 
 
-def test_set_reads_yaml_values() -> None:
+def test_set_values_are_yaml() -> None:
     overrides = [
         "train.lr=1e-5",  # YAML 1.1 would read text
         "eval.steps=null",
@@ -235,7 +235,7 @@ def test_set_reads_yaml_values() -> None:
         ("seed=*a", "aliases"),
     ],
 )
-def test_a_wrong_set_is_one_sentence(override: str, words: str) -> None:
+def test_a_wrong_set_is_refused(override: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         load_recipe("ocr", overrides=[override])
 
@@ -243,7 +243,7 @@ def test_a_wrong_set_is_one_sentence(override: str, words: str) -> None:
 # --- digests and differences ---------------------------------------------------------------------------------
 
 
-def test_the_digest_follows_the_values_and_not_the_name(tmp_path: Path) -> None:
+def test_the_digest_depends_on_the_values_and_not_on_the_name(tmp_path: Path) -> None:
     base = load_recipe("ocr")
     assert load_recipe(write(tmp_path, "copy.yaml", "extends: ocr\ndescription: other\n")).digest() == base.digest()
     assert load_recipe("ocr", overrides=["method.tau=0.06"]).digest() != base.digest()

@@ -1,4 +1,4 @@
-"""From parameters and values to cells: what is swept, what is refused, and in which words."""
+"""From parameters and values to cells: what is swept, what is refused, and with which message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def ocr() -> Recipe:
     return load_recipe("ocr")
 
 
-def test_tau_needs_nothing_more(ocr: Recipe) -> None:
+def test_the_values_of_tau_come_from_the_recipe(ocr: Recipe) -> None:
     sweep = plan_sweep(ocr, ["tau"])
     assert [cell.label for cell in sweep.cells] == ["tau 0.5", "tau 0.05", "tau 0.025", "tau 0"]
     assert [cell.recipe.resolved()["method"]["tau"] for cell in sweep.cells] == [0.5, 0.05, 0.025, 0]
@@ -29,15 +29,15 @@ def test_tau_needs_nothing_more(ocr: Recipe) -> None:
 
 
 @pytest.mark.parametrize(("values", "seeds"), [("0.5,0", 10**8), ("0.5,0", 501), (",".join(map(str, range(1001))), 1)])
-def test_more_cells_than_one_ablation_can_have_are_refused(ocr: Recipe, values: str, seeds: int) -> None:
-    """Before any of them is made."""
+def test_too_many_cells_are_refused(ocr: Recipe, values: str, seeds: int) -> None:
+    """This happens before any of them is made."""
     with pytest.raises(
         UserError, match=r"the sweep has [\d,]+ cells .* more than the 1,000 of one ablation: name fewer"
     ):
         plan_sweep(ocr, ["tau"], [values], seeds=seeds)
 
 
-def test_as_many_cells_as_one_ablation_can_have(ocr: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_number_of_cells_is_accepted(ocr: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "MOST_CELLS", 4)
     assert len(plan_sweep(ocr, ["tau"], ["0.5,0"], seeds=2).cells) == 4
     with pytest.raises(UserError, match="has 6 cells"):
@@ -81,14 +81,14 @@ def test_two_keys_are_a_grid_and_seeds_repeat_it(ocr: Recipe) -> None:
     assert any("train.seed" in note for note in sweep.notes)
 
 
-def test_seeds_go_on_from_the_recipes_own() -> None:
+def test_seeds_count_from_that_of_the_recipe() -> None:
     recipe = load_recipe("ocr", overrides=["seed=7"])
     assert plan_sweep(recipe, ["tau"], ["0"], seeds=3).seeds == (7, 8, 9)
     recipe = load_recipe("ocr", overrides=["seed=7", "train.seed=3"])
     assert plan_sweep(recipe, ["tau"], ["0"], seeds=2).seeds == (3, 4)
 
 
-def test_another_method_keeps_the_common_keys_and_says_what_it_drops(ocr: Recipe) -> None:
+def test_another_method_keeps_the_common_keys_and_reports_what_it_drops(ocr: Recipe) -> None:
     sweep = plan_sweep(ocr, ["method"], ["gdro,rank,dpo"])
     gdro, rank, dpo = (cell.recipe.resolved()["method"] for cell in sweep.cells)
     assert rank == {name: value for name, value in gdro.items() if name != "tau"} | {"name": "rank"}
@@ -97,7 +97,7 @@ def test_another_method_keeps_the_common_keys_and_says_what_it_drops(ocr: Recipe
     assert any("dpo has the default pairs best_worst" in note for note in sweep.notes)
 
 
-def test_points_are_added_where_the_recipe_has_none() -> None:
+def test_evaluation_points_are_added_if_the_recipe_has_none() -> None:
     recipe = load_recipe("ocr", overrides=["train.eval_every=0"])
     sweep = plan_sweep(recipe, ["train.steps"], ["10,300"])
     assert [cell.recipe.train.eval_every for cell in sweep.cells] == [3, 75]
@@ -112,13 +112,11 @@ def test_keys_of_the_store_say_so(ocr: Recipe) -> None:
     assert not plan_sweep(ocr, ["k"]).notes
 
 
-def test_lists_texts_and_flags_are_values_too(ocr: Recipe) -> None:
+def test_lists_texts_and_flags_can_be_values(ocr: Recipe) -> None:
     targets = plan_sweep(ocr, ["train.lora.targets"], ["auto,[to_q, to_k]"])
     assert targets.labels == ("train.lora.targets auto", 'train.lora.targets ["to_q", "to_k"]')
-    assert [c.recipe.method.share_noise for c in plan_sweep(ocr, ["share_noise"], ["true,false"]).cells] == [
-        True,
-        False,
-    ]
+    flags = plan_sweep(ocr, ["share_noise"], ["true,false"]).cells
+    assert [cell.recipe.resolved()["method"]["share_noise"] for cell in flags] == [True, False]
     geneval = plan_sweep(load_recipe("geneval"), ["reward.geneval.objective"], ["soft,{soft: 1, strict: 2}"])
     assert geneval.trains_on_another and len(geneval.cells) == 2
 
@@ -162,15 +160,15 @@ def test_lists_texts_and_flags_are_values_too(ocr: Recipe) -> None:
         (["train.eval_every"], ["1,2"], "changes what is measured"),
     ],
 )
-def test_what_makes_no_sense_is_one_sentence(names: list[str], values: Any, words: str, ocr: Recipe) -> None:
+def test_a_sweep_that_makes_no_sense_is_one_sentence(names: list[str], values: Any, words: str, ocr: Recipe) -> None:
     with pytest.raises(UserError) as refusal:
         plan_sweep(ocr, names, values)
     assert words in str(refusal.value)
     assert "\n" not in str(refusal.value)
 
 
-def test_every_key_of_a_recipe_is_swept_or_refused_with_a_reason(ocr: Recipe) -> None:
-    """No key breaks in another way than by a sentence, whatever stands there."""
+def test_nonsense_for_any_key_is_refused(ocr: Recipe) -> None:
+    """Whatever the key, the error is a UserError."""
     for key in field_names():
         with pytest.raises(UserError):
             plan_sweep(ocr, [key], ["{nonsense: [1]}"])

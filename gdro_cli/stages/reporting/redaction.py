@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import yaml
-
 from gdro_cli.config.keys import full_key
 from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.yamlfile import dump_yaml, dump_yaml_line
 from gdro_cli.errors import UserError
 from gdro_cli.identity import differences
 from gdro_cli.stages.setup.model import EMBEDDED
@@ -40,7 +39,7 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
 
 def recipe_yaml(recipe: Recipe) -> str:
     """The public recipe as a YAML file."""
-    return yaml.safe_dump(public_recipe(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return dump_yaml(public_recipe(recipe))
 
 
 def changed_keys(recipe: Recipe) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def command(recipe: Recipe, stage: str, *, file: str) -> str:
             for each in differences(load_recipe(recipe.name), wanted)
             if each.after_present and each.path.split(".")[0] not in _OWN
         ]
-        sets = [f"{each.path}={_plain(each.after)}" for each in changes]
+        sets = [f"{each.path}={dump_yaml_line(each.after)}" for each in changes]
         if len(sets) <= _MOST_CHANGES and _gives(recipe.name, sets, wanted):
             return shlex.join(["gdro", stage, "--recipe", recipe.name, *(w for s in sets for w in ("--set", s))])
     return shlex.join(["gdro", stage, "--recipe", file])
@@ -71,12 +70,6 @@ def _gives(name: str, sets: list[str], wanted: Mapping[str, Any]) -> bool:
     except UserError:
         return False
     return all(found[key] == value for key, value in wanted.items() if key not in _OWN)
-
-
-def _plain(value: Any) -> str:
-    """A value as ``--set`` takes it, on one line."""
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
-    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _public(value: Any, path: str) -> Any:
