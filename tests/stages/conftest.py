@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gdro_cli.stages.runs.weights import RunWeights
 from gdro_cli.stages.setup.model import attach_adapter
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
+from tests.support.warm_pools import warm_pools
 
 SMALL: dict[str, Any] = {
     "name": "small",
@@ -51,6 +52,13 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         inner = result.get(key)
         result[key] = merged(inner, value) if isinstance(inner, dict) and isinstance(value, dict) else value
     return result
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> Iterator[None]:
+    """Scoring processes outlive the job that starts them."""
+    with warm_pools():
+        yield
 
 
 @pytest.fixture(scope="session")

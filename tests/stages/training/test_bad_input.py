@@ -40,6 +40,7 @@ def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int
 
 def test_a_truncated_shard_is_named(job: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     workspace, arguments = job
+    shutil.rmtree(workspace / "runs")  # a finished run does not read its store again
     for path in workspace.glob("stores/*/shards/00001/tensors.safetensors"):
         path.write_bytes(path.read_bytes()[:-9])
     code, message = fails(["train", *arguments], capsys)
@@ -65,6 +66,7 @@ def test_a_corrupt_checkpoint_is_named(job: tuple[Path, list[str]], capsys: pyte
 def test_a_store_of_another_recipe_is_refused(job: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     """A store that somebody renamed into another's place."""
     workspace, arguments = job
+    shutil.rmtree(workspace / "runs")
     stores = sorted((workspace / "stores").iterdir(), key=lambda path: len(list(path.glob("shards/*/images/*"))))
     other, own = stores[-2:]  # the evaluation's 8 images, and the training's 16
     shutil.rmtree(own)
