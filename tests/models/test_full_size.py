@@ -162,7 +162,7 @@ def training_step(model: FlowModel, parameters: list[torch.nn.Parameter]) -> Non
     grounded = Grounded(model)
     gradient = GroupGradient(
         model=grounded,  # type: ignore[arg-type]
-        loss={"method": "gdro", "beta": 12.0, "gamma": 0.5, "tau": 0.05, "pairs": "best_worst"},
+        loss={"method": "gdro", "beta": 12.0, "gamma": 0.5, "tau": 0.05},
         reduction="mean",
         guidance=3.5,
         size=(512, 512),
