@@ -5,7 +5,7 @@ One time convention everywhere: ``sigma`` in [0, 1], 1 = pure noise,
     x_sigma = (1 - sigma) * x0 + sigma * eps        velocity v = eps - x0 = d x_sigma / d sigma
 
 A scheduler's 0..1000 timestep exists only inside the model families. Everything here is computed in float32, whatever
-the dtype of the arguments; float64 stays float64.
+the dtype of the arguments; float64 stays float64. Every function raises ValueError if shapes do not fit.
 """
 
 from __future__ import annotations
@@ -48,9 +48,6 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
     Returns:
         Noisy latents [N, ...], at least float32.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     _same_shape("interpolate", x0, noise)
     clean, eps = as_float(x0), as_float(noise)
@@ -59,11 +56,7 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """Return the velocity that the model must predict, ``v = eps - x0`` [N, ...], at least float32.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
+    """Return the velocity that the model must predict, ``v = eps - x0`` [N, ...], at least float32."""
     _same_shape("velocity_target", x0, noise)
     return as_float(noise) - as_float(x0)
 
@@ -83,7 +76,6 @@ def velocity_error(v_pred: Tensor, v_target: Tensor, *, reduction: Reduction = "
         Errors [N], at least float32.
 
     Raises:
-        ValueError: shapes differ.
         KeyError: the reduction is unknown.
     """
     _same_shape("velocity_error", v_pred, v_target)
@@ -102,9 +94,6 @@ def euler_step(x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor |
 
     Returns:
         Latents at ``sigma_next``, in the dtype of ``x`` (the step itself is taken in float32).
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     _same_shape("euler_step", x, v)
     state = as_float(x)

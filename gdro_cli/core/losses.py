@@ -2,8 +2,13 @@
 
 Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19). Every loss takes the implicit rewards ``s``
 and the explicit rewards ``r`` of B groups of K images, both [B, K] in any order inside a group, and returns a
-``LossOutput``. All losses depend only on differences of ``s`` inside a group. An image whose mask is False adds no loss
-and no gradient, whatever its values. A group with fewer than two scored images adds 0.
+``LossOutput``. All losses depend only on differences of ``s`` inside a group. A group with fewer than two scored images
+adds 0.
+
+Common arguments: ``mask`` is [B, K] bool, True = scored, None = all scored. An unscored image adds no loss and no
+gradient, whatever its values. ``tau`` is the temperature of the target distribution, >= 0, in units of the reward; 0 is
+the exact limit (all weight on the best remaining image, shared equally between exact ties). Every function raises
+ValueError if shapes do not fit, tau is negative, or a scored reward is not finite.
 """
 
 from __future__ import annotations
@@ -74,16 +79,6 @@ def gdro_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = N
         L = sum_{i=1..K-1} ( logsumexp_{m=i..K} s_m - sum_{j=i..K} q_i(j, tau) s_j )
 
     where ``q_i = softmax(r_i..r_K / tau)``.
-
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        tau: temperature >= 0 in units of the reward; 0 is the exact limit (all weight on the best remaining image,
-            shared equally between exact ties).
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
     """
     ranking = rank_images(rewards, mask)
     return _cross_entropies(s, ranking, target_distributions(ranking, tau=tau), terms=ranking.terms)
@@ -95,14 +90,6 @@ def rank_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> Loss
         L = sum_{i=1..K-1} ( logsumexp_{m=i..K} s_m - s_i )
 
     Equal to ``gdro_loss`` at tau = 0 when no rewards are tied. Here tied images keep their order in the group.
-
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, or a scored reward is not finite.
     """
     ranking = rank_images(rewards, mask)
     target = torch.eye(s.shape[1], device=s.device).expand(len(s), -1, -1)
@@ -112,16 +99,7 @@ def rank_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> Loss
 def top1_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:
     """Top-1 (eq. 6): the first term of GDRO alone, the cross-entropy over the whole group.
 
-        L = logsumexp_{m=1..K} s_m - sum_{j=1..K} q_1(j, tau) s_j
-
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        tau: temperature >= 0 in units of the reward; 0 is the exact limit.
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
+    L = logsumexp_{m=1..K} s_m - sum_{j=1..K} q_1(j, tau) s_j
     """
     ranking = rank_images(rewards, mask)
     first = torch.zeros_like(ranking.terms)
@@ -135,15 +113,8 @@ def dpo_loss(s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: T
     Diffusion-DPO is arXiv 2311.12908. Equal to ``gdro_loss`` with K = 2 and tau = 0. Equal rewards make no pair, so a
     group of equal rewards adds 0.
 
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        pairs: "best_worst" takes the best and the worst image of each group (exact ties share equally); "all" takes
-            every pair with different rewards.
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, ``pairs`` is unknown, or a scored reward is not finite.
+    ``pairs``: "best_worst" takes the best and the worst image of each group (exact ties share equally), "all" takes
+    every pair with different rewards.
     """
     values = _check(s, rewards)
     preferred = preferences(rewards, mask)
@@ -170,13 +141,10 @@ def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None)
     Args:
         errors: velocity errors of the policy [B, K].
         rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
+        mask: see the module.
 
     Returns:
         [B], at least float32; 0 for a group without a score.
-
-    Raises:
-        ValueError: shapes do not fit, or a scored reward is not finite.
     """
     values = _check(errors, rewards)
     share = best_share(rewards, mask).to(values.dtype)
@@ -208,7 +176,7 @@ def group_loss(
         errors: velocity errors of the policy [B, K]; the gradient flows into these.
         reference_errors: velocity errors of the reference on the same latents, sigma and noise [B, K].
         rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
+        mask: see the module.
         beta: strength of the implicit reward, in 1 / unit of the errors.
         gamma: weight of the top-1 stabilisation, >= 0, in 1 / unit of the errors.
         settings: settings of the method's loss, such as ``tau`` or ``pairs``.
@@ -220,7 +188,6 @@ def group_loss(
     Raises:
         KeyError: the method is unknown.
         TypeError: the method's loss takes other settings.
-        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
     """
     s = implicit_reward(errors, reference_errors, beta=beta)
     objective = LOSSES[method](s, rewards, mask=mask, **settings)

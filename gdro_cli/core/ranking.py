@@ -2,6 +2,9 @@
 
 The remaining set of rank i is the images i..K after sorting by reward, best first. An image without a score (mask
 False) is in no set: it is sorted last, and its value, even nan, is replaced before any arithmetic.
+
+``rewards`` are explicit rewards [B, K] and ``mask`` is [B, K] bool, True = scored, None = all scored. Every function of
+the two raises ValueError for a wrong shape or dtype and for a scored reward that is not finite.
 """
 
 from __future__ import annotations
@@ -40,11 +43,7 @@ class Ranking:
 
 
 def scored(rewards: Tensor, mask: Tensor | None) -> Tensor:
-    """Check rewards [B, K] and mask, and return the mask (all True if it is None).
-
-    Raises:
-        ValueError: wrong shape or dtype, or a scored reward that is not finite.
-    """
+    """Check rewards and mask, and return the mask (all True if it is None)."""
     if rewards.ndim != 2:
         raise ValueError(f"rewards must have shape [B, K], got {list(rewards.shape)}")
     valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.to(rewards.device)
@@ -60,13 +59,6 @@ def rank_images(rewards: Tensor, mask: Tensor | None = None) -> Ranking:
 
     The sort is stable: images with exactly equal rewards keep their order in the group. Data sets draw the images of a
     group in random order, so no image is favoured.
-
-    Args:
-        rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: as in ``scored``.
     """
     valid = scored(rewards, mask)
     r = as_float(rewards.detach())
@@ -115,17 +107,9 @@ def target_distributions(ranking: Ranking, *, tau: float) -> Tensor:
 
 
 def best_share(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mask M of eqs. 8-9: 1 on the image with the highest reward, shared between exact ties.
+    """Return the mask M of eqs. 8-9 [B, K]: 1 on the image with the highest reward, shared between exact ties.
 
-    Args:
-        rewards: [B, K]; pass ``-rewards`` for the worst image.
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Returns:
-        [B, K], at least float32; each row sums to 1, or to 0 in a group without a score.
-
-    Raises:
-        ValueError: as in ``scored``.
+    Each row sums to 1, or to 0 in a group without a score; at least float32. Pass ``-rewards`` for the worst image.
     """
     valid = scored(rewards, mask)
     r = as_float(rewards.detach())
@@ -135,15 +119,7 @@ def best_share(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def preferences(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return [B, K, K] bool, ``[b, i, j]``: both images are scored and image i has the higher reward.
-
-    Args:
-        rewards: [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: as in ``scored``.
-    """
+    """Return [B, K, K] bool, ``[b, i, j]``: both images are scored and image i has the higher reward."""
     valid = scored(rewards, mask)
     higher = rewards[:, :, None] > rewards[:, None, :]
     return higher & valid[:, :, None] & valid[:, None, :]

@@ -7,6 +7,7 @@ The ODE dx = v dsigma has, for any coefficient sd(sigma), an SDE with the same m
 
 Sources: Flow-GRPO (arXiv 2505.05470) with ``sd = a sqrt(sigma / (1 - sigma))``, DanceGRPO (arXiv 2505.07818) with
 constant ``sd = eta``. The two differ in the coefficient only. Everything is computed in float32; float64 stays float64.
+Every function raises ValueError if shapes do not fit.
 """
 
 from __future__ import annotations
@@ -70,9 +71,6 @@ def sde_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, coeffic
 
     Returns:
         Mean [N, ...] and standard deviation [N] of the latents at ``sigma_next``.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     if x.shape != v.shape:
         raise ValueError(f"sde_step: latents {list(x.shape)} and velocity {list(v.shape)} differ")
@@ -98,9 +96,6 @@ def log_prob(x_next: Tensor, step: SdeStep) -> Tensor:
 
     Returns:
         [N], at least float32.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     if x_next.shape != step.mean.shape:
         raise ValueError(f"log_prob: latents {list(x_next.shape)} and mean {list(step.mean.shape)} differ")
@@ -121,9 +116,6 @@ def step_kl(step: SdeStep, reference_mean: Tensor) -> Tensor:
 
     Returns:
         [N], 0 or more.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     if reference_mean.shape != step.mean.shape:
         raise ValueError(f"step_kl: means {list(step.mean.shape)} and {list(reference_mean.shape)} differ")

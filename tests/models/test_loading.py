@@ -1,4 +1,4 @@
-"""Opening pipeline folders: identity, refusal of foreign code, and one clear sentence when something is missing."""
+"""Opening pipeline folders: identity, refusal of foreign code, and one clear sentence if something is missing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_model_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp
 def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
     repo: str, licence: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Through the sample stage, as the user meets it."""
+    """Through the sample stage, as a user would see it."""
     from huggingface_hub import constants
 
     from gdro_cli.config.load import load_recipe
