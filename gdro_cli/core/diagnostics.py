@@ -52,13 +52,7 @@ def group_metrics(
 ) -> dict[str, Tensor]:
     """Return the diagnostics of B groups as detached scalars, nan for a metric with nothing to average.
 
-    Args:
-        s: implicit rewards [B, K].
-        errors: velocity errors of the policy [B, K].
-        reference_errors: velocity errors of the reference [B, K].
-        rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-        tau: temperature of the target distribution Q; 0 = the best image, shared between ties.
+    Arguments are those of ``losses.group_loss``, all [B, K]; ``s`` are the implicit rewards.
 
     Returns:
         - ``implicit_accuracy``: share of the pairs with different rewards that s orders as the rewards do, over all

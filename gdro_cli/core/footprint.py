@@ -120,15 +120,9 @@ def adapter_bytes(values: int, *, eight_bit: bool = False) -> AdapterBytes:
 def group_step_flops(*, images: int, reference: float, policy: float, update: float, two_pass: bool) -> float:
     """Return the operations of an optimizer step on stored groups.
 
-    Each image takes one forward pass of the reference and one forward and backward pass of the policy. The two-pass
-    gradient takes another forward pass of the policy, for the errors that give the weights of the images.
-
-    Args:
-        images: images of the step, groups times K.
-        reference: operations of one image's forward pass with the adapter off.
-        policy: the same with the adapter on.
-        update: forward and backward pass of one image, recomputed activations included.
-        two_pass: whether the gradient takes two passes.
+    Each of the ``images`` takes one forward pass of the ``reference``, and one forward and backward pass of the policy,
+    the ``update``, recomputed activations included. The two-pass gradient takes another forward pass of the ``policy``,
+    for the errors that give the weights of the images. All three are operations of one image.
     """
     return images * (reference + (policy if two_pass else 0.0) + update)
 

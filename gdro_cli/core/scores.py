@@ -23,23 +23,17 @@ Values = Sequence[Sequence[float | None]]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its bootstrap confidence interval.
-
-    Attributes:
-        mean: mean over all scored images.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        prompts: prompts with at least one scored image.
-        images: scored images.
-        level: confidence level of the interval, e.g. 0.95.
-    """
+    """A mean over all scored images with its bootstrap confidence interval from ``low`` to ``high``."""
 
     mean: float
     low: float
     high: float
     prompts: int
+    """Prompts with at least one scored image."""
     images: int
+    """Scored images."""
     level: float
+    """Confidence level, e.g. 0.95."""
 
 
 def _resampled_means(sums: Tensor, counts: Tensor, *, stream: torch.Generator, samples: int) -> Tensor:

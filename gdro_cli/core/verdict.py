@@ -117,16 +117,14 @@ def verdict(changes: Mapping[str, Change], *, limits: Limits = LIMITS) -> Verdic
     measured = {name: changes[name] for name in judged if name in changes}
     if not measured.keys() - {"reward"}:
         raise ValueError("a verdict needs u, the corrected score or an image signal")
-    signals = [name for name in limits.signals if name in measured]
-    far = [name for name in signals if _moved(name, measured[name], limits, "collapsed")]
-    near = [name for name in signals if name not in far and _moved(name, measured[name], limits, "suspicious")]
+    far, near = (_signal_findings(measured, limits, level) for level in ("collapsed", "suspicious"))
     findings = _collapsed_quality(measured.get("u"), limits)
     collapsed = bool(findings) or len(far) >= limits.signals_collapsed
-    findings += [_signal_sentence(name, measured[name], limits, "collapsed") for name in far]
+    findings += far.values()
     if far and len(far) < limits.signals_collapsed:
         findings[-1] += f" It takes {limits.signals_collapsed} such signals to call it a collapse."
     findings += _suspicious_quality(measured, limits)
-    findings += [_signal_sentence(name, measured[name], limits, "suspicious") for name in near]
+    findings += [sentence for name, sentence in near.items() if name not in far]
     level: Level = "collapsed" if collapsed else "suspicious" if findings else "healthy"
     reasons = [*(findings or [_healthy_sentence(measured)]), *_caveats(measured, judged, limits)]
     return Verdict(level, tuple(reason[0].upper() + reason[1:] for reason in reasons))
@@ -155,24 +153,27 @@ def _suspicious_quality(measured: Mapping[str, Change], limits: Limits) -> list[
     return reasons
 
 
-def _moved(name: str, change: Change, limits: Limits, level: Literal["suspicious", "collapsed"]) -> bool:
-    """Whether a signal moved in its bad direction by more than the limit, with an interval that excludes 0."""
-    signal = limits.signals[name]
-    limit: float = getattr(signal, level) * (abs(change.base.mean) if signal.relative else 1.0)
+def _signal_findings(measured: Mapping[str, Change], limits: Limits, level: str) -> dict[str, str]:
+    """A sentence for each signal that moved in its bad direction beyond its limit, with an interval that excludes 0."""
+    findings = {}
+    for name, signal in limits.signals.items():
+        change, limit = measured.get(name), signal.collapsed if level == "collapsed" else signal.suspicious
+        if change is None or not _moved(
+            change, signal.worse, limit * (abs(change.base.mean) if signal.relative else 1)
+        ):
+            continue
+        shown = f"{100 * limit:g} %" if signal.relative else f"{limit:g}"
+        share = change.difference.mean / abs(change.base.mean) if signal.relative and change.base.mean else None
+        size = "" if share is None else f" ({100 * share:+.0f} %)"
+        purpose = "for collapse" if level == "collapsed" else "for suspicion"
+        findings[name] = f"{_moved_by(name, change)}{size}, more than the limit {purpose} of {shown}."
+    return findings
+
+
+def _moved(change: Change, worse: Direction, limit: float) -> bool:
     up = change.rose and change.difference.mean > limit
     down = change.fell and -change.difference.mean > limit
-    return (up and signal.worse != "down") or (down and signal.worse != "up")
-
-
-def _signal_sentence(name: str, change: Change, limits: Limits, level: Literal["suspicious", "collapsed"]) -> str:
-    signal = limits.signals[name]
-    limit: float = getattr(signal, level)
-    shown = f"{100 * limit:g} %" if signal.relative else f"{limit:g}"
-    size = ""
-    if signal.relative and change.base.mean:
-        size = f" ({100 * change.difference.mean / abs(change.base.mean):+.0f} %)"
-    purpose = "for collapse" if level == "collapsed" else "for suspicion"
-    return f"{_moved_by(name, change)}{size}, more than the limit {purpose} of {shown}."
+    return (up and worse != "down") or (down and worse != "up")
 
 
 _LABELS = {"reward": "the reward", "u": "quality u", "corrected": "the corrected score"}

@@ -245,8 +245,6 @@ def _target_names(model: FlowModel, targets: Sequence[str] | str) -> list[str]:
     linear = [name for name, layer in model.transformer.named_modules() if isinstance(layer, nn.Linear)]
     if targets == "all-linear":
         return linear
-    if isinstance(targets, str) and targets != "auto":
-        raise UserError(f"train.lora.targets is {targets!r}: give auto, all-linear or a list of layer names")
     names = list(model.lora_targets if targets == "auto" else targets)
     for target in names:
         if not any(name == target or name.endswith(f".{target}") for name in linear):

@@ -72,8 +72,6 @@ class FlowModel(abc.ABC):
     """Names (suffixes) of the linear layers that diffusers' own training script for the family adapts."""
     patch: ClassVar[int] = 2
     """Latent pixels per side of one token."""
-    fallback_size: ClassVar[int] = 1024
-    """Image side in pixels if the autoencoder's configuration does not give one."""
     longest_text: ClassVar[int] = 512
     """Text tokens per prompt unless the recipe sets them."""
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)
@@ -101,7 +99,7 @@ class FlowModel(abc.ABC):
         self.memory = memory or MemoryOptions()
         self.compute = compute or ComputeOptions()
         self._max_sequence_length = max_sequence_length
-        self._offload = OneAtATime(device) if self.memory.offload else None
+        self._offload = OneAtATime(device)
         self._movable = True
         self._transformer: nn.Module | None = None
         self._loaded: dict[str, Any] = {}
@@ -129,29 +127,24 @@ class FlowModel(abc.ABC):
         """The network to train, frozen as loaded; assign the wrapped module (DDP, FSDP) to use it."""
         if self._transformer is None:
             self._transformer = self._load_network("transformer")
-        if self._offload is not None and self._movable:
+        if self.memory.offload and self._movable:
             self._offload.use("transformer", "transformer", self._transformer)
         return self._transformer
 
     @transformer.setter
     def transformer(self, module: nn.Module) -> None:
-        if self._offload is not None:
-            self._offload.forget("transformer")  # the assigned module stays on its device
+        self._offload.forget("transformer")  # the assigned module stays on its device
         self._transformer, self._movable = module, False
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
-        """Identity of the weights: path as given, pipeline class, component classes, and ``digest`` or ``commit``.
-
-        ``digest`` is a SHA-256 over every component file of a local folder; its first use reads all of them. A Hub
-        model has ``commit`` instead.
-        """
+        """Identity of the weights, see ``PipelineFolder.identity``."""
         return self.folder.identity
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Native height and width of the model in pixels, from the autoencoder's configuration."""
-        size = self.vae_config.get("sample_size") or self.fallback_size
+        """Native height and width of the model in pixels, from the autoencoder's configuration or else 1024."""
+        size = self.vae_config.get("sample_size") or 1024
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
 
@@ -166,8 +159,7 @@ class FlowModel(abc.ABC):
     def _release(self, names: Sequence[str]) -> None:
         for name in names:
             self._loaded.pop(name, None)
-            if self._offload is not None:
-                self._offload.forget(name)
+            self._offload.forget(name)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -181,7 +173,7 @@ class FlowModel(abc.ABC):
         """A component with weights other than the transformer, loaded once."""
         if name not in self._loaded:
             self._loaded[name] = self._load_network(name)
-        if self._offload is not None:
+        if self.memory.offload:
             self._offload.use("vae" if name == "vae" else "text", name, self._loaded[name])
         return self._loaded[name]
 
@@ -197,7 +189,7 @@ class FlowModel(abc.ABC):
                 prepare_vae(module, self.memory)
             if name == "transformer":
                 prepare_transformer(module, self.compute)
-            if self._offload is not None:
+            if self.memory.offload:
                 return module
             return self.place_transformer(module) if name == "transformer" else module.to(self.device)
 

@@ -265,7 +265,10 @@ class PipelineFolder:
 
     @functools.cached_property
     def identity(self) -> dict[str, str | dict[str, str]]:
-        """Path, pipeline and component classes, and ``digest`` (local) or ``commit`` (Hub). Reads every file once."""
+        """Path as given, pipeline and component classes, and the ``commit`` (Hub) or ``digest`` (local) of the files.
+
+        ``digest`` is a SHA-256 over the index and every component file; its first use reads all of them.
+        """
         commit = self._source.commit
         version = {"digest": files_digest(self.files())} if commit is None else {"commit": commit}
         return {"path": self.path, "pipeline": self.pipeline, "components": self.components, **version}

@@ -102,14 +102,13 @@ def meta_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length:
         flow = on_meta(shallow)
         flow.transformer = shallow.meta_component("transformer", dtype=flow.dtype)
         parts.append(ShallowModel(times, flow, count_weights(flow.transformer)))
-    vae = count_weights(folder.meta_component("vae")) if "vae" in folder.components else None
-    return MetaModel(tuple(parts), _text_weights(folder), vae)
+    return MetaModel(tuple(parts), _frozen_weights(folder, "text_encoder"), _frozen_weights(folder, "vae"))
 
 
-def _text_weights(folder: PipelineFolder) -> Weights | None:
-    encoders = [name for name in folder.components if name.startswith("text_encoder")]
+def _frozen_weights(folder: PipelineFolder, prefix: str) -> Weights | None:
+    names = [name for name in folder.components if name.startswith(prefix)]
     try:
-        counts = [count_weights(folder.meta_component(name)) for name in encoders]
+        counts = [count_weights(folder.meta_component(name)) for name in names]
     except PrerequisiteError:
         return None
     return sum(counts, Weights(0)) if counts else None

@@ -35,8 +35,7 @@ def sample_latents(
         conditioning: N conditionings.
         steps: Euler steps.
         guidance: guidance scale (see ``base.GuidanceKind``).
-        height: image height in pixels.
-        width: image width in pixels.
+        height, width: size of the images in pixels.
         batch_size: images per forward pass.
         on_step: called after each step of each batch with the number of images in it (N * steps in total); it may
             raise to end the sampling.
@@ -88,15 +87,7 @@ def guided_velocity(
 ) -> Tensor:
     """Return the velocity [N, S, C] of a sampling step, differentiable in the weights.
 
-    Args:
-        model: the flow.
-        latents: noisy latents [N, S, C].
-        sigma: noise levels [N].
-        conditioning: batched conditioning of the prompts.
-        away: batched conditioning of ``away_from``; None for one pass.
-        guidance: guidance scale.
-        height: image height in pixels.
-        width: image width in pixels.
+    The arguments are those of ``FlowModel.velocity``, and the result of ``away_from``.
     """
     velocity = model.velocity(latents, sigma, conditioning, guidance=guidance, height=height, width=width)
     if away is None:

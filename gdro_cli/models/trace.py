@@ -223,15 +223,8 @@ def trace_update(
 ) -> Update:
     """Count the forward and backward pass of the velocity errors of one micro-batch, with the adapter on.
 
-    Args:
-        model: its transformer is on the meta device and has the adapter.
-        parameters: parameters of the adapter.
-        images: images of the micro-batch.
-        text: shapes of one prompt's conditioning.
-        guidance: guidance scale.
-        size: height and width in pixels.
-        checkpointing: whether activations are recomputed block by block.
-        autocast: as in ``metered``.
+    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block; ``autocast`` is that of
+    ``metered``. The other arguments are those of ``trace_forward``.
     """
     inputs = _inputs(model, images, text, size)
     target = torch.empty_like(inputs[0])

@@ -41,7 +41,7 @@ def larger(image: Pixels, factor: int) -> Pixels:
 
 @pytest.mark.parametrize(("level", "dark"), [(0, 1.0), (63, 1.0), (64, 0.0), (255, 0.0)])
 def test_one_colour_has_nothing_but_its_brightness(level: int, dark: float) -> None:
-    """The limit of darkness, luma 0.25, lies between 63 / 255 and 64 / 255."""
+    """The limit of darkness, luma 0.25, is between 63 / 255 and 64 / 255."""
     assert image_signals(np.full((24, 40, 3), level, np.uint8)) == ImageSignals(dark, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -69,7 +69,7 @@ def test_half_black() -> None:
 
 @pytest.mark.parametrize(("step", "edges"), [(25, 0.0), (26, 2 / 62)])
 def test_the_limit_of_an_edge(step: int, edges: float) -> None:
-    """Sobel gives half the step: 0.05 lies between 25 / 510 = 0.0490 and 26 / 510 = 0.0510."""
+    """Sobel gives half the step: 0.05 is between 25 / 510 = 0.0490 and 26 / 510 = 0.0510."""
     levels = np.full((32, 64), 100)
     levels[:, 32:] += step
     assert image_signals(grey(levels)).edge_density == pytest.approx(edges)

@@ -107,11 +107,6 @@ def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
     assert (f"accept its licence at https://huggingface.co/{repo}" in message) == licence
 
 
-def test_unknown_dtype(flux_folder: Path) -> None:
-    with pytest.raises(UserError, match="choose auto, float32, bfloat16"):
-        load_flow_model(flux_folder, dtype="float8")  # type: ignore[arg-type]
-
-
 def test_broken_components_are_named(copy: Path) -> None:
     weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
     whole = weights.read_bytes()
