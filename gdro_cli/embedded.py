@@ -1,8 +1,6 @@
-"""Where the embedded weights are, and that they are whole. Standard library only, so that every room may ask.
+"""Where the embedded weights are, and a check that they are whole. Standard library only, so any module may import it.
 
-    python -m gdro_cli.embedded
-
-writes the digests anew after weights have been made.
+After making weights, ``python -m gdro_cli.embedded`` rewrites the digests.
 """
 
 from __future__ import annotations
@@ -17,14 +15,13 @@ from gdro_cli.errors import PrerequisiteError
 WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 DIGESTS = WEIGHTS / "sha256.json"
 """SHA-256 of every file that is read, by its path below ``WEIGHTS``."""
-_UNREAD = "report.json"
 
 
 def tiny_model_path() -> Path:
     """Return the folder of the embedded FluxPipeline.
 
     Raises:
-        PrerequisiteError: a file of it is missing or damaged (an incomplete installation).
+        PrerequisiteError: a file of it is missing or damaged, in an incomplete installation.
     """
     return _whole("flux")
 
@@ -40,8 +37,8 @@ def tiny_judge_path() -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files below a folder that are read, by their path in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (_UNREAD, DIGESTS.name))
+    """SHA-256 of the files below a folder, by their path in it, except reports and digests, which are not read."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name not in ("report.json", DIGESTS.name))
     return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
@@ -49,16 +46,16 @@ def digests(folder: Path) -> dict[str, str]:
 def _whole(part: str) -> Path:
     folder = WEIGHTS / part
     try:
-        told: dict[str, str] = json.loads(DIGESTS.read_text(encoding="utf-8"))
-        found = digests(folder)
+        expected: dict[str, str] = json.loads(DIGESTS.read_text(encoding="utf-8"))
+        actual = digests(folder)
     except (OSError, ValueError) as error:
         raise PrerequisiteError(
             f"the embedded weights in {WEIGHTS} cannot be read ({error}): reinstall gdro_cli"
         ) from None
-    for name, digest in told.items():
+    for name, digest in expected.items():
         section, _, file = name.partition("/")
-        if section == part and found.get(file) != digest:
-            state = "missing" if file not in found else "not the file that this version came with"
+        if section == part and actual.get(file) != digest:
+            state = "missing" if file not in actual else "not the file that this version came with"
             raise PrerequisiteError(
                 f"{WEIGHTS / name} is {state}: reinstall gdro_cli, or after making weights run"
                 " `python -m gdro_cli.embedded`"

@@ -1,7 +1,7 @@
 """Errors that a user meets, each with its fixed exit code.
 
-A message is one sentence: what is wrong, where, and what to do. The command line prints it without a
-traceback (``--debug`` shows one) and leaves with ``exit_code``.
+A message is one sentence: what is wrong, where, and what to do. The command line prints it without a traceback
+(``--debug`` shows one) and exits with ``exit_code``.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ class UserError(GdroError):
 
 
 class PrerequisiteError(GdroError):
-    """Something that must be there first is missing: weights, a package, an endpoint."""
+    """A prerequisite is missing: weights, a package, an endpoint."""
 
     exit_code = 3
 
 
 class StoreError(GdroError):
-    """A group store, score table, checkpoint or run folder that is damaged or belongs to something else."""
+    """A group store, score table, checkpoint or run folder is damaged or belongs to something else."""
 
     exit_code = 4
 
@@ -38,11 +38,11 @@ class Interrupted(GdroError):
 
 
 class EndedElsewhere(GdroError):
-    """Another process of the same job has ended early, and so this one also ends.
+    """Another process of the job ended early, so this one also ends.
 
     Args:
-        message: empty where the other process has said why.
-        exit_code: the other process's.
+        message: empty if the other process has printed why.
+        exit_code: the exit code of the other process.
     """
 
     def __init__(self, message: str = "", *, exit_code: int = 1) -> None:

@@ -1,8 +1,7 @@
 """Files and folders that are whole or absent.
 
-Every file is written under a temporary name in its own folder, flushed to the disk, and only then given its real name,
-so that a process that dies leaves the old file or none. What the operating system refuses (no space, no permission)
-becomes one sentence.
+Every file is written under a temporary name in its own folder, flushed to the disk, and only then renamed. So a process
+that dies leaves the old file or none. A refusal of the operating system (no space, no permission) becomes one sentence.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from gdro_cli.errors import StoreError
 
 _PARTIAL = ".partial"
 _FLUSHES_AT_ONCE = 16
-"""Waiting for the disk file by file made a shard of 128 small images 20 times slower to write."""
+"""Flushing one file at a time made a shard of 128 small images 20 times slower to write."""
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT}
 _NO_PERMISSION = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NO_FOLDER_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.ENOSYS}
-"""How disks answer that flush files but not folders (SMB, some FUSE disks)."""
+"""Answers of disks that flush files but not folders (SMB, some FUSE disks)."""
 
 
 def sha256(data: bytes) -> str:
@@ -41,12 +40,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -- what the operating system refuses --------------------------------------------------------------------------------
+# -- refusals of the operating system ---------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn an ``OSError`` met while writing ``path`` into a ``StoreError`` of one sentence."""
+    """Turn an ``OSError`` while writing ``path`` into a ``StoreError`` of one sentence."""
     try:
         yield
     except OSError as error:
@@ -55,7 +54,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 def _explain(error: OSError) -> str:
     if error.errno in _NO_SPACE:
-        return "the disk is full; free some space and run the command again, finished parts are kept"
+        return "the disk is full; free some space and run the command again, which keeps the finished parts"
     if error.errno in _NO_PERMISSION:
         return "no permission to write there; choose another folder or change its permissions"
     if error.errno == errno.ELOOP:
@@ -65,7 +64,7 @@ def _explain(error: OSError) -> str:
 
 
 def refuse_links(paths: Iterable[Path]) -> None:
-    """Raise ``StoreError`` if one of the paths is a link: what is written there would leave its folder."""
+    """Raise ``StoreError`` if one of the paths is a link, through which a file would be written elsewhere."""
     for path in paths:
         if path.is_symlink():
             raise StoreError(f"{path} is a link that leaves its folder: delete it and run the command again")
@@ -75,11 +74,11 @@ def refuse_links(paths: Iterable[Path]) -> None:
 
 
 def read_file(path: Path, *, remedy: str, digest: str | None = None) -> bytes:
-    """The bytes of a file.
+    """Return the bytes of a file.
 
     Args:
         path: the file.
-        remedy: what the user can do about a bad file; the end of the message.
+        remedy: what the user can do about a bad file; ends the message.
         digest: the SHA-256 that the bytes must have.
 
     Raises:
@@ -97,16 +96,15 @@ def read_file(path: Path, *, remedy: str, digest: str | None = None) -> bytes:
 
 
 def read_json(path: Path, *, remedy: str) -> Any:
-    """The value in a JSON file. Raises ``StoreError`` as ``read_file``, and if the file is not JSON."""
-    data = read_file(path, remedy=remedy)
+    """Return the value in a JSON file. Raises ``StoreError`` as ``read_file``, and if the file is not JSON."""
     try:
-        return parse_json(data)
+        return parse_json(read_file(path, remedy=remedy))
     except ValueError as error:
         raise StoreError(f"{path} is damaged (it is not JSON): {remedy}") from error
 
 
 def read_object(path: Path, *, remedy: str) -> dict[str, Any]:
-    """The object in a JSON file. Raises ``StoreError`` as ``read_json``, and if the value is not an object."""
+    """Return the object in a JSON file. Raises ``StoreError`` as ``read_json``, and if the value is not an object."""
     value = read_json(path, remedy=remedy)
     if not isinstance(value, dict):
         raise StoreError(f"{path} is damaged (it is not a JSON object): {remedy}")
@@ -114,7 +112,7 @@ def read_object(path: Path, *, remedy: str) -> dict[str, Any]:
 
 
 def parse_json(data: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, also for NaN and infinities, which JSON does not have."""
+    """Return the value of a JSON text. Raises ValueError, also for NaN and infinities, which JSON does not have."""
     return json.loads(data, parse_constant=_not_finite)
 
 
@@ -132,12 +130,12 @@ def make_folder(path: Path) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write ``data`` so that ``path`` holds all of it or is as it was. Raises ``StoreError``."""
+    """Write ``data`` so that ``path`` has all of it or does not change. Raises ``StoreError``."""
     partial = partial_name(path)
     with storage_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            partial.unlink(missing_ok=True)  # the name can be foreseen, and what lies there may be a link
+            partial.unlink(missing_ok=True)  # the name is predictable, so it may already be a link
             with partial.open("xb") as file:
                 file.write(data)
                 file.flush()
@@ -150,7 +148,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def append_bytes(path: Path, data: bytes) -> None:
-    """Add ``data`` to the end of a file, made if it is missing, never through a link. Raises ``StoreError``."""
+    """Append ``data`` to a file, which is made if missing; never through a link. Raises ``StoreError``."""
     with storage_errors(path):
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with os.fdopen(handle, "ab") as stream:
@@ -164,25 +162,24 @@ def write_json(path: Path, value: Any) -> None:
 
 def json_bytes(value: Any) -> bytes:
     """``value`` as indented JSON with sorted keys and a final newline."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=True, allow_nan=False)
-    return f"{text}\n".encode("ascii")
+    return f"{json.dumps(value, indent=1, sort_keys=True, allow_nan=False)}\n".encode("ascii")
 
 
 def json_lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """One JSON object per line, keys in the order given."""
-    return "".join(json.dumps(row, ensure_ascii=True, allow_nan=False) + "\n" for row in rows).encode("ascii")
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode("ascii")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], *, metadata: dict[str, str] | None = None) -> None:
-    """Write tensors as a safetensors file, whole or not at all; equal ones give equal bytes. Raises ``StoreError``."""
+    """Write a safetensors file, whole or not at all; equal tensors give equal bytes. Raises ``StoreError``."""
     from safetensors.torch import save
 
     data = save({name: value.contiguous() for name, value in tensors.items()}, metadata=metadata)
-    write_bytes(path, _in_order(data) if metadata is not None and len(metadata) > 1 else data)
+    write_bytes(path, _in_order(data) if metadata else data)
 
 
 def _in_order(data: bytes) -> bytes:
-    """A safetensors file with its metadata sorted by name; the library's order changes from run to run."""
+    """Sort the metadata of a safetensors file by name; the library's order changes from run to run."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
@@ -196,13 +193,13 @@ def _in_order(data: bytes) -> bytes:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A folder that appears whole: the block fills a temporary folder beside ``path``, which then gets that name.
+    """Write a folder that appears whole: the block fills a temporary folder, which is then renamed to ``path``.
 
-    After an error or a signal nothing of it is left; what a killed process left is removed by the next call.
+    An error or a signal removes the temporary folder. The next call removes what a killed process left.
 
     Args:
-        path: the folder; missing or empty, unless it is replaced.
-        replace: whether another folder of that name gives way.
+        path: the folder; missing or empty unless ``replace`` is set.
+        replace: whether to replace a folder of that name.
 
     Raises:
         StoreError: the disk refuses, or ``path`` is not empty.
@@ -214,7 +211,7 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
             partial.mkdir(parents=True)
             yield partial
             _sync_tree(partial)
-            if replace and os.path.lexists(path):  # moved first: a folder that is half removed must not be seen
+            if replace and os.path.lexists(path):  # moved first: no reader may see a half-removed folder
                 os.replace(path, partial.with_suffix(f".old{_PARTIAL}"))
             os.replace(partial, path)
         except BaseException:
@@ -225,21 +222,21 @@ def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def partial_name(path: Path) -> Path:
-    """The temporary name, beside ``path``, under which this process writes it."""
+    """Return the temporary name, beside ``path``, under which this process writes it."""
     return path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
 
 
 def remove_partials(folder: Path, pattern: str) -> None:
-    """Remove from a folder what has temporary names for names of this pattern."""
-    for left in folder.glob(f".{pattern}.[0-9]*{_PARTIAL}"):
-        if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left)
+    """Remove the temporary files and folders for names of this pattern from a folder."""
+    for partial in folder.glob(f".{pattern}.[0-9]*{_PARTIAL}"):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
         else:
-            left.unlink()
+            partial.unlink()
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, if the disk can do that for folders."""
+    """Flush a folder's entries to the disk, if the disk can flush folders."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""What a value is known by: one fixed text, a short digest, and what differs between two values."""
+"""The identity of a value: one fixed text and a short digest; and the differences between two values."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from typing import Any
 
 from pydantic import BaseModel
 
-#: Hexadecimal digits kept of a sha256 digest: 48 bits, ample to tell recipes apart, short enough to read.
 DIGEST_LENGTH = 12
+"""Hexadecimal digits of a digest: 48 bits, enough to tell recipes apart and short enough to read."""
 
 
 def canonical_json(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
-    """One fixed text per value: sorted keys, no spaces, ASCII; equal values give equal texts."""
-    plain = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
-    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    """Return the one text of a value: sorted keys, no spaces, ASCII. Equal values give equal texts."""
+    return json.dumps(_plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def digest(value: BaseModel | Mapping[str, Any] | list[Any]) -> str:
-    """First 12 hexadecimal digits of the sha256 of the canonical JSON."""
+    """Return the first 12 hexadecimal digits of the SHA-256 of the canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()[:DIGEST_LENGTH]
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One key whose value differs; a side that lacks the key has ``None`` and ``present`` false for it."""
+    """One key whose value differs; a side without the key has the value None and ``present`` False."""
 
     path: str
     before: Any
@@ -42,11 +41,11 @@ class Difference:
 
 
 def differences(before: BaseModel | Mapping[str, Any], after: BaseModel | Mapping[str, Any]) -> tuple[Difference, ...]:
-    """Every key whose value differs between two resolved recipes, by dotted path, in ``before``'s order."""
+    """Return every key whose value differs, by dotted path, in the order of ``before``."""
     return tuple(_differences(_plain(before), _plain(after), prefix=""))
 
 
-def _plain(value: BaseModel | Mapping[str, Any]) -> Mapping[str, Any]:
+def _plain(value: Any) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 

@@ -1,6 +1,6 @@
 """Where a model's files come from: a local folder, or a repository of the Hugging Face Hub.
 
-Weights are safetensors or nothing. Pickles are neither fetched nor read, and no code of a model runs.
+Weights must be safetensors. Pickles are neither fetched nor read, and no code of a model runs.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ WEIGHTS = "*.safetensors"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NEVER_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.py"]
 _LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
-"""Beginnings of the ids of repositories whose files the Hub gives out only after their licence has been accepted."""
+"""Prefixes of the ids of repositories whose licence the user must accept before the Hub serves their files."""
 _HASH_THREADS = 4
 _LOGGING = ("diffusers.utils.logging", "transformers.utils.logging")
 
 
 class ModelSource:
-    """The files of one model. Making one reads nothing and fetches nothing.
+    """The files of one model. The constructor reads and fetches nothing.
 
     Args:
         name: a local folder, or a Hub id such as ``black-forest-labs/FLUX.1-dev``.
-        key: the recipe's key that names the model, for messages.
+        key: the recipe key that names the model, for messages.
         fetch: whether files that are not in the Hub's cache may be fetched.
 
     Raises:
@@ -43,10 +43,10 @@ class ModelSource:
     def __init__(self, name: str | Path, *, key: str, fetch: bool = True) -> None:
         self.name, self.key = str(name), key
         self.folder = Path(name).expanduser()
-        """Where the files are; for a model of the Hub only after ``get`` or ``in_cache``."""
+        """Where the files are; for a Hub model only after ``get`` or ``in_cache``."""
         self.on_hub = not self.folder.is_dir()
         self.commit: str | None = None
-        """Of the Hub, once a file has been read: all further files are of the same commit."""
+        """Commit of a Hub model, known after the first file; all later files are of this commit."""
         self._may_fetch = fetch
         if self.on_hub and not _HUB_ID.fullmatch(self.name):
             raise PrerequisiteError(
@@ -56,13 +56,13 @@ class ModelSource:
 
     @property
     def remedy(self) -> str:
-        """What to do about a missing or broken file."""
+        """What the user can do about a missing or broken file."""
         if self.on_hub:
             return f"run `hf download {self.name}` again, or set {self.key} to a local folder"
         return "fetch the whole folder again"
 
     def get(self, *patterns: str) -> Path:
-        """Return the model's folder, with the files of these patterns fetched from the Hub where it has to be asked.
+        """Return the model's folder, after fetching the files of these patterns if the model is on the Hub.
 
         Raises:
             PrerequisiteError: they are not in the Hub's cache and cannot be fetched.
@@ -78,7 +78,7 @@ class ModelSource:
             return self._snapshot(patterns, offline=not self._may_fetch)
         except GatedRepoError as error:
             raise PrerequisiteError(
-                f"model {repo} is given out under a licence: {terms}, then run the command again, {local}"
+                f"model {repo} needs an accepted licence: {terms}, then run the command again, {local}"
             ) from error
         except (OSError, EntryNotFoundError, HFValidationError) as error:
             first = f"{terms}, then" if repo.startswith(_LICENSED) else "with a connection,"
@@ -88,7 +88,7 @@ class ModelSource:
             ) from error
 
     def in_cache(self, *patterns: str) -> bool:
-        """Whether the Hub's cache holds files of a repository for all these patterns, without asking the network."""
+        """Whether the Hub's cache has files for all these patterns; does not use the network."""
         from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
         try:
@@ -106,21 +106,21 @@ class ModelSource:
         return self.folder
 
     def require(self, *patterns: str | Collection[str]) -> None:
-        """Raise PrerequisiteError unless there is a file of each pattern; of several patterns together, of one."""
+        """Raise PrerequisiteError unless each pattern, or one of each collection of patterns, matches a file."""
         for alternatives in patterns:
             names = [alternatives] if isinstance(alternatives, str) else alternatives
             if not any(any(self.folder.glob(name)) for name in names):
                 raise PrerequisiteError(f"model {self.name} has no {' or '.join(names)}: {self.remedy}")
 
     def version(self, *patterns: str) -> dict[str, str]:
-        """What the model is: Hub id and commit, or the digest of a local folder's files of these patterns."""
+        """Return Hub id and commit, or the digest of a local folder's files of these patterns."""
         if self.commit is not None:
             return {"model": self.name, "commit": self.commit}
         files = {file.name: file for pattern in patterns for file in self.folder.glob(pattern)}
         return {"sha256": files_digest(files)}
 
     def read_json(self, file: str) -> dict[str, Any]:
-        """Read a JSON object that ``get`` has brought.
+        """Read a JSON object from a file that ``get`` has fetched.
 
         Raises:
             PrerequisiteError: the file is missing or broken.
@@ -136,16 +136,16 @@ class ModelSource:
         return value
 
     def load(self, cls: Any, subfolder: str = "", *, dtype: Any = None, **options: Any) -> Any:
-        """Load a part of the model by its class's ``from_pretrained``, from local files alone.
+        """Load a part of the model through its class's ``from_pretrained``, from local files only.
 
         Args:
             cls: a class of diffusers or transformers.
-            subfolder: of the model's folder.
-            dtype: of the weights; None for a part without weights (tokenizer, scheduler, image processor).
+            subfolder: the part's folder inside the model's.
+            dtype: dtype of the weights; None for a part without weights (tokenizer, scheduler, image processor).
             options: more arguments of ``from_pretrained``.
 
         Raises:
-            PrerequisiteError: files are missing or broken, or a network's weights are not all in them.
+            PrerequisiteError: files are missing or broken, or they lack weights of a network.
         """
         from safetensors import SafetensorError
 
@@ -162,7 +162,7 @@ class ModelSource:
         if dtype is None:
             return part
         module, report = part
-        # What the file lacks would stay random, or without numbers.
+        # Weights that the files lack would stay random or uninitialised.
         problem = weights_problem(missing=report["missing_keys"], misshapen=report["mismatched_keys"])
         if problem is not None:
             raise PrerequisiteError(f"{what} {problem}: {self.remedy}")
@@ -172,12 +172,12 @@ class ModelSource:
 def weights_problem(
     *, missing: Collection[str], misshapen: Iterable[tuple[str, Any, Any]] = (), unexpected: Collection[str] = ()
 ) -> str | None:
-    """Say how a network's files differ from its class; None where they agree.
+    """Return how a network's files differ from its class; None if they agree.
 
     Args:
-        missing: names of weights that the files lack.
-        misshapen: (name, shape in the files, shape of the class).
-        unexpected: names of weights that the class does not have.
+        missing: names of the weights that the files lack.
+        misshapen: (name, shape in the files, shape in the class).
+        unexpected: names of the weights that the class does not have.
     """
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -188,7 +188,7 @@ def weights_problem(
 
 
 def files_digest(files: Mapping[str, Path]) -> str:
-    """SHA-256 over the names and the SHA-256 of the bytes of files; reads all of them."""
+    """Return a SHA-256 over the names and contents of files; reads all of them."""
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
         sums = list(pool.map(sha256_file, files.values()))
     lines = sorted(f"{name} {digest}\n" for name, digest in zip(files, sums, strict=True))
@@ -198,25 +198,21 @@ def files_digest(files: Mapping[str, Path]) -> str:
 def _transformers_options(*, network: bool) -> dict[str, Any]:
     from transformers import dynamic_module_utils
 
-    # Some classes open others without passing the option on, and would ask the user whether to run code of the folder.
+    # Some classes open others without passing the option on, which would ask the user whether to run the folder's code.
     dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
-    # Weights of another shape are reported by name only if they are let through first.
+    # The library reports misshapen weights by name only if it may ignore them.
     return dict(trust_remote_code=False) | (dict(ignore_mismatched_sizes=True) if network else {})
 
 
 def _first_sentence(error: BaseException) -> str:
-    """What an error of a library says first; the rest is advice to programmers."""
-    text = str(error).strip().split("\n")[0].split(". ")[0]
-    return text or type(error).__name__
+    """Return the first sentence of a library's error; the rest is advice to programmers."""
+    return str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep diffusers and transformers from drawing bars and from warning inside the block.
-
-    Their lists of weights that do not fit become one sentence here.
-    """
-    # A class's library is imported by now; the other one need not be.
+    """Silence the progress bars and warnings of diffusers and transformers; ``weights_problem`` says what matters."""
+    # A class's library is already imported; the other one may not be.
     libraries: list[Any] = [sys.modules[name] for name in _LOGGING if name in sys.modules]
     before = [(library.is_progress_bar_enabled(), library.get_verbosity()) for library in libraries]
     for library in libraries:

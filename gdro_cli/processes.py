@@ -1,4 +1,4 @@
-"""Which GPU another process of this machine may see."""
+"""Which GPU another process of this machine sees."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import os
 
 
 def only_gpu(index: int) -> str:
-    """The value of ``CUDA_VISIBLE_DEVICES`` with which a process sees the GPU ``index`` of those of this process alone.
+    """Return the ``CUDA_VISIBLE_DEVICES`` that shows another process only GPU ``index`` of those this process sees.
 
-    Where this process sees no GPU of that number, neither will the other.
+    If this process sees no GPU of that index, the value does not change.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:

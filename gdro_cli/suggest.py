@@ -1,26 +1,29 @@
-"""Did you mean ...?"""
+"""Suggestions for misspelt names: did you mean ...?"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-#: The least similarity (difflib's ratio, 1 = equal) of a name that is suggested.
 _SIMILAR = 0.6
-#: The same for a search of the whole recipe, which finds more by chance.
+"""The least similarity (difflib's ratio, 1 = equal) of a suggestion."""
 _SIMILAR_ANYWHERE = 0.75
+"""The same for a search of the whole recipe, where chance matches are likelier."""
 _MOST = 3
 
 
 def similar(given: str, names: Iterable[str]) -> str:
-    """``; did you mean `x`?`` with the most similar name, else nothing."""
+    """Return ``; did you mean `x`?`` with the most similar name, or an empty text if none is similar."""
     best = get_close_matches(given, list(names), n=1, cutoff=_SIMILAR)
     return f"; did you mean `{best[0]}`?" if best else ""
 
 
 def similar_key(given: str, keys: Iterable[str]) -> str:
-    """The same for a dotted key: first a similar name in the same section, then the same name in another section
-    (``method.tau`` for ``tau``), then a similar name anywhere."""
+    """Return the same for a dotted key.
+
+    First it looks for a similar name in the same section, then for the same name in another section (``method.tau`` for
+    ``tau``), then for a similar name anywhere.
+    """
     names = list(keys)
     section, _, leaf = given.rpartition(".")
     siblings = {_leaf(name): name for name in names if name.rpartition(".")[0] == section}

@@ -1,4 +1,4 @@
-"""The pages that users read hold no unfilled place and name only files that exist."""
+"""The pages for users have no unfilled placeholder and link only to files that exist."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_are_filled_and_their_links_lead_somewhere(page: Path) -> None:
+def test_pages_are_filled_and_their_links_work(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert "@@" not in text
     links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]

@@ -64,7 +64,7 @@ def test_each_refusal_is_one_sentence(tmp_path: Path, number: int, expected: str
         (b"[1]", r"is damaged \(it is not a JSON object\): "),
     ],
 )
-def test_what_is_wrong_with_a_json_file_is_one_sentence(data: bytes | str | None, words: str, tmp_path: Path) -> None:
+def test_a_bad_json_file_is_one_sentence(data: bytes | str | None, words: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     if isinstance(data, bytes):
         path.write_bytes(data)
@@ -74,7 +74,7 @@ def test_what_is_wrong_with_a_json_file_is_one_sentence(data: bytes | str | None
         read_object(path, remedy="delete it")
 
 
-def test_what_is_written_is_read_with_its_digest(tmp_path: Path) -> None:
+def test_a_written_file_is_read_with_its_digest(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": [1, None, "ü"]})
     assert read_json(tmp_path / "a.json", remedy="") == {"a": [1, None, "ü"]}
     data = (tmp_path / "a.json").read_bytes()
@@ -102,7 +102,7 @@ def test_a_file_is_replaced_as_a_whole_or_stays(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
-    """Neither at the name itself, nor at the temporary one, which can be foreseen."""
+    """Neither at the name itself nor at the temporary name, which is predictable."""
     victim, folder = tmp_path / "victim", tmp_path / "run"
     victim.write_bytes(b"precious\n")
     folder.mkdir()
@@ -119,10 +119,10 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EIO])
-def test_disks_that_cannot_flush_folders_are_good_enough(
+def test_a_disk_that_cannot_flush_folders_is_accepted(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SMB and some FUSE disks refuse; an input/output error stays an error."""
+    """SMB and some FUSE disks refuse to; an input/output error stays an error."""
 
     def refuse(handle: int) -> None:
         raise OSError(number, os.strerror(number))
@@ -157,10 +157,10 @@ def test_a_new_folder_appears_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["out", "out[1-9]*"])
-def test_what_killed_processes_left_of_a_folder_goes_and_nothing_else(name: str, tmp_path: Path) -> None:
-    """A name is not a pattern."""
-    left, others = [f".{name}.12.partial", f".{name}.13.old.partial"], [f".{name}.notes.partial", ".out3.12.partial"]
-    for entry in (*left, *others):
+def test_a_new_folder_removes_what_killed_processes_left_and_nothing_else(name: str, tmp_path: Path) -> None:
+    """The name is not read as a pattern."""
+    partial, others = [f".{name}.12.partial", f".{name}.13.old.partial"], [f".{name}.notes.partial", ".out3.12.partial"]
+    for entry in (*partial, *others):
         (tmp_path / entry / "deep").mkdir(parents=True)
     with new_folder(tmp_path / name):
         pass
@@ -172,7 +172,7 @@ def test_everything_is_on_the_disk_before_a_folder_gets_its_name(
 ) -> None:
     flushed, flush = set(), os.fsync
 
-    def noting(handle: int) -> None:
+    def record(handle: int) -> None:
         flushed.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
         flush(handle)
 
@@ -180,7 +180,7 @@ def test_everything_is_on_the_disk_before_a_folder_gets_its_name(
         assert flushed == {"a", "b", "images", source.name}
         os.rename(source, target)
 
-    monkeypatch.setattr(os, "fsync", noting)
+    monkeypatch.setattr(os, "fsync", record)
     monkeypatch.setattr(os, "replace", replace)
     with new_folder(tmp_path / "x") as unfinished:
         (unfinished / "images").mkdir()

@@ -1,4 +1,4 @@
-"""docs/hardware.md says of each card what the estimate says."""
+"""docs/hardware.md agrees with the estimate for each card."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def test_every_recipe_for_gpus_has_every_card() -> None:
 
 
 @pytest.mark.parametrize(("names", "card", "settings", "sampling", "training"), ROWS)
-def test_a_row_is_what_is_estimated(names: str, card: str, settings: str, sampling: str, training: str) -> None:
-    """And it fits the card; the recipes of a row differ in nothing that counts."""
-    found = []
+def test_a_row_is_the_estimate(names: str, card: str, settings: str, sampling: str, training: str) -> None:
+    """The job also fits the card. The recipes of a row need the same memory."""
+    estimates = set()
     for name in names.split("`, `"):
         estimate = Estimate(load_recipe(name, overrides=re.findall(r"`([\w.]+=\w+)`", settings)))
         assert int(card) in fits(max(estimate.sampling_bytes, estimate.training_bytes))
-        found.append((gigabytes(estimate.sampling_bytes), gigabytes(estimate.training_bytes)))
-    assert set(found) == {(sampling, training)}
+        estimates.add((gigabytes(estimate.sampling_bytes), gigabytes(estimate.training_bytes)))
+    assert estimates == {(sampling, training)}
 
 
 def test_the_page_has_the_constants_of_the_code() -> None:

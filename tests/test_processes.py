@@ -1,4 +1,4 @@
-"""Which GPU another process may see."""
+"""Which GPU another process sees."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gdro_cli.processes import only_gpu
         ("GPU-aa,GPU-bb", 0, "GPU-aa"),
         ("", 0, ""),  # hides all GPUs
         ("", 1, ""),
-        ("-1", 1, "-1"),  # so does this
+        ("-1", 1, "-1"),  # also hides all GPUs
     ],
 )
 def test_only_gpu(visible: str | None, index: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:

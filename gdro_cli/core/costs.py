@@ -1,7 +1,7 @@
-"""What a training has cost by one of its steps: wall time of sampling, of scoring and of updates.
+"""What a training run has cost by one of its steps: wall time of sampling, of scoring and of updates.
 
-Evaluation points are not counted: how many there are is the observer's choice, not the method's. Rows are those of
-kind ``train`` in a run's metrics.
+Evaluation points do not count: the observer chooses how many there are, not the method. Rows are those of kind
+``train`` in a run's metrics.
 """
 
 from __future__ import annotations
@@ -27,13 +27,10 @@ class Costs:
         """All three."""
         return self.sampling + self.scoring + self.updates
 
-    def __add__(self, other: Costs) -> Costs:
-        return Costs(self.sampling + other.sampling, self.scoring + other.scoring, self.updates + other.updates)
-
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Images that were made and scored at once, outside of the optimizer steps: a store."""
+    """A store: images that were sampled and scored outside the optimizer steps, all at once."""
 
     step: int
     """After how many optimizer steps; 0 is before the first."""
@@ -44,39 +41,37 @@ class Batch:
 
 
 def costs_until(step: int, rows: Iterable[Row], batches: Sequence[Batch]) -> Costs | None:
-    """Return the costs of the first ``step`` optimizer steps and of what had to be there before the last of them.
+    """Return the costs of the first ``step`` optimizer steps and of every store that the last of them needed.
 
-    Steps that were not logged are taken to cost the mean of those that were.
+    A step that was not logged is assumed to cost the mean of the logged ones.
 
     Args:
         step: optimizer steps, 0 or more.
         rows: training rows with ``step``, ``seconds`` and, for methods that sample while they train,
             ``seconds_sampling``, ``seconds_scoring`` and ``seconds_updates``, whose sum is ``seconds``.
-        batches: the stores that the training learnt from.
+        batches: the stores that the run learnt from.
 
     Returns:
-        None where steps were taken and none of them was logged with its time.
+        None if ``step`` is above 0 and no row up to it has its time.
     """
-    kept = [
+    logged = [
         row for row in rows if row.get("kind") == "train" and row["step"] <= step and row.get("seconds") is not None
     ]
-    made = Costs(
-        sampling=sum(batch.sampling for batch in batches if batch.step < max(1, step)),
-        scoring=sum(batch.scoring for batch in batches if batch.step < max(1, step)),
-        updates=0.0,
-    )
-    if step == 0:
-        return made
-    if not kept:
+    if step > 0 and not logged:
         return None
-    return made + Costs(
-        sampling=step * fmean(float(row.get("seconds_sampling", 0.0)) for row in kept),
-        scoring=step * fmean(float(row.get("seconds_scoring", 0.0)) for row in kept),
-        updates=step * fmean(float(row.get("seconds_updates", row["seconds"])) for row in kept),
+    needed = [batch for batch in batches if batch.step < max(1, step)]
+
+    def spent(seconds: Iterable[float]) -> float:
+        return step * fmean(seconds) if step else 0.0
+
+    return Costs(
+        sampling=sum(batch.sampling for batch in needed) + spent(row.get("seconds_sampling", 0.0) for row in logged),
+        scoring=sum(batch.scoring for batch in needed) + spent(row.get("seconds_scoring", 0.0) for row in logged),
+        updates=spent(row.get("seconds_updates", row["seconds"]) for row in logged),
     )
 
 
 def first_step_at(reward: float, points: Iterable[Row]) -> int | None:
-    """Return the step of the earliest evaluation point with at least that reward; None where there is none."""
+    """Return the step of the earliest evaluation point with at least that reward; None if there is none."""
     steps = [int(row["step"]) for row in points if row.get("reward") is not None and float(row["reward"]) >= reward]
     return min(steps, default=None)

@@ -1,8 +1,7 @@
 """What to watch beside the loss: does the policy order the images as the rewards do, and at what price?
 
-The GDRO paper's diagnosis of collapse is the likelihood of the best image: a score that rises while the
-policy's error on its best images rises above the reference's (``top1_error_gap`` > 0) is being gained by
-unlearning.
+The GDRO paper diagnoses collapse by the likelihood of the best image. If the score rises while the policy's error on
+its best images climbs above the reference's (``top1_error_gap`` > 0), the policy gains the score by unlearning.
 """
 
 from __future__ import annotations
@@ -15,19 +14,18 @@ from gdro_cli.core.ranking import Ranking, best_share, preferences, rank_images,
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of ``values`` where ``where`` is True, nan when it is nowhere."""
+    """Mean of ``values`` where ``where`` is True; nan if it is False everywhere."""
     return torch.where(where, values, torch.zeros_like(values)).sum() / where.sum()
 
 
 def _pair_accuracy(s: Tensor, rewards: Tensor, mask: Tensor | None) -> Tensor:
-    """Share of pairs with different rewards that s orders alike; equal s counts half, as guessing would."""
-    preferred = preferences(rewards, mask)
+    """Share of the pairs with different rewards that s orders the same way; a pair with equal s counts half."""
     agreement = 0.5 * (1.0 + torch.sign(s[:, :, None] - s[:, None, :]))
-    return _mean_where(agreement, preferred)
+    return _mean_where(agreement, preferences(rewards, mask))
 
 
 def _share_mean(values: Tensor, share: Tensor) -> Tensor:
-    """Mean over the groups that have a score of the ``share``-weighted sum of ``values``."""
+    """Mean, over the groups with a score, of the ``share``-weighted sum of ``values``."""
     inside = share > 0
     per_group = (share * torch.where(inside, values, torch.zeros_like(values))).sum(dim=1)
     return _mean_where(per_group, inside.any(dim=1))
@@ -52,28 +50,21 @@ def group_metrics(
     *,
     tau: float,
 ) -> dict[str, Tensor]:
-    """Return the diagnostics of B groups as detached scalars; a metric with nothing to average is nan.
+    """Return the diagnostics of B groups as detached scalars, nan for a metric with nothing to average.
 
-    Args:
-        s: implicit rewards [B, K].
-        errors: velocity errors of the policy [B, K].
-        reference_errors: velocity errors of the reference [B, K].
-        rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-        tau: temperature of the target distribution Q; 0 = the best image, shared between ties.
+    Arguments are those of ``losses.group_loss``, all [B, K]; ``s`` are the implicit rewards.
 
     Returns:
-        - ``implicit_accuracy``: share of the pairs with different rewards that s orders as the rewards do,
-          over all groups together; a pair with equal s counts half, so an untrained policy shows 0.5.
+        - ``implicit_accuracy``: share of the pairs with different rewards that s orders as the rewards do, over all
+          groups together; a pair with equal s counts half, so an untrained policy has 0.5.
         - ``s_rank_1`` ... ``s_rank_K``: mean s of the best, second, ... image.
-        - ``top1_error_gap``, ``bottom1_error_gap``: error minus reference error of the best and of the
-          worst image (ties share), mean over groups; below 0 the policy explains the image better than the
-          reference.
-        - ``entropy_p``, ``entropy_q``: entropy in nats of P_theta = softmax(s) and of Q = softmax(r / tau)
-          over the group.
+        - ``top1_error_gap``, ``bottom1_error_gap``: error minus reference error of the best and of the worst image
+          (ties share), mean over groups; below 0 the policy explains the image better than the reference.
+        - ``entropy_p``, ``entropy_q``: entropy in nats of P_theta = softmax(s) and of Q = softmax(r / tau) over the
+          group.
 
     Raises:
-        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
+        ValueError: shapes differ, tau is negative, or a scored reward is not finite.
     """
     if not s.shape == errors.shape == reference_errors.shape == rewards.shape:
         raise ValueError("s, errors, reference_errors and rewards must share one shape [B, K]")

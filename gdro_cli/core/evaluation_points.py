@@ -1,7 +1,7 @@
-"""Evaluation points of a training, and which of them may be compared.
+"""Evaluation points of a training run, and which of them may be compared.
 
-A point is a mapping with ``step`` and measures by name, as metrics hold them. Where the reward or the judge failed on
-many pictures, means over the rest say something about the failures, too.
+A point maps ``step`` and names of measures to numbers, as in a run's metrics. If the reward or the judge failed on many
+images, a mean over the rest also reflects the failures.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ Point = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class MissingLimits:
-    """Shares of a point's pictures, 0 to 1, up to which something may be missing."""
+    """The largest shares of a point's images, 0 to 1, that may lack a value."""
 
     reward: float
-    """Pictures without a reward."""
+    """Images without a reward."""
     judgement: float
-    """Pictures without u."""
+    """Images without u."""
 
     def allow(self, point: Point) -> bool:
-        """Whether the point may be compared with others; exactly the limit is allowed."""
+        """Whether the point may be compared with others; a share of exactly the limit is allowed."""
         unscored, unjudged = (int(point.get(name, 0)) for name in ("failed", "unjudged"))
-        pictures = int(point.get("images", 0)) + unscored
-        return unscored <= self.reward * pictures and unjudged <= self.judgement * pictures
+        images = int(point.get("images", 0)) + unscored
+        return unscored <= self.reward * images and unjudged <= self.judgement * images

@@ -4,8 +4,8 @@ One time convention everywhere: ``sigma`` in [0, 1], 1 = pure noise,
 
     x_sigma = (1 - sigma) * x0 + sigma * eps        velocity v = eps - x0 = d x_sigma / d sigma
 
-A scheduler's 0..1000 timestep exists only inside the model adapters. Everything here is computed in float32
-(float64 stays float64) whatever the dtype of the arguments.
+A scheduler's 0..1000 timestep exists only inside the model families. Everything here is computed in float32, whatever
+the dtype of the arguments; float64 stays float64. Every function raises ValueError if shapes do not fit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Reduction = Literal["mean", "sum"]
 
 
 def as_float(x: Tensor) -> Tensor:
-    """Give ``x`` in float32, or unchanged when it is float64 already; other dtypes are converted."""
+    """Return ``x`` in float32; float64 stays float64."""
     return x if x.dtype in (torch.float32, torch.float64) else x.to(torch.float32)
 
 
@@ -48,9 +48,6 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
     Returns:
         Noisy latents [N, ...], at least float32.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     _same_shape("interpolate", x0, noise)
     clean, eps = as_float(x0), as_float(noise)
@@ -59,11 +56,7 @@ def interpolate(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
-    """Return the velocity that the model is asked for, ``v = eps - x0`` [N, ...], at least float32.
-
-    Raises:
-        ValueError: shapes do not fit.
-    """
+    """Return the velocity that the model must predict, ``v = eps - x0`` [N, ...], at least float32."""
     _same_shape("velocity_target", x0, noise)
     return as_float(noise) - as_float(x0)
 
@@ -71,8 +64,8 @@ def velocity_target(x0: Tensor, noise: Tensor) -> Tensor:
 def velocity_error(v_pred: Tensor, v_target: Tensor, *, reduction: Reduction = "mean") -> Tensor:
     """Return the velocity error of each image, ``e = mean over latent dims of (v - v_model)^2``.
 
-    The GDRO paper (arXiv 2601.02036, eqs. 5 and 13) writes the squared norm, ``reduction="sum"``; the mean
-    is the default because it keeps beta independent of the picture size (see ``implicit.equivalent_beta``).
+    The GDRO paper (arXiv 2601.02036, eqs. 5 and 13) writes the squared norm, ``reduction="sum"``. The default is the
+    mean, which keeps beta independent of the image size (see ``implicit.equivalent_beta``).
 
     Args:
         v_pred: the model's velocity [N, ...].
@@ -83,15 +76,11 @@ def velocity_error(v_pred: Tensor, v_target: Tensor, *, reduction: Reduction = "
         Errors [N], at least float32.
 
     Raises:
-        ValueError: shapes do not fit, or the reduction is unknown.
+        KeyError: the reduction is unknown.
     """
     _same_shape("velocity_error", v_pred, v_target)
     squares = (as_float(v_pred) - as_float(v_target)).square().flatten(1)
-    if reduction == "mean":
-        return squares.mean(dim=1)
-    if reduction == "sum":
-        return squares.sum(dim=1)
-    raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}")
+    return {"mean": squares.mean, "sum": squares.sum}[reduction](dim=1)
 
 
 def euler_step(x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor | float) -> Tensor:
@@ -99,15 +88,12 @@ def euler_step(x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor |
 
     Args:
         x: latents [N, ...] at ``sigma``.
-        v: the model's velocity there, same shape.
+        v: the model's velocity at ``x``, same shape.
         sigma: current noise level, a scalar or [N].
         sigma_next: next noise level, below ``sigma`` when sampling.
 
     Returns:
         Latents at ``sigma_next``, in the dtype of ``x`` (the step itself is taken in float32).
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     _same_shape("euler_step", x, v)
     state = as_float(x)

@@ -1,15 +1,15 @@
-"""GenEval's words and clauses: what a prompt asks for, as its metadata says it (arXiv 2310.11513).
+"""GenEval's words and clauses: what a prompt demands, read from its metadata (arXiv 2310.11513).
 
     {"tag": "position", "include": [{"class": "ring", "count": 1},
                                     {"class": "heart", "count": 1, "position": ["left of", 0]}],
      "prompt": "a photo of a heart left of a ring"}
 
-``include`` clauses must all hold; an ``exclude`` clause fails the picture if that many objects are found.
+All ``include`` clauses must hold. An ``exclude`` clause fails the image if it shows that many objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
@@ -25,12 +25,12 @@ OFFICIAL_SIZES: Mapping[str, int] = {
 """Prompts of each tag in the official evaluation set, 553 in all."""
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-"""The ten colours that a clause may ask for."""
+"""The ten colours that a clause may demand."""
 
 RELATIONS = ("left of", "right of", "above", "below")
 
 RENAMED: Mapping[str, str] = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
-"""COCO's names that GenEval replaces, because they are ambiguous in a prompt."""
+"""Names of COCO that GenEval replaces because they are ambiguous in a prompt."""
 
 COCO_CLASSES = (
     "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
@@ -49,7 +49,7 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 """The classes of the embedded world."""
 
 VOCABULARIES: Mapping[str, tuple[str, ...]] = {"coco": COCO_CLASSES, "shapes": SHAPES}
-"""What the known detectors can find, by the name of the vocabulary."""
+"""What the detectors can detect, by the name of the vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class Clause:
     """How many, 1 or more."""
     colour: str | None = None
     position: tuple[str, int] | None = None
-    """(relation, index of an earlier include clause): these objects lie so relative to those."""
+    """(relation, index of an earlier include clause): where these objects are relative to those."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +77,14 @@ class Task:
 def parse_task(metadata: Mapping[str, Any], *, classes: Collection[str] | None = None) -> Task:
     """Read the metadata of one prompt.
 
-    Keys beside the clauses that GenEval does not know are left alone; one inside a clause is refused, because a demand
-    would be lost.
+    An unknown key beside the clauses is ignored. One inside a clause is refused, because a demand would be lost.
 
     Args:
         metadata: ``tag``, ``include`` and perhaps ``exclude``, as JSON values.
-        classes: the classes that may be asked for; None allows any.
+        classes: the classes that a clause may demand; None allows any.
 
     Raises:
-        ValueError: something is missing or cannot be; the message says what and where in the metadata.
+        ValueError: something is missing or wrong; the message says what and where in the metadata.
     """
     for key in ("tag", "include"):
         if key not in metadata:
@@ -96,8 +95,7 @@ def parse_task(metadata: Mapping[str, Any], *, classes: Collection[str] | None =
     include = _clauses(metadata, "include", classes)
     if not include:
         raise ValueError("include must list at least one clause")
-    exclude = _clauses(metadata, "exclude", classes)
-    return Task(tag, include, exclude)
+    return Task(tag, include, _clauses(metadata, "exclude", classes))
 
 
 def _clauses(metadata: Mapping[str, Any], key: str, classes: Collection[str] | None) -> tuple[Clause, ...]:
@@ -120,10 +118,11 @@ def _clause(value: Any, where: str, number: int, key: str, classes: Collection[s
             raise ValueError(f"{where} lacks the key {needed}")
     label, count, colour = value["class"], value["count"], value.get("color")
     if not isinstance(label, str) or not label.strip():
-        raise ValueError(f"{where} has the class {shown(label)}; it must be a text that is not empty")
+        raise ValueError(f"{where} has the class {shown(label)}; it must be a text and not empty")
     if classes is not None and label not in classes:
-        known = _known(label, list(classes))
-        raise ValueError(f"{where} asks for the class {shown(label)}, which the detector does not know{known}")
+        names = ", ".join(classes) if len(classes) <= 10 else f"{len(classes)} names such as {next(iter(classes))!r}"
+        hint = similar(label, classes) or f": it knows {names}"
+        raise ValueError(f"{where} asks for the class {shown(label)}, which the detector does not know{hint}")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{where} has the count {shown(count)}; it must be a whole number, 1 or more")
     if colour is not None and colour not in COLOURS:
@@ -149,8 +148,3 @@ def _position(value: Any, where: str, number: int) -> tuple[str, int]:
             + (f"it must be an earlier one, 0 to {number - 1}" if number else "the first clause can have none")
         )
     return relation, target
-
-
-def _known(label: str, classes: Sequence[str]) -> str:
-    names = ", ".join(classes) if len(classes) <= 10 else f"{len(classes)} names such as {classes[0]!r}"
-    return similar(label, classes) or f": it knows {names}"

@@ -10,14 +10,14 @@ from gdro_cli.core.flow import Reduction, as_float
 def implicit_reward(error: Tensor, reference_error: Tensor, *, beta: float) -> Tensor:
     """Return ``s = -beta * (e_theta - e_ref)`` (GDRO paper, arXiv 2601.02036, eqs. 3, 5, 13).
 
-    Both errors come from the same latents, sigma and noise. Positive s: the policy explains the image
-    better than the reference does. The term ``beta log Z(c)`` of eqs. 14 and 16 is the same for all images
-    of a group and changes no loss and no gradient, so it is left out.
+    Both errors come from the same latents, sigma and noise. Where s > 0, the policy explains the image better than the
+    reference does. The term ``beta log Z(c)`` of eqs. 14 and 16 is left out: it is the same for all images of a group,
+    so it changes no loss and no gradient.
 
     Args:
         error: velocity error of the policy, any shape, usually [B, K].
         reference_error: velocity error of the reference, same shape; no gradient flows into it.
-        beta: ``T * beta_KL``, > 0 in training; its unit is 1 / unit of the errors.
+        beta: ``T * beta_KL``, > 0 in training, in 1 / unit of the errors.
 
     Returns:
         Implicit rewards, same shape, at least float32.
@@ -33,22 +33,17 @@ def implicit_reward(error: Tensor, reference_error: Tensor, *, beta: float) -> T
 
 
 def equivalent_beta(beta: float, *, latent_dims: int, given: Reduction, wanted: Reduction) -> float:
-    """Convert a beta between the two error reductions so that the implicit reward stays the same.
+    """Convert a beta from one error reduction to the other so that the implicit reward stays the same.
 
-    A sum over D latent dims is D times the mean, so ``beta_sum = beta_mean / D``. The weight gamma of the
-    top-1 stabilisation multiplies an error too and converts the same way.
+    A sum over D latent dims is D times the mean, so ``beta_sum = beta_mean / D``. The weight gamma of the top-1
+    stabilisation also multiplies an error and converts the same way.
 
     Args:
         beta: the value in the ``given`` convention.
         latent_dims: D, the number of latent values of one image (FLUX at 512 x 512 pixels: 65,536).
         given: reduction that ``beta`` belongs to.
         wanted: reduction to convert to.
-
-    Raises:
-        ValueError: ``latent_dims`` is below 1.
     """
-    if latent_dims < 1:
-        raise ValueError(f"latent_dims must be at least 1, got {latent_dims}")
     if given == wanted:
         return beta
     return beta / latent_dims if wanted == "sum" else beta * latent_dims

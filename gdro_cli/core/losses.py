@@ -1,10 +1,14 @@
 """The group losses: GDRO, its rank and top-1 forms, DPO, and the top-1 stabilisation.
 
-Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19). Every loss takes the implicit
-rewards ``s`` and the explicit rewards ``r`` of B groups of K images, both [B, K] in any order inside a
-group, and gives a ``LossOutput``. All of them depend only on differences of ``s`` inside a group. Images
-whose mask is False take no part: no loss, no gradient, whatever stands in their places. A group with fewer
-than two scored images adds 0.
+Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19). Every loss takes the implicit rewards ``s``
+and the explicit rewards ``r`` of B groups of K images, both [B, K] in any order inside a group, and returns a
+``LossOutput``. All losses depend only on differences of ``s`` inside a group. A group with fewer than two scored images
+adds 0.
+
+Common arguments: ``mask`` is [B, K] bool, True = scored, None = all scored. An unscored image adds no loss and no
+gradient, whatever its values. ``tau`` is the temperature of the target distribution, >= 0, in units of the reward; 0 is
+the exact limit (all weight on the best remaining image, shared equally between exact ties). Every function raises
+ValueError if shapes do not fit, tau is negative, or a scored reward is not finite.
 """
 
 from __future__ import annotations
@@ -32,8 +36,8 @@ class LossOutput:
     Attributes:
         loss: scalar, mean of ``per_group``; carries the gradient.
         per_group: [B] loss of each group; carries the gradient.
-        metrics: detached scalars. ``loss_floor`` is the lowest value the loss can reach for these rewards
-            (the entropy of the targets), so the method's loss minus this is what is left to learn.
+        metrics: detached scalars. ``loss_floor`` is the lowest value that the loss can reach for these rewards (the
+            entropy of the targets); the method's loss minus this is what is left to learn.
     """
 
     loss: Tensor
@@ -56,9 +60,10 @@ def _cross_entropies(s: Tensor, ranking: Ranking, target: Tensor, *, terms: Tens
         target: q [B, K, K] in rank order.
         terms: [B, K] bool, the ranks i that count.
     """
+    s = _check(s, ranking.rewards)
     columns = ranking.sort(s)[:, None, :]
     remaining = ranking.remaining
-    # No set is empty and all members are finite, so -inf outside gives exact zeros and no nan in backward.
+    # No set is empty and all its members are finite, so -inf outside adds exact zeros and no nan in backward.
     log_partition = columns.masked_fill(~remaining, -torch.inf).logsumexp(dim=-1)
     expected = (target.to(s.dtype) * columns).sum(dim=-1)
     per_group = ((log_partition - expected) * terms).sum(dim=1)
@@ -74,82 +79,42 @@ def gdro_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = N
         L = sum_{i=1..K-1} ( logsumexp_{m=i..K} s_m - sum_{j=i..K} q_i(j, tau) s_j )
 
     where ``q_i = softmax(r_i..r_K / tau)``.
-
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        tau: temperature >= 0 in units of the reward; 0 is the exact limit (all weight on the best remaining
-            image, shared equally between exact ties).
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
     """
-    values = _check(s, rewards)
     ranking = rank_images(rewards, mask)
-    target = target_distributions(ranking, tau=tau)
-    return _cross_entropies(values, ranking, target, terms=ranking.terms)
+    return _cross_entropies(s, ranking, target_distributions(ranking, tau=tau), terms=ranking.terms)
 
 
 def rank_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> LossOutput:
-    """Rank (eq. 12): negative Plackett-Luce log-likelihood of the order that the rewards give.
+    """Rank (eq. 12): negative Plackett-Luce log-likelihood of the order of the rewards.
 
         L = sum_{i=1..K-1} ( logsumexp_{m=i..K} s_m - s_i )
 
-    Equal to ``gdro_loss`` at tau = 0 when no rewards are tied. Tied images keep their order in the group
-    here.
-
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, or a scored reward is not finite.
+    Equal to ``gdro_loss`` at tau = 0 when no rewards are tied. Here tied images keep their order in the group.
     """
-    values = _check(s, rewards)
     ranking = rank_images(rewards, mask)
-    target = torch.eye(s.shape[1], dtype=values.dtype, device=s.device).expand(len(s), -1, -1)
-    return _cross_entropies(values, ranking, target, terms=ranking.terms)
+    target = torch.eye(s.shape[1], device=s.device).expand(len(s), -1, -1)
+    return _cross_entropies(s, ranking, target, terms=ranking.terms)
 
 
 def top1_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:
-    """Top-1 (eq. 6): only the first term of GDRO, the cross-entropy over the whole group.
+    """Top-1 (eq. 6): the first term of GDRO alone, the cross-entropy over the whole group.
 
-        L = logsumexp_{m=1..K} s_m - sum_{j=1..K} q_1(j, tau) s_j
-
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        tau: temperature >= 0 in units of the reward; 0 is the exact limit.
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
+    L = logsumexp_{m=1..K} s_m - sum_{j=1..K} q_1(j, tau) s_j
     """
-    values = _check(s, rewards)
     ranking = rank_images(rewards, mask)
-    target = target_distributions(ranking, tau=tau)
     first = torch.zeros_like(ranking.terms)
     first[:, 0] = ranking.terms[:, 0]
-    return _cross_entropies(values, ranking, target, terms=first)
+    return _cross_entropies(s, ranking, target_distributions(ranking, tau=tau), terms=first)
 
 
 def dpo_loss(s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: Tensor | None = None) -> LossOutput:
     """DPO (eqs. 18-19): ``-log sigmoid(s_winner - s_loser)``, mean over the pairs of a group.
 
-    Diffusion-DPO is arXiv 2311.12908. Equal to ``gdro_loss`` with K = 2 and tau = 0. Equal rewards express
-    no preference and make no pair; a group of equal rewards adds 0.
+    Diffusion-DPO is arXiv 2311.12908. Equal to ``gdro_loss`` with K = 2 and tau = 0. Equal rewards make no pair, so a
+    group of equal rewards adds 0.
 
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        pairs: "best_worst" takes the best and the worst image of each group (exact ties share equally);
-            "all" takes every pair with different rewards.
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: shapes do not fit, ``pairs`` is unknown, or a scored reward is not finite.
+    ``pairs``: "best_worst" takes the best and the worst image of each group (exact ties share equally), "all" takes
+    every pair with different rewards.
     """
     values = _check(s, rewards)
     preferred = preferences(rewards, mask)
@@ -170,19 +135,16 @@ def dpo_loss(s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: T
 def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
     """Top-1 likelihood stabilisation (eqs. 8-9): the velocity error of the image with the highest reward.
 
-    ``L_final = L_method + gamma * e_theta(best image)`` keeps the likelihood of the best image from falling
-    while its implicit reward rises only because the others fall faster. Exact ties share equally.
+    Without it the implicit reward of the best image can rise while its likelihood falls, as long as the others fall
+    faster. ``L_final = L_method + gamma * e_theta(best image)`` prevents that. Exact ties share equally.
 
     Args:
         errors: velocity errors of the policy [B, K].
         rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
+        mask: see the module.
 
     Returns:
-        [B], at least float32; 0 for a group without any score.
-
-    Raises:
-        ValueError: shapes do not fit, or a scored reward is not finite.
+        [B], at least float32; 0 for a group without a score.
     """
     values = _check(errors, rewards)
     share = best_share(rewards, mask).to(values.dtype)
@@ -190,7 +152,7 @@ def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None)
 
 
 GroupLoss = Callable[..., LossOutput]
-"""A method's loss: ``loss(s, rewards, *, mask=None, ...)`` with s and rewards [B, K] and settings of its own."""
+"""A method's loss: ``loss(s, rewards, *, mask=None, ...)``, s and rewards [B, K], with settings of its own."""
 
 LOSSES: Mapping[str, GroupLoss] = {"gdro": gdro_loss, "rank": rank_loss, "top1": top1_loss, "dpo": dpo_loss}
 """The losses on stored groups by ``method.name``."""
@@ -214,19 +176,18 @@ def group_loss(
         errors: velocity errors of the policy [B, K]; the gradient flows into these.
         reference_errors: velocity errors of the reference on the same latents, sigma and noise [B, K].
         rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
+        mask: see the module.
         beta: strength of the implicit reward, in 1 / unit of the errors.
         gamma: weight of the top-1 stabilisation, >= 0, in 1 / unit of the errors.
-        settings: of the method's loss, such as ``tau`` or ``pairs``.
+        settings: settings of the method's loss, such as ``tau`` or ``pairs``.
 
     Returns:
-        The loss; its metrics are those of the method, ``loss_method`` and ``loss_stabiliser`` (gamma
-        included, they add up to the loss) and those of ``diagnostics.group_metrics``.
+        The loss. Its metrics are those of the method, those of ``diagnostics.group_metrics``, and ``loss_method`` and
+        ``loss_stabiliser`` (gamma included), which add up to the loss.
 
     Raises:
-        KeyError: there is no such method.
+        KeyError: the method is unknown.
         TypeError: the method's loss takes other settings.
-        ValueError: shapes do not fit, tau is negative, or a scored reward is not finite.
     """
     s = implicit_reward(errors, reference_errors, beta=beta)
     objective = LOSSES[method](s, rewards, mask=mask, **settings)
@@ -252,15 +213,14 @@ def image_weights(
 ) -> Tensor:
     """Return ``w = d loss / d errors`` of ``group_loss``, the weights of the two-pass gradient.
 
-    Pass 1 computes all errors of the group without gradient, in micro-batches of any size. Pass 2 runs the
-    images again and goes backward through ``sum(w * errors)``, again in micro-batches. By the chain rule
-    that is the gradient of the loss itself, to rounding, and memory no longer grows with K. The mean over
-    the B groups is already in ``w``.
+    Pass 1 computes all errors of the group without gradient, in micro-batches of any size. Pass 2 runs the images
+    again, in micro-batches, and goes backward through ``sum(w * errors)``. By the chain rule this gives the gradient of
+    the loss itself, to rounding, and memory does not grow with K. The mean over the B groups is already in ``w``.
 
     Works under ``torch.no_grad`` and ``torch.inference_mode``. Arguments and errors as for ``group_loss``.
 
     Returns:
-        [B, K], at least float32, detached; 0 for images that are not scored.
+        [B, K], at least float32, detached; 0 for unscored images.
     """
     with torch.inference_mode(False), torch.enable_grad():
         leaf = as_float(errors.detach()).clone().requires_grad_(True)

@@ -1,4 +1,4 @@
-"""What an evaluation reports: which number of an image's score, and how its mean is taken."""
+"""What an evaluation reports: a number of each image's score, and how to take its mean."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 Detail = str | Mapping[str, float] | None
-"""Which number of a score: a key of its details, several with their weights, or (None) the score itself."""
+"""A number of a score: a key of its details, the weighted sum of several, or (None) the score itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,4 +18,4 @@ class Measure:
     tag: str | None = None
     """Only prompts whose metadata has this ``tag``."""
     by_tag: bool = False
-    """The unweighted mean of the tags' means in place of the mean over images, as in GenEval's overall score."""
+    """Report the unweighted mean of the tags' means and not the mean over images, as GenEval's overall score does."""

@@ -20,61 +20,56 @@ Scale = Literal["global", "group"]
 def group_advantages(rewards: Tensor, *, scale: Scale, clip: float) -> Tensor:
     """Return ``(r - mean of the group) / (std + 1e-4)``, clipped to [-clip, clip].
 
-    Images without a reward count nowhere. Groups of equal rewards and groups with one reward get exactly 0.
+    Images without a reward do not count. A group of equal rewards, or with only one reward, gets exactly 0.
 
     Args:
-        rewards: [B, K], nan where an image has none.
-        scale: std over all rewards, ``global``, or over those of the group, ``group``; both with divisor n.
+        rewards: [B, K], nan for an image without one.
+        scale: ``global`` takes the std over all rewards, ``group`` over those of the group; both with divisor n.
         clip: largest advantage, above 0.
 
     Returns:
-        [B, K] float32; 0 where there is no reward.
+        [B, K] float32; 0 for an image without a reward.
 
     Raises:
-        ValueError: a reward is infinite, or the scale is unknown.
+        ValueError: a reward is infinite.
     """
     if rewards.isinf().any():
         raise ValueError("a reward is infinite")
-    values, known = rewards.double(), ~rewards.isnan()
-    values = values.where(known, 0.0)
-    mean, own_std = _moments(values, known)
+    present = ~rewards.isnan()
+    values = rewards.double().where(present, 0.0)
+    mean, std = _moments(values, present)
     if scale == "global":
-        _, std = _moments(values.reshape(1, -1), known.reshape(1, -1))
-    elif scale == "group":
-        std = own_std
-    else:
-        raise ValueError(f"scale must be 'global' or 'group', not {scale!r}")
-    highest = values.masked_fill(~known, -torch.inf).amax(dim=1, keepdim=True)
-    lowest = values.masked_fill(~known, torch.inf).amin(dim=1, keepdim=True)
-    # The mean of equal numbers is not always that number.
-    kept = known & (highest > lowest)
+        _, std = _moments(values.reshape(1, -1), present.reshape(1, -1))
+    highest = values.masked_fill(~present, -torch.inf).amax(dim=1, keepdim=True)
+    lowest = values.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)
     advantages = ((values - mean) / (std + STD_FLOOR)).clamp(-clip, clip)
-    return advantages.where(kept, 0.0).float()
+    # The mean of equal numbers can differ from them in the last bit, so equal rewards are compared themselves.
+    return advantages.where(present & (highest > lowest), 0.0).float()
 
 
 def group_std(rewards: Tensor) -> Tensor:
-    """Return the standard deviation (divisor n) of each group's rewards [B]; nan where a group has none."""
-    known = ~rewards.isnan()
-    _, std = _moments(rewards.double().where(known, 0.0), known)
-    return std.squeeze(1).where(known.any(dim=1), torch.nan).float()
+    """Return the standard deviation (divisor n) of each group's rewards [B]; nan for a group without rewards."""
+    present = ~rewards.isnan()
+    _, std = _moments(rewards.double().where(present, 0.0), present)
+    return std.squeeze(1).where(present.any(dim=1), torch.nan).float()
 
 
-def _moments(values: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [B, 1] over the known values of each row; 0 for a row without any."""
-    count = known.sum(dim=1, keepdim=True).clamp(min=1)
+def _moments(values: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [B, 1] of the present values of each row; 0 for a row without any."""
+    count = present.sum(dim=1, keepdim=True).clamp(min=1)
     mean = values.sum(dim=1, keepdim=True) / count
-    squares = (values - mean).square().where(known, 0.0).sum(dim=1, keepdim=True)
+    squares = (values - mean).square().where(present, 0.0).sum(dim=1, keepdim=True)
     return mean, torch.sqrt(squares / count)
 
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """The clipped objective of N drawn steps."""
+    """The clipped objective of N sampled steps."""
 
     loss: Tensor
     """[N]; its gradient at ratio 1 is that of ``-advantage * log_prob``."""
     ratio: Tensor
-    """Likelihood of the step under the policy, relative to the policy that drew it [N], detached."""
+    """Likelihood of the step under the policy over that under the policy that drew it [N], detached."""
     clipped: Tensor
     """Whether the ratio is outside the clip range [N] bool, detached."""
 

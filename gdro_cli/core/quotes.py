@@ -1,4 +1,4 @@
-"""The text that a prompt asks an image to say: what it puts in double quotes."""
+"""The text that a prompt wants in its image: the text in double quotes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ _QUOTED = re.compile('"([^"]*)"|[\u201c\u201d\u201e\u201f]([^\u201c\u201d\u201e\
 
 
 def quoted_text(prompt: str) -> str | None:
-    """The text between the first pair of double quotes, straight or typographic; ``None`` without a pair."""
+    """Return the text between the first pair of double quotes, straight or typographic; None without a pair."""
     match = _QUOTED.search(prompt)
-    if match is None:
-        return None
-    return match.group(1) if match.group(1) is not None else match.group(2)
+    return None if match is None else match[match.lastindex or 0]

@@ -1,8 +1,10 @@
-"""Order and share inside a group: explicit rewards made into ranks, remaining sets and targets.
+"""Order and share inside a group: from explicit rewards to ranks, remaining sets and targets.
 
-"Remaining set" of rank i: the images i..K after sorting by reward, best first. Images without a score (mask
-False) are in no set: they are sorted last and whatever stands in their place, even nan, is replaced before
-it meets arithmetic.
+The remaining set of rank i is the images i..K after sorting by reward, best first. An image without a score (mask
+False) is in no set: it is sorted last, and its value, even nan, is replaced before any arithmetic.
+
+``rewards`` are explicit rewards [B, K] and ``mask`` is [B, K] bool, True = scored, None = all scored. Every function of
+the two raises ValueError for a wrong shape or dtype and for a scored reward that is not finite.
 """
 
 from __future__ import annotations
@@ -21,12 +23,11 @@ class Ranking:
 
     Attributes:
         order: [B, K] index of the image at each rank.
-        rewards: [B, K] rewards in that order; 0 in the place of an unscored image.
-        valid: [B, K] bool, True where the rank holds a scored image.
-        remaining: [B, K, K] bool, ``remaining[b, i, j]``: the image at rank j is in the remaining set of
-            rank i. In a row whose own rank is unscored only the diagonal is True, so that no row is empty.
-        terms: [B, K] bool, True for the ranks 1..n-1 of the n scored images: the terms of the sums in eqs.
-            7 and 12.
+        rewards: [B, K] rewards in that order; 0 for an unscored image.
+        valid: [B, K] bool, True if the image at the rank is scored.
+        remaining: [B, K, K] bool, ``remaining[b, i, j]``: the image at rank j is in the remaining set of rank i. In the
+            row of an unscored rank only the diagonal is True, so that no row is empty.
+        terms: [B, K] bool, True for the ranks 1..n-1 of the n scored images: the terms of the sums in eqs. 7 and 12.
     """
 
     order: Tensor
@@ -36,17 +37,13 @@ class Ranking:
     terms: Tensor
 
     def sort(self, values: Tensor) -> Tensor:
-        """Return ``values`` [B, K] in rank order, 0 (without gradient) in the places of unscored images."""
+        """Return ``values`` [B, K] in rank order, 0 (without gradient) for unscored images."""
         ordered = values.gather(1, self.order)
         return torch.where(self.valid, ordered, torch.zeros_like(ordered))
 
 
 def scored(rewards: Tensor, mask: Tensor | None) -> Tensor:
-    """Check rewards [B, K] and mask, and return the mask (all True when there is none).
-
-    Raises:
-        ValueError: wrong shape or dtype, or a scored reward that is not finite.
-    """
+    """Check rewards and mask, and return the mask (all True if it is None)."""
     if rewards.ndim != 2:
         raise ValueError(f"rewards must have shape [B, K], got {list(rewards.shape)}")
     valid = torch.ones_like(rewards, dtype=torch.bool) if mask is None else mask.to(rewards.device)
@@ -60,33 +57,23 @@ def scored(rewards: Tensor, mask: Tensor | None) -> Tensor:
 def rank_images(rewards: Tensor, mask: Tensor | None = None) -> Ranking:
     """Sort each group by explicit reward, descending.
 
-    The sort is stable: images with exactly equal rewards keep their order in the group. Data sets draw the
-    images of a group in random order, so that no image is favoured.
-
-    Args:
-        rewards: explicit rewards [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Raises:
-        ValueError: as in ``scored``.
+    The sort is stable: images with exactly equal rewards keep their order in the group. Data sets draw the images of a
+    group in random order, so no image is favoured.
     """
     valid = scored(rewards, mask)
     r = as_float(rewards.detach())
-    keys = torch.where(valid, r, torch.full_like(r, -torch.inf))
-    order = torch.argsort(keys, dim=1, descending=True, stable=True)
-    valid = valid.gather(1, order)
-    r = r.gather(1, order)
-    size = r.shape[1]
-    square = torch.ones(size, size, dtype=torch.bool, device=r.device)
+    order = torch.argsort(r.masked_fill(~valid, -torch.inf), dim=1, descending=True, stable=True)
+    valid, r = valid.gather(1, order), r.gather(1, order)
+    square = torch.ones(r.shape[1], r.shape[1], dtype=torch.bool, device=r.device)
     inside = square.triu() & valid[:, :, None] & valid[:, None, :]
     terms = valid.clone()
     terms[:, :-1] &= valid[:, 1:]
     terms[:, -1:] = False
     return Ranking(
         order=order,
-        rewards=torch.where(valid, r, torch.zeros_like(r)),
+        rewards=r.masked_fill(~valid, 0.0),
         valid=valid,
-        remaining=inside | torch.eye(size, dtype=torch.bool, device=r.device),
+        remaining=inside | torch.eye(r.shape[1], dtype=torch.bool, device=r.device),
         terms=terms,
     )
 
@@ -108,50 +95,31 @@ def target_distributions(ranking: Ranking, *, tau: float) -> Tensor:
     """
     if not tau >= 0:
         raise ValueError(f"tau must be 0 or above, got {tau}")
-    # Image i is the best of its remaining set, so inside it the gaps are <= 0 and the largest is exactly 0.
+    # Image i is the best of its remaining set, so the gaps inside it are <= 0 and the largest is exactly 0.
     gap = ranking.rewards[:, None, :] - ranking.rewards[:, :, None]
     tied = gap == 0
     if tau == 0:
         best = (tied & ranking.remaining).to(gap.dtype)
         return best / best.sum(dim=-1, keepdim=True)
-    # A tau too small for the dtype divides as 0; ties must still come out as 0 and not as nan.
-    logits = torch.where(tied, torch.zeros_like(gap), gap / tau)
+    # A tau too small for the dtype divides as 0; ties must still give 0 and not nan.
+    logits = (gap / tau).masked_fill(tied, 0.0)
     return logits.masked_fill(~ranking.remaining, -torch.inf).softmax(dim=-1)
 
 
 def best_share(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the mask M of eqs. 8-9: 1 on the image with the highest reward, shared between exact ties.
+    """Return the mask M of eqs. 8-9 [B, K]: 1 on the image with the highest reward, shared between exact ties.
 
-    Args:
-        rewards: [B, K]; pass ``-rewards`` for the worst image.
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Returns:
-        [B, K], at least float32; each row sums to 1, or to 0 in a group without any score.
-
-    Raises:
-        ValueError: as in ``scored``.
+    Each row sums to 1, or to 0 in a group without a score; at least float32. Pass ``-rewards`` for the worst image.
     """
     valid = scored(rewards, mask)
     r = as_float(rewards.detach())
-    keys = torch.where(valid, r, torch.full_like(r, -torch.inf))
+    keys = r.masked_fill(~valid, -torch.inf)
     best = (valid & (keys == keys.amax(dim=1, keepdim=True))).to(r.dtype)
     return best / best.sum(dim=1, keepdim=True).clamp_min(1)
 
 
 def preferences(rewards: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return which image is preferred to which.
-
-    Args:
-        rewards: [B, K].
-        mask: [B, K] bool, True = scored; None = all scored.
-
-    Returns:
-        [B, K, K] bool, ``[b, i, j]``: both images are scored and image i has the higher reward.
-
-    Raises:
-        ValueError: as in ``scored``.
-    """
+    """Return [B, K, K] bool, ``[b, i, j]``: both images are scored and image i has the higher reward."""
     valid = scored(rewards, mask)
     higher = rewards[:, :, None] > rewards[:, None, :]
     return higher & valid[:, :, None] & valid[:, None, :]

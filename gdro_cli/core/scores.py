@@ -1,7 +1,6 @@
 """Scores with their uncertainty: bootstrap confidence intervals over prompts.
 
-Images of one prompt are not independent, so prompts are drawn with replacement and each brings all of its
-images along.
+Images of one prompt are not independent, so prompts are drawn with replacement, each with all of its images.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from torch import Tensor
 from gdro_cli.core.seeds import generator
 
 DRAWS_PER_CHUNK = 4_000_000
-"""Prompt draws held in memory at a time (32 MB of indices)."""
+"""Prompt draws in memory at a time (32 MB of indices)."""
 
 Values = Sequence[Sequence[float | None]]
 """Scores per prompt and image; None and nan are missing."""
@@ -24,31 +23,21 @@ Values = Sequence[Sequence[float | None]]
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean with its bootstrap confidence interval.
-
-    Attributes:
-        mean: mean over all scored images.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        prompts: prompts with at least one scored image.
-        images: scored images.
-        level: confidence level of the interval, e.g. 0.95.
-    """
+    """A mean over all scored images with its bootstrap confidence interval from ``low`` to ``high``."""
 
     mean: float
     low: float
     high: float
     prompts: int
+    """Prompts with at least one scored image."""
     images: int
+    """Scored images."""
     level: float
-
-
-def _present(values: Sequence[float | None]) -> list[float]:
-    return [float(value) for value in values if value is not None and not math.isnan(value)]
+    """Confidence level, e.g. 0.95."""
 
 
 def _resampled_means(sums: Tensor, counts: Tensor, *, stream: torch.Generator, samples: int) -> Tensor:
-    """Mean over images of each resampled set of prompts, [samples]; sums and counts are per prompt [B]."""
+    """Mean over images of each resampled set of prompts [samples], from sums and counts per prompt [B]."""
     prompts = len(sums)
     rows = max(1, DRAWS_PER_CHUNK // prompts)
     means = []
@@ -68,30 +57,27 @@ def bootstrap_ci(
 ) -> Interval:
     """Return the mean over all images and its percentile bootstrap interval over prompts.
 
-    Each of the ``samples`` resamples draws as many prompts as there are, with replacement, and takes the
-    mean over all their images; the interval lies between the (1 - level) / 2 and (1 + level) / 2 quantiles
-    of these means. Missing scores are left out, never counted as 0. With one prompt the interval is the
-    point itself.
+    Each of the ``samples`` resamples draws as many prompts as there are, with replacement, and takes the mean over all
+    their images. The interval is between the (1 - level) / 2 and (1 + level) / 2 quantiles of these means. Missing
+    scores are left out, never counted as 0. With one prompt the interval is a point.
 
-    With ``strata`` the mean is the unweighted mean of the strata's means, and prompts are drawn within
-    their stratum (GenEval's overall score: the strata are the tags).
+    With ``strata`` the mean is the unweighted mean of the strata's means, and prompts are drawn within their stratum
+    (GenEval's overall score: the strata are the tags).
 
     Args:
         values_per_prompt: scores, one sequence of images per prompt, of any lengths.
         strata: the name of each prompt's stratum.
-        seed: names the random stream; same seed, same interval.
+        seed: seed of the random stream; equal seeds give equal intervals.
         samples: number of resamples, >= 1.
         level: confidence level, in (0, 1).
 
     Raises:
-        ValueError: no score at all or in one stratum, or ``samples`` or ``level`` out of range.
+        ValueError: no score at all, or none in a stratum.
     """
-    if samples < 1 or not 0 < level < 1:
-        raise ValueError(f"samples must be at least 1 and level between 0 and 1, got {samples} and {level}")
     parts: dict[str, list[list[float]]] = {}
     for name, values in zip(strata or [""] * len(values_per_prompt), values_per_prompt, strict=True):
-        kept = _present(values)
-        parts.setdefault(name, []).extend([kept] if kept else [])
+        present = [float(value) for value in values if value is not None and not math.isnan(value)]
+        parts.setdefault(name, []).extend([present] if present else [])
     empty = [name for name, scores in parts.items() if not scores]
     if empty or not parts:
         raise ValueError("no scored image to average" + (f" in {', '.join(empty)}" if any(empty) else ""))
@@ -122,27 +108,21 @@ def paired_bootstrap(
     candidate: Values,
     *,
     strata: Sequence[str] | None = None,
-    seed: int = 0,
     samples: int = 2000,
-    level: float = 0.95,
 ) -> Interval:
-    """Return the mean difference candidate - baseline and its bootstrap interval over prompts.
+    """Return the mean difference candidate - baseline and its 95 % bootstrap interval over prompts.
 
-    Entry [p][i] of both must be the same prompt and the same noise seed. The difference is taken image by
-    image, so what the two share (easy and hard prompts) cancels. An image missing on either side is left
-    out on both.
+    Entry [p][i] of both must have the same prompt and the same noise seed. The difference is taken image by image, so
+    what the two share (easy and hard prompts) cancels. An image missing on either side is left out on both.
 
     Args:
         baseline: scores per prompt and image, e.g. of the base model.
-        candidate: scores of what is compared with it, e.g. of the trained model.
+        candidate: scores to compare with it, e.g. of the trained model.
         strata: as in ``bootstrap_ci``.
-        seed: names the random stream.
         samples: number of resamples, >= 1.
-        level: confidence level, in (0, 1).
 
     Raises:
-        ValueError: the two differ in prompts or images per prompt, nothing is scored on both sides, or
-            ``samples`` or ``level`` is out of range.
+        ValueError: the two differ in prompts or images per prompt, or nothing is scored on both sides.
     """
     if [len(prompt) for prompt in baseline] != [len(prompt) for prompt in candidate]:
         raise ValueError("paired scores must have the same prompts and the same number of images per prompt")
@@ -150,4 +130,4 @@ def paired_bootstrap(
         [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
         for before, after in zip(baseline, candidate, strict=True)
     ]
-    return bootstrap_ci(differences, strata=strata, seed=seed, samples=samples, level=level)
+    return bootstrap_ci(differences, strata=strata, samples=samples)

@@ -1,4 +1,4 @@
-"""Stochastic sampling of a rectified flow: what online methods explore with, and the likelihood of what they drew.
+"""Stochastic sampling of a rectified flow, with which online methods explore, and the likelihood of a sampled step.
 
 The ODE dx = v dsigma has, for any coefficient sd(sigma), an SDE with the same marginals: the score of x_sigma is
 ``-eps_hat / sigma`` with ``eps_hat = x + (1 - sigma) v``, so with dt = sigma_next - sigma < 0
@@ -6,7 +6,8 @@ The ODE dx = v dsigma has, for any coefficient sd(sigma), an SDE with the same m
     x_next = x + (v + sd^2 / (2 sigma) * eps_hat) dt + sd sqrt(-dt) z          z ~ N(0, 1)
 
 Sources: Flow-GRPO (arXiv 2505.05470) with ``sd = a sqrt(sigma / (1 - sigma))``, DanceGRPO (arXiv 2505.07818) with
-constant ``sd = eta``. The two differ in the coefficient alone. All is computed in float32; float64 stays float64.
+constant ``sd = eta``. The two differ in the coefficient only. Everything is computed in float32; float64 stays float64.
+Every function raises ValueError if shapes do not fit.
 """
 
 from __future__ import annotations
@@ -27,19 +28,19 @@ class SdeStep:
     mean: Tensor
     """[N, ...], at least float32."""
     std: Tensor
-    """Standard deviation ``sd sqrt(-dt)``, [N], the same in all latent dims."""
+    """Standard deviation ``sd sqrt(-dt)`` [N], the same in all latent dims."""
     coefficient: Tensor
-    """Diffusion coefficient sd, [N]."""
+    """Diffusion coefficient sd [N]."""
 
     def draw(self, noise: Tensor) -> Tensor:
-        """Latents at the next noise level for standard normal ``noise`` [N, ...]."""
+        """Return latents at the next noise level for standard normal ``noise`` [N, ...]."""
         return self.mean + _spread(self.std, self.mean) * as_float(noise)
 
 
 def flow_grpo_coefficient(sigma: Tensor, *, noise_level: float, sigma_second: float) -> Tensor:
     """Return Flow-GRPO's diffusion coefficient ``a sqrt(sigma / (1 - sigma))``.
 
-    At sigma = 1 it would be infinite; there 1 - sigma is taken at the schedule's second value, as in the public code.
+    At sigma = 1 it would be infinite. There 1 - sigma is that of the schedule's second value, as in the public code.
 
     Args:
         sigma: noise levels [N] in (0, 1].
@@ -63,16 +64,13 @@ def sde_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, coeffic
 
     Args:
         x: latents [N, ...] at ``sigma``.
-        v: the model's velocity there, same shape.
+        v: the model's velocity at ``x``, same shape.
         sigma: noise levels [N], above 0.
         sigma_next: noise levels [N], below ``sigma``.
         coefficient: diffusion coefficient sd [N], 0 or more.
 
     Returns:
         Mean [N, ...] and standard deviation [N] of the latents at ``sigma_next``.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     if x.shape != v.shape:
         raise ValueError(f"sde_step: latents {list(x.shape)} and velocity {list(v.shape)} differ")
@@ -87,10 +85,10 @@ def sde_step(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, *, coeffic
 
 
 def log_prob(x_next: Tensor, step: SdeStep) -> Tensor:
-    """Return the log-density of what was drawn, as the **mean** over the latent dims.
+    """Return the log-density of sampled latents, as the **mean** over the latent dims.
 
-    The mean instead of the sum is what both public implementations take: it keeps ratios near 1 whatever the picture
-    size, and clip ranges are meant for it.
+    Both public implementations take the mean and not the sum. The mean keeps ratios near 1 at any image size, and
+    published clip ranges are meant for it.
 
     Args:
         x_next: latents [N, ...] at the next noise level.
@@ -98,9 +96,6 @@ def log_prob(x_next: Tensor, step: SdeStep) -> Tensor:
 
     Returns:
         [N], at least float32.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     if x_next.shape != step.mean.shape:
         raise ValueError(f"log_prob: latents {list(x_next.shape)} and mean {list(step.mean.shape)} differ")
@@ -112,8 +107,8 @@ def log_prob(x_next: Tensor, step: SdeStep) -> Tensor:
 def step_kl(step: SdeStep, reference_mean: Tensor) -> Tensor:
     """Return Flow-GRPO's divergence of a step from the reference's: ``mean (mu - mu_ref)^2 / (2 sd^2)`` per image.
 
-    It is |dt| times the Kullback-Leibler divergence per latent dim of the two normal distributions: the public code
-    divides by the coefficient and not by the step's own deviation, and published values of beta are meant for that.
+    It is |dt| times the Kullback-Leibler divergence per latent dim of the two normal distributions, because the public
+    code divides by the coefficient and not by the step's own deviation. Published values of beta are meant for that.
 
     Args:
         step: the policy's step.
@@ -121,9 +116,6 @@ def step_kl(step: SdeStep, reference_mean: Tensor) -> Tensor:
 
     Returns:
         [N], 0 or more.
-
-    Raises:
-        ValueError: shapes do not fit.
     """
     if reference_mean.shape != step.mean.shape:
         raise ValueError(f"step_kl: means {list(step.mean.shape)} and {list(reference_mean.shape)} differ")

@@ -1,7 +1,7 @@
-"""What a sweep says in numbers: curves over steps, peaks of runs, and means over seeds.
+"""The numbers of a sweep: curves over steps, peaks of runs, and means over seeds.
 
-Points are the evaluation points of a run: mappings with ``step`` and measures by name, as metrics hold them. A point
-that lacks a measure is left out of what is said about it; missing is not zero.
+Points are the evaluation points of a run: they map ``step`` and names of measures to numbers, as in a run's metrics. A
+point without a measure does not count for that measure; missing is not zero.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from gdro_cli.core.evaluation_points import MissingLimits, Point
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A number over the seeds of one setting: its mean, lowest and highest."""
+    """Mean, lowest and highest of a number over the seeds of one setting."""
 
     mean: float
     low: float
     high: float
     seeds: int
-    """How many runs have the number."""
+    """Number of runs that have it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """The points of one run that a table tells; None where the run has no such point."""
+    """The points of one run that a table shows; None if the run has no such point."""
 
     final: Point | None
     """The last one after step 0."""
@@ -46,36 +46,33 @@ class RunFigures:
 
 
 def spread(values: Iterable[float | None]) -> Spread | None:
-    """Mean, lowest and highest of the values that are there; None when none is.
+    """Return mean, lowest and highest of the values that are not None; None if all are.
 
     >>> spread([0.25, None, 0.75])
     Spread(mean=0.5, low=0.25, high=0.75, seeds=2)
     """
-    there = [value for value in values if value is not None]
-    return Spread(fmean(there), min(there), max(there), len(there)) if there else None
+    present = [value for value in values if value is not None]
+    return Spread(fmean(present), min(present), max(present), len(present)) if present else None
 
 
 def curve(runs: Sequence[Sequence[Point]], measure: str) -> tuple[CurvePoint, ...]:
-    """A measure over steps, at every step over those of the runs (one per seed) that have it there."""
-    steps = sorted({point["step"] for points in runs for point in points})
-    found = []
-    for step in steps:
-        here = [point.get(measure) for points in runs for point in points if point["step"] == step]
-        over_seeds = spread(here)
-        if over_seeds is not None:
-            found.append(CurvePoint(step, over_seeds))
-    return tuple(found)
+    """Return a measure over steps; at each step over the runs (one per seed) that have it."""
+    points = [point for run in runs for point in run]
+    steps = sorted({point["step"] for point in points})
+    spreads = {step: spread(point.get(measure) for point in points if point["step"] == step) for step in steps}
+    return tuple(CurvePoint(step, over_seeds) for step, over_seeds in spreads.items() if over_seeds is not None)
 
 
 def figures(points: Sequence[Point], *, reward: str, measure: str, limits: MissingLimits) -> RunFigures:
-    """The last point and the peaks of one run; the untrained model, step 0, is no candidate for a peak, nor is a point
-    of which too much is missing.
+    """Return the last point and the peaks of one run.
+
+    Neither the untrained model, step 0, nor a point that lacks too many values can be a peak.
 
     Args:
         points: the run's evaluation points.
-        reward: the measure that stands for the reward.
+        reward: the measure that is the reward.
         measure: the deciding measure.
-        limits: how much may be missing of a peak.
+        limits: how many values a peak may lack.
     """
     trained = sorted((point for point in points if point["step"] > 0), key=lambda point: int(point["step"]))
     fair = [point for point in trained if limits.allow(point)]
@@ -87,20 +84,21 @@ def figures(points: Sequence[Point], *, reward: str, measure: str, limits: Missi
 
 
 def best(settings: Mapping[str, Spread | None], *, seeds: int) -> tuple[str, ...]:
-    """The settings with the highest mean, several where they are equal; those that lack a seed are no candidates."""
-    whole = {name: found.mean for name, found in settings.items() if found is not None and found.seeds == seeds}
-    return tuple(name for name, mean in whole.items() if mean == max(whole.values()))
+    """Return the settings with the highest mean, several if equal; a setting that lacks a seed does not compete."""
+    means = {name: value.mean for name, value in settings.items() if value is not None and value.seeds == seeds}
+    return tuple(name for name, mean in means.items() if mean == max(means.values()))
 
 
 def training_seconds(rows: Iterable[Mapping[str, Any]], *, steps: int) -> float | None:
-    """Wall time of a training: the mean of its logged steps times ``steps``, and the evaluation points; None without
-    a logged step.
+    """Return the wall time of a training run: the mean logged step times ``steps``, and the evaluation points.
+
+    None without a logged step.
     """
-    kept = [(row.get("kind"), float(row["seconds"])) for row in rows if row.get("seconds") is not None]
-    logged = [seconds for kind, seconds in kept if kind == "train"]
-    return fmean(logged) * steps + sum(s for kind, s in kept if kind == "validation") if logged else None
+    timed = [(row.get("kind"), float(row["seconds"])) for row in rows if row.get("seconds") is not None]
+    logged = [seconds for kind, seconds in timed if kind == "train"]
+    return fmean(logged) * steps + sum(s for kind, s in timed if kind == "validation") if logged else None
 
 
 def _highest(points: Sequence[Point], measure: str) -> Point | None:
-    there = [point for point in points if point.get(measure) is not None]
-    return max(there, key=lambda point: float(point[measure])) if there else None
+    measured = [point for point in points if point.get(measure) is not None]
+    return max(measured, key=lambda point: float(point[measure]), default=None)

@@ -1,7 +1,7 @@
 """LoRA on a flow model's transformer, the reference model inside it, and the average of its weights.
 
-The policy is the base with the adapter on, the reference is the same weights with the adapter off: there is never a
-second copy of the transformer. Adapter weights are float32 whatever the dtype of the base.
+The policy is the base with the adapter on; the reference is the same weights with the adapter off. So the transformer
+is never in memory twice. Adapter weights are float32 whatever the dtype of the base.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def attach_lora(
     rank-stabilised LoRA (LoRA: arXiv 2106.09685; rsLoRA: arXiv 2312.03732).
 
     Args:
-        model: its transformer must be bare (not yet wrapped for several processes).
+        model: its transformer must not be wrapped yet (DDP, FSDP).
         rank: width of A and B.
         alpha: scale, see above.
-        targets: "auto" = the family's published layers; "all-linear" = every linear layer, modulation, embedders
-            and output included; or a list of layer names or ends of names.
+        targets: "auto" = the family's published layers; "all-linear" = every linear layer, modulation, embedders and
+            output included; or a list of names, or suffixes of names, of layers.
         rslora: use the rank-stabilised scale.
-        seed: of A; the global random state is neither used nor changed.
+        seed: seed of A; the global random state is neither used nor changed.
 
     Returns:
         The adapter's parameters, float32, on the base's device, in the transformer's order.
@@ -63,14 +63,14 @@ def attach_lora(
         raise UserError("the transformer has an adapter already: load the model again to attach another")
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do, it is only divided
+        lora_alpha=alpha,  # type: ignore[arg-type]  # any number will do: peft only divides it
         target_modules=_target_names(model, targets),
         use_rslora=rslora,
         init_lora_weights="gaussian",
     )
     transformer.requires_grad_(False)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone, where peft draws
+        torch.default_generator.manual_seed(seed)  # peft draws on the CPU
         transformer.add_adapter(config, adapter_name=_ADAPTER)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:
@@ -83,7 +83,7 @@ def reference(model: FlowModel) -> Iterator[None]:
     """Switch the adapter off inside the block: the model is then exactly the untouched base."""
     layers = _lora_layers(model.transformer)
     before = [layer._disable_adapters for layer in layers]
-    # Only the switch itself: peft's own method would also change requires_grad, which DDP and FSDP do not allow.
+    # Only the switch: peft's own method also changes requires_grad, which DDP and FSDP forbid.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -103,15 +103,15 @@ def lora_state(model: FlowModel) -> dict[str, Tensor]:
 
 
 def load_lora_state(model: FlowModel, state: Mapping[str, Tensor]) -> None:
-    """Put weights of ``lora_state`` into the attached adapter.
+    """Copy weights of ``lora_state`` into the attached adapter.
 
     Raises:
         UserError: the transformer has no adapter.
         StoreError: names or shapes differ from the attached adapter's.
     """
     parameters = _lora_parameters(model)
-    differing = sorted(parameters.keys() ^ state.keys())
-    differing += [name for name in parameters.keys() & state.keys() if parameters[name].shape != state[name].shape]
+    expected = {(name, parameter.shape) for name, parameter in parameters.items()}
+    differing = sorted({name for name, _ in expected ^ {(name, tensor.shape) for name, tensor in state.items()}})
     if differing:
         raise StoreError(
             f"the stored adapter does not fit this recipe's ({len(differing)} layers differ, e.g. {differing[0]}): "
@@ -123,14 +123,14 @@ def load_lora_state(model: FlowModel, state: Mapping[str, Tensor]) -> None:
 
 
 def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
-    """Write the adapter in diffusers' format, so that ``pipe.load_lora_weights(folder)`` gives the trained model.
+    """Write the adapter in diffusers' format: ``pipe.load_lora_weights(folder)`` gives the trained model.
 
-    Rank, alpha and the kind of scale travel in the file's metadata; without them loaders assume alpha = rank.
+    The file's metadata has rank, alpha and the kind of scale; without them loaders assume alpha = rank.
 
     Args:
-        model: carries the adapter (its configuration is written).
+        model: the model with the adapter, whose configuration is written.
         folder: made if missing; gets ``pytorch_lora_weights.safetensors``.
-        state: weights to write instead of the current ones, as from ``lora_state``.
+        state: weights of ``lora_state`` to write instead of the current ones.
 
     Returns:
         Path of the file.
@@ -141,7 +141,7 @@ def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None
     """
     weights = lora_state(model) if state is None else state
     config = _bare(model.transformer).peft_config[_ADAPTER]
-    # Only what defines the adapter: versions of peft that lack a newer key refuse a file that has it.
+    # Only the keys that define the adapter: an older peft refuses a file with a key that it lacks.
     definition: dict[str, Any] = {
         "peft_type": "LORA",
         "r": config.r,
@@ -163,9 +163,9 @@ class Ema:
     ``average = eta * average + (1 - eta) * parameter`` (GDRO, arXiv 2601.02036: rate 0.001, max_decay 0.5).
 
     Args:
-        parameters: what is averaged; the average starts as a copy of them.
+        parameters: the parameters; the average starts as a copy of them.
         rate: growth of the decay per update, >= 0.
-        max_decay: its ceiling, in [0, 1].
+        max_decay: ceiling of the decay, in [0, 1].
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], rate: float, max_decay: float) -> None:
@@ -180,7 +180,7 @@ class Ema:
         return min(self.rate * update, self.max_decay)
 
     def update(self) -> None:
-        """Take the parameters' present values into the average."""
+        """Add the parameters' current values to the average."""
         self.updates += 1
         new = 1.0 - self.decay(self.updates)
         with torch.no_grad():
@@ -193,25 +193,20 @@ class Ema:
         return {**tensors, "updates": torch.tensor(self.updates)}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a ``state``.
+        """Restore a ``state``.
 
         Raises:
             StoreError: it belongs to other parameters.
         """
-        names = [f"{i:05d}" for i in range(len(self._average))]
-        if (
-            {*names, "updates"} != state.keys()
-            or state["updates"].numel() != 1
-            or any(state[name].shape != average.shape for name, average in zip(names, self._average, strict=True))
-        ):
+        if {name: tensor.shape for name, tensor in state.items()} != {n: t.shape for n, t in self.state().items()}:
             raise StoreError("the stored average does not fit the adapter: use the rank and targets it was made with")
         self.updates = int(state["updates"])
-        for name, average in zip(names, self._average, strict=True):
-            average.copy_(state[name])
+        for i, average in enumerate(self._average):
+            average.copy_(state[f"{i:05d}"])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Put the average into the parameters inside the block; the trained values come back after it."""
+        """Swap the average into the parameters inside the block; the trained values return after it."""
         trained = [p.detach().clone() for p in self._parameters]
         self._fill(self._average)
         try:
@@ -226,14 +221,8 @@ class Ema:
 
 
 def _bare(module: Any) -> Any:
-    """Take off the wrappers of DDP (``module``) and of torch.compile (``_orig_mod``)."""
-    while True:
-        inner = getattr(module, "_orig_mod", None)
-        if inner is None and isinstance(module, nn.parallel.DistributedDataParallel):
-            inner = module.module
-        if inner is None:
-            return module
-        module = inner
+    """The module inside DDP's wrapper; FSDP and the compilation of blocks add no wrapper."""
+    return module.module if isinstance(module, nn.parallel.DistributedDataParallel) else module
 
 
 def _lora_layers(module: nn.Module) -> list[Any]:
@@ -252,18 +241,16 @@ def _lora_parameters(model: FlowModel) -> dict[str, nn.Parameter]:
 
 
 def _target_names(model: FlowModel, targets: Sequence[str] | str) -> list[str]:
-    """Resolve targets to what peft matches: full layer names or their ends."""
+    """Resolve targets to what peft matches: full layer names or suffixes."""
     linear = [name for name, layer in model.transformer.named_modules() if isinstance(layer, nn.Linear)]
     if targets == "all-linear":
         return linear
-    if isinstance(targets, str) and targets != "auto":
-        raise UserError(f"train.lora.targets is {targets!r}: give auto, all-linear or a list of layer names")
-    wanted = list(model.lora_targets) if targets == "auto" else list(targets)
-    for target in wanted:
+    names = list(model.lora_targets if targets == "auto" else targets)
+    for target in names:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            ends = {name.split(".", 2)[-1] for name in linear}
+            suffixes = sorted({name.split(".", 2)[-1] for name in linear})
             raise UserError(
                 f"train.lora.targets names {target}, but no linear layer of the transformer ends like that"
-                f"{similar(target, sorted(ends))}"
+                f"{similar(target, suffixes)}"
             )
-    return wanted
+    return names

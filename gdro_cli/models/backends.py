@@ -13,34 +13,34 @@ Attention = Literal[
 ]
 
 _PRIVATE = ("native_", "flash_3")
-"""Names that diffusers writes with a leading underscore. Kernels that it would fetch from the Hub are left out: they
-are other people's code, run unseen."""
+"""Names that diffusers writes with a leading underscore. Kernels that it would fetch from the Hub are left out, because
+they are unreviewed code."""
 
 
 @dataclass(frozen=True, slots=True)
 class ComputeOptions:
-    """What changes the speed of the transformer, and its results by no more than rounding."""
+    """Options that change the speed of the transformer, and its results only by rounding."""
 
     compile: bool = False
-    """Compile its repeated blocks with ``torch.compile`` when they are first used."""
+    """Compile the repeated blocks with ``torch.compile`` at their first use."""
     attention: Attention = "auto"
-    """Which kernels compute attention; ``auto`` is ``native``, PyTorch's own choice."""
+    """The kernels that compute attention; ``auto`` is ``native``, PyTorch's own choice."""
 
 
 def prepare_transformer(module: Any, options: ComputeOptions) -> None:
     """Set the attention kernels and mark the blocks for compilation.
 
-    Blocks are compiled one kind at a time (regional compilation), so that deep models compile as fast as shallow ones
-    and the adapter's layers, which are added later, are compiled along.
+    Each kind of block is compiled once (regional compilation), so a deep model compiles as fast as a shallow one. The
+    adapter's layers, added later, are compiled with their blocks.
 
     Raises:
         PrerequisiteError: the package of the kernels is not installed.
         UserError: the transformer's class names no repeated blocks.
     """
-    # Also for `auto`: diffusers keeps the kernels that were set last for all models of the process.
+    # Also for `auto`: diffusers applies the kernels that were set last to all models of the process.
     name = "native" if options.attention == "auto" else options.attention
     try:
-        with quiet():  # diffusers warns, every time, that choosing kernels is experimental
+        with quiet():  # diffusers warns each time that choosing kernels is experimental
             module.set_attention_backend(f"_{name}" if name.startswith(_PRIVATE) else name)
     except (RuntimeError, ImportError) as error:
         raise PrerequisiteError(

@@ -1,9 +1,9 @@
-"""What the stages see of a model: a pipeline folder as a flow of noise, velocity and images.
+"""A model as the stages see it: a pipeline folder as a flow of noise, velocity and images.
 
 A family of models subclasses ``FlowModel`` in a file of its own and adds a row to ``diffusers_flow.FAMILIES``.
 
-Shapes: N images (or prompts), S latent tokens, C numbers per token (some families take maps [C, H, W] instead, and
-nothing outside them cares), L text tokens, D text width. ``sigma`` is in [0, 1], and 1 is pure noise; the 0..1000
+Shapes: N images (or prompts), S latent tokens, C numbers per token (some families take maps [C, H, W] instead; nothing
+outside them depends on it), L text tokens, D text width. ``sigma`` is in [0, 1], and 1 is pure noise; the 0..1000
 timestep of the schedulers exists only inside the families.
 """
 
@@ -28,17 +28,24 @@ from gdro_cli.models.latents import decoded_at_once, seeded_noise, to_images
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_vae, quantization_config
 
 Conditioning = dict[str, Tensor]
-"""What the text encoders make of ONE prompt, without a batch dimension; batched, each tensor gains a leading N."""
+"""The text encoders' output for ONE prompt, without a batch dimension; batched, each tensor has a leading N."""
 
 GuidanceKind = Literal["embedded", "cfg", "none"]
 """What a guidance scale g does.
 
 - ``embedded``: an input of the transformer; one pass, and training uses the same g as sampling.
-- ``cfg``: classifier-free guidance in the sampler, v = v_uncond + g (v_cond - v_uncond), for g > 1; at g <= 1 there is
-  one pass, without guidance. Training on stored groups uses the conditional velocity v_cond, whatever g is; online
-  methods train the velocity that they sample with.
+- ``cfg``: classifier-free guidance in the sampler, v = v_uncond + g (v_cond - v_uncond), for g > 1; at g <= 1 one pass,
+  without guidance. Training on stored groups uses the conditional velocity v_cond at any g; online methods train the
+  velocity that they sample with.
 - ``none``: nothing.
 """
+
+ATTENTION_LAYERS = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+"""The linear layers of a block's attention, as diffusers names them; its own training scripts adapt them."""
+JOINT_ATTENTION_LAYERS = (
+    *ATTENTION_LAYERS, "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"
+)  # fmt: skip
+"""The same where text tokens have projections of their own."""
 
 _ENCODE_BATCH = 8
 """Prompts per pass through the text encoders; they are cheap beside the transformer."""
@@ -47,35 +54,33 @@ _ENCODE_BATCH = 8
 class FlowModel(abc.ABC):
     """A pipeline folder seen as a flow: noise, velocity, images.
 
-    Components are loaded when they are first used: the transformer by ``velocity``, the text encoders by ``encode``,
-    the autoencoder by ``decode``. So training, which only calls ``velocity``, never loads the other two.
+    A component is loaded at its first use: the transformer by ``velocity``, the text encoders by ``encode``, the
+    autoencoder by ``decode``. So training, which only calls ``velocity``, never loads the other two.
 
     Args:
         folder: the opened pipeline folder.
         device: where the components run.
-        dtype: of the frozen weights and of the transformer's inputs.
+        dtype: dtype of the frozen weights and of the transformer's inputs.
         max_sequence_length: text tokens per prompt; None takes the model's own.
-        memory: what is given up for less memory.
+        memory: how to save memory.
         compute: how the transformer is computed.
     """
 
     family: ClassVar[str]
     """Short name of the model family, e.g. ``"flux"``."""
     lora_targets: tuple[str, ...]
-    """Names (suffixes) of the linear layers that the family's published recipes adapt."""
+    """Names (suffixes) of the linear layers that diffusers' own training script for the family adapts."""
     patch: ClassVar[int] = 2
     """Latent pixels per side of one token."""
-    fallback_size: ClassVar[int] = 1024
-    """Image side in pixels when the autoencoder's configuration does not give one."""
     longest_text: ClassVar[int] = 512
-    """Text tokens per prompt unless the recipe says otherwise."""
+    """Text tokens per prompt unless the recipe sets them."""
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)
-    """Keys of the transformer's configuration that say how often a block is repeated."""
+    """Keys of the transformer's configuration for the number of repeated blocks of each kind."""
     negative_prompt: ClassVar[str] = ""
     """The prompt of the unconditional pass."""
 
     place_transformer: Callable[[nn.Module], nn.Module]
-    """Brings the frozen transformer, just loaded, to where it runs; assign another one (FSDP) before its first use."""
+    """Moves the frozen transformer, just loaded, to its device; assign another one (FSDP) before its first use."""
 
     def __init__(
         self,
@@ -94,12 +99,11 @@ class FlowModel(abc.ABC):
         self.memory = memory or MemoryOptions()
         self.compute = compute or ComputeOptions()
         self._max_sequence_length = max_sequence_length
-        self._offload = OneAtATime(device) if self.memory.offload else None
+        self._offload = OneAtATime(device)
         self._movable = True
         self._transformer: nn.Module | None = None
         self._loaded: dict[str, Any] = {}
         self._unconditional: Conditioning | None = None
-        self._ids: dict[tuple[object, ...], Tensor] = {}
         self.transformer_config = folder.config("transformer")
         self.vae_config = folder.config("vae")
         self.vae_scale = self._vae_scale()
@@ -113,39 +117,34 @@ class FlowModel(abc.ABC):
         return {key: int(self.transformer_config[key]) for key in self.depth_keys}
 
     def at_depths(self, depths: Mapping[str, int]) -> dict[str, Any]:
-        """What the transformer's configuration says of a model with other ``depths``."""
+        """The transformer's configuration of a model with other ``depths``: the entries that change."""
         return dict(depths)
 
     # -- components ---------------------------------------------------------------------------------------------
 
     @property
     def transformer(self) -> nn.Module:
-        """The network that is trained, frozen as loaded; assign the wrapped module (DDP, FSDP, compiled) to use it."""
+        """The network to train, frozen as loaded; assign the wrapped module (DDP, FSDP) to use it."""
         if self._transformer is None:
             self._transformer = self._load_network("transformer")
-        if self._offload is not None and self._movable:
+        if self.memory.offload and self._movable:
             self._offload.use("transformer", "transformer", self._transformer)
         return self._transformer
 
     @transformer.setter
     def transformer(self, module: nn.Module) -> None:
-        if self._offload is not None:
-            self._offload.forget("transformer")  # what was assigned is where its maker wants it
+        self._offload.forget("transformer")  # the assigned module stays on its device
         self._transformer, self._movable = module, False
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
-        """What the weights are: path as given, pipeline class, component classes, and ``digest`` or ``commit``.
-
-        ``digest`` is a SHA-256 over the bytes of every component file of a local folder (computed on first use, which
-        reads all of them); a model of the Hub has ``commit`` instead.
-        """
+        """Identity of the weights, see ``PipelineFolder.identity``."""
         return self.folder.identity
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width, in pixels, that the model was made for, by the autoencoder's configuration."""
-        size = self.vae_config.get("sample_size") or self.fallback_size
+        """Native height and width of the model in pixels, from the autoencoder's configuration or else 1024."""
+        size = self.vae_config.get("sample_size") or 1024
         height, width = (size, size) if isinstance(size, int) else size
         return int(height), int(width)
 
@@ -160,8 +159,7 @@ class FlowModel(abc.ABC):
     def _release(self, names: Sequence[str]) -> None:
         for name in names:
             self._loaded.pop(name, None)
-            if self._offload is not None:
-                self._offload.forget(name)
+            self._offload.forget(name)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -175,7 +173,7 @@ class FlowModel(abc.ABC):
         """A component with weights other than the transformer, loaded once."""
         if name not in self._loaded:
             self._loaded[name] = self._load_network(name)
-        if self._offload is not None:
+        if self.memory.offload:
             self._offload.use("vae" if name == "vae" else "text", name, self._loaded[name])
         return self._loaded[name]
 
@@ -183,7 +181,7 @@ class FlowModel(abc.ABC):
         quantized = None
         if name == "transformer":
             quantized = quantization_config(self.memory.quantization, dtype=self.dtype, device=self.device)
-        # A first use inside inference mode must not leave inference tensors behind: they could never be trained on.
+        # A first use inside inference mode must not create inference tensors, which autograd refuses for good.
         with torch.inference_mode(False):
             module: nn.Module = self.folder.load(name, dtype=self.dtype, quantization=quantized)
             module.eval().requires_grad_(False)
@@ -191,7 +189,7 @@ class FlowModel(abc.ABC):
                 prepare_vae(module, self.memory)
             if name == "transformer":
                 prepare_transformer(module, self.compute)
-            if self._offload is not None:
+            if self.memory.offload:
                 return module
             return self.place_transformer(module) if name == "transformer" else module.to(self.device)
 
@@ -199,14 +197,14 @@ class FlowModel(abc.ABC):
 
     @property
     def max_sequence_length(self) -> int:
-        """Text tokens per prompt: as the recipe says, or the family's own."""
+        """Text tokens per prompt: as the recipe sets, or the family's own."""
         return self.longest_text if self._max_sequence_length is None else self._max_sequence_length
 
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Encode prompts; the results are on the CPU and do not depend on the batch, up to rounding.
 
-        Where the text has no fixed length, each conditioning is as long as its prompt. Where guidance is ``cfg``, the
-        negative prompt is encoded as well, so that no sampling has to load the encoders again for it.
+        If the family pads no text, each conditioning is as long as its prompt. With ``cfg`` guidance the negative
+        prompt is also encoded, so that sampling need not load the encoders again for it.
         """
         conditionings = self._encode_all(prompts)
         if self.guidance_kind == "cfg":
@@ -214,7 +212,7 @@ class FlowModel(abc.ABC):
         return conditionings
 
     def unconditional(self) -> Conditioning:
-        """Encode what ``cfg`` guidance leads away from: the family's negative prompt; kept once encoded."""
+        """Return the encoded negative prompt, away from which ``cfg`` guidance leads; encoded once."""
         if self._unconditional is None:
             self._unconditional = self._encode_all([self.negative_prompt])[0]
         return self._unconditional
@@ -228,11 +226,12 @@ class FlowModel(abc.ABC):
         return conditionings
 
     def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
-        """Stack N conditionings (or take batched ones as they are), on the model's device and in its dtype."""
-        return stack_conditioning(conditioning, device=self.device, dtype=self.dtype)
+        """Return N conditionings, stacked unless they are already, on the model's device, floats in its dtype."""
+        batch = conditioning if isinstance(conditioning, Mapping) else stack_conditioning(conditioning)
+        return {key: v.to(self.device, self.dtype if v.is_floating_point() else v.dtype) for key, v in batch.items()}
 
     def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one prompt's conditioning at so many text tokens: the token embeddings, unless there is more."""
+        """Shapes of one prompt's conditioning of ``tokens`` text tokens: token embeddings unless overridden."""
         return {"prompt_embeds": (tokens, int(self.transformer_config["joint_attention_dim"]))}
 
     @abc.abstractmethod
@@ -243,19 +242,18 @@ class FlowModel(abc.ABC):
 
     @property
     def guidance_kind(self) -> GuidanceKind:
-        """What the guidance scale does: classifier-free guidance, unless the family says otherwise."""
+        """What the guidance scale does: classifier-free guidance unless overridden."""
         return "cfg"
 
     def guided(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        """Join the velocities [N, ...] of the two passes, in float32: v_uncond + g (v_cond - v_uncond)."""
+        """Combine the velocities [N, ...] of the two passes, in float32: v_uncond + g (v_cond - v_uncond)."""
         start = as_float(unconditional)
         return start + guidance * (as_float(conditional) - start)
 
     def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
         """Return the scheduler's schedule [steps + 1] with its shift for this size: float32, descending to 0."""
-        scheduler = self._component("scheduler")
+        scheduler, (rows, columns) = self._component("scheduler"), self.grid(height=height, width=width)
         config = scheduler.config
-        rows, columns = self.grid(height=height, width=width)
         unshifted = None if config.get("use_flow_sigmas") else self._unshifted(steps)
         scheduler.set_timesteps(
             num_inference_steps=steps if unshifted is None else None,
@@ -266,7 +264,7 @@ class FlowModel(abc.ABC):
         return schedule.to("cpu", torch.float32).clone()
 
     def _unshifted(self, steps: int) -> npt.NDArray[np.float64] | None:
-        """Sigmas [steps] before the scheduler shifts them, from 1 down; None = as the scheduler spaces them."""
+        """Sigmas [steps] before the scheduler shifts them, from 1 down; None = spaced by the scheduler."""
         return np.linspace(1.0, 1.0 / steps, steps)
 
     def _shift(self, config: Any, tokens: int, steps: int) -> float:
@@ -276,7 +274,7 @@ class FlowModel(abc.ABC):
         return float(start + (end - start) * (tokens - low) / (high - low))
 
     def pipeline_call(self, *, steps: int, guidance: float, height: int, width: int) -> dict[str, Any]:
-        """Return the arguments, beside the prompt, with which the pipeline of diffusers draws the same image."""
+        """Return the arguments, prompt aside, with which diffusers' pipeline draws the same image."""
         call = {"height": height, "width": width, "num_inference_steps": steps}
         return {**call, "max_sequence_length": self.max_sequence_length, **self._pipeline_guidance(guidance)}
 
@@ -318,7 +316,7 @@ class FlowModel(abc.ABC):
     ) -> Tensor:
         """Return the model's velocity [N, ...], in its dtype, at noisy ``latents`` [N, ...] and ``sigma`` [N].
 
-        One pass: ``guidance`` counts only where it is ``embedded``.
+        It takes one pass, so ``guidance`` has an effect only if it is ``embedded``.
         """
         text, grid = self.batch_conditioning(conditioning), self.grid(height=height, width=width)
         velocity: Tensor = self._velocity(latents.to(self.dtype), sigma, text, guidance, grid)
@@ -331,7 +329,7 @@ class FlowModel(abc.ABC):
     # -- images -------------------------------------------------------------------------------------------------
 
     def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image | None]:
-        """Decode clean latents [N, ...] into N RGB images, a few at a time; None stands for one that is not finite."""
+        """Decode clean latents [N, ...] into N RGB images, a few at a time; None for an image that is not finite."""
         vae, at_once = self._network("vae"), decoded_at_once(height, width)
         images: list[Image.Image | None] = []
         with torch.inference_mode():
@@ -360,36 +358,17 @@ def takes_two_passes(model: FlowModel, guidance: float) -> bool:
     return model.guidance_kind == "cfg" and guidance > 1.0
 
 
-def stack_conditioning(
-    conditioning: Conditioning | Sequence[Conditioning], *, device: torch.device, dtype: torch.dtype
-) -> Conditioning:
-    """Stack per-prompt conditionings into a batch, floating-point tensors in ``dtype``.
+def stack_conditioning(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Stack the conditionings of N prompts: the same keys, each tensor with a leading N.
 
-    Args:
-        conditioning: N conditionings of one prompt each, or one that is batched already.
-        device: where the batch goes.
-        dtype: of floating-point entries; integer entries and masks keep theirs.
-
-    Returns:
-        The same keys with a leading N. An entry whose first dimension differs between prompts is padded with zeros and
-        gets a ``<key>_mask`` [N, L], bool, True where it is the prompt's own. Tensors that are already where and as
-        they should be are not copied.
+    An entry whose first dimension differs between prompts is padded with zeros and gets a ``<key>_mask`` [N, L], bool,
+    True for the prompt's own values.
     """
-    if isinstance(conditioning, Mapping):
-        batched: Conditioning = conditioning
-    else:
-        batched = {}
-        for key in conditioning[0]:
-            batched |= _stack(key, [one[key] for one in conditioning])
-    return {
-        key: value.to(device=device, dtype=dtype if value.is_floating_point() else value.dtype)
-        for key, value in batched.items()
-    }
-
-
-def _stack(key: str, tensors: list[Tensor]) -> Conditioning:
-    if len({tensor.shape for tensor in tensors}) == 1:
-        return {key: torch.stack(tensors)}
-    lengths = torch.tensor([len(tensor) for tensor in tensors])
-    mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
-    return {key: pad_sequence(tensors, batch_first=True), f"{key}_mask": mask}
+    batch: Conditioning = {}
+    for key in conditionings[0]:
+        tensors = [one[key] for one in conditionings]
+        batch[key] = pad_sequence(tensors, batch_first=True)
+        lengths = torch.tensor([len(tensor) for tensor in tensors])
+        if (lengths != lengths[0]).any():
+            batch[f"{key}_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+    return batch

@@ -1,4 +1,4 @@
-"""Load a flow model: the family is chosen by the pipeline class that the folder names."""
+"""Load a flow model of the family that the folder's pipeline class determines."""
 
 from __future__ import annotations
 
@@ -41,26 +41,24 @@ def load_flow_model(
     memory: MemoryOptions | None = None,
     compute: ComputeOptions | None = None,
 ) -> FlowModel:
-    """Open a model in its family; nothing heavy is loaded before it is used.
+    """Open a model in its family; components are loaded when they are first used.
 
     Args:
-        model: pipeline folder, opened or by its path, or Hub id (whose files are fetched when they are needed).
-        dtype: of the weights; auto = bfloat16 on CUDA, float32 elsewhere.
+        model: an opened pipeline folder, its path, or a Hub id (whose files are fetched when needed).
+        dtype: dtype of the weights; auto = bfloat16 on CUDA, float32 elsewhere.
         device: where the model runs.
         max_sequence_length: text tokens per prompt; None takes the model's own.
-        memory: what is given up for less memory; None gives up nothing.
-        compute: how the transformer is computed; None = as it is loaded.
+        memory: how to save memory; None saves none.
+        compute: how the transformer is computed; None takes the defaults.
 
     Raises:
         PrerequisiteError: the model is not on this machine; the message says what to fetch.
-        UserError: the pipeline is of an unknown family, or the dtype is unknown.
+        UserError: the pipeline is of an unknown family.
     """
     folder = model if isinstance(model, PipelineFolder) else PipelineFolder(model)
     target = torch.device(device)
     if dtype == "auto":
         dtype = "bfloat16" if target.type == "cuda" else "float32"
-    if dtype not in _DTYPES:
-        raise UserError(f"model.dtype is {dtype!r}: choose auto, {', '.join(_DTYPES)}")
     family = FAMILIES.get(folder.pipeline)
     if family is None:
         raise UserError(

@@ -1,8 +1,8 @@
 """FLUX.1 (dev, schnell, and anything else with the classes of ``FluxPipeline``).
 
-Text: pooled CLIP embedding and T5 token embeddings, all tokens seen (FLUX has no text mask). Latents: the
-autoencoder's map, 2 x 2 pixels packed into one token. Guidance: dev has it as an input (``guidance_embeds``), schnell
-and the embedded model have none and ignore the value. No model takes a second, unconditional pass.
+Text: pooled CLIP embedding and T5 token embeddings, padding included (FLUX has no text mask). Latents: the
+autoencoder's map, 2 x 2 pixels packed into one token. Guidance: dev has it as an input (``guidance_embeds``); schnell
+and the embedded model ignore the value. No model takes a second, unconditional pass.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from gdro_cli.models.base import Conditioning, GuidanceKind
+from gdro_cli.models.base import JOINT_ATTENTION_LAYERS, Conditioning, GuidanceKind
+from gdro_cli.models.latents import positions
 from gdro_cli.models.packed_latents import PackedFlow
-from gdro_cli.models.text import split, tokenize
+from gdro_cli.models.text import clip_ids, split, tokenize
 
 
 class FluxFlow(PackedFlow):
@@ -24,31 +25,15 @@ class FluxFlow(PackedFlow):
     family: ClassVar[str] = "flux"
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers", "num_single_layers")
     longest_text: ClassVar[int] = 512  # the most T5 tokens that FLUX was trained with
-    # The layers that diffusers' own training script adapts.
     lora_targets: tuple[str, ...] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "ff.net.0.proj",
-        "ff.net.2",
-        "ff_context.net.0.proj",
-        "ff_context.net.2",
-    )
-
-    @property
-    def max_sequence_length(self) -> int:
-        """T5 tokens per prompt: as the recipe says, or the tokenizer's own length, at most 512."""
-        if self._max_sequence_length is not None:
-            return self._max_sequence_length
-        return self._own_length
+        *JOINT_ATTENTION_LAYERS, "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"
+    )  # fmt: skip
 
     @functools.cached_property
-    def _own_length(self) -> int:
+    def max_sequence_length(self) -> int:
+        """T5 tokens per prompt: as the recipe sets, or the tokenizer's own length, at most 512."""
+        if self._max_sequence_length is not None:
+            return self._max_sequence_length
         tokenizer = self.folder.config("tokenizer_2", file="tokenizer_config.json")
         return min(int(tokenizer.get("model_max_length", self.longest_text)), self.longest_text)
 
@@ -62,50 +47,26 @@ class FluxFlow(PackedFlow):
 
     @property
     def guidance_kind(self) -> GuidanceKind:
-        """``embedded`` where the transformer has the input (dev), else ``none`` (schnell, the embedded model)."""
+        """``embedded`` if the transformer has the input (dev), else ``none`` (schnell, the embedded model)."""
         return "embedded" if self.transformer_config.get("guidance_embeds") else "none"
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
-        clip_tokenizer, clip = self._component("tokenizer"), self._network("text_encoder")
-        clip_ids = clip_tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=clip_tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
+        tokenizer = self._component("tokenizer")
+        ids = clip_ids(tokenizer, prompts, length=tokenizer.model_max_length)
+        pooled = self._network("text_encoder")(ids.to(self.device)).pooler_output
         ids = tokenize(self._component("tokenizer_2"), prompts, length=self.max_sequence_length).input_ids
-        return split(
-            {
-                "prompt_embeds": self._network("text_encoder_2")(ids.to(self.device))[0],
-                "pooled_prompt_embeds": clip(clip_ids.to(self.device)).pooler_output,
-            }
-        )
+        embeds = self._network("text_encoder_2")(ids.to(self.device))[0]
+        return split({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
     def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
         embeds = text["prompt_embeds"]
-        scale = None
-        if self.transformer_config.get("guidance_embeds"):
-            scale = torch.full_like(sigma, guidance)
         return self.transformer(
             hidden_states=x,
             timestep=sigma,  # the transformer itself multiplies by 1000
-            guidance=scale,
+            guidance=torch.full_like(sigma, guidance) if self.guidance_kind == "embedded" else None,
             pooled_projections=text["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
-            txt_ids=self._positions("text", embeds.shape[1], 1),
-            img_ids=self._positions("image", *grid),
+            txt_ids=torch.zeros(embeds.shape[1], 3, dtype=self.dtype, device=self.device),
+            img_ids=positions(1, *grid, device=self.device).to(self.dtype),  # (unused, row, column)
             return_dict=False,
         )[0]
-
-    def _positions(self, kind: str, rows: int, columns: int) -> Tensor:
-        """Token positions [rows * columns, 3] (unused, row, column), cached; text tokens all stand at the origin."""
-        key = (kind, rows, columns)
-        if key not in self._ids:
-            with torch.inference_mode(False):
-                ids = torch.zeros(rows, columns, 3, dtype=self.dtype)
-                if kind == "image":
-                    ids[..., 1] = torch.arange(rows)[:, None]
-                    ids[..., 2] = torch.arange(columns)[None, :]
-                self._ids[key] = ids.reshape(rows * columns, 3).to(self.device)
-        return self._ids[key]

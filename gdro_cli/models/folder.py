@@ -1,8 +1,7 @@
 """A diffusers pipeline folder, local or on the Hugging Face Hub, opened one component at a time.
 
-``model_index.json`` names the class of each component and the library it comes from. Components of diffusers and
-transformers are loaded, and those of modules inside ``gdro_cli``; any other library is refused, so that a downloaded
-folder can never choose code to run.
+``model_index.json`` names the class and library of each component. Only classes of diffusers, transformers and modules
+inside ``gdro_cli`` are loaded, so a downloaded folder can never choose code to run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _OWN = "gdro_cli."
 _COMPONENT = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NETWORKS = ("text_encoder", "transformer", "vae")
 _ATTENTION = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
-"""What a configuration may name as an implementation. Other names are kernels, which are code from the Hub."""
+"""The implementations that a configuration may name. Other names are kernels, which are code from the Hub."""
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _LICENCES = ("licen", "notice", "use_policy")
 
@@ -35,8 +34,8 @@ class PipelineFolder:
     """The components of one pipeline.
 
     Args:
-        path: a folder that holds ``model_index.json``, or a Hub id such as ``black-forest-labs/FLUX.1-dev``.
-        fetch: whether files of the Hub that are not in its cache may be fetched.
+        path: a folder with ``model_index.json``, or a Hub id such as ``black-forest-labs/FLUX.1-dev``.
+        fetch: whether files that are not in the Hub's cache may be fetched.
 
     Raises:
         PrerequisiteError: the folder or the Hub repository cannot be read.
@@ -56,16 +55,16 @@ class PipelineFolder:
 
     @property
     def components(self) -> dict[str, str]:
-        """Component name -> class name, without the absent ones."""
+        """Component name -> class name, without absent components."""
         return {name: class_name for name, (_, class_name) in self._entries.items()}
 
     @property
     def on_hub(self) -> bool:
-        """Whether the files come from the Hub and not from a folder of the user's."""
+        """Whether the files come from the Hub and not from the user's folder."""
         return self._source.on_hub
 
     def setting(self, name: str) -> Any:
-        """A plain value that the pipeline keeps beside its components, such as ``is_distilled``; None if absent."""
+        """A plain value in the pipeline's index, such as ``is_distilled``; None if absent."""
         return self._index.get(name)
 
     def config(self, name: str, *, file: str = "config.json") -> dict[str, Any]:
@@ -73,7 +72,7 @@ class PipelineFolder:
 
         Raises:
             PrerequisiteError: the file is missing or broken.
-            UserError: it asks for kernels from elsewhere.
+            UserError: it names kernels of other origin.
         """
         self._source.get(f"{name}/{file}")
         config = self._source.read_json(f"{name}/{file}")
@@ -88,15 +87,15 @@ class PipelineFolder:
     def load(self, name: str, *, dtype: torch.dtype | None = None, quantization: Any = None) -> Any:
         """Load a component by the class that ``model_index.json`` names.
 
-        The first load from a local folder checks all of its components, so that none fails after hours of sampling.
+        The first load from a local folder checks all its components, so that none fails after hours of sampling.
 
         Args:
             name: component name, e.g. ``"transformer"``.
-            dtype: of the weights; None for components without weights (tokenizers, schedulers).
-            quantization: a quantization config of diffusers, where the weights are to be stored in fewer bits.
+            dtype: dtype of the weights; None for a component without weights (tokenizer, scheduler).
+            quantization: a quantization config of diffusers; None stores the weights in ``dtype``.
 
         Raises:
-            PrerequisiteError: the component, or another one, is absent, incomplete or broken.
+            PrerequisiteError: this or another component is absent, incomplete or broken.
             UserError: its class comes from a library that is not loaded, or is of another kind of component.
         """
         cls = self.component_class(name)
@@ -105,12 +104,12 @@ class PipelineFolder:
         elif not self._checked:
             self.check()
         if name.startswith("text_encoder"):
-            self.config(name)  # refuses kernels
+            self.config(name)  # refuses kernels of other origin
         options = {} if quantization is None else {"quantization_config": quantization}
         return self._source.load(cls, name, dtype=dtype, **options)
 
     def check(self) -> None:
-        """Compare the files of all components with their classes; of weights, names and shapes alone are read.
+        """Compare the files of all components with their classes; only names and shapes of weights are read.
 
         Raises:
             PrerequisiteError: a weight or a vocabulary is missing or misshapen, or a file is broken.
@@ -120,16 +119,16 @@ class PipelineFolder:
             if name.startswith("tokenizer"):
                 self._check_vocabulary(name)
             elif name.startswith(_NETWORKS) and not self.config(name).get("quantization_config"):
-                # The names and shapes of quantised weights are the quantiser's, which looks at them when they load.
+                # Quantised weights have names and shapes of the quantiser, which checks them as they load.
                 self._check_weights(name)
         self._checked = True
 
     def _check_vocabulary(self, name: str) -> None:
-        """Without a vocabulary, transformers makes a tokenizer that knows no word, and says nothing."""
-        files = dict(self.component_class(name).vocab_files_names)
-        whole = files.pop("tokenizer_file", "tokenizer.json")
+        """Refuse a missing vocabulary, without which transformers silently makes a tokenizer that knows no word."""
+        parts = dict(self.component_class(name).vocab_files_names)
+        whole = parts.pop("tokenizer_file", "tokenizer.json")
         folder = self._source.folder / name
-        needed = [whole] if (folder / whole).is_file() or not files else files.values()
+        needed = [whole] if (folder / whole).is_file() or not parts else parts.values()
         for file in ("tokenizer_config.json", *needed):
             if not (folder / file).is_file():
                 raise self._refusal(name, f"has no {file}")
@@ -137,7 +136,7 @@ class PipelineFolder:
     def _check_weights(self, name: str) -> None:
         cls = self.component_class(name)
         if name.startswith("text_encoder"):
-            # On the meta device the library reads no numbers, and it knows which names its versions have changed.
+            # On the meta device the library reads no numbers, and it knows the names that its versions have changed.
             self._source.load(cls, name, dtype=torch.float32, device_map="meta")
             return
         own, stored = self.meta_component(name).state_dict(), self._stored_shapes(name)
@@ -155,7 +154,7 @@ class PipelineFolder:
             raise self._refusal(name, problem)
 
     def _stored_shapes(self, name: str) -> dict[str, list[int]]:
-        """Names and shapes in the weight files of a component of diffusers, from their headers."""
+        """Names and shapes in the weight files of a diffusers component, from their headers."""
         from safetensors import SafetensorError, safe_open
 
         shapes: dict[str, list[int]] = {}
@@ -171,10 +170,10 @@ class PipelineFolder:
         return PrerequisiteError(f"component {name} of model {self.path} {problem}: {self._source.remedy}")
 
     def weight_files(self, name: str) -> list[str]:
-        """Names of the files, relative to the folder, that hold the weights of a component of diffusers.
+        """Return the names, relative to the folder, of the weight files of a diffusers component.
 
         Raises:
-            PrerequisiteError: the list of the parts of sharded weights is broken.
+            PrerequisiteError: the index of sharded weights is broken.
         """
         index = f"{name}/{_WEIGHTS}.index.json"
         if not (self._source.folder / index).exists():
@@ -185,10 +184,10 @@ class PipelineFolder:
         return sorted({f"{name}/{part}" for part in parts.values()})
 
     def meta_component(self, name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Build a network on the meta device by its class and configuration, frozen: shapes without numbers.
+        """Build a network on the meta device from its class and configuration, frozen: shapes without numbers.
 
         Raises:
-            PrerequisiteError: one of them is missing.
+            PrerequisiteError: class or configuration is missing.
             UserError: the class comes from a library that is not loaded.
         """
         cls = self.component_class(name)
@@ -196,11 +195,11 @@ class PipelineFolder:
         with torch.device("meta"):
             transformers = getattr(cls, "config_class", None)
             module: nn.Module = cls.from_config(config) if transformers is None else cls(transformers.from_dict(config))
-        # torch's own method: that of diffusers warns of layers which are to stay in float32 where there are none
+        # torch's own method: that of diffusers warns of layers to keep in float32 that the network does not have
         return nn.Module.to(module, dtype=dtype).eval().requires_grad_(False)
 
     def files(self) -> dict[str, Path]:
-        """The index and every file of every component, fetched where needed: relative name -> file.
+        """Return the index and every file of every component, fetched if needed: relative name -> file.
 
         Raises:
             PrerequisiteError: files of a Hub repository cannot be fetched.
@@ -213,15 +212,14 @@ class PipelineFolder:
         return files
 
     def own_files(self) -> dict[str, Path]:
-        """``files`` and licences, all of which lie in the folder itself: to be given away with a copy of it.
+        """Return ``files`` and licences, all inside the folder itself: the files of a copy to give away.
 
         Raises:
-            PrerequisiteError: one is a link that leads out of the folder, or cannot be fetched.
+            PrerequisiteError: a file is a link that leads out of the folder, or cannot be fetched.
         """
         root = self._source.get("LICENSE*", "NOTICE*")
-        beside = (f for f in root.iterdir() if f.is_file())
-        licences = {f.name: f for f in beside if f.name.lower().startswith(_LICENCES)}
-        # in the Hub's cache a snapshot's files are links to the blobs beside it
+        licences = {f.name: f for f in root.iterdir() if f.is_file() and f.name.lower().startswith(_LICENCES)}
+        # In the Hub's cache, the files of a snapshot are links to the blobs beside it.
         snapshot = root.resolve()
         cached = snapshot.parent.name == "snapshots" and snapshot.parent.parent.name.startswith("models--")
         inside = snapshot.parent.parent if cached else snapshot
@@ -235,7 +233,7 @@ class PipelineFolder:
         return files
 
     def component_class(self, name: str) -> Any:
-        """Find the class of a component.
+        """Return the class of a component.
 
         Raises:
             PrerequisiteError: the pipeline has no such component, or the installed library no such class.
@@ -257,7 +255,7 @@ class PipelineFolder:
                 "upgrade it"
             ) from error
         kind = _kind(name)
-        # So no class is loaded that opens whatever a file names, code of the folder included, such as AutoTokenizer.
+        # This excludes classes such as AutoTokenizer, which open whatever a file names, including the folder's code.
         if not (isinstance(cls, type) and issubclass(cls, kind)):
             raise UserError(
                 f"model {self.path} names {library}.{class_name} for {name}, which is not a {kind.__name__}: fetch the "
@@ -267,15 +265,13 @@ class PipelineFolder:
 
     @functools.cached_property
     def identity(self) -> dict[str, str | dict[str, str]]:
-        """Path, pipeline and component classes, and ``digest`` (local) or ``commit`` (Hub). Reads every file once."""
-        classes: dict[str, str | dict[str, str]] = {
-            "path": self.path,
-            "pipeline": self.pipeline,
-            "components": self.components,
-        }
-        if self._source.commit is not None:
-            return {**classes, "commit": self._source.commit}
-        return {**classes, "digest": files_digest(self.files())}
+        """Path as given, pipeline and component classes, and the ``commit`` (Hub) or ``digest`` (local) of the files.
+
+        ``digest`` is a SHA-256 over the index and every component file; its first use reads all of them.
+        """
+        commit = self._source.commit
+        version = {"digest": files_digest(self.files())} if commit is None else {"commit": commit}
+        return {"path": self.path, "pipeline": self.pipeline, "components": self.components, **version}
 
     @functools.cached_property
     def _entries(self) -> dict[str, tuple[str, str]]:
@@ -285,15 +281,15 @@ class PipelineFolder:
             if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value):
                 if not _COMPONENT.fullmatch(name):
                     raise PrerequisiteError(
-                        f"model {self.path} names a component {name[:40]!r}, which is not a folder of it: fetch the"
-                        " pipeline folder again"
+                        f"model {self.path} names a component {name[:40]!r}, which cannot be one of its folders: fetch"
+                        " the pipeline folder again"
                     )
                 entries[name] = (value[0], value[1])
         return entries
 
 
 def _kind(name: str) -> type:
-    """The class that a component's class must descend from."""
+    """The base class that a component's class must have."""
     from diffusers import ModelMixin, SchedulerMixin
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

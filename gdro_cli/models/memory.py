@@ -1,4 +1,4 @@
-"""How a model needs less memory: a quantised base, one part on the device at a time, a decoder that works in pieces."""
+"""Ways to save memory: a quantised base, one part on the device at a time, a decoder that works in pieces."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Quantization = Literal["none", "int8", "fp8", "nf4"]
 ModelPart = Literal["text", "transformer", "vae"]
 
 _PACKAGES: dict[str, str] = {"int8": "torchao", "fp8": "torchao", "nf4": "bitsandbytes"}
-"""What quantises; each is an extra of the same name."""
+"""The package that quantises; each is an extra of the same name."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryOptions:
-    """What a model gives up for less memory; the defaults give up nothing."""
+    """Ways to save memory; the defaults use none."""
 
     quantization: Quantization = "none"
     """How the linear layers of the frozen transformer are stored."""
     offload: bool = False
-    """Keep text encoders, transformer and autoencoder on the CPU, except for the one that is at work."""
+    """Keep text encoders, transformer and autoencoder on the CPU, except the part in use."""
     vae_slicing: bool = False
     """Decode one image at a time."""
     vae_tiling: bool = False
@@ -33,10 +33,10 @@ class MemoryOptions:
 
 
 class OneAtATime:
-    """Keeps on the device the part of a model that was used last, and the others on the CPU.
+    """Keeps only the part of a model that was used last on the device, and the others on the CPU.
 
     Args:
-        device: where parts work.
+        device: where a part runs.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -45,12 +45,12 @@ class OneAtATime:
         self._part: ModelPart | None = None
 
     def use(self, part: ModelPart, name: str, module: nn.Module) -> None:
-        """Bring ``module`` to the device, after what belongs to another part has left it.
+        """Move ``module`` to the device, after moving the modules of another part to the CPU.
 
         Args:
-            part: what it belongs to; the modules of one part stay together.
-            name: of the module.
-            module: what is about to work.
+            part: the part of the module; the modules of one part stay together.
+            name: name of the module.
+            module: the module that is about to run.
         """
         if part != self._part:
             for other in self._on_device.values():
@@ -63,19 +63,19 @@ class OneAtATime:
             self._on_device[name] = module.to(self._device)
 
     def forget(self, name: str) -> None:
-        """Let go of a module that is freed."""
+        """Drop the reference to a module that is freed."""
         self._on_device.pop(name, None)
 
 
 def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch.device) -> Any:
-    """What diffusers' ``from_pretrained`` takes to quantise the linear layers while it loads; None for ``none``.
+    """Return the quantization config with which diffusers loads a network; None for ``none``.
 
     ``int8`` and ``fp8``: weights in 8 bits with one float32 scale per output, through torchao. ``nf4``: 4-bit normal
-    floats (QLoRA, arXiv 2305.14314) with one float32 scale per 64 weights, through bitsandbytes. Products are computed
-    in ``dtype`` in all of them.
+    floats (QLoRA, arXiv 2305.14314) with one float32 scale per 64 weights, through bitsandbytes. Products are always
+    computed in ``dtype``.
 
     Raises:
-        PrerequisiteError: the package is not installed, or the device cannot do it.
+        PrerequisiteError: the package is not installed, or the device does not support it.
     """
     if kind == "none":
         return None
@@ -88,8 +88,8 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch
     if kind == "nf4":
         if device.type != "cuda":
             raise PrerequisiteError(
-                "model.quantization nf4 needs a CUDA GPU, which quantises the weights while they are loaded: set it to"
-                " int8 or fp8 to continue without one"
+                "model.quantization nf4 needs a CUDA GPU, which quantises the weights as they load: set it to int8 or"
+                " fp8 to continue without one"
             )
         from diffusers import BitsAndBytesConfig
 
@@ -101,17 +101,17 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch
 
 
 def prepare_vae(vae: Any, options: MemoryOptions) -> None:
-    """Let the autoencoder work in pieces where the options say so.
+    """Make the autoencoder work in pieces as the options say.
 
     Raises:
         UserError: its class cannot.
     """
-    for wanted, way in ((options.vae_slicing, "slicing"), (options.vae_tiling, "tiling")):
+    for enabled, mode in ((options.vae_slicing, "slicing"), (options.vae_tiling, "tiling")):
         try:
-            if wanted:
-                getattr(vae, f"enable_{way}")()
+            if enabled:
+                getattr(vae, f"enable_{mode}")()
         except (AttributeError, NotImplementedError) as error:
             name = type(vae).__name__
             raise UserError(
-                f"model.vae_{way} has no effect on the autoencoder of this model ({name}): set it to false"
+                f"model.vae_{mode} has no effect on the autoencoder of this model ({name}): set it to false"
             ) from error

@@ -1,7 +1,7 @@
 """A copy of a pipeline folder with an adapter merged into its transformer, file by file.
 
-``W' = W + s B A`` in float32, stored in W's own dtype. Memory holds one file of the transformer at a time, no class of
-the model is loaded, and everything else is copied as it is, so what loads the base loads the copy.
+``W' = W + s B A`` in float32, stored in W's own dtype. Only one file of the transformer is in memory at a time, and no
+class of the model is loaded. Everything else is copied unchanged, so whatever loads the base loads the copy.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gdro_cli.models.folder import PipelineFolder
 
 _TRANSFORMER = "transformer."
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
-"""Other weights of the transformer, such as a half-precision variant, are the base's and are not copied."""
+"""Other weights of the transformer, such as a half-precision variant, lack the adapter and are not copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,30 +36,30 @@ class Adapter:
 
 @dataclass(slots=True)
 class Merged:
-    """What a merge did."""
+    """The result of a merge."""
 
     layers: int = 0
     """Matrices changed."""
-    _wanted: float = field(default=0.0, repr=False)
-    _missed: float = field(default=0.0, repr=False)
+    _update: float = field(default=0.0, repr=False)
+    _lost: float = field(default=0.0, repr=False)
 
-    def count(self, wanted: Tensor, stored: Tensor, update: Tensor) -> None:
-        """Take account of one matrix: W + s B A, what is stored of it, and s B A."""
+    def count(self, exact: Tensor, stored: Tensor, update: Tensor) -> None:
+        """Count one matrix: W + s B A, the same in the dtype in which it is stored, and s B A."""
         self.layers += 1
-        self._wanted += float(update.double().square().sum())
-        self._missed += float((stored.double() - wanted.double()).square().sum())
+        self._update += float(update.double().square().sum())
+        self._lost += float((stored.double() - exact.double()).square().sum())
 
     @property
     def rounding(self) -> float:
-        """Length of what the base's dtype rounds away, as a share of the update's length."""
-        return math.sqrt(self._missed / self._wanted) if self._wanted else 0.0
+        """Norm of the part of the update that the base's dtype rounds away, as a share of the update's norm."""
+        return math.sqrt(self._lost / self._update) if self._update else 0.0
 
 
 def read_adapter(path: Path) -> Adapter:
     """Read an adapter of the transformer in diffusers' format, as ``save_lora`` writes it.
 
     Raises:
-        StoreError: the file is damaged or not such an adapter.
+        StoreError: the file is damaged or of another format.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -89,16 +89,16 @@ def merge_into(
 
     Args:
         base: the pipeline that the adapter was trained on.
-        adapter: what is added.
+        adapter: the adapter to merge.
         target: an existing, empty folder.
-        check: called before each file and each matrix; what it raises ends the merge.
+        check: called before each file and each matrix; it may raise to end the merge.
 
     Raises:
-        PrerequisiteError: the base is incomplete, cannot be fetched, links to files elsewhere, or is another model.
+        PrerequisiteError: the base is incomplete, cannot be fetched, links out of its folder, or is another model.
         UserError: its weights are quantised.
         StoreError: the disk refuses.
     """
-    files, merged, left = base.own_files(), Merged(), dict(adapter.pairs)
+    files, merged, unused = base.own_files(), Merged(), dict(adapter.pairs)
     weights = base.weight_files("transformer")
     missing = [name for name in weights if name not in files]
     if missing:
@@ -109,12 +109,12 @@ def merge_into(
         with storage_errors(copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
             if name in weights:
-                _merge_file(path, copy, adapter.scale, left, merged, check)
+                _merge_file(path, copy, adapter.scale, unused, merged, check)
             elif not (name.startswith("transformer/") and name.endswith(_WEIGHT_ENDINGS)):
                 shutil.copyfile(path, copy)
-    if left:
+    if unused:
         raise PrerequisiteError(
-            f"the transformer of {base.path} lacks {len(left)} layers of the adapter, such as {next(iter(left))}:"
+            f"the transformer of {base.path} lacks {len(unused)} layers of the adapter, such as {next(iter(unused))}:"
             " use the model that the run was trained on"
         )
     return merged
@@ -124,11 +124,11 @@ def _merge_file(
     path: Path,
     copy: Path,
     scale: float,
-    left: dict[str, tuple[Tensor, Tensor]],
+    unused: dict[str, tuple[Tensor, Tensor]],
     merged: Merged,
     check: Callable[[], None],
 ) -> None:
-    """Copy one file of weights, changed by the pairs in ``left`` that belong to it; they are taken out of it."""
+    """Copy one file of weights, changed by its pairs in ``unused``, which are removed there."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
@@ -142,22 +142,22 @@ def _merge_file(
     for name, weight in tensors.items():
         check()
         layer = name.removesuffix(".weight")
-        if layer == name or layer not in left:
+        if layer == name or layer not in unused:
             continue
-        down, up = left.pop(layer)
+        down, up = unused.pop(layer)
         if not weight.is_floating_point() or weight.dtype.itemsize == 1:
             kind = str(weight.dtype).removeprefix("torch.")
             raise UserError(f"{path} holds quantised weights ({kind}): merge into the model in full or half precision")
         if weight.shape != (len(up), down.shape[1]):
             raise PrerequisiteError(
-                f"{path}: {name} has another shape than the adapter's: use the model that the run was trained on"
+                f"{path}: {name} has another shape than in the adapter: use the model that the run was trained on"
             )
         update = scale * (up @ down)
-        wanted = weight.to(torch.float32) + update
-        tensors[name] = wanted.to(weight.dtype)
-        merged.count(wanted, tensors[name], update)
+        exact = weight.to(torch.float32) + update
+        tensors[name] = exact.to(weight.dtype)
+        merged.count(exact, tensors[name], update)
     try:
         save_file(tensors, copy, metadata=metadata)
-    except SafetensorError as error:  # how the library reports a full disk
+    except SafetensorError as error:  # the library's error for a full disk
         check()
         raise StoreError(f"cannot write {copy} ({error}): free some space and run the command again") from error

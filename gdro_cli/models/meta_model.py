@@ -1,7 +1,7 @@
-"""A model without its weights: the real classes at full width on the meta device, from configurations alone.
+"""A model without its weights: the real classes at full width on the meta device, from configurations only.
 
-The blocks of a transformer are alike, so what is counted on it (numbers, bytes kept for the backward pass, operations)
-is affine in how many there are of each kind. Models of two or three blocks of a kind give the count at full depth
+The blocks of a transformer are alike, so its counts (numbers, bytes kept for the backward pass, operations) are affine
+in the number of blocks of each kind. Models of two or three blocks of a kind give the count at full depth
 (``core.footprint.depth_plan``) in a fraction of the time.
 """
 
@@ -22,7 +22,7 @@ from gdro_cli.models.published import PublishedFolder, published_name
 from gdro_cli.models.trace import Work, metered
 
 _SHALLOW = 2
-"""Blocks of a kind in the models that are built: first, middle and last ones can differ."""
+"""Blocks of a kind in the shallow models: the first and the last block can differ."""
 
 
 class _Reconfigured(PipelineFolder):
@@ -39,7 +39,7 @@ class _Reconfigured(PipelineFolder):
 
 @dataclass(frozen=True, slots=True)
 class ShallowModel:
-    """A model of few blocks, and how often what is counted on it enters the count of the deep one."""
+    """A model of few blocks, and the coefficient of its counts in the count of the deep one."""
 
     times: int
     flow: FlowModel
@@ -48,30 +48,30 @@ class ShallowModel:
 
 @dataclass(frozen=True, slots=True)
 class MetaModel:
-    """A model as shallow ones on the meta device whose counts, multiplied and added up, are its own."""
+    """A model as shallow models on the meta device whose counts, times their coefficients, add up to its own."""
 
     parts: tuple[ShallowModel, ...]
     text: Weights | None
-    """Of all text encoders together; None where their configuration is not known."""
+    """Weights of all text encoders; None if a configuration is unknown."""
     vae: Weights | None
-    """None where its configuration is not known."""
+    """None if its configuration is unknown."""
 
     @property
     def flow(self) -> FlowModel:
-        """One of the models, for everything that does not depend on depth."""
+        """One of the shallow models, for everything that does not depend on depth."""
         return self.parts[0].flow
 
     @property
     def transformer(self) -> Weights:
-        """Of the whole transformer."""
+        """Weights of the whole transformer."""
         return sum((part.weights.times(part.times) for part in self.parts), Weights(0))
 
 
 def open_folder(path: str) -> PipelineFolder:
-    """The pipeline folder at a path or Hub id, or what is published about it; fetches only what is neither.
+    """Return the pipeline folder at a path or Hub id, or else the published configurations, or else fetch it.
 
     Raises:
-        PrerequisiteError: the model is not on this machine, and nothing is known about it.
+        PrerequisiteError: the model is not on this machine, and no configuration of it is published here.
     """
     name = published_name(path)
     try:
@@ -86,7 +86,7 @@ def open_folder(path: str) -> PipelineFolder:
 
 
 def meta_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length: int | None = None) -> MetaModel:
-    """Build a pipeline's networks without numbers, the transformer at a few depths instead of its own.
+    """Build a pipeline's networks without numbers, the transformer at a few shallow depths.
 
     Raises:
         PrerequisiteError: a configuration is missing.
@@ -102,21 +102,20 @@ def meta_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length:
         flow = on_meta(shallow)
         flow.transformer = shallow.meta_component("transformer", dtype=flow.dtype)
         parts.append(ShallowModel(times, flow, count_weights(flow.transformer)))
-    vae = count_weights(folder.meta_component("vae")) if "vae" in folder.components else None
-    return MetaModel(tuple(parts), _text_weights(folder), vae)
+    return MetaModel(tuple(parts), _frozen_weights(folder, "text_encoder"), _frozen_weights(folder, "vae"))
 
 
-def _text_weights(folder: PipelineFolder) -> Weights | None:
-    encoders = [name for name in folder.components if name.startswith("text_encoder")]
+def _frozen_weights(folder: PipelineFolder, prefix: str) -> Weights | None:
+    names = [name for name in folder.components if name.startswith(prefix)]
     try:
-        counts = [count_weights(folder.meta_component(name)) for name in encoders]
+        counts = [count_weights(folder.meta_component(name)) for name in names]
     except PrerequisiteError:
         return None
     return sum(counts, Weights(0)) if counts else None
 
 
 def count_weights(module: nn.Module) -> Weights:
-    """How many numbers a network holds, shared ones and tables without gradient counted once."""
+    """Count the numbers of a network, tables without gradient included, shared ones once."""
     linear = {id(layer.weight): layer for layer in module.modules() if isinstance(layer, nn.Linear)}.values()
     tensors = {id(tensor): tensor for tensor in module.state_dict(keep_vars=True).values()}.values()
     return Weights(
@@ -128,7 +127,7 @@ def count_weights(module: nn.Module) -> Weights:
 
 
 def trace_decoding(model: MetaModel, images: int, *, height: int, width: int) -> Work | None:
-    """The autoencoder's decoder on so many images at once; None where its configuration is not known."""
+    """Count a pass of the autoencoder's decoder on ``images`` at once; None if its configuration is unknown."""
     flow = model.flow
     if model.vae is None:
         return None

@@ -1,15 +1,15 @@
-"""Configurations of well-known models as their makers published them, for all that needs no weights.
+"""Configurations of well-known models as their makers published them, for everything that needs no weights.
 
-They come with the package (``published/*.json``: ids on the Hub, the pipeline's index, the components' configurations,
-taken from the published repositories), so that ``--dry-run`` needs neither weights nor a network. Where text encoders
-or autoencoder are not in the index, their configuration is not known here.
+They are part of the package (``published/*.json``: Hub ids, the pipeline's index and the components' configurations,
+from the published repositories), so ``--dry-run`` needs neither weights nor a network. A component that the index lacks
+has no configuration here.
 """
 
 from __future__ import annotations
 
 import json
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from gdro_cli.errors import PrerequisiteError
@@ -20,22 +20,21 @@ from gdro_cli.models.folder import PipelineFolder
 @cache
 def published_configurations() -> dict[str, dict[str, Any]]:
     """Name -> ``hub`` (ids), ``index`` (as in model_index.json) and ``configs`` (component name -> configuration)."""
-    folder = files("gdro_cli.models").joinpath("published")
-    entries = sorted((entry.name, entry) for entry in folder.iterdir() if entry.name.endswith(".json"))
-    return {name.removesuffix(".json"): json.loads(entry.read_text(encoding="utf-8")) for name, entry in entries}
+    files = sorted((Path(__file__).parent / "published").glob("*.json"))
+    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
 
 
 def published_name(path: str) -> str | None:
-    """Name of the configurations of a model by its Hub id; None where there are none."""
+    """Return the name of the configurations of a model by its Hub id; None if there are none."""
     return next((name for name, entry in published_configurations().items() if path in entry["hub"]), None)
 
 
 class PublishedFolder(PipelineFolder):
-    """A pipeline folder of configurations alone: its weights can be neither loaded nor identified.
+    """A pipeline folder with configurations only: its weights can be neither loaded nor identified.
 
     Args:
-        name: of ``published_configurations``.
-        path: what the model is called in messages; None = its first Hub id.
+        name: a key of ``published_configurations``.
+        path: name of the model in messages; None = its first Hub id.
     """
 
     def __init__(self, name: str, *, path: str | None = None) -> None:
@@ -46,7 +45,7 @@ class PublishedFolder(PipelineFolder):
         self._configs: dict[str, dict[str, Any]] = entry["configs"]
 
     def config(self, name: str, *, file: str = "config.json") -> dict[str, Any]:
-        """A component's configuration. Raises PrerequisiteError where it is not known."""
+        """A component's configuration. Raises PrerequisiteError if it is unknown."""
         if name not in self._configs:
             raise PrerequisiteError(
                 f"model {self.path} is not on this machine, and {name} is not part of its published configuration: "

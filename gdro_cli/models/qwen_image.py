@@ -2,8 +2,8 @@
 
 Text: the last hidden states of Qwen2.5-VL for the prompt inside the pipeline's template, without the template's head;
 as long as the prompt, so batches are masked. Latents: the autoencoder's map (of a one-frame video), 2 x 2 pixels packed
-into one token. Guidance: classifier-free, away from a single space, and each token's guided velocity is scaled to the
-length of its conditional one; training uses the conditional velocity.
+into one token. Guidance: classifier-free, away from a single space; each token's guided velocity is scaled to the norm
+of its conditional one. Training uses the conditional velocity.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gdro_cli.core.flow import as_float
-from gdro_cli.models.base import Conditioning
+from gdro_cli.models.base import ATTENTION_LAYERS, Conditioning
 from gdro_cli.models.packed_latents import PackedFlow
-from gdro_cli.models.text import seen, tokenize
+from gdro_cli.models.text import own_tokens, tokenize
 
 
 class QwenImageFlow(PackedFlow):
@@ -25,15 +25,14 @@ class QwenImageFlow(PackedFlow):
 
     family: ClassVar[str] = "qwen-image"
     negative_prompt: ClassVar[str] = " "  # what the model's authors sample with
-    # The layers that diffusers' own training script adapts.
-    lora_targets: tuple[str, ...] = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0")
+    lora_targets: tuple[str, ...] = ATTENTION_LAYERS
 
     def _vae_scale(self) -> int:
         return int(2 ** len(self.vae_config["temperal_downsample"]))
 
     @functools.cached_property
     def _template(self) -> tuple[str, int]:
-        """The pipeline's text around a prompt, and how many tokens of it come before the prompt's."""
+        """The pipeline's text around a prompt, and the number of its tokens before the prompt."""
         from diffusers import QwenImagePipeline
 
         pipeline: Any = QwenImagePipeline(None, None, None, None, None)
@@ -42,21 +41,18 @@ class QwenImageFlow(PackedFlow):
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         (template, head), tokenizer = self._template, self._component("tokenizer")
         texts, length = [template.format(prompt) for prompt in prompts], self.max_sequence_length + head
-        tokens = tokenize(tokenizer, texts, length=length, to_length=False, prompts=prompts)
-        tokens = tokens.to(self.device)
-        # The inner model: logits over the vocabulary are not needed.
-        states = self._network("text_encoder").base_model(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
-        )
-        own = seen(states.hidden_states[-1], tokens.attention_mask, skip=head)
-        return [{"prompt_embeds": one} for one in own]
+        tokens = tokenize(tokenizer, texts, length=length, to_length=False, prompts=prompts).to(self.device)
+        encoder = self._network("text_encoder").base_model  # without the head: the logits are not needed
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        states = encoder(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states[-1]
+        return [{"prompt_embeds": one} for one in own_tokens(states, mask, skip=head)]
 
     def guided(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
-        """v_uncond + g (v_cond - v_uncond), each token scaled to the length of its v_cond; in float32."""
-        joined = super().guided(conditional, unconditional, guidance)
-        wanted: Tensor = torch.linalg.vector_norm(as_float(conditional), dim=-1, keepdim=True)
-        length: Tensor = torch.linalg.vector_norm(joined, dim=-1, keepdim=True)
-        return joined * (wanted / length.clamp_min(torch.finfo(length.dtype).tiny))
+        """v_uncond + g (v_cond - v_uncond), each token scaled to the norm of its v_cond; in float32."""
+        combined = super().guided(conditional, unconditional, guidance)
+        target: Tensor = torch.linalg.vector_norm(as_float(conditional), dim=-1, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(combined, dim=-1, keepdim=True)
+        return combined * (target / norm.clamp_min(torch.finfo(norm.dtype).tiny))
 
     def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
         return {"true_cfg_scale": guidance, "negative_prompt": self.negative_prompt}

@@ -2,8 +2,8 @@
 
 Text: token embeddings of two CLIP encoders side by side, filled up with zeros to T5's width, then T5's; no text mask;
 and both pooled embeddings. Without T5 (``text_encoder_3`` null) its part is zeros, as in the pipeline. Latents: the
-autoencoder's map, which the transformer cuts into tokens itself. Guidance: classifier-free, away from the empty prompt;
-training uses the conditional velocity. Schedule: the scheduler's own spacing, then its shift.
+autoencoder's map, which the transformer cuts into tokens itself. Guidance: classifier-free, away from the empty prompt.
+Training uses the conditional velocity. Schedule: the scheduler's own spacing, then its shift.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gdro_cli.errors import UserError
-from gdro_cli.models.base import Conditioning, FlowModel
-from gdro_cli.models.text import split, tokenize
+from gdro_cli.models.base import JOINT_ATTENTION_LAYERS, Conditioning, FlowModel
+from gdro_cli.models.text import clip_ids, split, tokenize
 
 _TRAIN_TIMESTEPS = 1000
 
@@ -26,26 +26,15 @@ class StableDiffusion3Flow(FlowModel):
     """SD3 as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D] and ``pooled_prompt_embeds`` [P]."""
 
     family: ClassVar[str] = "sd3"
-    longest_text: ClassVar[int] = 256  # T5 tokens; CLIP's are as many as its tokenizer says
-    # The layers that diffusers' own training script adapts.
-    lora_targets: tuple[str, ...] = (
-        "attn.to_q",
-        "attn.to_k",
-        "attn.to_v",
-        "attn.to_out.0",
-        "attn.add_q_proj",
-        "attn.add_k_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-    )
+    longest_text: ClassVar[int] = 256  # T5 tokens; the number of CLIP tokens comes from its tokenizer
+    lora_targets: tuple[str, ...] = JOINT_ATTENTION_LAYERS
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         length = int(self._component("tokenizer").model_max_length)
         tokens, pooled = [], []
-        for which in ("", "_2"):
-            tokenizer = self._component(f"tokenizer{which}")
-            ids = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-            states = self._network(f"text_encoder{which}")(ids.input_ids.to(self.device), output_hidden_states=True)
+        for suffix in ("", "_2"):
+            ids = clip_ids(self._component(f"tokenizer{suffix}"), prompts, length=length)
+            states = self._network(f"text_encoder{suffix}")(ids.to(self.device), output_hidden_states=True)
             tokens.append(states.hidden_states[-2])
             pooled.append(states[0])
         clip, t5 = torch.cat(tokens, dim=-1), self._t5(prompts)
@@ -53,7 +42,7 @@ class StableDiffusion3Flow(FlowModel):
         return split({"prompt_embeds": torch.cat([clip, t5], dim=1), "pooled_prompt_embeds": torch.cat(pooled, dim=-1)})
 
     def _t5(self, prompts: list[str]) -> Tensor:
-        """Token embeddings [N, L, D] of T5, or zeros where the pipeline has none."""
+        """Token embeddings [N, L, D] of T5, or zeros if the pipeline has no T5."""
         length = self.max_sequence_length
         if "text_encoder_3" not in self.folder.components:
             width = int(self.transformer_config["joint_attention_dim"])
@@ -69,10 +58,7 @@ class StableDiffusion3Flow(FlowModel):
 
     def at_depths(self, depths: Mapping[str, int]) -> dict[str, Any]:
         """The dual blocks come first."""
-        return {
-            "num_layers": sum(depths.values()),
-            "dual_attention_layers": list(range(depths["dual"])),
-        }
+        return {"num_layers": sum(depths.values()), "dual_attention_layers": list(range(depths["dual"]))}
 
     def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """CLIP's tokens, then T5's, and both pooled embeddings."""
@@ -96,9 +82,9 @@ class StableDiffusion3Flow(FlowModel):
             UserError: the size is not a multiple of a token's side, or larger than the position table.
         """
         rows, columns = super().grid(height=height, width=width)
-        most = int(self.transformer_config["pos_embed_max_size"])
-        if max(rows, columns) > most:
-            side = most * self.vae_scale * self.patch
+        largest = int(self.transformer_config["pos_embed_max_size"])
+        if max(rows, columns) > largest:
+            side = largest * self.vae_scale * self.patch
             raise UserError(f"image size {height} x {width} is too large for this model: no side may exceed {side}")
         return rows, columns
 

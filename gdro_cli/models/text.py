@@ -1,4 +1,4 @@
-"""Prompts to token ids and back to conditionings: what the families' text encoding has in common."""
+"""From prompts to token ids, and from hidden states to conditionings: what the families' text encoding shares."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _LOG = logging.getLogger(__name__)
 def tokenize(
     tokenizer: Any, texts: Sequence[str], *, length: int, to_length: bool = True, prompts: Sequence[str] | None = None
 ) -> Any:
-    """Token ids and attention mask [N, L] of texts, cut to ``length`` tokens; a warning names each text that is cut.
+    """Return token ids and attention mask [N, L] of texts, cut to ``length`` tokens; a warning names each cut text.
 
     Args:
-        tokenizer: of transformers.
-        texts: what is tokenized.
+        tokenizer: a tokenizer of transformers.
+        texts: the texts.
         length: the most tokens.
-        to_length: pad to ``length``; else to the longest of the texts.
-        prompts: what a warning names instead, where a text is a prompt inside a template.
+        to_length: pad to ``length``; otherwise to the longest text.
+        prompts: what the warning names instead of a text that is a prompt inside a template.
     """
     for text, prompt in zip(texts, prompts or texts, strict=True):
         whole = len(tokenizer(text).input_ids)
@@ -34,8 +34,15 @@ def tokenize(
     return tokenizer(list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt")
 
 
+def clip_ids(tokenizer: Any, prompts: list[str], *, length: int) -> Tensor:
+    """Return CLIP's token ids [N, L], cut or padded to ``length`` without a warning: T5 reads long prompts."""
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids: Tensor = tokens.input_ids
+    return ids
+
+
 def chat(tokenizer: Any, prompts: Sequence[str], *, thinking: bool) -> list[str]:
-    """Each prompt as the user's turn of the tokenizer's own chat template, up to where the answer begins.
+    """Return each prompt as the user's turn of the tokenizer's own chat template, up to the start of the answer.
 
     Raises:
         PrerequisiteError: the tokenizer has no template.
@@ -53,11 +60,11 @@ def chat(tokenizer: Any, prompts: Sequence[str], *, thinking: bool) -> list[str]
 
 
 def split(batch: Conditioning) -> list[Conditioning]:
-    """One conditioning per prompt, from entries with a leading N."""
+    """Split entries with a leading N into one conditioning per prompt."""
     count = len(next(iter(batch.values())))
     return [{key: value[i] for key, value in batch.items()} for i in range(count)]
 
 
-def seen(states: Tensor, mask: Tensor, *, skip: int = 0) -> list[Tensor]:
-    """Hidden states [L_i, D] of each text's own tokens, of [N, L, D] and a mask [N, L], without the first ``skip``."""
+def own_tokens(states: Tensor, mask: Tensor, *, skip: int = 0) -> list[Tensor]:
+    """Hidden states [L_i, D] of each text's own tokens but the first ``skip``, from [N, L, D] and a mask [N, L]."""
     return [one[own.bool()][skip:] for one, own in zip(states, mask, strict=True)]

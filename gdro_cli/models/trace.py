@@ -1,8 +1,8 @@
-"""Count what a network would do and keep: it runs on the meta device, where tensors have shapes and no numbers.
+"""Count the operations and bytes of a network that runs on the meta device, where tensors have shapes and no numbers.
 
-No formula per architecture: the real classes run, forwards and backwards. Every tensor is noted with its bytes when it
-is made and when it is freed, and every product with its operations. What is counted is the arithmetic of the model's
-own code; kernels' workspaces, the allocator's rounding and fragmentation come on top.
+There is no formula per architecture: the real classes run, forward and backward. Every tensor is counted with its bytes
+when it is made and when it is freed, and every product with its operations. The counts cover the arithmetic of the
+model's own code; workspaces of kernels, the allocator's rounding and fragmentation add to them.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _RAISED: set[Any] = {
     torch.sum,
     Tensor.sum,
 }
-"""Of the functions that transformers use, those that autocast on CUDA computes in its lower dtype and those that it
-computes in float32 (the lists of torch's autocast_mode.h)."""
+"""The functions in transformers that CUDA's autocast computes in its lower dtype, and those that it computes in float32
+(from the lists in torch's autocast_mode.h)."""
 
 
 class _AsOnGpu(TorchFunctionMode):
-    """Fused attention, as on CUDA: it keeps queries, keys, values, the result and one number per row, never the matrix
-    of all pairs. With ``lower``, the dtypes of CUDA's autocast, which the meta device does not have."""
+    """CUDA's fused attention, which keeps queries, keys, values, the result and one number per row, but not the matrix
+    of all pairs; and with ``lower`` the dtypes of CUDA's autocast, which the meta device does not have."""
 
     def __init__(self, lower: torch.dtype | None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def _cast(tree: Any, dtype: torch.dtype) -> Any:
 
 
 def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, **named: Any) -> Tensor:
-    """Masks are left out; beside queries, keys and values they are small."""
+    """Masks are ignored; they are small compared with queries, keys and values."""
     heads = query.shape[1] // key.shape[1]
     if heads > 1:  # grouped queries: each key serves several
         key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
@@ -87,19 +87,19 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, *
 
 
 class _NoModules(nullcontext[None]):
-    """In place of the counter's own list of running modules, whose hooks keep tensors alive that are freed otherwise:
-    they double the peak of gradient checkpointing."""
+    """Replaces the counter's list of running modules, whose hooks keep tensors alive and so double the peak of gradient
+    checkpointing."""
 
     parents = frozenset({"Global"})
 
 
 class Meter(TorchDispatchMode):
-    """What a ``metered`` block has counted so far. Storages count once, and not if they existed before."""
+    """The counts of a ``metered`` block so far. A storage counts once, and not if it existed before."""
 
     live = 0
     """Bytes alive now."""
     peak = 0
-    """The most bytes that were alive at once."""
+    """The most bytes alive at once."""
 
     def __init__(self, existing: Iterable[Tensor], operations: FlopCounterMode) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -138,7 +138,7 @@ def metered(existing: Iterable[Tensor], *, autocast: torch.dtype | None = None) 
     """Count what happens inside the block on the meta device.
 
     Args:
-        existing: tensors that are not counted, such as weights.
+        existing: tensors that do not count, such as weights.
         autocast: the lower dtype of CUDA's autocast; None = every tensor in its own dtype.
     """
     operations = FlopCounterMode(display=False)
@@ -149,12 +149,12 @@ def metered(existing: Iterable[Tensor], *, autocast: torch.dtype | None = None) 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a piece of work takes, for all its images together."""
+    """The cost of a pass, for all its images."""
 
     flops: int
     """Operations."""
     peak: int
-    """Bytes beside weights, the most at once."""
+    """The most bytes at once, without weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,13 +162,13 @@ class Update(Work):
     """A forward and a backward pass of the policy."""
 
     forward: int
-    """Operations of the forward pass alone."""
+    """Operations of the forward pass."""
     kept: int
-    """Bytes kept between the two: the activations."""
+    """Bytes kept between the two passes: the activations."""
 
 
 def whole_work(parts: Iterable[tuple[int, Work]]) -> Work:
-    """A pass of the deep model from those of shallow ones (``core.footprint.depth_plan``): (coefficient, work).
+    """Return the cost of a pass of the deep model from (coefficient, work) of shallow ones (``footprint.depth_plan``).
 
     Without gradient nothing is kept from block to block, so the peak is the same at any depth.
     """
@@ -177,10 +177,10 @@ def whole_work(parts: Iterable[tuple[int, Work]]) -> Work:
 
 
 def whole_update(parts: Iterable[tuple[int, Update]]) -> Update:
-    """The same of a forward and backward pass: what is kept is affine in the depths, and the peak lies above it.
+    """Return the same for a forward and backward pass.
 
-    How far above is a matter of single blocks: the highest excess of the shallow models is taken, which the deep one
-    does not exceed.
+    The bytes kept are affine in the depths. The peak exceeds them by an amount that depends on single blocks: the
+    largest excess of the shallow models, which the deep model does not surpass.
     """
     counted = list(parts)
     kept = sum(times * work.kept for times, work in counted)
@@ -195,19 +195,18 @@ def whole_update(parts: Iterable[tuple[int, Update]]) -> Update:
 def trace_forward(
     model: FlowModel, images: int, text: dict[str, tuple[int, ...]], *, guidance: float, size: tuple[int, int]
 ) -> Work:
-    """One pass without gradient, as in sampling, of a model on the meta device.
+    """Count one pass without gradient, as in sampling.
 
     Args:
         model: its transformer is on the meta device.
-        images: per pass.
+        images: images per pass.
         text: shapes of one prompt's conditioning.
         guidance: guidance scale.
         size: height and width in pixels.
     """
-    latents, sigma, conditioning = _inputs(model, images, text, size)
-    height, width = size
+    inputs = _inputs(model, images, text, size)
     with torch.no_grad(), metered(_tensors(model.transformer)) as meter:
-        model.velocity(latents, sigma, conditioning, guidance=guidance, height=height, width=width)
+        model.velocity(*inputs, guidance=guidance, height=size[0], width=size[1])
     return Work(meter.flops, meter.peak)
 
 
@@ -222,25 +221,18 @@ def trace_update(
     checkpointing: bool,
     autocast: torch.dtype | None,
 ) -> Update:
-    """Forward and backward pass of the velocity errors of one micro-batch, with the adapter on.
+    """Count the forward and backward pass of the velocity errors of one micro-batch, with the adapter on.
 
-    Args:
-        model: its transformer is on the meta device and carries the adapter.
-        parameters: the adapter's.
-        images: of the micro-batch.
-        text: shapes of one prompt's conditioning.
-        guidance: guidance scale.
-        size: height and width in pixels.
-        checkpointing: recompute activations block by block.
-        autocast: as in ``metered``.
+    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block; ``autocast`` is that of
+    ``metered``. The other arguments are those of ``trace_forward``.
     """
-    latents, sigma, conditioning = _inputs(model, images, text, size)
-    target = torch.empty_like(latents)
+    inputs = _inputs(model, images, text, size)
+    target = torch.empty_like(inputs[0])
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
     existing = [*_tensors(model.transformer), *(p.grad for p in parameters if p.grad is not None)]
     with checkpointed(model.transformer, checkpointing, autocast), metered(existing, autocast=autocast) as meter:
-        velocity = model.velocity(latents, sigma, conditioning, guidance=guidance, height=size[0], width=size[1])
+        velocity = model.velocity(*inputs, guidance=guidance, height=size[0], width=size[1])
         loss = velocity_error(velocity, target).sum()
         forward, kept = meter.flops, meter.live
         torch.autograd.backward(loss)
@@ -251,9 +243,9 @@ def trace_update(
 
 
 @contextmanager
-def checkpointed(transformer: Any, wanted: bool, autocast: torch.dtype | None) -> Iterator[None]:
-    """Gradient checkpointing inside the block, whose recomputation is counted like the first time."""
-    if not wanted:
+def checkpointed(transformer: Any, enabled: bool, autocast: torch.dtype | None) -> Iterator[None]:
+    """Gradient checkpointing inside the block; the recomputation counts like the first computation."""
+    if not enabled:
         yield
         return
 

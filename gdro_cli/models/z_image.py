@@ -1,10 +1,10 @@
 """Z-Image and Z-Image-Turbo (``ZImagePipeline``).
 
-Text: the last but one hidden states of Qwen3 for the prompt as a chat turn, as long as the prompt. Latents: the
+Text: the second-to-last hidden states of Qwen3 for the prompt as a chat turn, as long as the prompt. Latents: the
 autoencoder's map, which the transformer cuts into tokens itself. Time: the transformer counts from noise to image, so
-it is given 1 - sigma, and it answers with x0 - eps, so the velocity is its negative. Guidance: classifier-free, away
-from the empty prompt; the scale is the one of ``base.GuidanceKind``, which is ``guidance_scale`` + 1 of the pipeline
-(Turbo, published with 0 there, is sampled with 1 here). Training uses the conditional velocity.
+it takes 1 - sigma; it predicts x0 - eps, so the velocity is its negative. Guidance: classifier-free, away from the
+empty prompt. The scale is that of ``base.GuidanceKind``, which is the pipeline's ``guidance_scale`` + 1 (Turbo,
+published with 0 there, has 1 here). Training uses the conditional velocity.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gdro_cli.models.base import Conditioning, FlowModel
-from gdro_cli.models.text import chat, seen, tokenize
+from gdro_cli.models.text import chat, own_tokens, tokenize
 
 
 class ZImageFlow(FlowModel):
@@ -23,18 +23,16 @@ class ZImageFlow(FlowModel):
 
     family: ClassVar[str] = "z-image"
     depth_keys: ClassVar[tuple[str, ...]] = ("n_layers",)
-    # The layers that diffusers' own training script adapts.
     lora_targets: tuple[str, ...] = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         tokenizer = self._component("tokenizer")
         texts = chat(tokenizer, prompts, thinking=True)
-        tokens = tokenize(tokenizer, texts, length=self.max_sequence_length, to_length=False, prompts=prompts)
-        tokens = tokens.to(self.device)
-        states = self._network("text_encoder")(
-            input_ids=tokens.input_ids, attention_mask=tokens.attention_mask, output_hidden_states=True
-        )
-        return [{"prompt_embeds": one} for one in seen(states.hidden_states[-2], tokens.attention_mask)]
+        length = self.max_sequence_length
+        tokens = tokenize(tokenizer, texts, length=length, to_length=False, prompts=prompts).to(self.device)
+        ids, mask = tokens.input_ids, tokens.attention_mask
+        states = self._network("text_encoder")(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        return [{"prompt_embeds": one} for one in own_tokens(states.hidden_states[-2], mask)]
 
     def conditioning_shapes(self, tokens: int) -> dict[str, tuple[int, ...]]:
         """Qwen3's token embeddings."""
@@ -46,10 +44,6 @@ class ZImageFlow(FlowModel):
     def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
         embeds, mask = text["prompt_embeds"], text.get("prompt_embeds_mask")
         captions = list(embeds) if mask is None else [one[own] for one, own in zip(embeds, mask, strict=True)]
-        slopes = self.transformer(
-            list(x[:, :, None]),  # one frame each
-            1.0 - sigma,
-            captions,
-            return_dict=False,
-        )[0]
+        frames = list(x[:, :, None])  # one frame each
+        slopes = self.transformer(frames, 1.0 - sigma, captions, return_dict=False)[0]
         return -torch.stack(slopes)[:, :, 0]

@@ -31,7 +31,7 @@ def numbers(*, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Velocity(nn.Module):
-    """A small model of a velocity: x_sigma [N, D] and sigma [N] in, v [N, D] out."""
+    """A small velocity model: x_sigma [N, D] and sigma [N] in, v [N, D] out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,12 +108,12 @@ def test_unscored_image_is_as_good_as_absent(case: dict[str, Any], junk: float) 
     errors, reference, rewards = numbers(seed=5)
     mask = torch.ones(B, K, dtype=torch.bool)
     mask[:, 1] = False
-    kept = [0, 2, 3]
+    scored = [0, 2, 3]
     settings: dict[str, Any] = {"beta": 12.0, "gamma": 0.5, **case}
     smaller: dict[str, Any] = {
-        "errors": errors[:, kept],
-        "reference_errors": reference[:, kept],
-        "rewards": rewards[:, kept],
+        "errors": errors[:, scored],
+        "reference_errors": reference[:, scored],
+        "rewards": rewards[:, scored],
     }
     expected = group_loss(**smaller, **settings)
     expected_weights = image_weights(**smaller, **settings)
@@ -129,7 +129,7 @@ def test_unscored_image_is_as_good_as_absent(case: dict[str, Any], junk: float) 
     out = group_loss(**whole, **settings)
     weights = image_weights(**whole, **settings)
     torch.testing.assert_close(out.per_group, expected.per_group)
-    torch.testing.assert_close(weights[:, kept], expected_weights)
+    torch.testing.assert_close(weights[:, scored], expected_weights)
     assert not weights[:, 1].any()
     assert out.metrics.keys() - expected.metrics.keys() == {"s_rank_4"}
     for name, value in expected.metrics.items():

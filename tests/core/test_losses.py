@@ -42,7 +42,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
 
 def literal(name: str, s: list[float], r: list[float]) -> float:
-    """One group's loss by plain loops over the paper's sums; unscored images are left out beforehand."""
+    """One group's loss by plain loops over the paper's sums; the caller leaves out unscored images."""
     order = sorted(range(len(r)), key=lambda i: -r[i])
     s, r = [s[i] for i in order], [r[i] for i in order]
     size = len(r)
@@ -176,7 +176,7 @@ def test_agrees_with_literal_equations(name: str, ties: bool) -> None:
 
 @every_loss
 def test_permutation_inside_a_group(loss: Loss) -> None:
-    """The loss knows no order of storage; gradients move with their images."""
+    """The loss does not depend on the order of storage; gradients move with their images."""
     s, r = random_groups(groups=1, images=4, seed=3, ties=False)
     base = gradient(loss, s, r)
     for order in itertools.permutations(range(4)):
@@ -187,7 +187,7 @@ def test_permutation_inside_a_group(loss: Loss) -> None:
 
 @pytest.mark.parametrize("name", ["top1", "top1 tau 0", "dpo", "dpo all pairs"])
 def test_permutation_of_tied_images(name: str) -> None:
-    """These losses need no order between tied images. GDRO and rank do, and take the order in the group."""
+    """These losses need no order between tied images. GDRO and rank do, and take that of the group."""
     s, _ = random_groups(groups=1, images=4, seed=4, ties=False)
     r = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
     swapped = [1, 0, 3, 2]
@@ -261,7 +261,7 @@ def test_beta_to_zero(method: str, settings: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("tau", [0.05, 0.3, 0.0])
 def test_loss_floor_is_reached_by_the_rewards_themselves(tau: float) -> None:
-    """s = r / tau makes P equal to Q on every remaining set; at tau = 0 any steep s does, without ties."""
+    """s = r / tau makes P equal to Q on every remaining set; at tau = 0, without ties, any steep s does."""
     s, r = random_groups(groups=4, images=5, seed=10, ties=False)
     best = gdro_loss(r / (tau or 1e-6), r, tau=tau)
     torch.testing.assert_close(best.loss, best.metrics["loss_floor"])

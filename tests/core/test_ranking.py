@@ -24,12 +24,12 @@ def test_ranks_by_hand() -> None:
 
 
 def test_last_rank_has_no_term() -> None:
-    """K images have K - 1 terms: a set of one image says nothing."""
+    """K images have K - 1 terms: a set of one image has no preference."""
     assert rank_images(torch.rand(2, 3)).terms.tolist() == [[True, True, False]] * 2
     assert rank_images(torch.rand(1, 1)).terms.tolist() == [[False]]
 
 
-def test_sort_replaces_what_is_unscored() -> None:
+def test_sort_replaces_unscored_values() -> None:
     values = torch.tensor([[10.0, 11.0, torch.inf, 13.0]])
     assert rank_images(REWARDS, MASK).sort(values).tolist() == [[11.0, 10.0, 13.0, 0.0]]
 

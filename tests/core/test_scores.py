@@ -27,14 +27,14 @@ def test_two_prompts_exactly() -> None:
 
 def test_images_of_a_prompt_stay_together() -> None:
     """Two prompts of 50 equal images each are as uncertain as two prompts of one image."""
-    found = bootstrap_ci([[0.0] * 50, [1.0] * 50], samples=4000, level=0.8)
-    assert found == Interval(0.5, 0.0, 1.0, 2, 100, 0.8)
+    interval = bootstrap_ci([[0.0] * 50, [1.0] * 50], samples=4000, level=0.8)
+    assert interval == Interval(0.5, 0.0, 1.0, 2, 100, 0.8)
 
 
 def test_unequal_prompts_weigh_by_images() -> None:
     """Prompt means 0 (3 images) and 1 (1 image): the mean over images is 1/4, also in the mixed resamples."""
-    found = bootstrap_ci([[0.0] * 3, [1.0]], samples=4000, level=0.4)
-    assert (found.mean, found.low, found.high) == (0.25, 0.25, 0.25)
+    interval = bootstrap_ci([[0.0] * 3, [1.0]], samples=4000, level=0.4)
+    assert (interval.mean, interval.low, interval.high) == (0.25, 0.25, 0.25)
 
 
 def test_missing_scores_are_left_out() -> None:
@@ -49,19 +49,19 @@ def test_matches_the_normal_approximation(level: float) -> None:
     """400 normal prompts: ends at mean -+ z sd / sqrt(P), here to 6 % of the half width."""
     values = torch.randn(400, generator=generator(0, "test"), dtype=torch.float64)
     half = NormalDist().inv_cdf((1 + level) / 2) * values.std(correction=0).item() / math.sqrt(400)
-    found = bootstrap_ci(columns(values), samples=10_000, level=level)
-    assert found.mean == pytest.approx(values.mean().item(), abs=1e-12)
-    assert found.low == pytest.approx(found.mean - half, abs=0.06 * half)
-    assert found.high == pytest.approx(found.mean + half, abs=0.06 * half)
+    interval = bootstrap_ci(columns(values), samples=10_000, level=level)
+    assert interval.mean == pytest.approx(values.mean().item(), abs=1e-12)
+    assert interval.low == pytest.approx(interval.mean - half, abs=0.06 * half)
+    assert interval.high == pytest.approx(interval.mean + half, abs=0.06 * half)
 
 
 def test_coverage() -> None:
-    """300 sets of 40 uniform prompts: the 90 % interval holds the true mean 0.5 in 90 % -+ 5 % of them."""
+    """300 sets of 40 uniform prompts: the 90 % interval contains the true mean 0.5 in 90 % -+ 5 % of them."""
     hits = 0
     for trial in range(300):
         values = torch.rand(40, generator=generator(trial, "coverage"), dtype=torch.float64)
-        found = bootstrap_ci(columns(values), seed=trial, samples=300, level=0.9)
-        hits += found.low <= 0.5 <= found.high
+        interval = bootstrap_ci(columns(values), seed=trial, samples=300, level=0.9)
+        hits += interval.low <= 0.5 <= interval.high
     assert 0.85 < hits / 300 < 0.95
 
 
@@ -82,16 +82,16 @@ def test_paired_difference_cancels_what_prompts_share() -> None:
     """The gain is 0.1 on every prompt: the paired interval is a point, the unpaired ones overlap."""
     base = torch.rand(50, generator=generator(2, "test"), dtype=torch.float64)
     before, after = columns(base), columns(base + 0.1)
-    found = paired_bootstrap(before, after)
-    assert (found.low, found.high) == pytest.approx((0.1, 0.1), abs=1e-12)
+    interval = paired_bootstrap(before, after)
+    assert (interval.low, interval.high) == pytest.approx((0.1, 0.1), abs=1e-12)
     assert bootstrap_ci(before).high > bootstrap_ci(after).low
 
 
 def test_paired_direction_and_missing() -> None:
     """Candidate minus baseline; only image 0 of each prompt is scored on both sides: 0.3 and 0.5."""
-    found = paired_bootstrap([[0.1, 0.9], [0.2, None]], [[0.4, None], [0.7, 0.0]])
-    assert found.mean == pytest.approx(0.4)
-    assert (found.prompts, found.images) == (2, 2)
+    interval = paired_bootstrap([[0.1, 0.9], [0.2, None]], [[0.4, None], [0.7, 0.0]])
+    assert interval.mean == pytest.approx(0.4)
+    assert (interval.prompts, interval.images) == (2, 2)
 
 
 def test_one_prompt_is_a_point() -> None:
@@ -101,10 +101,6 @@ def test_one_prompt_is_a_point() -> None:
 def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match="no scored image"):
         bootstrap_ci([[None], []])
-    with pytest.raises(ValueError, match="samples"):
-        bootstrap_ci([[1.0]], samples=0)
-    with pytest.raises(ValueError, match="level"):
-        bootstrap_ci([[1.0]], level=95.0)
     with pytest.raises(ValueError, match="same prompts"):
         paired_bootstrap([[1.0]], [[1.0, 2.0]])
 
@@ -113,38 +109,38 @@ def test_wrong_arguments() -> None:
 
 
 def test_the_mean_of_strata_weighs_them_alike() -> None:
-    """Means over images: a 1/4 (prompts of 3 and 1 images), b 1: their mean is 5/8, over all images it is 2/5."""
+    """Means over images: a 1/4 (prompts of 3 and 1 images), b 1. Their mean is 5/8; over all images it is 2/5."""
     values = [[0.0, 0.0, 0.0], [1.0], [1.0]]
-    found = bootstrap_ci(values, strata=["a", "a", "b"])
-    assert found.mean == pytest.approx(5 / 8)
-    assert (found.prompts, found.images) == (3, 5)
+    interval = bootstrap_ci(values, strata=["a", "a", "b"])
+    assert interval.mean == pytest.approx(5 / 8)
+    assert (interval.prompts, interval.images) == (3, 5)
     assert bootstrap_ci(values).mean == pytest.approx(2 / 5)
 
 
 def test_prompts_are_drawn_within_their_stratum() -> None:
-    """Each stratum holds prompts of one value: every resample has the means 0 and 1, so the interval is a point.
+    """All prompts of a stratum have one value: every resample has the means 0 and 1, so the interval is a point.
 
-    RolloutImage from all four prompts, a resample would hold no 1 at all in 1 of 16.
+    If prompts were drawn from all four, 1 in 16 resamples would have no 1 at all.
     """
     values = [[0.0], [1.0], [0.0], [1.0]]
-    found = bootstrap_ci(values, strata=["a", "b", "a", "b"], level=0.99)
-    assert (found.mean, found.low, found.high) == (0.5, 0.5, 0.5)
+    interval = bootstrap_ci(values, strata=["a", "b", "a", "b"], level=0.99)
+    assert (interval.mean, interval.low, interval.high) == (0.5, 0.5, 0.5)
     assert bootstrap_ci(values, level=0.99).low == 0.0
 
 
 def test_strata_are_resampled_independently() -> None:
     """Two strata of the prompts 0 and 1: each mean is 0, 1/2, 1 with 1/4, 1/2, 1/4, so their mean is 0 in 1 of 16.
 
-    0 or 1/4 has 1/16 + 2 * 1/8 = 5/16. The 5 % quantile is 0, that at 20 % 1/4. If both strata shared the same draws,
-    0 would have 1/4 and the 20 % quantile would be 0.
+    The mean is 0 or 1/4 in 1/16 + 2 * 1/8 = 5/16 of them, so the 5 % quantile is 0 and the 20 % quantile 1/4. If both
+    strata shared their draws, 1/4 of the means would be 0, and so would the 20 % quantile.
     """
     values, strata = [[0.0], [1.0], [0.0], [1.0]], ["a", "a", "b", "b"]
-    found = bootstrap_ci(values, strata=strata, samples=8000, level=0.6)
-    assert (found.mean, found.low, found.high) == (0.5, 0.25, 0.75)
+    interval = bootstrap_ci(values, strata=strata, samples=8000, level=0.6)
+    assert (interval.mean, interval.low, interval.high) == (0.5, 0.25, 0.75)
     assert bootstrap_ci(values, strata=strata, samples=8000, level=0.9).low == 0.0
 
 
-def test_one_stratum_is_none() -> None:
+def test_one_stratum_changes_nothing() -> None:
     values = columns(torch.rand(30, generator=generator(1, "test"), dtype=torch.float64))
     assert bootstrap_ci(values, strata=["a"] * 30) == bootstrap_ci(values)
 
@@ -161,7 +157,7 @@ def test_an_empty_stratum_is_an_error_that_names_it() -> None:
 
 
 def test_paired_strata() -> None:
-    """Gains: a 0.3 and 0.1, mean 0.2; b 1: mean of the two 0.6. An image missing on one side empties its stratum."""
+    """Gains: a 0.3 and 0.1, mean 0.2; b 1; mean of both 0.6. An image missing on one side empties its stratum."""
     before: list[list[float | None]] = [[0.1], [0.2], [0.0]]
     after: list[list[float | None]] = [[0.4], [0.3], [1.0]]
     assert paired_bootstrap(before, after, strata=["a", "a", "b"]).mean == pytest.approx(0.6)

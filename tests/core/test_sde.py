@@ -1,4 +1,4 @@
-"""The stochastic sampler against the ODE's marginals, torch.distributions, and values by hand."""
+"""The stochastic sampler against the ODE's marginals, torch.distributions and values worked by hand."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def test_the_sde_has_the_marginals_of_the_ode(variant: str) -> None:
     stream = torch.Generator().manual_seed(0)
     sigmas = torch.linspace(1, 0, 401, dtype=torch.float64)
     x = torch.randn(40_000, 1, dtype=torch.float64, generator=stream)
-    for place in range(400):
-        sigma = float(sigmas[place])
-        if place in (100, 200, 300, 380):
+    for index in range(400):
+        sigma = float(sigmas[index])
+        if index in (100, 200, 300, 380):
             mean, variance = moments(sigma)
             assert x.mean().item() == pytest.approx(mean, abs=0.02)
             assert x.var().item() == pytest.approx(variance, abs=0.03)
-        level, following = (sigmas[place + offset].expand(len(x)) for offset in (0, 1))
+        level, following = (sigmas[index + offset].expand(len(x)) for offset in (0, 1))
         if variant == "flow-grpo":
             sd = flow_grpo_coefficient(level, noise_level=0.7, sigma_second=float(sigmas[1]))
         else:

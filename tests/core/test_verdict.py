@@ -55,9 +55,9 @@ def bad(name: str) -> int:
 
 
 def test_nothing_moved() -> None:
-    found = judge()
-    assert found.level == "healthy"
-    assert found.reasons == (
+    result = judge()
+    assert result.level == "healthy"
+    assert result.reasons == (
         "Nothing moved beyond its limit: the reward +0.000 [-0.000, +0.000], quality u +0.000 [-0.000, +0.000],"
         " the corrected score +0.000 [-0.000, +0.000].",
     )
@@ -81,18 +81,18 @@ def test_a_better_model_is_healthy() -> None:
     ],
 )
 def test_the_reward_rose_while_u_fell(reward: tuple[float, float], u: tuple[float, float], level: str) -> None:
-    found = judge(reward=reward, u=u)
-    assert found.level == level
+    result = judge(reward=reward, u=u)
+    assert result.level == level
     if level == "suspicious":
         sentence = "The reward rose by 0.1 [0.05, 0.15] while quality u fell by 0.11 [0.06, 0.16], more than 0.1."
-        assert found.reasons == (sentence,)
+        assert result.reasons == (sentence,)
 
 
 @pytest.mark.parametrize(("half", "level"), [(0.019, "suspicious"), (0.021, "healthy")])
 def test_the_corrected_score_fell(half: float, level: str) -> None:
-    found = judge(corrected=(-0.02, half))
-    assert found.level == level
-    assert found.reasons[0].startswith("The corrected score fell by 0.02" if level == "suspicious" else "Nothing")
+    result = judge(corrected=(-0.02, half))
+    assert result.level == level
+    assert result.reasons[0].startswith("The corrected score fell by 0.02" if level == "suspicious" else "Nothing")
 
 
 @pytest.mark.parametrize(("half", "level"), [(0.09, "collapsed"), (0.11, "suspicious")])
@@ -111,10 +111,10 @@ def test_u_fell_far(half: float, level: str) -> None:
     ],
 )
 def test_u_below_the_floor(base: float, difference: tuple[float, float], level: str) -> None:
-    found = verdict({"u": change(base, *difference)})
-    assert found.level == level
+    result = verdict({"u": change(base, *difference)})
+    assert result.level == level
     if level == "collapsed":
-        assert found.reasons[0] == "Quality u fell by 0.31 [0.21, 0.41], to 2.49, below the floor of 2.5."
+        assert result.reasons[0] == "Quality u fell by 0.31 [0.21, 0.41], to 2.49, below the floor of 2.5."
 
 
 # -- signals --------------------------------------------------------------------------------------------------------
@@ -123,42 +123,42 @@ def test_u_below_the_floor(base: float, difference: tuple[float, float], level: 
 @pytest.mark.parametrize("name", LIMITS.signals)
 @pytest.mark.parametrize(("step", "level"), [(1.01, "suspicious"), (0.99, "healthy")])
 def test_one_signal_beyond_its_limit_for_suspicion(name: str, step: float, level: str) -> None:
-    found = judge(**{name: bad(name) * step * limit(name, "suspicious")})
-    assert found.level == level
+    result = judge(**{name: bad(name) * step * limit(name, "suspicious")})
+    assert result.level == level
     if level == "suspicious":
-        assert len(found.reasons) == 1
-        assert found.reasons[0].startswith(name.replace("_", " ").capitalize())
-        assert "more than the limit for suspicion of" in found.reasons[0]
+        assert len(result.reasons) == 1
+        assert result.reasons[0].startswith(name.replace("_", " ").capitalize())
+        assert "more than the limit for suspicion of" in result.reasons[0]
 
 
 @pytest.mark.parametrize("name", LIMITS.signals)
-def test_a_change_that_may_be_chance_is_none(name: str) -> None:
+def test_a_change_that_may_be_chance_does_not_count(name: str) -> None:
     size = 1.5 * limit(name, "collapsed")
     assert judge(**{name: (bad(name) * size, 1.01 * size)}).level == "healthy"
 
 
 @pytest.mark.parametrize("name", LIMITS.signals)
 def test_directions(name: str) -> None:
-    """A signal that moves in its good direction is no sign; for some there is none."""
-    found = judge(**{name: -bad(name) * 1.5 * limit(name, "suspicious")})
-    assert found.level == ("suspicious" if LIMITS.signals[name].worse == "either" else "healthy")
+    """A signal may move in its good direction; some have none."""
+    result = judge(**{name: -bad(name) * 1.5 * limit(name, "suspicious")})
+    assert result.level == ("suspicious" if LIMITS.signals[name].worse == "either" else "healthy")
 
 
 @pytest.mark.parametrize("name", LIMITS.signals)
-def test_one_far_signal_alone_is_no_collapse(name: str) -> None:
-    found = judge(**{name: bad(name) * 1.5 * limit(name, "collapsed")})
-    assert found.level == "suspicious"
-    assert len(found.reasons) == 1
-    assert found.reasons[0].endswith("It takes 2 such signals to call it a collapse.")
+def test_one_far_signal_alone_is_not_a_collapse(name: str) -> None:
+    result = judge(**{name: bad(name) * 1.5 * limit(name, "collapsed")})
+    assert result.level == "suspicious"
+    assert len(result.reasons) == 1
+    assert result.reasons[0].endswith("It takes 2 such signals to call it a collapse.")
 
 
 @pytest.mark.parametrize(("step", "level"), [(1.02, "collapsed"), (0.98, "suspicious")])
 def test_two_far_signals(step: float, level: str) -> None:
-    found = judge(dark_share=step * 0.3, edge_density=-step * 0.5 * 0.2)
-    assert found.level == level
-    assert len(found.reasons) == 2
+    result = judge(dark_share=step * 0.3, edge_density=-step * 0.5 * 0.2)
+    assert result.level == level
+    assert len(result.reasons) == 2
     if level == "collapsed":
-        assert found.reasons[1] == (
+        assert result.reasons[1] == (
             "Edge density fell by 0.102 [0.102, 0.102] (-51 %), more than the limit for collapse of 50 %."
         )
 
@@ -171,10 +171,10 @@ def test_relative_limits_scale_with_the_base(name: str) -> None:
 
 
 def test_a_base_of_zero() -> None:
-    """Any certain change of a relative signal is beyond any share of 0; no share is told."""
-    found = verdict({"high_frequency": change(0.0, 0.1, 0.01)})
-    assert found.level == "suspicious"
-    assert "(" not in found.reasons[0]
+    """Any certain change of a relative signal is beyond any share of 0; the sentence gives no share."""
+    result = verdict({"high_frequency": change(0.0, 0.1, 0.01)})
+    assert result.level == "suspicious"
+    assert "(" not in result.reasons[0]
 
 
 def test_limits_can_be_set() -> None:
@@ -189,10 +189,10 @@ def test_limits_can_be_set() -> None:
 # -- reasons --------------------------------------------------------------------------------------------------------
 
 
-def test_all_findings_are_told_the_gravest_first() -> None:
-    found = judge(reward=0.3, u=-1.0, corrected=-0.2, dark_share=0.4, stripe_peak=0.1)
-    assert found.level == "collapsed"
-    heads = [reason.split(" by ")[0] for reason in found.reasons]
+def test_all_findings_are_reasons_the_gravest_first() -> None:
+    result = judge(reward=0.3, u=-1.0, corrected=-0.2, dark_share=0.4, stripe_peak=0.1)
+    assert result.level == "collapsed"
+    heads = [reason.split(" by ")[0] for reason in result.reasons]
     assert heads == [
         "Quality u fell",  # beyond 0.5
         "Quality u fell",  # to 2.4
@@ -203,10 +203,10 @@ def test_all_findings_are_told_the_gravest_first() -> None:
     ]
 
 
-def test_what_is_missing_is_said_and_not_judged() -> None:
-    found = verdict({"reward": change(0.4, 0.3), "dark_share": change(0.1, 0.0), "exact match": change(0.1, -9.0)})
-    assert found.level == "healthy"
-    assert found.reasons[-1] == (
+def test_a_missing_measure_is_named_and_not_judged() -> None:
+    result = verdict({"reward": change(0.4, 0.3), "dark_share": change(0.1, 0.0), "exact match": change(0.1, -9.0)})
+    assert result.level == "healthy"
+    assert result.reasons[-1] == (
         "Not measured and so not judged: quality u, the corrected score, edge density, colour entropy, high frequency,"
         " stripe peak, diversity."
     )
@@ -219,11 +219,8 @@ def test_nothing_to_judge() -> None:
 
 @pytest.mark.parametrize(("prompts", "said"), [(10, False), (9, True)])
 def test_few_prompts_are_mentioned(prompts: int, said: bool) -> None:
-    found = verdict({"u": change(3.4, 0.0, prompts=prompts)})
-    assert (
-        any(reason == f"Only {prompts} prompts were measured: intervals mean little." for reason in found.reasons)
-        is said
-    )
+    result = verdict({"u": change(3.4, 0.0, prompts=prompts)})
+    assert (f"Only {prompts} prompts were measured: intervals mean little." in result.reasons) is said
 
 
 def test_with_the_intervals_of_real_measurements() -> None:
@@ -240,8 +237,7 @@ def test_with_the_intervals_of_real_measurements() -> None:
         )
         for name, (before, after) in pairs.items()
     }
-    found = verdict(changes)
-    assert found.level == "collapsed"
+    assert verdict(changes).level == "collapsed"
 
 
 moves = st.tuples(st.floats(-2, 2), st.floats(1e-6, 1))
@@ -252,9 +248,9 @@ def test_for_any_changes(differences: dict[str, tuple[float, float]]) -> None:
     """There is always a sentence, all are sentences, and a level above healthy never says that nothing moved."""
     if not differences.keys() - {"reward"}:
         return
-    found = verdict({name: change(BASE[name], *move) for name, move in differences.items()})
-    assert all(reason[0].isupper() and reason.endswith(".") for reason in found.reasons)
-    assert found.reasons[0].startswith("Nothing moved") is (found.level == "healthy")
+    result = verdict({name: change(BASE[name], *move) for name, move in differences.items()})
+    assert all(reason[0].isupper() and reason.endswith(".") for reason in result.reasons)
+    assert result.reasons[0].startswith("Nothing moved") is (result.level == "healthy")
 
 
 # -- the page -------------------------------------------------------------------------------------------------------

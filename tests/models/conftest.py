@@ -1,4 +1,4 @@
-"""Tiny random models of the real pipeline classes, built once per session, and what the tests draw with them."""
+"""Tiny random models of the real pipeline classes, built once per session, and the tests' common inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.support.tiny_families import BUILDERS, build_flux
 
 SIZE = {"height": 32, "width": 48}
-"""Image size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so that swapped axes show."""
+"""Image size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so swapped axes show."""
 TOKENS = 12
 """Text tokens of the tiny FLUX (its T5 tokenizer's own length)."""
 PROMPTS = ("a red sign", "two blue stars on a brick wall", "a green heart")
@@ -31,7 +31,7 @@ def guided_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The tiny model of a family in ``tiny_families.BUILDERS``, built when it is first asked for."""
+    """The tiny model of a family in ``tiny_families.BUILDERS``, built at its first use."""
     root = tmp_path_factory.mktemp("families")
 
     @functools.cache

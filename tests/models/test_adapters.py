@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -37,6 +38,14 @@ def train_a_little(parameters: list[nn.Parameter]) -> None:
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone, which DDP needs."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 def test_fresh_adapter_changes_nothing_and_reference_is_the_base_exactly(flux_folder: Path) -> None:
@@ -97,7 +106,7 @@ def test_diffusers_loads_the_file_and_gives_the_same_velocity(
 def test_equal_adapters_are_equal_files(flux_folder: Path, tmp_path: Path) -> None:
     model = load_flow_model(flux_folder)
     attach_lora(model, rank=2, alpha=4.0, seed=3)
-    # The library writes two entries of metadata in one order or the other, by chance.
+    # The library writes two entries of metadata in a random order.
     assert len({save_lora(model, tmp_path / str(i)).read_bytes() for i in range(12)}) == 1
     with safe_open(tmp_path / "0" / "pytorch_lora_weights.safetensors", "pt") as file:
         assert list(file.metadata()) and file.metadata()["format"] == "pt"
@@ -163,8 +172,6 @@ def test_wrong_state_targets_and_order_are_refused(flux_folder: Path) -> None:
         lora_state(model)
     with pytest.raises(UserError, match=r"names attn\.to_qq, but .* did you mean `attn\.to_q`\?"):
         attach_lora(model, rank=2, alpha=2, targets=["attn.to_qq"])
-    with pytest.raises(UserError, match="give auto, all-linear or a list"):
-        attach_lora(model, rank=2, alpha=2, targets="all")  # type: ignore[arg-type]
     attach_lora(model, rank=2, alpha=2, targets=["attn.to_q"])
     with pytest.raises(UserError, match="has an adapter already"):
         attach_lora(model, rank=2, alpha=2)
@@ -176,11 +183,11 @@ def test_wrong_state_targets_and_order_are_refused(flux_folder: Path) -> None:
         load_lora_state(model, {**state, name: state[name][:1]})
 
 
-def test_wrapped_transformer_keeps_its_adapter_names(flux_folder: Path) -> None:
+def test_wrapped_transformer_keeps_its_adapter_names(flux_folder: Path, one_process: None) -> None:
     model = load_flow_model(flux_folder)
     attach_lora(model, rank=2, alpha=2, targets=["attn.to_q"], seed=1)
     plain = lora_state(model)
-    model.transformer = torch.compile(model.transformer)  # lazy: nothing is compiled before a forward
+    model.transformer = nn.parallel.DistributedDataParallel(model.transformer)
     assert lora_state(model).keys() == plain.keys()
 
 
@@ -202,7 +209,7 @@ def test_average_by_hand() -> None:
         assert parameter.tolist() == [value, value]
 
 
-def test_average_comes_back_from_its_state_and_after_errors() -> None:
+def test_average_is_restored_from_its_state_and_after_errors() -> None:
     def walk(ema: Ema, parameter: nn.Parameter, values: list[float]) -> None:
         for value in values:
             with torch.no_grad():

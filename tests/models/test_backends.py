@@ -1,4 +1,4 @@
-"""How the transformer is computed changes its results by rounding alone."""
+"""The way the transformer is computed changes its results only by rounding."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from .conftest import PROMPTS, SIZE
 
 @pytest.mark.parametrize("attention", ["native", "native_math"])
 def test_attention_kernels_give_the_same_velocity(attention: Any, flux_folder: Path) -> None:
-    found = []
+    velocities = []
     for options in (ComputeOptions(), ComputeOptions(attention=attention)):
         model = load_flow_model(flux_folder, compute=options)
         text, noise = model.encode(PROMPTS[:2]), model.noise([1, 2], **SIZE)
         with torch.no_grad():
-            found.append(model.velocity(noise, torch.tensor([0.9, 0.3]), text, guidance=1.0, **SIZE))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+            velocities.append(model.velocity(noise, torch.tensor([0.9, 0.3]), text, guidance=1.0, **SIZE))
+    torch.testing.assert_close(*velocities, rtol=1e-4, atol=1e-5)
 
 
 def test_kernels_of_one_model_are_not_those_of_the_next(flux_folder: Path) -> None:
-    """diffusers remembers the last choice for all models of the process; `auto` is no choice, but PyTorch's own."""
+    """diffusers applies the last choice to all models of the process; `auto` must still be PyTorch's own choice."""
     for attention, name in (("native_math", "_native_math"), ("auto", "native")):
         model = load_flow_model(flux_folder, compute=ComputeOptions(attention=attention))  # type: ignore[arg-type]
         layers: list[Any] = [module for module in model.transformer.modules() if hasattr(module, "processor")]
         assert {layer.processor._attention_backend.value for layer in layers} == {name}
 
 
-def test_kernels_of_a_package_that_is_missing(flux_folder: Path) -> None:
+def test_kernels_of_a_missing_package(flux_folder: Path) -> None:
     model = load_flow_model(flux_folder, compute=ComputeOptions(attention="flash_3"))
     with pytest.raises(
         PrerequisiteError, match=r"model\.attention flash_3 cannot be used here .*model\.attention=auto"
@@ -44,7 +44,7 @@ def test_kernels_of_a_package_that_is_missing(flux_folder: Path) -> None:
 
 
 def test_only_the_repeated_blocks_are_compiled(flux_folder: Path) -> None:
-    """Marked, not carried out: compiling takes a minute (docs/performance.md)."""
+    """They are only marked here: compiling takes a minute (docs/performance.md)."""
     model = load_flow_model(flux_folder, compute=ComputeOptions(compile=True))
     marked = {type(m).__name__ for m in model.transformer.modules() if m._compiled_call_impl is not None}
     assert marked == {"FluxTransformerBlock", "FluxSingleTransformerBlock"}
@@ -52,7 +52,7 @@ def test_only_the_repeated_blocks_are_compiled(flux_folder: Path) -> None:
 
 def test_a_transformer_without_repeated_blocks_says_so() -> None:
     class Odd(ModelMixin):
-        """Names none."""
+        """It names no repeated blocks."""
 
     with pytest.raises(UserError, match=r"model\.compile has no effect on this transformer \(Odd\)"):
         prepare_transformer(Odd(), ComputeOptions(compile=True))

@@ -26,7 +26,7 @@ ALL = tuple(BUILDERS)
 
 
 TEXT_LENGTH = {"flux2-klein": 48, "flux2-klein-distilled": 48, "sd3": 32, "sd3-without-t5": 32}
-"""Shorter than their own where a family pads, to be quick."""
+"""Shorter than the family's own length where it pads, for speed."""
 
 
 def open_model(folder: Folder, name: str, **options: Any) -> FlowModel:
@@ -43,7 +43,7 @@ def open_pipeline(folder: Folder, name: str) -> Any:
 
 
 def guidance_options(name: str, guidance: float) -> dict[str, Any]:
-    """The pipeline's way to say our guidance: w = 1 means none, and Z-Image counts from 0."""
+    """Our guidance as the pipeline takes it: at 1 there is none, and Z-Image counts from 0."""
     if name == "qwen-image":
         return {"true_cfg_scale": guidance, "negative_prompt": " "}
     return {"guidance_scale": guidance - 1.0 if name == "z-image" else guidance}
@@ -90,7 +90,7 @@ def test_same_latents_and_image_as_the_pipeline(name: str, guidance: float, fami
 
 @pytest.mark.parametrize("name", ALL)
 def test_velocity_is_the_slope_of_the_pipelines_path(name: str, family_folder: Folder) -> None:
-    """Euler: x' = x + (sigma' - sigma) v. So v (sign, scale, time) can be read off two states of the pipeline."""
+    """Euler: x' = x + (sigma' - sigma) v. So two states of the pipeline give v (sign, scale, time)."""
     model, pipe = open_model(family_folder, name), open_pipeline(family_folder, name)
     states, _ = by_pipeline(pipe, name, PROMPTS[0], seed=3, guidance=1.0)
     sigmas = model.sigmas(STEPS, **SIZE)
@@ -101,8 +101,8 @@ def test_velocity_is_the_slope_of_the_pipelines_path(name: str, family_folder: F
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_guidance_is_what_the_family_says(name: str, family_folder: Folder) -> None:
-    """Guidance above 1 changes samples where it is classifier-free, and the velocity that is trained nowhere here."""
+def test_guidance_does_what_the_family_says(name: str, family_folder: Folder) -> None:
+    """Guidance above 1 changes samples where it is classifier-free, but no trained velocity."""
     model = open_model(family_folder, name)
     assert model.guidance_kind == ("none" if name == "flux2-klein-distilled" else "cfg")
     texts, noise = model.encode(PROMPTS[:1]), model.noise([3], **SIZE)
@@ -121,7 +121,7 @@ def test_guidance_of_flux_is_an_input_or_nothing(flux_folder: Path, guided_folde
 
 @pytest.mark.parametrize("name", ALL)
 def test_image_does_not_depend_on_its_batch(name: str, family_folder: Folder) -> None:
-    """Prompts of different lengths in one batch: what fills up the shorter ones must not be seen."""
+    """Prompts of different lengths share a batch: the padding of the shorter ones must have no effect."""
     model = open_model(family_folder, name)
     seeds = [1, 2, 3]
     together = by_us(model, list(PROMPTS), seeds, guidance=2.0)
@@ -152,7 +152,7 @@ def test_unconditional_pass_needs_no_encoder_after_encoding(name: str, family_fo
 
 @pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
 def test_published_layers_are_adapted_and_trained(name: str, family_folder: Folder) -> None:
-    """Every adapter layer gets a gradient: none lies behind an output that is thrown away."""
+    """Every adapter layer gets a gradient: none feeds only an unused output."""
     model = open_model(family_folder, name)
     parameters = attach_lora(model, rank=2, alpha=2)
     model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -178,18 +178,17 @@ def test_bfloat16_stays_close(name: str, family_folder: Folder) -> None:
     assert coarse.decode(by_us(coarse, list(PROMPTS[:1]), [1], guidance=2.0), **SIZE)[0].mode == "RGB"
 
 
-def test_stacking_fills_up_and_masks_only_where_lengths_differ() -> None:
-    """Lengths 2 and 1: the second row's second place is a zero that is not the prompt's own."""
+def test_stacking_pads_and_masks_only_entries_of_different_lengths() -> None:
+    """Lengths 2 and 1: the second row ends with a zero that is not the prompt's own."""
     long, short = {"a": torch.ones(2, 3), "b": torch.ones(4)}, {"a": torch.ones(1, 3), "b": torch.ones(4)}
-    options = {"device": torch.device("cpu"), "dtype": torch.float32}
-    mixed = stack_conditioning([long, short], **options)
+    mixed = stack_conditioning([long, short])
     assert set(mixed) == {"a", "a_mask", "b"} and mixed["a"].shape == (2, 2, 3)
     assert mixed["a_mask"].tolist() == [[True, True], [True, False]] and not mixed["a"][1, 1].any()
-    assert set(stack_conditioning([long, long], **options)) == {"a", "b"}
+    assert set(stack_conditioning([long, long])) == {"a", "b"}
 
 
 def test_size_beyond_the_position_table_is_refused(family_folder: Folder) -> None:
-    """The tiny SD3 knows positions of 12 x 12 tokens of 16 pixels: 192 pixels."""
+    """The tiny SD3 has positions for 12 x 12 tokens of 16 pixels: 192 pixels."""
     model = load_flow_model(family_folder("sd3"))
     assert model.latent_shape(height=192, width=192) == (4, 24, 24)
     with pytest.raises(UserError, match="208 x 32 is too large for this model: no side may exceed 192"):
@@ -199,7 +198,7 @@ def test_size_beyond_the_position_table_is_refused(family_folder: Folder) -> Non
 def test_too_long_a_prompt_is_named_without_its_template(
     family_folder: Folder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The tiny chat template adds 10 bytes to the prompt's 10, and none of them is the user's."""
+    """The tiny chat template adds 10 bytes to the prompt's 10; the warning must not show them."""
     model = load_flow_model(family_folder("z-image"), max_sequence_length=15)
     assert model.encode(["a red sign"])[0]["prompt_embeds"].shape == (15, 24)
     assert "cut to 15 of its 20 text tokens: a red sign" in caplog.text

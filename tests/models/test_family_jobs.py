@@ -77,11 +77,11 @@ def tiny_recipe(folder: Path) -> Recipe:
     )
 
 
-def give_order(recipe: Recipe, made: sample.SampleResult) -> None:
-    """Score the second image of each pair higher; the OCR reads nothing on noise, and equal scores teach nothing."""
-    table = open_reward_table(Session(recipe, Path("unused")), made.store)
-    for number in range(len(made.store.shards)):
-        images = made.store.images(number)
+def give_order(recipe: Recipe, sampled: sample.SampleResult) -> None:
+    """Score the second image of each pair higher: the OCR reads nothing in noise, and equal scores teach nothing."""
+    table = open_reward_table(Session(recipe, Path("unused")), sampled.store)
+    for number in range(len(sampled.store.shards)):
+        images = sampled.store.images(number)
         table.write_shard(number, [ScoreRow(i.prompt.id, i.index, 0.5 * i.index, None, {}) for i in images])
 
 
@@ -107,8 +107,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     rows = dict(plan.describe(recipe, "train", tmp_path))
     assert rows["model"].startswith(f"{folder} ({name})") and "2 passes each" in rows["forward passes"]
     assert rows["guidance"].startswith("2, classifier-free, in sampling only")
-    made = sample.run(Session(recipe, tmp_path, quiet))
-    give_order(recipe, made)
+    give_order(recipe, sample.run(Session(recipe, tmp_path, quiet)))
     assert score.run(Session(recipe, tmp_path, quiet)).shards_made == 0
     trained = train.run(Session(recipe, tmp_path, quiet))
     losses = [row["loss"] for row in trained.run.metrics() if row["kind"] == "train"]
@@ -152,15 +151,15 @@ def test_online_steps_are_those_of_sampling_with_both_passes_and_have_a_gradient
     assert "classifier-free, in rounds and updates" in dict(plan.describe(recipe, "train", Path("out")))["guidance"]
     parameters = attach_adapter(recipe, model)
     policy = Policy(model, method, guidance, (32, 48), nullcontext)
-    drawn = [RolloutImage(prompt, 0, 0) for prompt in Session(recipe, Path()).prompts("train").records]
-    text = model.encode([each.prompt.prompt for each in drawn])
-    made = roll_out(policy, drawn, text, seed=1)
-    batched, places = model.batch_conditioning(text), torch.tensor([0, 1])
-    chosen = torch.arange(2), places
-    step = policy.step(made.states[chosen], places, batched)
-    after = made.states[torch.arange(2), places + 1]
-    torch.testing.assert_close(log_prob(after, step), made.log_probs[chosen])
+    names = [RolloutImage(prompt, 0, 0) for prompt in Session(recipe, Path()).prompts("train").records]
+    text = model.encode([name.prompt.prompt for name in names])
+    rollout = roll_out(policy, names, text, seed=1)
+    batched, steps = model.batch_conditioning(text), torch.tensor([0, 1])
+    chosen = torch.arange(2), steps
+    step = policy.step(rollout.states[chosen], steps, batched)
+    after = rollout.states[torch.arange(2), steps + 1]
+    torch.testing.assert_close(log_prob(after, step), rollout.log_probs[chosen])
     log_prob(after, step).sum().backward()
     assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in parameters)
-    single = Policy(model, method, 1.0, (32, 48), nullcontext).step(made.states[chosen], places, batched)
+    single = Policy(model, method, 1.0, (32, 48), nullcontext).step(rollout.states[chosen], steps, batched)
     assert (single.mean - step.mean).abs().max() > 1e-4

@@ -53,8 +53,8 @@ def by_us(model: FlowModel, prompts: list[str], seeds: list[int], *, guidance: f
 
 @pytest.mark.parametrize(("folder", "guidance"), [("flux_folder", 1.0), ("guided_folder", 3.5)])
 def test_same_latents_and_image_as_the_pipeline(folder: str, guidance: float, request: pytest.FixtureRequest) -> None:
-    where = request.getfixturevalue(folder)
-    pipe, model = pipeline(where), load_flow_model(where)
+    path = request.getfixturevalue(folder)
+    pipe, model = pipeline(path), load_flow_model(path)
     ours = by_us(model, [PROMPTS[1]], [7], guidance=guidance)
     theirs = by_pipeline(pipe, PROMPTS[1], 7, guidance=guidance, output="latent")
     assert ours.std() > 0.1
@@ -66,7 +66,7 @@ def test_same_latents_and_image_as_the_pipeline(folder: str, guidance: float, re
     assert np.abs(np.asarray(image, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1
 
 
-def test_guidance_counts_only_where_it_is_an_input(flux_folder: Path, guided_folder: Path) -> None:
+def test_guidance_has_an_effect_only_as_an_input(flux_folder: Path, guided_folder: Path) -> None:
     plain, guided = load_flow_model(flux_folder), load_flow_model(guided_folder)
     prompts, seeds = list(PROMPTS[:1]), [3]
     assert torch.equal(by_us(plain, prompts, seeds, guidance=1.0), by_us(plain, prompts, seeds, guidance=5.0))
@@ -161,7 +161,7 @@ def test_components_load_when_used_and_go_when_released(flux_folder: Path) -> No
 
 
 def test_model_first_used_while_sampling_can_be_trained(flux_folder: Path) -> None:
-    """Weights and cached positions made inside inference mode would refuse autograd."""
+    """Weights created inside inference mode would refuse autograd."""
     model = load_flow_model(flux_folder)
     latents = by_us(model, list(PROMPTS[:1]), [1])
     model.transformer.requires_grad_(True)

@@ -1,4 +1,4 @@
-"""Published configurations at full size, without their weights: built on the meta device, which has shapes only."""
+"""Published configurations at full size, without weights: built on the meta device, which has only shapes."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ K, GROUPS = 3, 2
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is published or worked out by hand."""
+class Expected:
+    """Sizes that are published or worked out by hand."""
 
     gigabytes: str
-    """Of the weights at two bytes each (position tables included), to the digits given."""
+    """Size of the weights at two bytes each (position tables included), to the digits given."""
     channels: int
     lora_32: int
     """Numbers of a rank 32 adapter."""
     encoders_gigabytes: str | None = None
-    """Of the text encoders' files in 16 bits, where their configurations are shipped."""
+    """Size of the text encoders' files in 16 bits, if their configurations are shipped."""
 
 
-KNOWN = {
-    "FLUX.1-dev": Known("23.8", 16, 89653248, "9.77"),
-    "SD3.5-medium": Known("4.94", 16, 18776064, "11.16"),
-    "SD3.5-large": Known("16.292561536", 16, 47161344, "11.16"),
-    "Qwen-Image": Known("40.9", 16, 47185920),
-    "Z-Image": Known("12.3", 16, 33423360),
-    "FLUX.2-klein-4B": Known("7.8", 32, 33423360),
+EXPECTED = {
+    "FLUX.1-dev": Expected("23.8", 16, 89653248, "9.77"),
+    "SD3.5-medium": Expected("4.94", 16, 18776064, "11.16"),
+    "SD3.5-large": Expected("16.292561536", 16, 47161344, "11.16"),
+    "Qwen-Image": Expected("40.9", 16, 47185920),
+    "Z-Image": Expected("12.3", 16, 33423360),
+    "FLUX.2-klein-4B": Expected("7.8", 32, 33423360),
 }
 STEPPED = ("FLUX.1-dev", "SD3.5-medium", "SD3.5-large")
-"""Models with a whole sampling and training step at full size."""
+"""Models that take a whole sampling and training step at full size."""
 
 
 def open_on_meta(name: str) -> FlowModel:
-    """The family on the published configurations alone; the transformer has shapes and no numbers."""
+    """A family on its published configurations only; the transformer has shapes and no numbers."""
     folder = PublishedFolder(name)
     model = load_flow_model(folder, dtype="bfloat16", device="meta")
     model.transformer = folder.meta_component("transformer", dtype=torch.bfloat16)
@@ -62,11 +62,11 @@ def conditioning(model: FlowModel, count: int) -> dict[str, torch.Tensor]:
     return {key: torch.empty(count, *shape, device="meta", dtype=torch.bfloat16) for key, shape in shapes.items()}
 
 
-def test_all_that_is_published_is_tested() -> None:
-    assert KNOWN.keys() == published_configurations().keys()
+def test_every_published_configuration_is_tested() -> None:
+    assert EXPECTED.keys() == published_configurations().keys()
 
 
-@pytest.mark.parametrize("name", list(KNOWN))
+@pytest.mark.parametrize("name", list(EXPECTED))
 def test_published_model_at_full_size(name: str) -> None:
     """Size on disk as published, one velocity at 512 and 1024 pixels, and an adapter of the expected size.
 
@@ -76,27 +76,27 @@ def test_published_model_at_full_size(name: str) -> None:
       for the last block has no text output; Qwen-Image: 60 x 4 x 6.144; Z-Image: 34 x 4 x 7.680;
       FLUX.2-klein-4B: 5 x 4 x 6.144 + 20 x (30.720 + 15.360).
 
-    The step of those in ``STEPPED`` is Euler steps of the sampler, and the two-pass gradient of groups, checkpointed:
-    reference, errors, loss, and the backward pass of each micro-batch. Only the values are missing.
+    The models in ``STEPPED`` also take an Euler step of the sampler and a checkpointed two-pass gradient of groups:
+    reference, errors, loss, and the backward pass of each micro-batch.
     """
-    known, model = KNOWN[name], open_on_meta(name)
+    expected, model = EXPECTED[name], open_on_meta(name)
     size = 2 * sum(tensor.numel() for tensor in model.transformer.state_dict().values())
-    digits = len(known.gigabytes.split(".")[1])
-    assert f"{size / 1e9:.{digits}f}" == known.gigabytes
+    digits = len(expected.gigabytes.split(".")[1])
+    assert f"{size / 1e9:.{digits}f}" == expected.gigabytes
 
     text = conditioning(model, 1)
     with torch.no_grad():
         for side in (512, 1024):
             pixels = {"height": side, "width": side}
             latents = torch.empty(1, *model.latent_shape(**pixels), device="meta")
-            assert latents.numel() == side * side // 64 * known.channels
+            assert latents.numel() == side * side // 64 * expected.channels
             velocity = model.velocity(latents, torch.empty(1, device="meta"), text, guidance=3.5, **pixels)
             assert velocity.shape == latents.shape and velocity.dtype == torch.bfloat16
 
     if name in STEPPED:
         sampling_step(model)
     parameters = attach_lora(model, rank=32, alpha=32)
-    assert sum(parameter.numel() for parameter in parameters) == known.lora_32
+    assert sum(parameter.numel() for parameter in parameters) == expected.lora_32
     assert {parameter.dtype for parameter in parameters} == {torch.float32}
     if name in STEPPED:
         training_step(model, parameters)
@@ -121,7 +121,7 @@ def scheduler(model: FlowModel) -> Any:
 
 
 class Landed(torch.autograd.Function):
-    """Zeros on the CPU in place of a velocity without numbers; the gradient goes the other way."""
+    """Zeros on the CPU in place of a velocity without numbers; the gradient returns to the meta device."""
 
     @staticmethod
     def forward(ctx: Any, velocity: torch.Tensor) -> torch.Tensor:
@@ -134,7 +134,7 @@ class Landed(torch.autograd.Function):
 
 
 class Grounded:
-    """A model whose transformer has no numbers, for what needs some around it: the loss sorts and checks rewards."""
+    """A model whose transformer has no numbers, for a loss that needs some: it sorts and checks rewards."""
 
     def __init__(self, model: FlowModel) -> None:
         self.model, self.sizes = model, list[int]()
@@ -177,15 +177,15 @@ def training_step(model: FlowModel, parameters: list[torch.nn.Parameter]) -> Non
     assert all(p.grad is not None and p.grad.shape == p.shape for p in parameters)
 
 
-@pytest.mark.parametrize("name", list(KNOWN))
+@pytest.mark.parametrize("name", list(EXPECTED))
 def test_shallow_models_have_the_numbers_of_the_published_one(name: str) -> None:
-    """What ``--dry-run`` counts: two or three blocks of a kind for all of them, and the text encoders' files."""
-    model, known = meta_model(PublishedFolder(name), dtype="bfloat16"), KNOWN[name]
-    digits = len(known.gigabytes.split(".")[1])
-    assert f"{2 * model.transformer.values / 1e9:.{digits}f}" == known.gigabytes
-    if known.encoders_gigabytes is None:
+    """``--dry-run`` counts two or three blocks of a kind for all of them, and the text encoders' files."""
+    model, expected = meta_model(PublishedFolder(name), dtype="bfloat16"), EXPECTED[name]
+    digits = len(expected.gigabytes.split(".")[1])
+    assert f"{2 * model.transformer.values / 1e9:.{digits}f}" == expected.gigabytes
+    if expected.encoders_gigabytes is None:
         assert model.text is None
     else:
         assert model.text is not None and model.vae == count_weights(PublishedFolder(name).meta_component("vae"))
-        assert f"{2 * model.text.values / 1e9:.2f}" == known.encoders_gigabytes
+        assert f"{2 * model.text.values / 1e9:.2f}" == expected.encoders_gigabytes
     assert sum((part.weights.times(part.times) for part in model.parts), Weights(0)).linear <= model.transformer.values

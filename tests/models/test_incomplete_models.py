@@ -1,4 +1,4 @@
-"""Weights and vocabularies that files lack, name otherwise or hold in another shape are found before any sampling."""
+"""Missing, renamed or misshapen weights and missing vocabularies are reported before any sampling."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = {
     "prefixed": r"lacks the weight \S+ and \d+ more",
     "reshaped": r"holds the weight {key} in the shape \[\d+, \d+\] instead of \[\d+, \d+\]",
 }
-"""How a file is changed, and what is said of it."""
+"""How a file is damaged, and the words of the message."""
 
 
 def weights_of(folder: Path, component: str) -> Path:
@@ -60,7 +60,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def refused(folder: Path, words: str) -> None:
-    """Whichever component is asked for: the first load looks at all of them."""
+    """The first load of any component checks all of them."""
     with pytest.raises(PrerequisiteError, match=words) as caught:
         PipelineFolder(folder).load("scheduler")
     assert "\n" not in str(caught.value) and str(caught.value).endswith(": fetch the whole folder again")
@@ -83,7 +83,7 @@ def test_weights_of_a_larger_pipeline(component: str, kind: str, family_folder: 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_command_line_ends_before_it_samples(kind: str, copy: Path, tmp_path: Path) -> None:
-    """The autoencoder, which is used last of all."""
+    """The autoencoder is used last."""
     key = damage(copy, "vae", kind)
     settings = [f"--set=model.path={copy}", "--set=judge.kind=none"]
     outcome = command("sample", "--recipe=smoke", f"--out={tmp_path / 'out'}", *settings)
@@ -93,7 +93,7 @@ def test_the_command_line_ends_before_it_samples(kind: str, copy: Path, tmp_path
 
 
 def test_weights_that_the_class_does_not_have(copy: Path) -> None:
-    """In a transformer they belong to another model; a text encoder may come with the head of its language model."""
+    """In a transformer they belong to another model; a text encoder may have the head of its language model."""
     for component in ("text_encoder_2", "transformer"):
         file = weights_of(copy, component)
         save_file({**load_file(file), "lm_head.weight": torch.ones(2, 2)}, file, metadata={"format": "pt"})
@@ -102,8 +102,8 @@ def test_weights_that_the_class_does_not_have(copy: Path) -> None:
     assert PipelineFolder(copy).load("text_encoder_2", dtype=torch.float32).dtype == torch.float32
 
 
-def test_names_that_the_library_has_changed_since_are_read(copy: Path) -> None:
-    """As FLUX.1 is published: CLIP's weights with the name of their module in front."""
+def test_weight_names_of_an_older_library_are_read(copy: Path) -> None:
+    """FLUX.1 is published with the module's name in front of CLIP's weights."""
     model = load_flow_model(copy)
     expected = model.encode(["a red sign"])[0]["pooled_prompt_embeds"]
     file = weights_of(copy, "text_encoder")
@@ -147,7 +147,7 @@ def test_weights_in_parts(kind: str, words: str, copy: Path) -> None:
 def test_weights_from_the_hub_are_compared_when_they_are_loaded(
     component: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No other component has to be fetched for it."""
+    """So no other component has to be fetched."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -165,8 +165,8 @@ def test_weights_from_the_hub_are_compared_when_they_are_loaded(
     assert folder.load("scheduler") is not None
 
 
-def test_quantised_files_are_left_to_their_quantiser(copy: Path) -> None:
-    """It knows their names and shapes, which are not the class's."""
+def test_the_quantiser_checks_quantised_weights(copy: Path) -> None:
+    """Their names and shapes are the quantiser's and not the class's."""
     damage(copy, "transformer", "reshaped")
     path = copy / "transformer" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "torchao"}}))
@@ -180,7 +180,7 @@ def cut(file: Path) -> None:
 @pytest.mark.parametrize("component", ["tokenizer", "tokenizer_2"])
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_tokenizers(file: str, component: str, copy: Path) -> None:
-    """Without its vocabulary a tokenizer would load with two words in it."""
+    """Without its vocabulary a tokenizer would load with two words."""
     path = copy / component / file
     cut(path)
     with pytest.raises(PrerequisiteError, match=rf"component {component} of model .* cannot be loaded"):
@@ -195,8 +195,8 @@ def test_tokenizers(file: str, component: str, copy: Path) -> None:
     refused(copy, rf"component {component} of model .* has no {missing}")
 
 
-def test_a_vocabulary_in_two_files_is_one_too(copy: Path) -> None:
-    """As FLUX.1 has it: words and merges."""
+def test_a_vocabulary_may_be_in_two_files(copy: Path) -> None:
+    """FLUX.1 has one file of words and one of merges."""
     import transformers
 
     words: Any = transformers.CLIPTokenizer.from_pretrained(copy / "tokenizer")

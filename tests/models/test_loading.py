@@ -1,4 +1,4 @@
-"""Opening pipeline folders: identity, refusal of foreign code, and one clear sentence when something is missing."""
+"""Opening pipeline folders: identity, refusal of foreign code, and one clear sentence if something is missing."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_model_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch, tmp
 def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
     repo: str, licence: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Through the sample stage, as the user meets it."""
+    """Through the sample stage, as a user would see it."""
     from huggingface_hub import constants
 
     from gdro_cli.config.load import load_recipe
@@ -105,11 +105,6 @@ def test_missing_weights_say_what_to_fetch_and_where_a_licence_comes_first(
     assert f"`hf download {repo}`" in message and f"`hf download {repo} --local-dir FOLDER`" in message
     assert "set model.path=FOLDER" in message and "\n" not in message
     assert (f"accept its licence at https://huggingface.co/{repo}" in message) == licence
-
-
-def test_unknown_dtype(flux_folder: Path) -> None:
-    with pytest.raises(UserError, match="choose auto, float32, bfloat16"):
-        load_flow_model(flux_folder, dtype="float8")  # type: ignore[arg-type]
 
 
 def test_broken_components_are_named(copy: Path) -> None:

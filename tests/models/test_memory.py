@@ -1,4 +1,4 @@
-"""A model kept small: quantised base, one part on the device at a time, a decoder that works in pieces."""
+"""Ways to save memory: a quantised base, one part on the device at a time, a decoder that works in pieces."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .conftest import PROMPTS, SIZE
 CPU = torch.device("cpu")
 
 
-def drawn(model: FlowModel) -> list[Any]:
-    """Two images, with all three parts at work."""
+def draw(model: FlowModel) -> list[Any]:
+    """Two images, for which all three parts run."""
     noise, texts = model.noise([1, 2], **SIZE), model.encode(PROMPTS[:2])
     latents = sample_latents(model, noise, texts, steps=2, guidance=1.0, batch_size=2, **SIZE)
     return [np.asarray(image, dtype=int) for image in model.decode(latents, **SIZE)]
@@ -36,9 +36,9 @@ def test_offload_and_slicing_draw_the_same_images(
     family: str, flux_folder: Path, family_folder: Callable[[str], Path]
 ) -> None:
     folder = flux_folder if family == "flux" else family_folder(family)
-    plain = drawn(load_flow_model(folder))
+    plain = draw(load_flow_model(folder))
     model: Any = load_flow_model(folder, memory=MemoryOptions(offload=True, vae_slicing=True))
-    saved = drawn(model)
+    saved = draw(model)
     # One level of 255: convolutions of one image and of two may round differently.
     assert all(abs(a - b).max() <= 1 for a, b in zip(plain, saved, strict=True))
     assert model._network("vae").use_slicing
@@ -75,23 +75,23 @@ class Traveller(nn.Linear):
 def test_one_part_is_on_the_device_at_a_time() -> None:
     log: list[str] = []
     clip, t5, transformer, vae = (Traveller(name, log) for name in ("clip", "t5", "transformer", "vae"))
-    places = OneAtATime(torch.device("meta"))  # stands for a GPU
-    places.use("text", "text_encoder", clip)
-    places.use("text", "text_encoder_2", t5)
-    places.use("text", "text_encoder", clip)
+    parts = OneAtATime(torch.device("meta"))  # in place of a GPU
+    parts.use("text", "text_encoder", clip)
+    parts.use("text", "text_encoder_2", t5)
+    parts.use("text", "text_encoder", clip)
     assert log == ["clip to meta", "t5 to meta"]
     log.clear()
     for _ in range(3):
-        places.use("transformer", "transformer", transformer)
+        parts.use("transformer", "transformer", transformer)
     assert log == ["clip to cpu", "t5 to cpu", "transformer to meta"]
     log.clear()
-    places.use("vae", "vae", vae)
-    places.forget("vae")
-    places.use("text", "text_encoder", clip)
+    parts.use("vae", "vae", vae)
+    parts.forget("vae")
+    parts.use("text", "text_encoder", clip)
     assert log == ["transformer to cpu", "vae to meta", "clip to meta"]
 
 
-def test_a_wrapped_transformer_stays_where_it_was_put(flux_folder: Path) -> None:
+def test_a_wrapped_transformer_stays_on_its_device(flux_folder: Path) -> None:
     model: Any = load_flow_model(flux_folder, memory=MemoryOptions(offload=True))
     log: list[str] = []
     _ = model.transformer
@@ -115,8 +115,8 @@ def test_a_missing_package_is_one_sentence_that_names_the_extra(
 
 @pytest.mark.parametrize(("kind", "error"), [("int8", 0.05), ("fp8", 0.15)])
 def test_an_8_bit_base_is_close_and_trains_its_adapter_exactly(kind: Any, error: float, flux_folder: Path) -> None:
-    """Its velocity is the float model's within the rounding of the weights; the adapter's gradient is that of a float
-    model with the rounded weights; and with the adapter off it is the base again.
+    """Its velocity is the float model's, up to the rounding of the weights. The adapter's gradient is that of a float
+    model with the rounded weights. With the adapter off it is the base again.
     """
     pytest.importorskip("torchao")
     exact, small, rounded = (
@@ -152,7 +152,7 @@ def test_an_8_bit_base_is_close_and_trains_its_adapter_exactly(kind: Any, error:
 
 
 def test_4_bit_settings_and_where_they_run() -> None:
-    """The layers themselves are in the next test; loading them through diffusers needs a GPU."""
+    """The next test runs the layers; loading them through diffusers needs a GPU."""
     pytest.importorskip("bitsandbytes")
     with pytest.raises(PrerequisiteError, match="needs a CUDA GPU"):
         quantization_config("nf4", dtype=torch.bfloat16, device=CPU)
@@ -162,7 +162,7 @@ def test_4_bit_settings_and_where_they_run() -> None:
 
 
 def test_an_adapter_on_4_bit_layers_learns(flux_folder: Path) -> None:
-    """Layers put in by hand, because diffusers quantises to 4 bits on a GPU only."""
+    """The test replaces the layers itself, because diffusers quantises to 4 bits only on a GPU."""
     bnb = pytest.importorskip("bitsandbytes")
     model = load_flow_model(flux_folder)
     texts, noise, sigma = model.encode(PROMPTS), model.noise([1, 2, 3], **SIZE), torch.tensor([0.9, 0.5, 0.1])

@@ -1,4 +1,4 @@
-"""Merging an adapter into a copy of its pipeline: which files change, by how much, and what is refused."""
+"""Merging an adapter into a copy of its pipeline: which files change, by how much, and which are refused."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_only_the_adapted_matrices_change_and_nothing_else(
     base, after = (load_file(folder / "transformer" / WEIGHTS) for folder in (flux_folder, tmp_path))
     for name, weight in base.items():
         layer = name.removesuffix(".weight")
-        wanted = expected(weight, adapter_file, layer) if layer in LAYERS and name != layer else weight
-        assert torch.equal(after[name], wanted)
+        merged_weight = expected(weight, adapter_file, layer) if layer in LAYERS and name != layer else weight
+        assert torch.equal(after[name], merged_weight)
     with safe_open(tmp_path / "transformer" / WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
@@ -86,9 +86,9 @@ def test_files_in_parts_keep_their_parts_and_their_dtype(flux_folder: Path, adap
     assert (tmp_path / "merged" / "LICENSE.md").read_text() == "terms"
     assert not (tmp_path / "merged" / "README.md").exists()
     before = {name: value for part in parts for name, value in load_file(base / "transformer" / part).items()}
-    found = {name: v for part in parts for name, v in load_file(tmp_path / "merged" / "transformer" / part).items()}
+    saved = {name: v for part in parts for name, v in load_file(tmp_path / "merged" / "transformer" / part).items()}
     for layer in LAYERS:
-        assert torch.equal(found[f"{layer}.weight"], expected(before[f"{layer}.weight"], adapter_file, layer))
+        assert torch.equal(saved[f"{layer}.weight"], expected(before[f"{layer}.weight"], adapter_file, layer))
 
 
 def rewritten(source: Path, folder: Path, layer: str, change: str) -> PipelineFolder:
@@ -124,8 +124,8 @@ def test_another_base_is_refused(
         merge_into(base, read_adapter(adapter_file), tmp_path / "merged")
 
 
-def test_a_merge_ends_where_it_is_asked_to(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
-    """Between two files or two matrices; what is half made goes."""
+def test_a_merge_can_be_stopped(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
+    """It stops between two files or two matrices, and removes the unfinished copy."""
     base, adapter = PipelineFolder(flux_folder), read_adapter(adapter_file)
     calls: list[int] = []
     (tmp_path / "whole").mkdir()
@@ -144,7 +144,7 @@ def test_a_merge_ends_where_it_is_asked_to(flux_folder: Path, adapter_file: Path
 
 
 def test_ctrl_c_inside_the_library_is_not_damage(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
-    """It comes out as an error of the library's; a file without weights stands for it."""
+    """The library raises an error of its own, as it does for a file without weights."""
     shutil.copytree(flux_folder, tmp_path / "base")
     (tmp_path / "base" / "transformer" / WEIGHTS).write_text("no weights")
     base, calls = PipelineFolder(tmp_path / "base"), iter(range(1000))
@@ -158,7 +158,7 @@ def test_ctrl_c_inside_the_library_is_not_damage(flux_folder: Path, adapter_file
         merge_into(base, read_adapter(adapter_file), tmp_path / "merged", check=stop)
 
 
-def test_other_files_are_no_adapters(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
+def test_other_files_are_refused(flux_folder: Path, adapter_file: Path, tmp_path: Path) -> None:
     save_file({"transformer.x.lora_A.weight": torch.ones(2, 2)}, tmp_path / "bare", metadata={"format": "pt"})
     (tmp_path / "text").write_text("no")
     cut = load_file(adapter_file)

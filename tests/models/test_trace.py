@@ -1,4 +1,4 @@
-"""What is counted without numbers against real passes on the CPU, and shallow models against deep ones."""
+"""Counts without numbers against real passes on the CPU, and shallow models against deep ones."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def open_small(name: str, device: str, dtype: DtypeName = "float32") -> tuple[Fl
         module = module.to_empty(device=device)
         for parameter in module.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
-    prepare_transformer(module, ComputeOptions())  # kernels that another test has chosen keep more
+    prepare_transformer(module, ComputeOptions())  # kernels that another test chose keep more
     flow.transformer = module.to(flow.dtype).requires_grad_(False)
     return flow, attach_lora(flow, rank=4, alpha=4)
 
@@ -96,7 +96,7 @@ def saved_bytes(flow: FlowModel) -> int:
 
 @pytest.mark.parametrize("name", list(SMALL))
 def test_activations_are_those_of_a_real_pass(name: str) -> None:
-    """Within 5 %: the trace counts what is alive, the hooks what autograd holds; they differ in the pass's own ends."""
+    """Within 5 %: the trace counts live tensors, the hooks those that autograd saves; the ends of the pass differ."""
     real, _ = open_small(name, "cpu")
     kept = traced(*open_small(name, "meta")).kept
     assert kept == pytest.approx(saved_bytes(real), rel=0.05)
@@ -133,7 +133,7 @@ def test_checkpointing_keeps_less_and_computes_more() -> None:
     assert plain.forward < thrifty.flops - plain.flops + plain.forward / 4 < 2 * plain.forward
 
 
-def test_a_pass_without_gradient_is_as_high_at_any_depth() -> None:
+def test_the_peak_of_a_pass_without_gradient_does_not_depend_on_depth() -> None:
     name = "FLUX.1-dev"
     text = {"prompt_embeds": (TEXT, 64), "pooled_prompt_embeds": (768,)}
     parts = meta_model(Small(name), dtype="float32", max_sequence_length=TEXT).parts
@@ -153,7 +153,7 @@ def test_operations_by_hand() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    """What is freed is no longer alive; a view is nothing new."""
+    """Freed tensors are not alive; a view adds nothing."""
     x = torch.empty(5, 8, device="meta")
     with metered([x]) as meter:
         y = x + 1

@@ -20,7 +20,6 @@ from gdro_cli.core.footprint import (
     Weights,
     adapter_bytes,
     group_step_flops,
-    sampling_flops,
     unpacked_bytes,
     weight_bytes,
 )
@@ -250,7 +249,7 @@ class Estimate:
 
     def drawing_flops(self, images: int, *, steps: int, passes: int) -> float:
         """Operations to sample and decode images with the base model."""
-        drawn = sampling_flops(images=images, steps=steps, passes=passes, forward=self.reference_flops)
+        drawn = images * steps * passes * self.reference_flops
         decoding = decoding_work(self.shape, 1)
         return drawn + (0 if decoding is None else images * decoding.flops)
 
