@@ -1,4 +1,4 @@
-"""What the small networks of the embedded world are built of."""
+"""The building block of the embedded world's small networks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch.nn import functional
 
 
 class ResidualBlock(nn.Module):
-    """Two 3 x 3 convolutions with a way around them."""
+    """Two 3 x 3 convolutions with a residual connection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
