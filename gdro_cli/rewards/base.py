@@ -263,6 +263,18 @@ def read_rgb(source: ImageSource) -> Image.Image:
         raise UnreadableImageError(f"the image{where} cannot be decoded: {_first_line(error)}") from error
 
 
+def read_all(sources: Sequence[ImageSource]) -> tuple[dict[int, Image.Image], dict[int, str]]:
+    """Decode images to RGB. Returns the images, and the reasons why the others cannot be decoded, by index."""
+    images: dict[int, Image.Image] = {}
+    reasons: dict[int, str] = {}
+    for index, source in enumerate(sources):
+        try:
+            images[index] = read_rgb(source)
+        except UnreadableImageError as error:
+            reasons[index] = str(error)
+    return images, reasons
+
+
 def _small(image: Image.Image) -> Image.Image:
     if image.width * image.height > MOST_PIXELS:
         raise UnreadableImageError(f"the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")

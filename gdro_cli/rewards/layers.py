@@ -1,7 +1,12 @@
-"""The building block of the embedded world's small networks."""
+"""What the embedded world's small networks share: their input, and the block that they are built of."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -19,3 +24,9 @@ class ResidualBlock(nn.Module):
         """[N, C, h, w] -> the same shape."""
         hidden: Tensor = self.second(functional.silu(self.first(functional.silu(self.norm(x)))))
         return x + hidden
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size as [N, 3, H, W] in [-1, 1]."""
+    stack = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -30,7 +30,8 @@ from gdro_cli.core.seeds import seed_for
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.files import write_json
 from gdro_cli.rewards.geneval.palette import PaletteColours
-from gdro_cli.rewards.geneval.segmenter import MARGIN, SegmentationNetwork, SegmenterDetector, to_pixels
+from gdro_cli.rewards.geneval.segmenter import MARGIN, SegmentationNetwork, SegmenterDetector
+from gdro_cli.rewards.layers import to_pixels
 from gdro_cli.tiny.autoencoder import PatchAutoencoder, decode_pixels, encode_mean
 from gdro_cli.tiny.backgrounds import BACKGROUNDS, SIZE
 from gdro_cli.tiny.world import (
@@ -167,36 +168,36 @@ def save(network: SegmentationNetwork, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Share of pictures that the detector sees as they were drawn."""
+    """How often the detector finds the objects that were drawn."""
 
-    pictures: int
+    images: int
     objects: float
-    """All classes, colours and places right, and nothing else found."""
+    """Share of the images in which all classes, colours and positions are right and nothing else is found."""
     masks: float
-    """Mean overlap (intersection over union) of found and drawn masks, where the objects are right."""
+    """Mean overlap (intersection over union) of detected and drawn masks, in the images with the right objects."""
 
 
-def measure(folder: Path, *, pictures: int, seed: int, minimum: float, generated: bool = False) -> dict[str, Agreement]:
-    """Agreement per tag on freshly drawn pictures; ``generated`` passes them through the autoencoder first."""
+def measure(folder: Path, *, images: int, seed: int, minimum: float, generated: bool = False) -> dict[str, Agreement]:
+    """Agreement per tag on freshly drawn images; ``generated`` passes them through the autoencoder first."""
     detector, colours = SegmenterDetector(folder), PaletteColours.read(folder / PALETTE_FILE)
     autoencoder = PatchAutoencoder.from_pretrained(tiny_model_path() / "vae").eval() if generated else None
-    found = {}
+    agreements = {}
     for tag in TAGS:
         rng = np.random.default_rng(seed_for(seed, "tiny-detector-test", tag))
-        scenes = [random_scene(rng, tag) for _ in range(pictures)]
-        images = [scene.image for scene in scenes]
+        scenes = [random_scene(rng, tag) for _ in range(images)]
+        drawn = [scene.image for scene in scenes]
         if autoencoder is not None:
-            images = passed_through(images, autoencoder)
+            drawn = passed_through(drawn, autoencoder)
         right, overlaps = 0, []
-        for scene, image, objects in zip(scenes, images, detector.detect(images, minimum=minimum), strict=True):
+        for scene, image, objects in zip(scenes, drawn, detector.detect(drawn, minimum=minimum), strict=True):
             names = colours.classify(image, objects)
-            seen = {(each.label, name, *_cell(each.box)): each.mask for each, name in zip(objects, names, strict=True)}
-            drawn = {(thing.shape, thing.colour, thing.row, thing.column): thing_mask(thing) for thing in scene.things}
-            if len(seen) == len(objects) and seen.keys() == drawn.keys():
+            masks = {(item.label, name, *_cell(item.box)): item.mask for item, name in zip(objects, names, strict=True)}
+            truth = {(thing.shape, thing.colour, thing.row, thing.column): thing_mask(thing) for thing in scene.things}
+            if len(masks) == len(objects) and masks.keys() == truth.keys():
                 right += 1
-                overlaps += [float((seen[key] & drawn[key]).sum() / (seen[key] | drawn[key]).sum()) for key in drawn]
-        found[tag] = Agreement(pictures, right / pictures, float(np.mean(overlaps)) if overlaps else 0.0)
-    return found
+                overlaps += [float((masks[key] & truth[key]).sum() / (masks[key] | truth[key]).sum()) for key in truth]
+        agreements[tag] = Agreement(images, right / images, float(np.mean(overlaps)) if overlaps else 0.0)
+    return agreements
 
 
 def passed_through(images: list[Image.Image], autoencoder: PatchAutoencoder) -> list[Image.Image]:
@@ -233,7 +234,7 @@ def main() -> None:
     report = {}
     for name, generated in (("drawn", False), ("through the autoencoder", True)):
         found = measure(
-            arguments.out, pictures=arguments.pictures, seed=arguments.seed + 1, minimum=0.3, generated=generated
+            arguments.out, images=arguments.pictures, seed=arguments.seed + 1, minimum=0.3, generated=generated
         )
         report[name] = {tag: asdict(agreement) for tag, agreement in found.items()}
     write_json(arguments.out / "report.json", report)
