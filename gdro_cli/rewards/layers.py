@@ -27,6 +27,10 @@ class ResidualBlock(nn.Module):
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
-    """RGB images of one size as [N, 3, H, W] in [-1, 1]."""
-    stack = np.stack([np.asarray(image) for image in images])
-    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
+    """RGB images of one size -> [N, 3, H, W] in [-1, 1]."""
+    return scale_pixels(torch.from_numpy(np.stack([np.asarray(image) for image in images])))
+
+
+def scale_pixels(pixels: Tensor) -> Tensor:
+    """uint8 RGB [N, H, W, 3] -> [N, 3, H, W] in [-1, 1]."""
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

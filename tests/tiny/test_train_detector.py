@@ -150,7 +150,7 @@ def test_a_network_without_training_has_no_agreement(tmp_path: Path) -> None:
 
 def test_the_command_trains_saves_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "detector"
-    common = ["train_detector", "--out", str(out), "--pictures", "1"]
+    common = ["train_detector", "--out", str(out), "--images", "1"]
     monkeypatch.setattr("sys.argv", [*common, "--steps", "2", "--workers", "0"])
     main()
     assert {path.name for path in out.iterdir()} >= {"config.json", "model.safetensors", "palette.json", "report.json"}
