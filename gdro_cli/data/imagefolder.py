@@ -43,7 +43,8 @@ def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImag
     try:
         numbered = sorted(path for path in folder.iterdir() if path.name.isdigit() and not path.is_file())
     except OSError as error:
-        raise UserError(f"the image folder {folder} cannot be read: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(f"the folder {folder} cannot be read ({reason}): check its name and permissions") from error
     if not numbered:
         raise UserError(f"{folder} has no images: it needs folders 00000, 00001 ... with {METADATA} and {SAMPLES}/")
     entries: dict[str, PromptImages] = {}

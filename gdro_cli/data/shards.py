@@ -20,6 +20,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import StoreError
@@ -138,7 +139,10 @@ class Shard:
     def groups(self, manifest: Mapping[str, Any]) -> list[StoredGroup]:
         """Read latents, conditioning and seeds, digests checked. Raises StoreError."""
         seeds = (int(parse_json(line)["seed"]) for line in self._read(INDEX, manifest).splitlines())
-        tensors = safetensors.torch.load(self._read(TENSORS, manifest))
+        try:
+            tensors = safetensors.torch.load(self._read(TENSORS, manifest))
+        except SafetensorError as error:
+            raise self._damaged(TENSORS, f"cannot be read ({error})") from error
         groups: list[StoredGroup] = []
         for prompt in self.prompts:
             prefix = f"{prompt.id}/conditioning/"

@@ -318,11 +318,11 @@ def test_several_processes_leave_with_the_exit_code_of_the_one_that_failed() -> 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["score", "--images", "nowhere"], "the image folder nowhere cannot be read: No such file"),
+        (["score", "--images", "nowhere"], "the folder nowhere cannot be read (No such file"),
         (["score", "--images", "."], ". has no images: it needs folders 00000"),
         (["score", "--images", ".", "--dry-run"], "--images goes with neither --dry-run nor --num-processes"),
         (["eval", "--export", "."], ". is not empty: name a new folder"),
-        (["eval", "--export", "file"], "the images cannot be written to file: Not a directory"),
+        (["eval", "--export", "file"], "the images cannot be written to file (Not a directory"),
     ],
 )
 def test_picture_folders_that_cannot_be_used_are_one_sentence(
