@@ -1,1 +1,1 @@
-"""Prompts, the group store, score tables, and the training set that is read from them."""
+"""Prompts, the group store, score tables, and the training set read from them."""

@@ -1,4 +1,4 @@
-"""The folder layout of the official GenEval, for exchange with other tools.
+"""The folder layout of the official GenEval, for the exchange of images with other tools.
 
 <NNNNN>/metadata.jsonl        one line: the prompt with its metadata
 <NNNNN>/samples/0000.png ...  its images
@@ -24,38 +24,39 @@ _SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 
 @dataclass(frozen=True, slots=True)
 class PromptImages:
-    """A prompt and the files of its images, in order."""
+    """A prompt, and the files of its images in order."""
 
     prompt: PromptRecord
     images: tuple[Path, ...]
 
 
 def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImages, ...]:
-    """Read what any tool has written in the official layout; folders with one prompt count as one.
+    """Read images in the official layout, from any tool. Folders with the same prompt are combined.
 
     Args:
-        folder: holds one numbered folder per prompt.
-        reward: says what a prompt must carry.
+        folder: has one numbered folder per prompt.
+        reward: checks what a prompt carries.
 
     Raises:
-        UserError: there is nothing of that layout, a link leads nowhere, or a prompt has no images or bad metadata.
+        UserError: the folder has another layout, a link is broken, or a prompt has no images or bad metadata.
     """
     try:
         numbered = sorted(path for path in folder.iterdir() if path.name.isdigit() and not path.is_file())
     except OSError as error:
-        raise UserError(f"the image folder {folder} cannot be read: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise UserError(f"the folder {folder} cannot be read ({reason}): check its name and permissions") from error
     if not numbered:
-        raise UserError(f"{folder} holds no images: it needs folders 00000, 00001 ... with {METADATA} and {SAMPLES}/")
+        raise UserError(f"{folder} has no images: it needs folders 00000, 00001 ... with {METADATA} and {SAMPLES}/")
     entries: dict[str, PromptImages] = {}
     for path in numbered:
         if not (path / METADATA).exists():
             raise UserError(f"{path} has no {METADATA}: it needs one line, the prompt of its images with its metadata")
         prompts = read_prompt_file(path / METADATA, reward=reward)
         if len(prompts) != 1:
-            raise UserError(f"{path / METADATA} holds {len(prompts)} prompts: it needs one line, that of its images")
+            raise UserError(f"{path / METADATA} has {len(prompts)} prompts: it needs one line, that of its images")
         images = _images(path / SAMPLES)
         if not images:
-            raise UserError(f"{path / SAMPLES} holds no images: it needs 0000.png, 0001.png ...")
+            raise UserError(f"{path / SAMPLES} has no images: it needs 0000.png, 0001.png ...")
         (prompt,) = prompts
         earlier = entries[prompt.id].images if prompt.id in entries else ()
         entries[prompt.id] = PromptImages(prompt, earlier + images)
@@ -63,19 +64,19 @@ def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImag
 
 
 def _images(folder: Path) -> tuple[Path, ...]:
-    """The images in a folder; one that cannot be read is never left out, which would change what is measured."""
+    """The images in a folder. A broken link is an error: leaving out an image would change the result."""
     if not folder.is_dir():
         return ()
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     images = tuple(path for path in visible if path.suffix.lower() in _SUFFIXES and not path.is_dir())
     for path in images:
         if not path.is_file():
-            raise UserError(f"{path} is a link that leads nowhere: put the image itself there, or delete it")
+            raise UserError(f"{path} is a broken link: put the image itself there, or delete the link")
     return images
 
 
 def write_image_folder(folder: Path, entries: Iterable[PromptImages]) -> None:
-    """Make a folder with prompts and copies of their images in the official layout. Raises OSError."""
+    """Write prompts and copies of their images in the official layout. Raises OSError."""
     for number, entry in enumerate(entries):
         samples = folder / f"{number:05d}" / SAMPLES
         samples.mkdir(parents=True)
@@ -85,10 +86,10 @@ def write_image_folder(folder: Path, entries: Iterable[PromptImages]) -> None:
 
 
 def refuse_used(folder: Path, *, what: str = "images") -> None:
-    """Check, before any work, that a folder can be made or filled.
+    """Check, before any work, that a folder is empty or missing, and that it can be written.
 
     Raises:
-        UserError: what is written would be mixed with what is in the folder, or the folder cannot be made.
+        UserError: the folder is not empty, or it cannot be written.
     """
     refused = f"the {what} cannot be written to {folder}"
     try:
@@ -97,16 +98,16 @@ def refuse_used(folder: Path, *, what: str = "images") -> None:
         while not os.path.lexists(above):
             above = above.parent
     except OSError as error:
-        raise UserError(f"{refused}: {error.strerror or error}; name another one") from error
+        raise UserError(f"{refused} ({error.strerror or error}): name another folder") from error
     if is_used:
         raise UserError(f"{folder} is not empty: name a new folder for the {what}")
     if not above.is_dir():
-        raise UserError(f"{refused}: {above} is not a folder; name another one")
+        raise UserError(f"{refused} ({above} is not a folder): name another one")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise UserError(f"{refused}: no permission to write in {above}; name another one or change its permissions")
+        raise UserError(f"{refused} (no permission to write in {above}): name another folder or change its permissions")
 
 
 def metadata_line(prompt: PromptRecord) -> str:
-    """The prompt as the official metadata has it; prompt files with such lines load as they are."""
+    """The prompt in the form of the official metadata; a file of such lines is a prompt file."""
     target = {} if prompt.target is None else {"target": prompt.target}
     return json.dumps({**prompt.metadata, **target, "prompt": prompt.prompt}, ensure_ascii=False)

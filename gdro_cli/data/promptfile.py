@@ -1,8 +1,8 @@
 """Prompt files: one prompt per line, or JSON Lines.
 
-Text files hold one prompt per line (Flow-GRPO's ``train.txt`` loads as it is). Files named ``.jsonl``,
-``.ndjson`` or ``.json`` hold one JSON object per line: ``prompt``, optionally ``target``; every other key
-becomes metadata. Blank lines are skipped. All bad lines of a file are reported at once, with their numbers.
+Text files have one prompt per line (Flow-GRPO's ``train.txt`` loads unchanged). Files named ``.jsonl``, ``.ndjson`` or
+``.json`` have one JSON object per line with ``prompt`` and optionally ``target``; every other key becomes metadata.
+Blank lines are skipped. All bad lines of a file are reported at once, with their numbers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from gdro_cli.data.records import PromptReader, PromptRecord
@@ -21,12 +22,10 @@ MAX_PROMPT_CHARS = 4_000
 """Far more than any text encoder reads (FLUX: 512 tokens)."""
 MAX_PROBLEMS = 10
 """How many bad lines one message lists."""
-_MAX_KEYS = 8
-"""How many keys of a line a message lists."""
 
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-"""Control characters but tab and line ends, and halves of surrogate pairs."""
+"""Control characters other than tab and line ends, and halves of surrogate pairs."""
 _UTF8_MARK = b"\xef\xbb\xbf"
 
 
@@ -34,11 +33,11 @@ def read_prompt_file(path: Path, *, reward: PromptReader) -> list[PromptRecord]:
     """Read every prompt of ``path`` in file order, duplicates included.
 
     Args:
-        path: the file; its name says whether it is JSON Lines.
-        reward: says what a prompt must carry.
+        path: the file; its suffix tells whether it is JSON Lines.
+        reward: checks what a prompt carries.
 
     Raises:
-        UserError: naming the file and up to ten bad lines.
+        UserError: the message names the file and up to ten bad lines.
     """
     parse = _parse_json if path.suffix.lower() in _JSON_SUFFIXES else _parse_text
     records: list[PromptRecord] = []
@@ -48,25 +47,20 @@ def read_prompt_file(path: Path, *, reward: PromptReader) -> list[PromptRecord]:
             line = _decode(raw).strip()
             if line:
                 records.append(_record(*parse(line), reward=reward))
-        except _BadLineError as error:
+        except ValueError as error:
             problems.append(f"line {number}: {error}")
     if problems:
         raise UserError(_summary(path, problems))
     if not records:
-        raise UserError(f"the prompt file {path} holds no prompts: write one prompt per line")
+        raise UserError(f"the prompt file {path} has no prompts: write one prompt per line")
     return records
-
-
-class _BadLineError(ValueError):
-    """What is wrong with one line."""
 
 
 def _summary(path: Path, problems: list[str]) -> str:
     if len(problems) == 1:
         return f"the prompt file {path} has a bad line; {problems[0]}"
-    shown = problems[:MAX_PROBLEMS]
-    more = [f"and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
-    return f"the prompt file {path} has {len(problems)} bad lines; " + "; ".join(shown + more)
+    more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+    return f"the prompt file {path} has {len(problems)} bad lines; " + "; ".join(problems[:MAX_PROBLEMS] + more)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -74,7 +68,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
         data = path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"the prompt file {path} cannot be read: {reason}; check its name and permissions") from error
+        raise UserError(f"the prompt file {path} cannot be read ({reason}): check its name and permissions") from error
     data = data.removeprefix(_UTF8_MARK).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     yield from enumerate(data.split(b"\n"), start=1)
 
@@ -83,18 +77,18 @@ def _decode(raw: bytes) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise _BadLineError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+        raise ValueError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
 
 
 def _check_characters(text: str, what: str) -> None:
     match = _NOT_TEXT.search(text)
     if match is not None:
-        raise _BadLineError(f"{what} contains the character U+{ord(match[0]):04X}, which is not text; remove it")
+        raise ValueError(f"{what} contains the character U+{ord(match[0]):04X}, which is not text; remove it")
 
 
 def _parse_text(line: str) -> tuple[str, str | None, dict[str, Any]]:
     if line.startswith("{") and line.endswith("}") and '"prompt"' in line:
-        raise _BadLineError("it looks like JSON; name the file .jsonl to have it read as JSON Lines")
+        raise ValueError("it looks like JSON; name the file .jsonl to have it read as JSON Lines")
     return line, None, {}
 
 
@@ -102,37 +96,28 @@ def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
     try:
         value = parse_json(line)
     except json.JSONDecodeError as error:
-        raise _BadLineError(f"it is not JSON ({error.msg.lower()} at character {error.pos + 1})") from error
+        raise ValueError(f"it is not JSON ({error.msg.lower()} at character {error.pos + 1})") from error
     except ValueError as error:
-        raise _BadLineError(f"its JSON cannot be used ({error})") from error
+        raise ValueError(f"its JSON cannot be used ({error})") from error
     if not isinstance(value, dict):
-        raise _BadLineError('it is not a JSON object; write one {"prompt": ...} per line')
+        raise ValueError('it is not a JSON object; write one {"prompt": ...} per line')
     if "prompt" not in value:
-        raise _BadLineError(f"the key prompt is missing; found {_listed(value)}")
+        raise ValueError(f"the key prompt is missing; the keys are {shown(sorted(value))}")
     prompt, target = value.pop("prompt"), value.pop("target", None)
     if not isinstance(prompt, str):
-        raise _BadLineError(f"prompt must be a text, not {type(prompt).__name__}")
+        raise ValueError(f"prompt must be a text, not {type(prompt).__name__}")
     if target is not None and not isinstance(target, str):
-        raise _BadLineError(f"target must be a text, not {type(target).__name__}")
+        raise ValueError(f"target must be a text, not {type(target).__name__}")
     return prompt.strip(), target, value
-
-
-def _listed(value: Mapping[str, Any]) -> str:
-    """The first keys of an object."""
-    keys = [key[:40] for key in sorted(value)]
-    return ", ".join(keys[:_MAX_KEYS]) + (", ..." if len(keys) > _MAX_KEYS else "") or "no keys"
 
 
 def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, reward: PromptReader) -> PromptRecord:
     if not prompt:
-        raise _BadLineError("the prompt is empty")
+        raise ValueError("the prompt is empty")
     if len(prompt) > MAX_PROMPT_CHARS:
-        raise _BadLineError(f"the prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARS} allowed")
+        raise ValueError(f"the prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARS} allowed")
     _check_characters(prompt, "the prompt")
     if target is not None:
         _check_characters(target, "the target")
-    try:
-        target = reward.read_prompt(prompt, target=target, metadata=metadata)
-    except ValueError as error:
-        raise _BadLineError(str(error)) from error
+    target = reward.read_prompt(prompt, target=target, metadata=metadata)
     return PromptRecord.of(prompt, target=target, metadata=metadata)

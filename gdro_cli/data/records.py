@@ -1,16 +1,16 @@
-"""Prompt records: what every stage knows about a prompt, and the set of them that a run uses."""
+"""Prompt records: a prompt with everything that the stages need, and the set of prompts that a run uses."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from gdro_cli.identity import digest
 
 
 class PromptReader(Protocol):
-    """What knows which prompts can be used: a reward."""
+    """The part of a reward that checks prompts."""
 
     @property
     def name(self) -> str:
@@ -23,26 +23,26 @@ class PromptReader(Protocol):
         ...
 
     def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
-        """Check a prompt and return its target. Raises ValueError saying what is missing or wrong."""
+        """Check a prompt and return its target. Raises ValueError if something is missing or wrong."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class PromptRecord:
-    """One prompt. Two records with the same content have the same ``id``, wherever they come from."""
+    """One prompt. Records with the same content have the same ``id``, regardless of their source."""
 
     id: str
     """First 12 hex digits of the SHA-256 of the canonical JSON of ``[prompt, target, metadata]``."""
     prompt: str
-    """The text that the model is asked for."""
+    """The text that images are sampled for."""
     target: str | None = None
-    """The text that must be readable in the image; ``None`` where the prompt asks for none."""
+    """The text that must be readable in the image; ``None`` if the prompt asks for no text."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Everything else a reward needs, as JSON values (GenEval: ``tag``, ``include``, ``exclude``)."""
+    """Everything else that a reward needs, as JSON values (GenEval: ``tag``, ``include``, ``exclude``)."""
 
     @classmethod
     def of(cls, prompt: str, *, target: str | None = None, metadata: Mapping[str, Any] | None = None) -> Self:
-        """Make a record and its id. Raises ValueError where ``metadata`` holds what JSON cannot."""
+        """Make a record and its id. Raises ValueError if ``metadata`` is not JSON."""
         extra = dict(metadata or {})
         return cls(id=digest([prompt, target, extra]), prompt=prompt, target=target, metadata=extra)
 
@@ -52,9 +52,9 @@ class PromptRecord:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Read ``to_json`` back.
+        """Read the result of ``to_json``.
 
-        Raises ValueError when a field is wrong or the id does not belong to the content.
+        Raises ValueError if a field is wrong or the id does not match the content.
         """
         if not isinstance(value, dict) or set(value) != {"id", "prompt", "target", "metadata"}:
             raise ValueError("a prompt record needs the keys id, prompt, target and metadata")
@@ -69,28 +69,27 @@ class PromptRecord:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts of one source, in order, none twice."""
+    """The different prompts of one source, in order."""
 
     records: tuple[PromptRecord, ...]
-    digest: str
-    """Short digest of the ids in order: equal for equal sets."""
-    dropped_duplicates: int = 0
-    """How many records of the source were left out because the same one stood earlier."""
+    dropped_duplicates: int
+    """How many records of the source were left out because an equal one came before."""
 
     @classmethod
     def of(cls, records: Iterable[PromptRecord]) -> Self:
-        """Keep the first of equal records, count the others, and take the digest."""
-        unique: dict[str, PromptRecord] = {}
-        dropped = 0
-        for record in records:
-            dropped += record.id in unique
-            unique.setdefault(record.id, record)
-        return cls(tuple(unique.values()), digest(list(unique)), dropped)
+        """Keep the first of equal records, and count the others."""
+        listed = list(records)
+        unique = {record.id: record for record in listed}
+        return cls(tuple(unique.values()), len(listed) - len(unique))
+
+    @property
+    def digest(self) -> str:
+        """Short digest of the ids in order: equal for equal sets."""
+        return digest([record.id for record in self.records])
 
     def first(self, count: int) -> Self:
-        """The first ``count`` prompts as a set of their own."""
-        kept = self.records[:count]
-        return type(self)(kept, digest([record.id for record in kept]), self.dropped_duplicates)
+        """The set of the first ``count`` prompts."""
+        return replace(self, records=self.records[:count])
 
     def __len__(self) -> int:
         return len(self.records)

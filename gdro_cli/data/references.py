@@ -1,10 +1,10 @@
-"""Reference errors: how far the untrained model is from the velocity of a stored image, kept beside the store.
+"""Reference errors: the untrained model's error for the velocity of a stored image, cached beside the store.
 
-    store/references/<digest>/manifest.json   what the errors depend on, beside the store
-                              *.jsonl         rows, one error per line, appended; a file per process that computed some
+    store/references/<digest>/manifest.json   what the errors depend on, besides the store
+                              *.jsonl         one error per line, appended; a file for each process that computed some
 
-Nothing that is trained enters a reference error, so all trainings that draw the same images, noise levels and noise
-share them. They are a cache: a row that cannot be read (a process was killed while it wrote) is computed again.
+A reference error does not depend on training, so all trainings with the same images, noise levels and noise share it.
+A row that cannot be read (because a process was killed while writing it) is computed again.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ _KIND = "gdro reference errors"
 _FOLDER = "references"
 
 ErrorKey = tuple[str, int, int]
-"""Prompt id, number of the draw of noise, and the image's number in its group."""
+"""Prompt id, number of the draw of noise, and the image's index in its group."""
 
 
 class ReferenceErrors:
-    """The reference errors of one store and one way of drawing and computing them.
+    """The reference errors of one store, for one way of drawing and computing them.
 
     Args:
-        store: whose images they are about.
-        about: all that the errors depend on beside the store, as JSON: seed, noise levels, guidance ...
+        store: the store of the images.
+        about: everything else that the errors depend on, as JSON: seed, noise levels, guidance ...
 
     Raises:
         StoreError: the folder is a link, cannot be read or cannot be written.
@@ -56,14 +56,14 @@ class ReferenceErrors:
         return len(self._errors)
 
     def lookup(self, keys: Sequence[ErrorKey]) -> Tensor:
-        """The errors [N], float32; nan where one is not known."""
+        """The errors [N], float32; nan if unknown."""
         return torch.tensor([self._errors.get(key, math.nan) for key in keys], dtype=torch.float32)
 
     def add(self, keys: Sequence[ErrorKey], errors: Tensor) -> None:
-        """Keep the errors [N] that are not known yet, but for those that are not finite.
+        """Store those of the errors [N] that are finite and not known yet.
 
         Raises:
-            StoreError: the disk refuses.
+            StoreError: the file cannot be written.
         """
         pairs = zip(keys, errors.tolist(), strict=True)
         new = {key: error for key, error in pairs if key not in self._errors and math.isfinite(error)}

@@ -1,11 +1,11 @@
-"""Score tables: the rewards of a store's images, kept beside them, one table per reward and provenance.
+"""Score tables: the rewards of a store's images, beside them, one table per reward and provenance.
 
-    store/scores/<digest>/manifest.json   name and provenance of the reward, the store it belongs to
-                          00000.jsonl     the scores of shard 0: a line with the digests of the rows and of the shard
-                                          that they score, then a row per image
+    store/scores/<digest>/manifest.json   name and provenance of the reward, digest of the store
+                          00000.jsonl     the scores of shard 0: a line with the digests of the rows and of the shard,
+                                          then a row per image
 
-Scoring resumes shard by shard. Scores of a shard that was made again since are missing, not wrong. A failed score has
-no value and a reason; it is never zero.
+Scoring resumes shard by shard. If a shard was made again with other content, its scores are missing. A failed score has
+a reason instead of a value; it is never zero.
 """
 
 from __future__ import annotations
@@ -21,16 +21,7 @@ from typing import Any, Self
 from gdro_cli.core.measures import Detail
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
-from gdro_cli.files import (
-    json_lines,
-    parse_json,
-    read_file,
-    read_object,
-    refuse_links,
-    sha256,
-    write_bytes,
-    write_json,
-)
+from gdro_cli.files import json_lines, parse_json, read_file, read_object, refuse_links, sha256, write_bytes, write_json
 from gdro_cli.identity import canonical_json, digest
 
 TABLE_SCHEMA = 1
@@ -40,11 +31,11 @@ _MANIFEST = "manifest.json"
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """The score of one image: a finite ``value``, or ``None`` with the ``reason`` why it is missing."""
+    """The score of one image: a finite ``value``, or ``None`` and the ``reason`` why it is missing."""
 
     prompt_id: str
     index: int
-    """Number of the image in its group."""
+    """Index of the image in its group."""
     value: float | None
     reason: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -57,9 +48,9 @@ class ScoreRow:
             raise ValueError(f"a score is a finite number, not {self.value}: use None and a reason")
 
     def measured(self, detail: Detail = None) -> float | None:
-        """The score, the number (or truth value) ``details[detail]``, or the mean of several with their weights.
+        """The score, the number or boolean ``details[detail]``, or the weighted mean of several details.
 
-        None when it, or one of them, is missing.
+        None if it, or one of them, is missing.
         """
         if isinstance(detail, Mapping):
             values = {name: self.measured(name) for name, weight in detail.items() if weight}
@@ -76,7 +67,7 @@ class ScoreRow:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Read ``to_json`` back. Raises ValueError for anything else."""
+        """Read the result of ``to_json``. Raises ValueError for anything else."""
         match value:
             case {
                 "prompt_id": str(),
@@ -87,7 +78,7 @@ class ScoreRow:
                 **other,
             } if not other:
                 return cls(**value)
-        raise ValueError("it is not a score of an image")
+        raise ValueError("a row is not the score of an image")
 
     def to_json(self) -> dict[str, Any]:
         """The row as a JSON object."""
@@ -96,15 +87,15 @@ class ScoreRow:
 
 
 def write_scores(path: Path, rows: Sequence[ScoreRow], **head: Any) -> None:
-    """Write rows after a line with their digest and what else ``head`` says of them. Raises StoreError."""
+    """Write rows after a line with their digest and the values of ``head``. Raises StoreError."""
     lines = json_lines(row.to_json() for row in rows)
     write_bytes(path, json_lines([{**head, "sha256": sha256(lines)}]) + lines)
 
 
 def read_scores(path: Path, images: Iterable[tuple[str, int]], *, remedy: str) -> list[ScoreRow]:
-    """Read the rows of ``write_scores``, which must be those of these images (prompt id, number in its group).
+    """Read the rows of ``write_scores``, which must be those of these images (prompt id, index in the group).
 
-    Raises StoreError when the file is missing or damaged.
+    Raises StoreError if the file is missing or damaged.
     """
     head, _, lines = read_file(path, remedy=remedy).partition(b"\n")
     try:
@@ -120,14 +111,14 @@ def read_scores(path: Path, images: Iterable[tuple[str, int]], *, remedy: str) -
 
 @dataclass(frozen=True, slots=True)
 class ScoreSummary:
-    """How the scores of a table, or of its finished part, turned out."""
+    """Numbers of images and scores in a table or its finished part, and their mean."""
 
     images: int
     scored: int
     mean: float | None
-    """Mean of the scores; ``None`` without any."""
+    """Mean of the scores; ``None`` without scores."""
     reasons: tuple[tuple[str, int], ...]
-    """Why scores are missing and how often, the most frequent first."""
+    """Why scores are missing, and how often, the most frequent first."""
 
     @property
     def missing_share(self) -> float:
@@ -153,9 +144,9 @@ class ScoreTable:
     def create_or_open(
         cls, store: GroupStore, name: str, *, provenance: Mapping[str, Any], command: str = "gdro score"
     ) -> Self:
-        """Make or open the table of a reward. Another provenance is another table.
+        """Make or open the table of a reward. Another provenance has another table.
 
-        Raises StoreError when the table is damaged or the folder cannot be written.
+        Raises StoreError if the table is damaged or the folder cannot be written.
         """
         plain = json.loads(canonical_json(provenance))
         content: dict[str, Any] = {
@@ -172,25 +163,23 @@ class ScoreTable:
         return cls(store, path, name, plain, key, command)
 
     def missing_shards(self) -> list[int]:
-        """Numbers of the store's shards without scores yet; the shards themselves must exist.
+        """Numbers of the shards without scores; the shards themselves must exist.
 
         Raises StoreError for damaged files or a missing shard.
         """
         return [number for number in range(len(self.store.shards)) if not self._is_scored(number)]
 
     def write_shard(self, number: int, rows: Sequence[ScoreRow]) -> None:
-        """Write the rows of shard ``number``, all or nothing: one per image, in the order of
-        ``store.images``.
+        """Write the rows of shard ``number``, all or nothing: one per image, in the order of ``store.images``.
 
-        Raises ValueError when the rows are not those or hold what JSON cannot, StoreError when the disk
-        refuses.
+        Raises ValueError if the rows have another order or are not JSON, and StoreError if the disk refuses.
         """
         if [(row.prompt_id, row.index) for row in rows] != self._images(number):
             raise ValueError(f"shard {number} needs one row per image, in the order of the store")
         write_scores(self._path(number), rows, **self._head(number))
 
     def read_shard(self, number: int) -> list[ScoreRow]:
-        """The rows of one shard, digest checked. Raises StoreError when they are missing or damaged."""
+        """The rows of one shard, digest checked. Raises StoreError if they are missing or damaged."""
         if not self._is_scored(number):
             raise StoreError(f"the score table {self.path} has no scores of shard {number:05d}: run `{self.command}`")
         return read_scores(self._path(number), self._images(number), remedy=self._remedy(number))
@@ -198,24 +187,22 @@ class ScoreTable:
     def rows(self) -> Iterator[ScoreRow]:
         """Every row, in the order of the store's shards, prompts and images.
 
-        Raises StoreError when some are missing.
+        Raises StoreError if some are missing.
         """
         for number in range(len(self.store.shards)):
             yield from self.read_shard(number)
 
     def summary(self) -> ScoreSummary:
         """Counts and mean of the shards that are scored. Raises StoreError for damaged files."""
-        todo = set(self.missing_shards())
-        rows = [
-            row for number in range(len(self.store.shards)) if number not in todo for row in self.read_shard(number)
-        ]
+        numbers = [number for number in range(len(self.store.shards)) if self._is_scored(number)]
+        rows = [row for number in numbers for row in self.read_shard(number)]
         values = [row.value for row in rows if row.value is not None]
         reasons = Counter(row.reason for row in rows if row.reason is not None)
         mean = math.fsum(values) / len(values) if values else None
         return ScoreSummary(len(rows), len(values), mean, tuple(reasons.most_common()))
 
     def _is_scored(self, number: int) -> bool:
-        """Whether a shard, as it is now, has scores."""
+        """Whether a shard in its present state has scores."""
         path, head = self._path(number), self._head(number)
         if not path.exists():
             return False

@@ -1,6 +1,6 @@
-"""Wall times of the shards of a store or table, a line each in ``times.jsonl`` beside them.
+"""Wall times of the shards of a store or table, one line each in ``times.jsonl`` beside them.
 
-They are reported, not relied on: a missing or torn line makes the total unknown, and nothing else.
+They are only reported: if a line is missing or damaged, the total is unknown.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ _FILE = "times.jsonl"
 
 
 def add_time(folder: Path, shard: int, seconds: float, *, processes: int = 1) -> None:
-    """Note how long a shard took to make.
+    """Record how long a shard took.
 
     Args:
         folder: of the store or table.
-        shard: its number.
-        seconds: wall time in the process that made it.
-        processes: how many made shards side by side, so that their times overlap.
+        shard: number of the shard.
+        seconds: wall time in the process that made the shard.
+        processes: number of processes that made shards in parallel, so that their times overlap.
 
     Raises:
         StoreError: the file cannot be written.
@@ -29,7 +29,7 @@ def add_time(folder: Path, shard: int, seconds: float, *, processes: int = 1) ->
 
 
 def total_time(folder: Path, *, shards: int) -> float | None:
-    """Seconds of wall time that all shards took; None where the time of one is not known."""
+    """Seconds of wall time for all shards; None if the time of one is unknown."""
     try:
         rows = [parse_json(line) for line in (folder / _FILE).read_bytes().splitlines()]
         times = {int(row["shard"]): float(row["seconds"]) / row["processes"] for row in rows}

@@ -1,19 +1,19 @@
-"""One shard of a group store: the files of a few prompts, written together and checked when read.
+"""One shard of a group store: the files of a few prompts, written together and checked when they are read.
 
-    shards/00003/manifest.json         which prompts, and size and SHA-256 of every other file
+    shards/00003/manifest.json         the prompts, and size and SHA-256 of every other file
                  index.jsonl           one row per image: prompt id, index, seed, file
                  tensors.safetensors   <prompt id>/latents [K, ...] and <prompt id>/conditioning/<name>
                  images/<prompt id>-<index, three digits>.png
 
-File names follow from the prompt ids; none is taken from a file, so nothing outside the shard is touched.
+File names are derived from the prompt ids and never read from a file, so nothing outside the shard is touched.
 """
 
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,16 +24,7 @@ from safetensors import SafetensorError
 
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import StoreError
-from gdro_cli.files import (
-    json_bytes,
-    json_lines,
-    new_folder,
-    parse_json,
-    read_file,
-    read_object,
-    refuse_links,
-    sha256,
-)
+from gdro_cli.files import json_bytes, json_lines, new_folder, parse_json, read_file, read_object, refuse_links, sha256
 
 SHARD_SCHEMA = 1
 ImageFormat = Literal["png", "webp"]
@@ -42,16 +33,14 @@ MANIFEST, INDEX, TENSORS = "manifest.json", "index.jsonl", "tensors.safetensors"
 PNG_LEVEL = 4
 """Compression of PNG files (0..9): nearly the size of the default 6 in half the time."""
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The K images of one prompt, as sampling makes them."""
+    """The K sampled images of one prompt."""
 
     prompt: PromptRecord
     latents: torch.Tensor
-    """[K, ...] clean latents x0 in the dtype that training is to read."""
+    """[K, ...] clean latents x0 in the dtype that training reads."""
     conditioning: Mapping[str, torch.Tensor]
     """Outputs of the text encoders for this prompt, without a batch dimension."""
     images: Sequence[Image.Image]
@@ -66,14 +55,13 @@ class StoredImage:
 
     prompt: PromptRecord
     index: int
-    """Number in its group, 0..K-1."""
-    seed: int
+    """Index in its group, 0..K-1."""
     path: Path
 
 
 @dataclass(frozen=True, slots=True)
 class StoredGroup:
-    """What training needs of one group; the images stay on the disk."""
+    """The part of a group that training reads; the images remain on disk."""
 
     prompt: PromptRecord
     latents: torch.Tensor
@@ -84,7 +72,7 @@ class StoredGroup:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Where a shard lies and what it has to hold."""
+    """The folder of a shard and its expected content."""
 
     folder: Path
     number: int
@@ -105,9 +93,9 @@ class Shard:
         return ((prompt, index) for prompt in self.prompts for index in range(self.images_per_prompt))
 
     def write(self, groups: Sequence[Group]) -> None:
-        """Write the shard as a whole.
+        """Write the shard, whole or not at all.
 
-        ``groups`` are its prompts in order, else ValueError. Raises StoreError.
+        Raises ValueError unless ``groups`` are those of its prompts, in order. Raises StoreError.
         """
         self._check_groups(groups)
         files = {TENSORS: _tensor_bytes(groups), INDEX: json_lines(self._index_rows(groups))}
@@ -123,10 +111,7 @@ class Shard:
                 (unfinished / name).write_bytes(data)
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest, checked to be this shard's; ``None`` while the shard is missing.
-
-        Raises StoreError.
-        """
+        """The manifest, checked to be this shard's; ``None`` if the shard is missing. Raises StoreError."""
         refuse_links((self.folder.parent, self.folder, self.folder / "images"))
         path = self.folder / MANIFEST
         if not path.exists():
@@ -136,13 +121,13 @@ class Shard:
             if value.get(key) != expected:
                 raise self._damaged(MANIFEST, f"has another {key} than the store")
         if set(value.get("files", ())) != {TENSORS, INDEX, *self.image_names}:
-            raise self._damaged(MANIFEST, "lists other files than the shard has to hold")
+            raise self._damaged(MANIFEST, "lists other files than those of the shard")
         return value
 
     def is_complete(self) -> bool:
-        """Whether the shard is on the disk, every file with its full size (contents are checked when they are read).
+        """Whether the shard is on disk, every file with its full size; contents are checked when they are read.
 
-        Raises StoreError.
+        Raises StoreError if a file is missing or has another size.
         """
         manifest = self.manifest()
         for name, entry in manifest["files"].items() if manifest else ():
@@ -153,32 +138,25 @@ class Shard:
 
     def groups(self, manifest: Mapping[str, Any]) -> list[StoredGroup]:
         """Read latents, conditioning and seeds, digests checked. Raises StoreError."""
-        seeds = self._seeds(manifest)
+        seeds = (int(parse_json(line)["seed"]) for line in self._read(INDEX, manifest).splitlines())
         try:
             tensors = safetensors.torch.load(self._read(TENSORS, manifest))
         except SafetensorError as error:
             raise self._damaged(TENSORS, f"cannot be read ({error})") from error
         groups: list[StoredGroup] = []
-        for number, prompt in enumerate(self.prompts):
+        for prompt in self.prompts:
             prefix = f"{prompt.id}/conditioning/"
             conditioning = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            own = seeds[number * self.images_per_prompt : (number + 1) * self.images_per_prompt]
-            groups.append(StoredGroup(prompt, tensors[f"{prompt.id}/latents"], conditioning, tuple(own)))
+            own = tuple(islice(seeds, self.images_per_prompt))
+            groups.append(StoredGroup(prompt, tensors[f"{prompt.id}/latents"], conditioning, own))
         return groups
 
     def images(self, manifest: Mapping[str, Any]) -> list[StoredImage]:
         """Every image of the shard, digests checked. Raises StoreError."""
-        seeds = self._seeds(manifest)
         for name in self.image_names:
             self._read(name, manifest)
-        return [
-            StoredImage(prompt, index, seed, self.folder / self._image_name(prompt.id, index))
-            for (prompt, index), seed in zip(self.slots(), seeds, strict=True)
-        ]
-
-    def _seeds(self, manifest: Mapping[str, Any]) -> list[int]:
-        """The seed of every image, in the order of ``slots``."""
-        return [int(parse_json(line)["seed"]) for line in self._read(INDEX, manifest).splitlines()]
+        paths = [self.folder / name for name in self.image_names]
+        return [StoredImage(prompt, index, path) for (prompt, index), path in zip(self.slots(), paths, strict=True)]
 
     def _read(self, name: str, manifest: Mapping[str, Any]) -> bytes:
         return read_file(self.folder / name, digest=manifest["files"][name]["sha256"], remedy=self._remedy)
@@ -210,9 +188,6 @@ class Shard:
         for group in groups:
             if not (group.latents.shape[:1] == (count,) and len(group.images) == len(group.seeds) == count):
                 raise ValueError(f"prompt {group.prompt.id} needs {count} latents, images and seeds")
-            for name in group.conditioning:
-                if not _NAME.fullmatch(name):
-                    raise ValueError(f"{name!r} is not a name for a conditioning tensor")
 
 
 def _tensor_bytes(groups: Sequence[Group]) -> bytes:
@@ -225,7 +200,7 @@ def _tensor_bytes(groups: Sequence[Group]) -> bytes:
 
 
 def _own_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous CPU tensor that shares no memory (safetensors refuses shared memory)."""
+    """A contiguous copy on the CPU; safetensors refuses tensors that share memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

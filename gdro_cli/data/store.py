@@ -1,11 +1,11 @@
 """The group store: groups of images on disk, in shards that are whole or missing.
 
-    store/manifest.json    what the store is: identity, prompts, images per prompt, the prompts of each shard
+    store/manifest.json    identity, prompts, images per prompt, the prompts of each shard
           shards/00000/    one shard (see ``shards.py``)
           scores/<digest>/ score tables (see ``scores.py``)
 
-Opening a store with another identity than its own is refused with the differences. A shard without a manifest is
-missing and made again; one whose files do not match its manifest is an error that names the file and the remedy.
+Opening a store for another identity is an error that lists the differences. A shard without a manifest is missing and
+is made again. A shard whose files do not match its manifest is an error that names the file and the remedy.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _MOST_CHARACTERS = 160
 
 @dataclass(frozen=True, slots=True)
 class GroupStore:
-    """A group store; make or open it with ``create_or_open`` or ``open``."""
+    """A group store. Use ``create_or_open`` or ``open``."""
 
     path: Path
     identity: Mapping[str, Any]
-    """What the images depend on, as JSON: recipe section, model, prompts, seed."""
+    """Everything that the images depend on, as JSON: recipe section, model, prompts, seed."""
     prompts: tuple[PromptRecord, ...]
     images_per_prompt: int
     image_format: ImageFormat
     shards: tuple[tuple[PromptRecord, ...], ...]
     """The prompts of each shard, in order."""
     digest: str
-    """Short digest of everything above but the path."""
+    """Short digest of everything above except the path."""
     command: str = "gdro sample"
     """The command that makes the shards, for messages."""
 
@@ -63,18 +63,16 @@ class GroupStore:
         image_format: ImageFormat = "png",
         command: str = "gdro sample",
     ) -> Self:
-        """Make an empty store at ``path``, or open the store at ``path`` if it is the same.
+        """Make an empty store at ``path``, or open the store at ``path`` if it has the same identity.
 
-        An existing store keeps its division into shards and its file format: ``prompts_per_shard`` and
-        ``image_format`` change no pixel and are not compared.
+        An existing store keeps its shards and its file format: ``prompts_per_shard`` and ``image_format`` change no
+        pixel and are not compared.
 
-        Raises StoreError for a store of something else (listing what differs), a damaged one, or a
-        folder that cannot be written; ValueError for impossible numbers.
+        Raises StoreError if the store has another identity (with the differences) or is damaged, or if the folder
+        cannot be written.
         """
-        if not prompts.records or images_per_prompt < 1 or prompts_per_shard < 1:
-            raise ValueError("a store needs prompts, images per prompt and prompts per shard")
         manifest = path / _MANIFEST
-        if not os.path.exists(manifest):  # False, not an error, where the folder cannot be entered
+        if not os.path.exists(manifest):  # False, not an error, if the folder cannot be entered
             ids = [record.id for record in prompts.records]
             content: dict[str, Any] = {
                 "kind": _KIND,
@@ -92,10 +90,7 @@ class GroupStore:
 
     @classmethod
     def open(cls, path: Path, *, command: str = "gdro sample") -> Self:
-        """Open the store at ``path``.
-
-        Raises StoreError when its manifest is missing, damaged or too new.
-        """
+        """Open the store at ``path``. Raises StoreError if its manifest is missing, damaged or of another version."""
         content = _read_manifest(path, command)
         try:
             records = {value["id"]: PromptRecord.from_json(value) for value in content["prompts"]}
@@ -105,18 +100,17 @@ class GroupStore:
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"an entry cannot be used: {error}", command) from error
         if image_format not in get_args(ImageFormat):  # it becomes part of file names
-            raise _damaged(path, "it names another image format", command)
+            raise _damaged(path, "it has an unknown image format", command)
         return cls(path, identity, tuple(records.values()), count, image_format, shards, content["digest"], command)
 
     def missing_shards(self) -> list[int]:
-        """Numbers of the shards that still have to be made. Raises StoreError for a damaged shard."""
+        """Numbers of the shards that are missing. Raises StoreError for a damaged shard."""
         return [number for number in range(len(self.shards)) if not self._shard(number).is_complete()]
 
     def write_shard(self, number: int, groups: Sequence[Group]) -> None:
         """Write shard ``number``: one group per prompt of ``shards[number]``, in that order, all or nothing.
 
-        Raises ValueError when the groups are not those, StoreError when the disk refuses or a latent is not
-        finite.
+        Raises ValueError for other groups, and StoreError if the disk refuses or a latent is not finite.
         """
         for group in groups:
             if not bool(group.latents.isfinite().all()):
@@ -136,10 +130,7 @@ class GroupStore:
         return self._shard(number).images(self._manifest(number))
 
     def shard_digest(self, number: int) -> str:
-        """SHA-256 of the shard's manifest, and so of all its contents.
-
-        Raises StoreError when it is missing.
-        """
+        """SHA-256 of the shard's manifest, and so of all its content. Raises StoreError if the shard is missing."""
         return sha256(canonical_json(self._manifest(number)).encode("ascii"))
 
     def _manifest(self, number: int) -> Mapping[str, Any]:
@@ -164,15 +155,15 @@ class GroupStore:
         changes = [str(difference)[:_MOST_CHARACTERS] for difference in differences(own, requested)]
         if changes:
             more = [f"and {len(changes) - _MOST_DIFFERENCES} more"] if len(changes) > _MOST_DIFFERENCES else []
+            listed = "; ".join(changes[:_MOST_DIFFERENCES] + more)
             raise StoreError(
-                f"the store {self.path} was made from something else; "
-                f"{'; '.join(changes[:_MOST_DIFFERENCES] + more)}: "
+                f"the store {self.path} was made with other settings ({listed}): "
                 f"choose another folder, or delete this one and run `{self.command}`"
             )
 
 
 def _described(identity: Mapping[str, Any], prompts: Sequence[PromptRecord], images_per_prompt: int) -> dict[str, Any]:
-    """All that two equal stores share, as JSON values (tuples are lists)."""
+    """The identity with images per prompt and prompts, as JSON values; equal stores have equal descriptions."""
     plain: dict[str, Any] = json.loads(canonical_json(identity))
     return plain | {
         "images_per_prompt": images_per_prompt,
@@ -192,10 +183,10 @@ def _read_manifest(path: Path, command: str) -> dict[str, Any]:
     manifest = path / _MANIFEST
     value = read_object(manifest, remedy=_remedy(command))
     if value.get("kind") != _KIND:
-        raise StoreError(f"{manifest} belongs to something that is not a group store: choose another folder")
+        raise StoreError(f"{manifest} is not the manifest of a group store: choose another folder")
     if value.get("schema") != STORE_SCHEMA:
         raise StoreError(
-            f"the store {path} has schema {value.get('schema')!r}, this version reads {STORE_SCHEMA}: "
+            f"the store {path} has schema {value.get('schema')!r}, but this version reads {STORE_SCHEMA}: "
             f"use the version that made it, or delete the folder and run `{command}`"
         )
     if value.get("digest") != digest({key: entry for key, entry in value.items() if key != "digest"}):

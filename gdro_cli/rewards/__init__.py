@@ -1,4 +1,4 @@
-"""Rewards and judges. An author of a reward needs no more than these names; docs/adding-a-reward.md shows how."""
+"""Rewards and judges. These names are all that an author of a reward needs; docs/adding-a-reward.md shows how."""
 
 from gdro_cli.config.base import StrictModel
 from gdro_cli.core.measures import Measure

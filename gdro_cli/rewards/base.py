@@ -1,10 +1,10 @@
-"""What a reward is: images and their prompts in, one ``Score`` each out; and all that the program knows of it.
+"""The interface of a reward: it scores images for their prompts, and it describes itself to the rest of the program.
 
-This is the public interface for authors of rewards; ``docs/adding-a-reward.md`` shows a complete one. The rest of the
-program asks a ``Reward`` about itself and never goes by its name. A failure is *missing with a reason*, never 0; a
-measured 0 is a value like any other.
+This is the public interface for authors of rewards; ``docs/adding-a-reward.md`` shows a complete one. The program asks
+a ``Reward`` about itself and never compares its name. A score that cannot be measured is *missing with a reason*, never
+0; a measured 0 is a value like any other.
 
-Importing this loads neither Pillow nor any numerical library, because a recipe is checked against its reward.
+Checking a recipe imports its reward, so importing this module loads neither Pillow nor any numerical library.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ ImageSource: TypeAlias = "Image.Image | Path"
 Resources = Literal["cores", "device", "server"]
 """What limits the number of scoring processes.
 
-- ``cores``: small and on the CPU; one process per core.
+- ``cores``: a small model on the CPU; one process per core.
 - ``device``: large networks; one process, with all threads and the GPU.
-- ``server``: another program does the work; one process, which asks it.
+- ``server``: another program does the work; one process sends it requests.
 """
 
 UNIT = (0.0, 1.0)
-"""The scale that the corrected score is made for."""
+"""The scale of a reward with a corrected score."""
 
 MOST_PIXELS = 2**25
-"""Larger images are not decoded: a small file can stand for many gigabytes of pixels."""
-# What Pillow raises for files that are missing, cut off or broken; for absurdly large ones it has an error of its own.
+"""Images with more pixels are not decoded: a small file can expand to many gigabytes."""
+# Pillow raises these for missing, truncated and corrupt files; it has an error of its own for absurdly large images.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
-# Pillow goes by a file's content and would hand some formats to other programs.
+# Pillow detects the format from the file's content, and passes some formats to other programs.
 _FORMATS = ("PNG", "WEBP", "JPEG")
 
 
@@ -56,16 +56,16 @@ class Score:
     """The reward of one image."""
 
     value: float | None
-    """The reward, a finite number; ``None`` when it could not be measured."""
+    """The reward, a finite number; ``None`` if it could not be measured."""
     reason: str | None = None
-    """Why ``value`` is missing, for a person to read; ``None`` when it is there."""
+    """Why ``value`` is missing, for a person to read; ``None`` if it is not."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the reward was computed from, as JSON values."""
 
     def __post_init__(self) -> None:
-        """A score is either measured or missing with a reason.
+        """Check that the score is either measured or missing with a reason.
 
-        Raises ``ValueError`` for anything else, and ``TypeError`` for details that are no JSON values.
+        Raises ``ValueError`` if it is not, and ``TypeError`` if the details are not JSON values.
         """
         if (self.value is None) != (self.reason is not None):
             raise ValueError("a score has a value, or a reason why it has none")
@@ -75,28 +75,28 @@ class Score:
 
 
 class PromptLike(Protocol):
-    """What a reward reads of a prompt record."""
+    """The part of a prompt record that a reward reads."""
 
     @property
     def prompt(self) -> str:
-        """The text that the model was asked for."""
+        """The text that the image was made from."""
         ...
 
     @property
     def target(self) -> str | None:
-        """The text that must be readable in the image; ``None`` where the prompt asks for none."""
+        """The text that must be readable in the image; ``None`` if the prompt asks for no text."""
         ...
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """What else a reward needs, as JSON values."""
+        """Everything else that a reward needs, as JSON values."""
         ...
 
 
 class Scorer(Protocol):
-    """What scoring processes are given: a reward, or a judge in the place of one.
+    """What a scoring process runs: a reward, or a judge in its place.
 
-    It is pickled before it is loaded and sent to each worker, which loads it.
+    The parent process pickles it before it is loaded and sends it to each worker, which loads it.
     """
 
     @property
@@ -105,7 +105,7 @@ class Scorer(Protocol):
         ...
 
     def load(self) -> None:
-        """Load models; a second call does nothing. Raises ``PrerequisiteError``."""
+        """Load the models; a second call does nothing. Raises ``PrerequisiteError``."""
         ...
 
     def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
@@ -118,32 +118,33 @@ class NoSettings(StrictModel):
 
 
 class Reward(ABC):
-    """A way to score images: facts about it, which need no weights, and the scoring itself.
+    """A way to score images. It describes itself without loading weights, and it scores.
 
-    Making one is quick and checks nothing. ``version`` finds what the reward needs, and ``load`` loads it; both raise
-    ``PrerequisiteError`` for what is missing. A subclass implements ``version`` and either ``score_image`` or, to score
-    images together, ``score``. A loaded reward must still be picklable, without what it has loaded.
+    Constructing a reward is quick and checks nothing. ``version`` finds what the reward needs, and ``load`` loads it;
+    both raise ``PrerequisiteError`` if something is missing. A subclass implements ``version`` and either
+    ``score_image`` or, to score images in batches, ``score``. A loaded reward must still be picklable: it leaves its
+    loaded models out of its state.
 
     Args:
-        settings: of the class ``Settings``; by default all of them have their defaults.
+        settings: an instance of ``Settings``; ``None`` for the defaults.
     """
 
     name: ClassVar[str]
-    """What recipes call it."""
+    """The name of the reward in recipes."""
     purpose: ClassVar[str]
-    """What a model learns with it, for model cards: "to write the text that a prompt asks for"."""
+    """What a model learns from it, for model cards: "to write the text that a prompt asks for"."""
     Settings: ClassVar[type[BaseModel]] = NoSettings
-    """Its keys in a recipe."""
+    """The reward's keys in a recipe."""
     needs: ClassVar[frozenset[str]] = frozenset()
     """What a prompt must carry: ``target``, keys of its metadata, or nothing. See ``read_prompt``."""
     measures: ClassVar[tuple[Measure, ...]] = (Measure("reward"),)
-    """What an evaluation reports; the first is the headline, which decides where there is no judge."""
+    """What an evaluation reports, the headline first. Without a judge, the headline selects the evaluation point."""
     signals: ClassVar[Mapping[str, str]] = {}
-    """Details that are also signals of reward hacking, and what they mean."""
+    """Details that also signal reward hacking, each with a description."""
     judge_axes: ClassVar[tuple[str, ...]] = ("alignment", "coherence", "style")
-    """The axes of a judge whose mean is u, the quality. One that the reward is hacked with is no quality."""
+    """The judge's axes whose mean is u, the quality. Leave out an axis that rises when the reward is hacked."""
     scale: ClassVar[tuple[float, float]] = UNIT
-    """The range of its values. There is a corrected score for 0 to 1 only."""
+    """The range of the values. Only rewards from 0 to 1 have a corrected score."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Details that come first in results.csv; the others follow in alphabetical order."""
 
@@ -154,7 +155,7 @@ class Reward(ABC):
 
     @property
     def trained_on(self) -> Detail:
-        """Which number of a score is trained on; ``None`` is its value."""
+        """The number of a score that a model is trained on; ``None`` for its value."""
         return None
 
     @property
@@ -163,37 +164,39 @@ class Reward(ABC):
         return "cores"
 
     def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
-        """Check what a prompt carries; return its target, which may stand in double quotes in the prompt.
+        """Check that a prompt carries what the reward needs, and return its target.
+
+        A reward that needs a target takes it from the double quotes in the prompt if ``target`` is ``None``.
 
         Raises:
             ValueError: something that the reward needs is missing or wrong; the message says what.
         """
-        for key in sorted(self.needs - {"target"} - metadata.keys()):
-            raise ValueError(f"the key {key} is missing")
+        if missing := sorted(self.needs - {"target"} - metadata.keys()):
+            raise ValueError(f"the key {missing[0]} is missing")
         if "target" not in self.needs:
             return target
-        wanted = quoted_text(prompt) if target is None else target
-        if wanted is None:
+        text = quoted_text(prompt) if target is None else target
+        if text is None:
             raise ValueError(
                 'it has no text in double quotes; write what the image must say, as in a sign that says "HELLO"'
             )
-        if not wanted.strip():
+        if not text.strip():
             raise ValueError("the text that the image must say is empty")
-        return wanted
+        return text
 
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """What reports show below an image beside the reward, as (name, text)."""
+        """What reports show below an image in addition to the reward, as (name, text)."""
         yield from ()
 
     @classmethod
     def caption(cls, value: float, details: Mapping[str, Any]) -> tuple[str, ...]:
-        """The lines below an image on a sheet, which has room for two."""
+        """At most two lines of text below an image on a contact sheet."""
         return (f"reward {value:.2f}", *(f"{name}: {text}" for name, text in cls.facts(details)))[:2]
 
     @classmethod
     def cells(cls, details: Mapping[str, Any]) -> dict[str, Any]:
-        """The details as cells of results.csv: texts, numbers and truth values."""
+        """The details as cells of results.csv: texts, numbers and booleans."""
         return {name: value for name, value in details.items() if not isinstance(value, list | dict)}
 
     # -- scoring --------------------------------------------------------------------------------------------------
@@ -208,21 +211,24 @@ class Reward(ABC):
         """
 
     def load(self) -> None:  # noqa: B027 - a reward without models loads nothing
-        """Load models; a second call does nothing. Raises ``PrerequisiteError``."""
+        """Load the models; a second call does nothing. Raises ``PrerequisiteError``."""
 
     def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
         """Score ``images[i]`` for ``prompts[i]``, in order. An image that fails is missing with a reason.
 
         Raises:
-            UserError: a prompt cannot be scored with any image.
+            UserError: no image can be scored for one of the prompts.
             PrerequisiteError: the models cannot be loaded.
-            ValueError: not as many prompts as images.
+            ValueError: the numbers of images and prompts differ.
         """
         self.load()
         return [self._score(image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
     def score_image(self, image: Image.Image, prompt: PromptLike) -> float | Score:
-        """Score one RGB image. What it raises makes the image missing, with the error as the reason."""
+        """Score one RGB image. If it raises, the image is missing and the error is the reason.
+
+        ``UserError`` and ``PrerequisiteError`` concern every image: they end the scoring.
+        """
         raise NotImplementedError(f"{type(self).__name__} has neither score_image nor score")
 
     def _score(self, source: ImageSource, prompt: PromptLike) -> Score:
@@ -231,8 +237,8 @@ class Reward(ABC):
         except UnreadableImageError as error:
             return Score(None, str(error))
         try:
-            found = self.score_image(image, prompt)
-            return found if isinstance(found, Score) else Score(float(found))
+            score = self.score_image(image, prompt)
+            return score if isinstance(score, Score) else Score(float(score))
         except GdroError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a reward raises concerns this image, not the others
@@ -240,7 +246,7 @@ class Reward(ABC):
 
 
 class UnreadableImageError(Exception):
-    """An image that cannot be decoded; the message is the reason."""
+    """An image cannot be decoded; the message is the reason."""
 
 
 def read_rgb(source: ImageSource) -> Image.Image:
@@ -255,6 +261,18 @@ def read_rgb(source: ImageSource) -> Image.Image:
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         where = "" if isinstance(source, Image.Image) else f" {source}"
         raise UnreadableImageError(f"the image{where} cannot be decoded: {_first_line(error)}") from error
+
+
+def read_all(sources: Sequence[ImageSource]) -> tuple[dict[int, Image.Image], dict[int, str]]:
+    """Decode images to RGB. Returns the images, and the reasons why the others cannot be decoded, by index."""
+    images: dict[int, Image.Image] = {}
+    reasons: dict[int, str] = {}
+    for index, source in enumerate(sources):
+        try:
+            images[index] = read_rgb(source)
+        except UnreadableImageError as error:
+            reasons[index] = str(error)
+    return images, reasons
 
 
 def _small(image: Image.Image) -> Image.Image:

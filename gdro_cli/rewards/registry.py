@@ -1,4 +1,4 @@
-"""A reward by its name."""
+"""Look up a reward by its name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from gdro_cli.rewards.base import Reward
 
 
 def reward_class(name: str) -> type[Reward]:
-    """The class of a reward; importing its file loads nothing heavy.
+    """The class of a reward; importing its module loads nothing heavy.
 
     Raises:
-        UserError: there is no reward of that name here.
+        UserError: no reward has that name.
     """
     if name not in REWARDS:
         raise UserError(f"there is no reward {name!r} in this installation: it has {', '.join(REWARDS)}")
-    found: type[Reward] = resolve_name(REWARDS[name])
-    return found
+    cls: type[Reward] = resolve_name(REWARDS[name])
+    return cls

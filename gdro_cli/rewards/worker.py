@@ -1,6 +1,6 @@
-"""One scoring worker: how its process is started, and what it does there.
+"""One scoring worker: how the parent starts its process, and what it does there.
 
-It answers requests that come through a pipe, one at a time, and leaves all signals to its parent.
+A worker answers requests from a pipe, one at a time, and ignores signals: the parent handles them.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from gdro_cli.rewards.base import ImageSource, PromptLike, Score, Scorer, one_li
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""They reach every process of a group, where the parent alone decides what they mean."""
+"""They reach every process of a group, but only the parent acts on them."""
 CONNECTION_LOST = (EOFError, BrokenPipeError, ConnectionResetError)
-"""How a pipe says that the process at its other end is gone."""
+"""What a pipe raises if the process at its other end is gone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A worker has loaded its reward."""
+    """The answer of a worker that has loaded its scorer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a worker answers instead of scores."""
+    """A worker's answer in place of scores."""
 
     reason: str
     error: GdroError | None = None
@@ -52,18 +52,18 @@ class Request:
 
 
 def start_worker(scorer: Scorer, threads: int) -> tuple[SpawnProcess, Connection]:
-    """Start a process that loads the scorer, says ``Ready``, and answers each ``Request`` with scores or a ``Failure``.
+    """Start a worker. It loads the scorer, sends ``Ready``, and answers each ``Request`` with scores or a ``Failure``.
 
-    It sees the GPU that this process works on, and no other.
+    The worker sees only the GPU that this process uses.
 
     Raises:
-        PrerequisiteError: the operating system refuses.
+        PrerequisiteError: the operating system refuses to start it.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(scorer, theirs), daemon=True, name="gdro-scoring")
     try:
-        with _signals_held_back(), _environment(_variables(threads)):
+        with _signals_blocked(), _environment(_variables(threads)):
             process.start()
     except BaseException as error:
         ours.close()
@@ -84,20 +84,16 @@ def _variables(threads: int) -> dict[str, str]:
 
     Libraries read them when they are imported, which may be while the worker unpickles its scorer.
     """
-    gpu = _own_gpu()
-    devices = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": only_gpu(gpu)}
-    return dict.fromkeys(_THREAD_VARIABLES, str(threads)) | devices
-
-
-def _own_gpu() -> int | None:
-    """The number of the GPU that this process works on, among those it sees; None where it works on none."""
+    variables = dict.fromkeys(_THREAD_VARIABLES, str(threads))
     torch = sys.modules.get("torch")
-    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else None
+    if torch is not None and torch.cuda.is_initialized():
+        variables["CUDA_VISIBLE_DEVICES"] = only_gpu(torch.cuda.current_device())
+    return variables
 
 
 @contextlib.contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Start a child with these variables."""
+    """Set environment variables for a child that is started in the block."""
     before = {variable: os.environ.get(variable) for variable in variables}
     os.environ.update(variables)
     try:
@@ -111,15 +107,12 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_held_back() -> Iterator[None]:
-    """Start a child with its signals blocked, so that none can hit it before it ignores them.
+def _signals_blocked() -> Iterator[None]:
+    """Block signals for a child that is started in the block, so that none can reach it before it ignores them.
 
-    One that comes for this process in the meantime is delivered afterwards.
+    A signal that arrives for this process in the meantime is delivered afterwards.
     """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # starting it, as the first process does, would unblock the signals
+    resource_tracker.ensure_running()  # the first process starts it, which would unblock the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield
@@ -128,7 +121,7 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _work(scorer: Scorer, pipe: Connection) -> None:
-    """A worker's life: load, then answer chunks until the parent closes the pipe or is gone."""
+    """Load the scorer, then answer requests until the parent closes the pipe or is gone."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
@@ -144,7 +137,7 @@ def _work(scorer: Scorer, pipe: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """End at once when the parent is gone: a reward that hangs would not notice, and SIGTERM is ignored here."""
+    """End this worker at once when the parent is gone, even if its scorer hangs."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -158,10 +151,10 @@ def _answer(scorer: Scorer, message: bytes) -> list[Score] | Failure:
         scores = list(scorer.score(request.images, request.prompts))
     except GdroError as error:
         return Failure(str(error), error)
-    except Exception as error:  # noqa: BLE001 - a defect on some images must not end the others' scoring
+    except Exception as error:  # noqa: BLE001 - a defect on some images must not end the scoring of the others
         return Failure(f"the reward failed on this image: {one_line(error)}")
     if len(scores) != len(request.images):
         return Failure(f"the reward gave {len(scores)} scores for {len(request.images)} images")
-    if strange := {type(score).__name__ for score in scores if not isinstance(score, Score)}:
-        return Failure(f"the reward gave values of the type {', '.join(strange)} in place of a Score")
+    if types := {type(score).__name__ for score in scores if not isinstance(score, Score)}:
+        return Failure(f"the reward gave values of the type {', '.join(types)} instead of Score")
     return scores

@@ -1,7 +1,7 @@
 """The embedded model's autoencoder: a linear patch encoder from PCA and a small convolutional decoder.
 
-A convolutional ``AutoencoderKL`` does not learn on two CPU cores in useful time; this one does in two minutes. It has
-the interface that ``FluxPipeline`` asks of a VAE, so the pipeline folder names it like any other component.
+A convolutional ``AutoencoderKL`` takes too long to train on two CPU cores; this one takes two minutes. It has the
+interface that ``FluxPipeline`` needs of a VAE, so the pipeline folder names it like any other component.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         patch: pixels per side of a patch; also the pipeline's VAE scale factor.
         latent_channels: C.
         hidden: channels of the decoder's residual network.
-        scaling_factor: the pipeline multiplies latents by it; 1, because ``encode`` already gives unit variance.
+        scaling_factor: the pipeline multiplies latents by it; 1, because latents already have unit variance.
         shift_factor: the pipeline subtracts it; 0.
-        sample_size: height and width of the pictures it was made for, in pixels.
-        block_out_channels: FluxPipeline computes its scale factor as 2 ** (length - 1): four entries for 8.
+        sample_size: height and width of the training images in pixels.
+        block_out_channels: FluxPipeline's scale factor is 2 ** (length - 1), so four entries for 8.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -46,7 +46,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.to_latent = nn.Linear(pixels, latent_channels)
         self.to_patch = nn.Linear(latent_channels, pixels)
         last = nn.Conv2d(hidden, pixels, 1)
-        nn.init.zeros_(last.weight)  # so that training starts from the plain PCA decoder
+        nn.init.zeros_(last.weight)  # training starts from the plain PCA decoder
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
         self.refine = nn.Sequential(
             nn.Conv2d(latent_channels, hidden, 3, padding=1),
@@ -58,7 +58,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.patch, self.latent_channels = patch, latent_channels
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Encode pixels; the distribution is deterministic (its log-variance is at the lower clamp)."""
+        """Encode pixels; the distribution is deterministic: its log-variance is at the lower clamp."""
         patches = functional.pixel_unshuffle(x, self.patch)
         mean = self.to_latent(patches.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         posterior = DiagonalGaussianDistribution(torch.cat([mean, torch.full_like(mean, -30.0)], dim=1), True)
@@ -74,8 +74,8 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def start_from_pca(self, pixels: Tensor) -> None:
         """Set encoder and linear decoder to the leading principal components of the patches of ``pixels``.
 
-        Channel i is divided by its standard deviation to the power 0.5 (half whitened: the model must care more for
-        the strong channels), then all by one factor so that the latents' overall standard deviation is 1.
+        Channel i is divided by the square root of its standard deviation: half whitening keeps strong channels more
+        important for the model. Then all are divided by one factor, so that the latents' standard deviation is 1.
         """
         patches = functional.pixel_unshuffle(pixels, self.patch).permute(0, 2, 3, 1)
         rows = patches.reshape(-1, patches.shape[-1]).double()

@@ -1,6 +1,6 @@
-"""The six textured backgrounds of the little world, drawn with numpy.
+"""The six textured backgrounds of the embedded world, drawn with NumPy.
 
-Their random textures are the details that a reward-hacked model wipes out first; that is why the world has them.
+Their random textures are details that a model loses first when it hacks a reward; that is why the world has them.
 """
 
 from __future__ import annotations
@@ -99,6 +99,6 @@ def draw_background(name: str, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Draw one background: uint8 pixels [64, 64, 3] with a fresh random texture.
 
     Raises:
-        KeyError: the world has no background of that name.
+        KeyError: no background has that name.
     """
     return np.clip(BACKGROUNDS[name](rng), 0, 255).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""The embedded flow model before and after pretraining: real FLUX components of tiny size, and throw-away heads."""
+"""The embedded flow model: real FLUX components of tiny size, with auxiliary heads for pretraining."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
-from gdro_cli.tiny.pictures import LETTERS_PER_TOKEN, NO_LABEL
+from gdro_cli.tiny.pretraining_set import LETTERS_PER_TOKEN, NO_LABEL
 from gdro_cli.tiny.tokenizers import CLIP_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 from gdro_cli.tiny.world import ALPHABET, COLOURS, GRID, MAX_LETTERS, MAX_LINES, SHAPES
 
@@ -25,10 +25,10 @@ THING_TOKEN_WEIGHT = 3.0  # extra weight of the velocity error in tokens that ho
 
 
 class TinyFlux(nn.Module):
-    """Transformer, both text encoders, and the auxiliary heads that pretraining needs and throws away.
+    """Transformer, both text encoders, and the auxiliary heads, which only pretraining needs.
 
-    FLUX gives text tokens no positions, so T5 must write each letter's place into its token (``place_head``); the image
-    tokens just before ``norm_out`` must know which letters, shapes and colours they are to draw (the other heads).
+    FLUX gives text tokens no positions, so T5 must write each letter's position into its token (``place_head``). The
+    image tokens just before ``norm_out`` must know the letters, shapes and colours that they draw (the other heads).
     """
 
     transformer: Any
@@ -109,7 +109,7 @@ class TinyFlux(nn.Module):
         return output
 
     def losses(self, batch: dict[str, Tensor], noise: Tensor, sigma: Tensor) -> dict[str, Tensor]:
-        """Velocity MSE and the auxiliary cross-entropies of one batch; ``total`` is what is trained."""
+        """Velocity MSE and the auxiliary cross-entropies of one batch; ``total`` is the training loss."""
         latents = batch["latents"].float()
         text, pooled = self.encode(batch["t5_ids"].long(), batch["clip_ids"].long())
         mix = sigma[:, None, None]
@@ -129,7 +129,7 @@ class TinyFlux(nn.Module):
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labelled places (0 where a batch has none)."""
+    """Mean over the labelled tokens; 0 if the batch has none."""
     labels = labels.long().flatten()
     total = functional.cross_entropy(logits.flatten(0, -2), labels, ignore_index=NO_LABEL, reduction="sum")
     return total / (labels != NO_LABEL).sum().clamp_min(1)
@@ -156,8 +156,8 @@ def save_pipeline(model: TinyFlux, autoencoder: PatchAutoencoder, folder: Path) 
     build_pipeline(copy.deepcopy(model).half(), half.half()).save_pretrained(folder, safe_serialization=True)
     for path in folder.rglob("*.json"):
         content = json.loads(path.read_text())
-        content.pop("_name_or_path", None)  # where the parts lay on the machine that made them
+        content.pop("_name_or_path", None)  # a path on the machine that made the parts
         if path.parent.name.startswith("text_encoder"):
-            # transformers loads in the dtype that the file names, diffusers in float32: they must agree
+            # transformers loads in the dtype named here, diffusers in float32: they must agree
             content["dtype"] = "float32"
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

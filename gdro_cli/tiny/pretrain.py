@@ -1,11 +1,11 @@
 """Pretrain the embedded model: ``python -m gdro_cli.tiny.pretrain --out pretraining``.
 
-From nothing to a FluxPipeline folder: autoencoder, pictures, flow model. Every part is kept in ``--out`` and a
-second call goes on where the first stopped; ``--steps`` may be raised later. The learning rate is constant after
-the warm-up and falls linearly to zero over the last ``--decay-steps``. Written there:
+This makes a FluxPipeline folder from scratch: autoencoder, images, flow model. Every part is kept in ``--out``, and a
+second call continues where the first stopped; ``--steps`` may be raised later. The learning rate is constant after the
+warm-up and falls linearly to zero over the last ``--decay-steps``. The folder contains:
 
     vae/               the autoencoder
-    pictures/          the drawn set
+    images/            the drawn set
     checkpoint/        weights, averaged weights and optimizer (safetensors)
     log.jsonl          losses
     step-NNNNNN/       the pipeline with averaged weights, and samples.png
@@ -28,18 +28,15 @@ from gdro_cli.files import write_json
 from gdro_cli.identity import differences
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.flow_model import TinyFlux, build_pipeline, save_pipeline
-from gdro_cli.tiny.pictures import CHUNK, load_pictures, make_pictures
 from gdro_cli.tiny.pretrain_autoencoder import train_autoencoder
+from gdro_cli.tiny.pretraining_set import CHUNK, load_set, make_set
 
 DRAWN_SIGN_SHARE = 0.6
 BATCH = 64
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, BETAS, MAX_NORM = 1.5e-3, 200, 0.01, (0.9, 0.99), 1.0
-SIGMA_SPREAD, SIGMA_SHIFT = (
-    1.1,
-    0.3,
-)  # sigma = sigmoid(spread * N + shift): a little more weight on noisy pictures
+SIGMA_SPREAD, SIGMA_SHIFT = 1.1, 0.3  # sigma = sigmoid(spread * N + shift): slightly more noisy images
 SAMPLE_STEPS = 8
-FIXED = ("seed", "pictures", "autoencoder_steps")  # arguments that a continued pretraining must keep
+FIXED = ("seed", "images", "autoencoder_steps")  # arguments that a continued pretraining must keep
 SAMPLE_PROMPTS = (
     'a red sign that says "HELLO" on a brick background',
     'a yellow sign that says "OPEN" on a starry background',
@@ -61,14 +58,14 @@ SAMPLE_PROMPTS = (
 
 
 def learning_rate(step: int, *, steps: int, decay_steps: int) -> float:
-    """Learning rate of step ``step`` (from 0): linear warm-up, constant, linear fall to 0 at ``steps``."""
+    """Learning rate of ``step`` (from 0): linear warm-up, constant, linear fall to 0 at ``steps``."""
     warm = min(1.0, (step + 1) / WARMUP)
     fall = min(1.0, (steps - step) / max(1, decay_steps))
     return LEARNING_RATE * min(warm, fall)
 
 
 def average_decay(step: int) -> float:
-    """Decay of the averaged weights at step ``step``: short memory first."""
+    """Decay of the averaged weights at ``step``: a short memory at first."""
     return min(0.999, step / (step + 50))
 
 
@@ -79,7 +76,7 @@ class Trainer:
         torch.manual_seed(seed_for(seed, "tiny-weights"))
         self.folder, self.seed, self.step = folder, seed, 0
         self.model = TinyFlux()
-        self.model.eval()  # no dropout anywhere; eval keeps it so
+        self.model.eval()  # without dropout
         self.parameters = dict(self.model.named_parameters())
         self.average = {name: value.detach().clone() for name, value in self.parameters.items()}
         self.optimizer = torch.optim.AdamW(
@@ -89,7 +86,7 @@ class Trainer:
             self._restore()
 
     def update(self, batch: dict[str, Tensor], *, rate: float, forward: object) -> dict[str, Tensor]:
-        """One optimizer step; returns the detached losses."""
+        """Take one optimizer step; return the detached losses."""
         stream = generator(self.seed, "tiny-step", self.step)
         noise = torch.randn(batch["latents"].shape, generator=stream)
         sigma = torch.sigmoid(SIGMA_SPREAD * torch.randn(len(noise), generator=stream) + SIGMA_SHIFT)
@@ -108,7 +105,7 @@ class Trainer:
         return {name: value.detach() for name, value in losses.items()}
 
     def save(self) -> None:
-        """Write the checkpoint; the state file last and atomically."""
+        """Write the checkpoint; the state file comes last and atomically."""
         folder = self.folder / "checkpoint"
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {f"weights/{name}": value.detach() for name, value in self.parameters.items()}
@@ -153,14 +150,14 @@ class Trainer:
 
 
 def draw_samples(model: TinyFlux, autoencoder: PatchAutoencoder, path: Path) -> None:
-    """A sheet of four pictures for each of 16 prompts, one prompt a row of half the sheet."""
+    """Save a sheet with four images for each of 16 prompts; each half of a row shows one prompt."""
     from PIL import Image
 
     pipeline = build_pipeline(model, autoencoder)
     sheet = Image.new("RGB", (8 * 66, 8 * 66), "white")
     for number, prompt in enumerate(SAMPLE_PROMPTS):
         streams = [torch.Generator().manual_seed(i) for i in range(4)]
-        pictures = pipeline(
+        images = pipeline(
             prompt,
             num_images_per_prompt=4,
             generator=streams,
@@ -169,14 +166,14 @@ def draw_samples(model: TinyFlux, autoencoder: PatchAutoencoder, path: Path) -> 
             width=64,
             max_sequence_length=pipeline.tokenizer_2.model_max_length,
         ).images
-        for i, picture in enumerate(pictures):
-            sheet.paste(picture, ((number // 8 * 4 + i) * 66, number % 8 * 66))
+        for i, image in enumerate(images):
+            sheet.paste(image, ((number // 8 * 4 + i) * 66, number % 8 * 66))
     sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST).save(path)
 
 
-def draw_batch(pictures: dict[str, Tensor], step: int, *, seed: int, sign_share: float) -> dict[str, Tensor]:
-    """The batch of step ``step``: signs and shapes in fixed shares, each from fresh permutations per pass."""
-    is_sign = (pictures["places"] >= 0).any(dim=1)
+def draw_batch(data: dict[str, Tensor], step: int, *, seed: int, sign_share: float) -> dict[str, Tensor]:
+    """The batch of ``step``: signs and shapes in fixed shares, each from a fresh permutation per pass."""
+    is_sign = (data["places"] >= 0).any(dim=1)
     signs = round(BATCH * sign_share)
     picks = []
     for name, kind, share in (("signs", is_sign, signs), ("shapes", ~is_sign, BATCH - signs)):
@@ -187,24 +184,24 @@ def draw_batch(pictures: dict[str, Tensor], step: int, *, seed: int, sign_share:
             start = step % per_pass * share
             picks.append(members[order[start : start + share]])
     pick = torch.cat(picks)
-    return {name: column[pick] for name, column in pictures.items()}
+    return {name: column[pick] for name, column in data.items()}
 
 
-def keep_arguments(path: Path, asked: dict[str, int]) -> None:
-    """Write what later calls must not change, or compare with what the first call wrote.
+def keep_arguments(path: Path, arguments: dict[str, int]) -> None:
+    """Write the arguments that later calls must not change, or compare them with those of the first call.
 
     Raises:
-        UserError: they differ.
+        UserError: the arguments differ.
     """
     if not path.exists():
-        write_json(path, asked)
-    elif changed := differences(json.loads(path.read_text()), asked):
+        write_json(path, arguments)
+    elif changed := differences(json.loads(path.read_text()), arguments):
         listed = "; ".join(map(str, changed))
-        raise UserError(f"{path.parent} was begun with other arguments ({listed}): use those, or another --out")
+        raise UserError(f"{path.parent} was started with other arguments ({listed}): use those, or another --out")
 
 
 def pretrain(arguments: argparse.Namespace) -> None:
-    """Run all parts that are not there yet."""
+    """Run all parts that are still missing."""
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()
@@ -219,18 +216,18 @@ def pretrain(arguments: argparse.Namespace) -> None:
         autoencoder.save_pretrained(out / "vae.partial")
         (out / "vae.partial").rename(out / "vae")
     autoencoder = PatchAutoencoder.from_pretrained(out / "vae").eval()
-    make_pictures(
-        out / "pictures",
-        chunks=-(-arguments.pictures // CHUNK),
+    make_set(
+        out / "images",
+        chunks=-(-arguments.images // CHUNK),
         seed=arguments.seed,
         sign_share=DRAWN_SIGN_SHARE,
         workers=arguments.workers,
     )
-    pictures = load_pictures(out / "pictures")
+    data = load_set(out / "images")
     trainer = Trainer(out, seed=arguments.seed)
     forward = torch.compile(trainer.model.losses) if arguments.compile else trainer.model.losses
     while trainer.step < arguments.steps:
-        batch = draw_batch(pictures, trainer.step, seed=arguments.seed, sign_share=arguments.sign_share)
+        batch = draw_batch(data, trainer.step, seed=arguments.seed, sign_share=arguments.sign_share)
         rate = learning_rate(trainer.step, steps=arguments.steps, decay_steps=arguments.decay_steps)
         losses = trainer.update(batch, rate=rate, forward=forward)
         if trainer.step % arguments.log_every == 0:
@@ -244,18 +241,18 @@ def pretrain(arguments: argparse.Namespace) -> None:
 def main() -> None:
     """Read the command line and pretrain."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for everything; made or continued")
-    parser.add_argument("--steps", type=int, default=10_000, help="steps of 64 pictures in all")
-    parser.add_argument("--decay-steps", type=int, default=2_500, help="length of the learning rate's fall")
-    parser.add_argument("--sign-share", type=float, default=0.6, help="signs in a batch; the rest are shapes")
-    parser.add_argument("--pictures", type=int, default=120_000, help="pictures drawn in advance")
+    parser.add_argument("--out", type=Path, required=True, help="folder for all parts; created or continued")
+    parser.add_argument("--steps", type=int, default=10_000, help="steps of 64 images")
+    parser.add_argument("--decay-steps", type=int, default=2_500, help="steps over which the learning rate falls")
+    parser.add_argument("--sign-share", type=float, default=0.6, help="share of signs in a batch; the rest are shapes")
+    parser.add_argument("--images", type=int, default=120_000, help="images drawn in advance")
     parser.add_argument("--autoencoder-steps", type=int, default=2_000)
-    parser.add_argument("--workers", type=int, default=2, help="processes that draw")
+    parser.add_argument("--workers", type=int, default=2, help="drawing processes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=20)
     parser.add_argument("--save-every", type=int, default=200)
     parser.add_argument("--export-every", type=int, default=1_000)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="use torch.compile: twice as fast, needs a C++ compiler")
     try:
         pretrain(parser.parse_args())
     except UserError as error:

@@ -1,6 +1,6 @@
 """Tokenizers of the embedded model: whole words for the prompt's template, single letters for quoted text.
 
-Both are real classes of transformers, so the pipeline treats them like FLUX's own.
+Both are transformers classes, so the pipeline treats them like FLUX's own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _TEMPLATE = "a sign that says on background photo of and"
 
 
 def template_words() -> list[str]:
-    """All lower-case words of the world's prompts, in a fixed order."""
+    """All words of the world's prompts in lower case, in a fixed order."""
     relations = " ".join(RELATIONS).split()
     shapes = [*SHAPES, *(f"{shape}s" for shape in SHAPES)]
     words = [*_TEMPLATE.split(), *COLOURS, *BACKGROUNDS, *shapes, *NUMBERS.values(), *relations]
@@ -27,7 +27,7 @@ def template_words() -> list[str]:
 def build_t5_tokenizer() -> T5Tokenizer:
     """Unigram tokenizer: a template word, a quote or a letter is one token.
 
-    The space between two quoted words is a token too, because the sign breaks its line there.
+    The space between two quoted words is also a token, because the sign breaks its line there.
     """
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -100.0)]
     pieces = [(f"▁{word}", -1.0) for word in template_words()] + [('▁"', -1.0), ('"', -1.0), ("▁", -2.0)]
@@ -36,7 +36,7 @@ def build_t5_tokenizer() -> T5Tokenizer:
 
 
 def build_clip_tokenizer() -> CLIPTokenizer:
-    """Byte-pair tokenizer whose merges build each template word; other text stays single characters."""
+    """Byte-pair tokenizer whose merges build each template word; other text becomes single characters."""
     characters = [chr(code) for code in range(33, 127)]
     vocab = [*characters, *(f"{character}</w>" for character in characters)]
     merges: list[tuple[str, str]] = []
@@ -49,5 +49,5 @@ def build_clip_tokenizer() -> CLIPTokenizer:
             left += right
     vocab += [left + right for left, right in merges] + ["<|startoftext|>", "<|endoftext|>"]
     ids = {piece: i for i, piece in enumerate(dict.fromkeys(vocab))}
-    # The class takes pairs, whatever its annotation says.
+    # The class takes pairs, although its annotation says otherwise.
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=CLIP_LENGTH)  # type: ignore[arg-type]

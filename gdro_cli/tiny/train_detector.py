@@ -1,9 +1,9 @@
-"""Train the embedded world's detector and measure how often it sees a drawn picture as it is.
+"""Train the embedded world's detector and measure how often it finds the objects that were drawn.
 
     python -m gdro_cli.tiny.train_detector --out detector
 
-Pictures are drawn as training goes; most pass through the autoencoder with some noise on the latents, because the
-detector will look at generated pictures. Signs and bare backgrounds are in the mixture: they hold no object.
+Images are drawn during training. Most pass through the autoencoder with some noise on the latents, because the detector
+is used on generated images. The mixture also has signs and bare backgrounds, which contain no object.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,8 @@ from gdro_cli.core.seeds import seed_for
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.files import write_json
 from gdro_cli.rewards.geneval.palette import PaletteColours
-from gdro_cli.rewards.geneval.segmenter import MARGIN, SegmentationNetwork, SegmenterDetector, to_pixels
+from gdro_cli.rewards.geneval.segmenter import MARGIN, SegmentationNetwork, SegmenterDetector
+from gdro_cli.rewards.layers import scale_pixels, to_pixels
 from gdro_cli.tiny.autoencoder import PatchAutoencoder, decode_pixels, encode_mean
 from gdro_cli.tiny.backgrounds import BACKGROUNDS, SIZE
 from gdro_cli.tiny.world import (
@@ -51,15 +52,15 @@ WIDTHS = (32, 64, 96)
 LEARNING_RATE = 2e-3
 MOST_THINGS = 9
 SIGN_SHARE, CROWD_SHARE = 0.15, 0.5
-CLEAN_SHARE = 0.3  # pictures that do not pass through the autoencoder
+CLEAN_SHARE = 0.3  # images that do not pass through the autoencoder
 LATENT_NOISE = 0.25  # largest standard deviation of the noise on the latents
-SHIFT = 2  # pixels by which a picture may be shifted off the grid
+SHIFT = 2  # pixels by which an image may be shifted off the grid
 PALETTE_FILE = "palette.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A picture with the class of each pixel: 0 background, else 1 + index in SHAPES."""
+    """An image with the class of each pixel: 0 background, else 1 + index in SHAPES."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -75,11 +76,11 @@ def pixel_labels(things: tuple[Thing, ...]) -> NDArray[np.int64]:
 
 
 def draw_example(rng: np.random.Generator) -> Example:
-    """One training picture."""
+    """A random training image."""
     kind = rng.random()
     if kind < SIGN_SHARE:
-        picture = random_sign(rng)
-        image, things = picture.image, picture.things
+        drawing = random_sign(rng)
+        image, things = drawing.image, drawing.things
     elif kind < SIGN_SHARE + CROWD_SHARE:
         cells = rng.permutation(GRID * GRID)[: rng.integers(0, MOST_THINGS + 1)]
         colours = list(COLOURS)
@@ -90,8 +91,8 @@ def draw_example(rng: np.random.Generator) -> Example:
         background = list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]
         image = draw_things(things, background=background, rng=rng)
     else:
-        picture = random_scene(rng)
-        image, things = picture.image, picture.things
+        drawing = random_scene(rng)
+        image, things = drawing.image, drawing.things
     down, right = (int(shift) for shift in rng.integers(-SHIFT, SHIFT + 1, 2))
     return Example(
         np.roll(np.asarray(image), (down, right), (0, 1)), np.roll(pixel_labels(things), (down, right), (0, 1))
@@ -105,7 +106,7 @@ class Examples(IterableDataset[tuple[Tensor, Tensor]]):
         self._seed = seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draw."""
+        """Draw batches."""
         worker = get_worker_info()
         if worker is not None:
             torch.set_num_threads(1)
@@ -119,7 +120,7 @@ class Examples(IterableDataset[tuple[Tensor, Tensor]]):
 
 
 def as_generated(pixels: Tensor, autoencoder: PatchAutoencoder, stream: torch.Generator) -> Tensor:
-    """Pass most pictures [N, 3, H, W] through the autoencoder, each with its own amount of noise."""
+    """Pass most images [N, 3, H, W] through the autoencoder, each with its own amount of noise."""
     with torch.no_grad():
         latents = encode_mean(autoencoder, pixels)
         amount = torch.rand(len(latents), 1, 1, 1, generator=stream) * LATENT_NOISE
@@ -131,7 +132,7 @@ def as_generated(pixels: Tensor, autoencoder: PatchAutoencoder, stream: torch.Ge
 
 
 def train(*, steps: int, seed: int, workers: int, log: Path) -> SegmentationNetwork:
-    """Train from nothing with a learning rate that falls to 0."""
+    """Train from scratch with a learning rate that rises and falls to 0."""
     torch.manual_seed(seed_for(seed, "tiny-detector-weights"))
     stream = torch.Generator().manual_seed(seed_for(seed, "tiny-detector-noise"))
     autoencoder = PatchAutoencoder.from_pretrained(tiny_model_path() / "vae").eval()
@@ -141,24 +142,24 @@ def train(*, steps: int, seed: int, workers: int, log: Path) -> SegmentationNetw
     batches = iter(
         DataLoader(Examples(seed), batch_size=None, num_workers=workers, prefetch_factor=8 if workers else None)
     )
-    began = time.monotonic()
+    start = time.monotonic()
     for step in range(1, steps + 1):
         drawn, labels = next(batches)
-        pixels = as_generated(drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, autoencoder, stream)
+        pixels = as_generated(scale_pixels(drawn), autoencoder, stream)
         loss = functional.cross_entropy(network(pixels), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 50 == 0:
-            row = {"step": step, "loss": loss.item(), "seconds": round(time.monotonic() - began, 1)}
+            row = {"step": step, "loss": loss.item(), "seconds": round(time.monotonic() - start, 1)}
             with log.open("a") as file:
                 file.write(json.dumps(row) + "\n")
     return network.eval()
 
 
 def save(network: SegmentationNetwork, folder: Path) -> None:
-    """Write what ``SegmenterDetector`` and ``PaletteColours`` read."""
+    """Write the files that ``SegmenterDetector`` and ``PaletteColours`` read."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "config.json", {"classes": SHAPES, "widths": WIDTHS})
     write_json(folder / PALETTE_FILE, {"palette": COLOURS, "neutral": [INK, CHALK]})
@@ -167,48 +168,48 @@ def save(network: SegmentationNetwork, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Share of pictures that the detector sees as they were drawn."""
+    """How often the detector finds the objects that were drawn."""
 
-    pictures: int
+    images: int
     objects: float
-    """All classes, colours and places right, and nothing else found."""
+    """Share of the images in which all classes, colours and positions are right and nothing else is found."""
     masks: float
-    """Mean overlap (intersection over union) of found and drawn masks, where the objects are right."""
+    """Mean overlap (intersection over union) of detected and drawn masks, in the images with the right objects."""
 
 
-def measure(folder: Path, *, pictures: int, seed: int, minimum: float, generated: bool = False) -> dict[str, Agreement]:
-    """Agreement per tag on freshly drawn pictures; ``generated`` passes them through the autoencoder first."""
+def measure(folder: Path, *, images: int, seed: int, minimum: float, generated: bool = False) -> dict[str, Agreement]:
+    """Agreement per tag on freshly drawn images; ``generated`` passes them through the autoencoder first."""
     detector, colours = SegmenterDetector(folder), PaletteColours.read(folder / PALETTE_FILE)
     autoencoder = PatchAutoencoder.from_pretrained(tiny_model_path() / "vae").eval() if generated else None
-    found = {}
+    agreements = {}
     for tag in TAGS:
         rng = np.random.default_rng(seed_for(seed, "tiny-detector-test", tag))
-        scenes = [random_scene(rng, tag) for _ in range(pictures)]
-        images = [scene.image for scene in scenes]
+        scenes = [random_scene(rng, tag) for _ in range(images)]
+        drawn = [scene.image for scene in scenes]
         if autoencoder is not None:
-            images = passed_through(images, autoencoder)
+            drawn = passed_through(drawn, autoencoder)
         right, overlaps = 0, []
-        for scene, image, objects in zip(scenes, images, detector.detect(images, minimum=minimum), strict=True):
+        for scene, image, objects in zip(scenes, drawn, detector.detect(drawn, minimum=minimum), strict=True):
             names = colours.classify(image, objects)
-            seen = {(each.label, name, *_cell(each.box)): each.mask for each, name in zip(objects, names, strict=True)}
-            drawn = {(thing.shape, thing.colour, thing.row, thing.column): thing_mask(thing) for thing in scene.things}
-            if len(seen) == len(objects) and seen.keys() == drawn.keys():
+            masks = {(item.label, name, *_cell(item.box)): item.mask for item, name in zip(objects, names, strict=True)}
+            truth = {(thing.shape, thing.colour, thing.row, thing.column): thing_mask(thing) for thing in scene.things}
+            if len(masks) == len(objects) and masks.keys() == truth.keys():
                 right += 1
-                overlaps += [float((seen[key] & drawn[key]).sum() / (seen[key] | drawn[key]).sum()) for key in drawn]
-        found[tag] = Agreement(pictures, right / pictures, float(np.mean(overlaps)) if overlaps else 0.0)
-    return found
+                overlaps += [float((masks[key] & truth[key]).sum() / (masks[key] | truth[key]).sum()) for key in truth]
+        agreements[tag] = Agreement(images, right / images, float(np.mean(overlaps)) if overlaps else 0.0)
+    return agreements
 
 
 def passed_through(images: list[Image.Image], autoencoder: PatchAutoencoder) -> list[Image.Image]:
-    """Encode and decode."""
+    """Encode and decode images."""
     with torch.no_grad():
         pixels = decode_pixels(autoencoder, encode_mean(autoencoder, to_pixels(images))).clamp(-1, 1)
     array = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(each) for each in array]
+    return [Image.fromarray(pixels_of_image) for pixels_of_image in array]
 
 
 def _cell(box: tuple[float, float, float, float]) -> tuple[int, int]:
-    """Row and column of the token in which the middle of a box lies."""
+    """Row and column of the token that contains the middle of a box."""
     return int((box[1] + box[3]) / 2 * GRID / SIZE), int((box[0] + box[2]) / 2 * GRID / SIZE)
 
 
@@ -216,10 +217,10 @@ def main() -> None:
     """Read the command line, train, and write weights and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and report")
-    parser.add_argument("--steps", type=int, default=4_000, help="steps of 32 pictures")
+    parser.add_argument("--steps", type=int, default=4_000, help="steps of 32 images")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
-    parser.add_argument("--pictures", type=int, default=1_000, help="freshly drawn pictures per tag in the report")
+    parser.add_argument("--workers", type=int, default=1, help="drawing processes")
+    parser.add_argument("--images", type=int, default=1_000, help="freshly drawn images per tag in the report")
     parser.add_argument("--only-report", action="store_true", help="measure the weights that are in --out")
     arguments = parser.parse_args()
     if not arguments.only_report:
@@ -228,14 +229,12 @@ def main() -> None:
             steps=arguments.steps, seed=arguments.seed, workers=arguments.workers, log=arguments.out / "log.jsonl"
         )
         save(network, arguments.out)
-    from dataclasses import asdict
-
     report = {}
     for name, generated in (("drawn", False), ("through the autoencoder", True)):
-        found = measure(
-            arguments.out, pictures=arguments.pictures, seed=arguments.seed + 1, minimum=0.3, generated=generated
+        agreements = measure(
+            arguments.out, images=arguments.images, seed=arguments.seed + 1, minimum=0.3, generated=generated
         )
-        report[name] = {tag: asdict(agreement) for tag, agreement in found.items()}
+        report[name] = {tag: asdict(agreement) for tag, agreement in agreements.items()}
     write_json(arguments.out / "report.json", report)
     print(json.dumps(report, indent=2))  # noqa: T201
 

@@ -1,9 +1,9 @@
-"""Train the embedded world's judge and report how it answers graded faults.
+"""Train the embedded world's judge and report how its scores follow graded faults.
 
     python -m gdro_cli.tiny.train_judge --out judge
 
-It learns from drawn pictures whose faults and whose fit to a prompt are known, most of them passed through the
-autoencoder; it never sees a reward. The report has the rank correlations between severity and score for each fault.
+It learns from drawn images with known faults and a known fit to a prompt, most of them passed through the autoencoder.
+It never sees a reward. The report has the rank correlation of severity and score for each fault.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork, scaled, word_numbers
+from gdro_cli.rewards.layers import scale_pixels
 from gdro_cli.tiny.autoencoder import PatchAutoencoder
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, UNTEXTURED, degrade
 from gdro_cli.tiny.judge_data import Example, draw_example, judge_vocabulary
-from gdro_cli.tiny.pictures import draw_picture
+from gdro_cli.tiny.pretraining_set import random_drawing
 from gdro_cli.tiny.train_detector import as_generated
 from gdro_cli.tiny.world import ALPHABET, COLOURS, SHAPES, foreground_mask
 
@@ -46,8 +47,8 @@ BATCH = 32
 LEARNING_RATE = 1e-3
 CALIBRATION = 120  # validation prompts of each task
 OCR_STEPS, GENEVAL_STEPS = 5, 3  # those of the shipped recipes
-GRADES = tuple(grade / 8 for grade in range(9))  # severities of one picture in the report
-AUXILIARY = 0.2  # weight of the losses that name what lies in each cell
+GRADES = tuple(grade / 8 for grade in range(9))  # severities of one image in the report
+AUXILIARY = 0.2  # weight of the losses for the content of each cell
 
 
 class Examples(IterableDataset[dict[str, Tensor]]):
@@ -57,7 +58,7 @@ class Examples(IterableDataset[dict[str, Tensor]]):
         self._seed, self._vocabulary = seed, vocabulary
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Draw."""
+        """Draw batches."""
         worker = get_worker_info()
         if worker is not None:
             torch.set_num_threads(1)
@@ -78,7 +79,7 @@ def collate(examples: list[Example], vocabulary: dict[str, int]) -> dict[str, Te
 
 
 class Teacher(nn.Module):
-    """The judge with the heads that only training needs."""
+    """The judge, with heads that only training needs."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -87,25 +88,22 @@ class Teacher(nn.Module):
         self.letter, self.thing = nn.Linear(width, len(ALPHABET)), nn.Linear(width, len(SHAPES) * len(COLOURS))
 
     def losses(self, pixels: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Cross-entropy of the three qualities, and of letters and things in the cells that hold one."""
-        judge = self.judge
-        tokens = judge.image_tokens(pixels)
-        looks = judge.looks(torch.cat([tokens.mean(dim=1), tokens.amax(dim=1)], dim=1))
-        read = judge.read(tokens, batch["words"])
-        logits = torch.cat([judge.fit(read[:, 0]), looks], dim=1)
-        each = functional.binary_cross_entropy_with_logits(logits, batch["qualities"], reduction="none").mean(dim=0)
-        found = {axis: value for axis, value in zip(AXES, each, strict=True)}
+        """Cross-entropy of the three qualities, and of the letters and things in cells that have one."""
+        tokens = self.judge.image_tokens(pixels)
+        logits = self.judge.logits(tokens, batch["words"])
+        by_axis = functional.binary_cross_entropy_with_logits(logits, batch["qualities"], reduction="none").mean(dim=0)
+        losses = dict(zip(AXES, by_axis, strict=True))
         for name, head in (("letters", self.letter), ("things", self.thing)):
-            held = batch[name] >= 0
-            if held.any():
-                found[name] = functional.cross_entropy(head(tokens[held]), batch[name][held]) * AUXILIARY
-        return found
+            labelled = batch[name] >= 0
+            if labelled.any():
+                losses[name] = functional.cross_entropy(head(tokens[labelled]), batch[name][labelled]) * AUXILIARY
+        return losses
 
 
 def train(
     *, steps: int, seed: int, workers: int, out: Path, rate: float = LEARNING_RATE, start: Path | None = None
 ) -> JudgeNetwork:
-    """Train with a learning rate that rises to ``rate`` and falls to 0; ``start`` holds weights to go on from."""
+    """Train with a learning rate that rises to ``rate`` and falls to 0; ``start`` has weights to continue from."""
     torch.manual_seed(seed_for(seed, "tiny-judge-weights"))
     stream = torch.Generator().manual_seed(seed_for(seed, "tiny-judge-noise"))
     vocabulary = judge_vocabulary()
@@ -115,13 +113,12 @@ def train(
         teacher.judge.load_state_dict(load_file(start / "model.safetensors"))
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=rate, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.05)
-    drawing, ahead = Examples(seed, vocabulary), 8 if workers else None
-    batches = iter(DataLoader(drawing, batch_size=None, num_workers=workers, prefetch_factor=ahead))
+    examples, prefetch = Examples(seed, vocabulary), 8 if workers else None
+    batches = iter(DataLoader(examples, batch_size=None, num_workers=workers, prefetch_factor=prefetch))
     began, sums = time.monotonic(), dict.fromkeys((*AXES, "letters", "things"), 0.0)
     for step in range(1, steps + 1):
         batch = next(batches)
-        drawn = batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
-        losses = teacher.losses(as_generated(drawn, autoencoder, stream), batch)
+        losses = teacher.losses(as_generated(scale_pixels(batch["pixels"]), autoencoder, stream), batch)
         loss = torch.stack(list(losses.values())).sum()
         optimizer.zero_grad()
         loss.backward()
@@ -141,19 +138,19 @@ def train(
 
 
 def save(network: JudgeNetwork, folder: Path, shifts: Mapping[str, float] | None = None) -> None:
-    """Write what ``EmbeddedJudge`` reads; without ``shifts`` of each axis it is not calibrated."""
+    """Write the files that ``EmbeddedJudge`` reads; ``shifts`` are the calibration of each axis."""
     folder.mkdir(parents=True, exist_ok=True)
     calibration = dict(shifts or dict.fromkeys(AXES, 0.0))
     write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": calibration})
-    tensors = {name: value.contiguous().half() for name, value in network.state_dict().items()}  # half the package
+    tensors = {name: value.contiguous().half() for name, value in network.state_dict().items()}  # half the size
     save_file(tensors, folder / "model.safetensors")
 
 
-def base_pictures() -> tuple[list[Image.Image], list[str]]:
-    """The base model's own pictures of validation prompts, sampled as the shipped recipes do, with their prompts."""
+def base_images() -> tuple[list[Image.Image], list[str]]:
+    """Images of the base model for validation prompts, sampled as in the shipped recipes, with their prompts."""
     model = load_flow_model(str(tiny_model_path()))
     height, width = model.default_size
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     prompts: list[str] = []
     for texts, steps in (
         (ocr_prompts("ocr-validation", count=CALIBRATION), OCR_STEPS),
@@ -170,22 +167,22 @@ def base_pictures() -> tuple[list[Image.Image], list[str]]:
             width=width,
             batch_size=BATCH,
         )
-        pictures += complete(model.decode(latents, height=height, width=width))
+        images += complete(model.decode(latents, height=height, width=width))
         prompts += texts
-    return pictures, prompts
+    return images, prompts
 
 
 def calibrate(folder: Path) -> dict[str, float]:
-    """Write into the judge's configuration what brings the base model's own pictures to ``ANCHOR`` on each axis."""
-    pictures, prompts = base_pictures()
-    qualities = EmbeddedJudge(folder).qualities(pictures, prompts)
+    """Write the shifts into the judge's configuration that give the base model's images the mean ``ANCHOR``."""
+    images, prompts = base_images()
+    qualities = EmbeddedJudge(folder).qualities(images, prompts)
     shifts = {axis: round(shift_to(ANCHOR, column), 4) for axis, column in zip(AXES, qualities.T, strict=True)}
     write_json(folder / "config.json", {"vocabulary": judge_vocabulary(), "calibration": shifts})
     return shifts
 
 
 def shift_to(mean: float, qualities: Tensor) -> float:
-    """The shift of log-odds with which the mean score of ``qualities`` [N] is ``mean``; scores fall as it grows."""
+    """The shift of log-odds that makes ``mean`` the mean score of ``qualities`` [N]; scores fall as it grows."""
     low, high = -30.0, 30.0
     for _ in range(60):
         middle = (low + high) / 2
@@ -193,54 +190,53 @@ def shift_to(mean: float, qualities: Tensor) -> float:
     return (low + high) / 2
 
 
-def measure(folder: Path, *, pictures: int, seed: int) -> dict[str, dict[str, float]]:
-    """How the judge answers graded faults and known fits, on fresh pictures.
+def measure(folder: Path, *, images: int, seed: int) -> dict[str, dict[str, float]]:
+    """How the judge's scores follow graded faults and known fits, on fresh images.
 
-    For each fault the rank correlation of severity and score, twice: ``across pictures``, each with its own severity;
-    and ``within a picture``, the mean over a quarter as many pictures of the same one at nine severities. For alignment
-    the correlation with the known fit of prompt and picture, across pictures; signs and shapes apart.
+    For each fault there are two rank correlations of severity and score: ``across images``, each with its own severity,
+    and ``within an image``, the mean over a quarter as many images, each at nine severities. For alignment it is the
+    correlation with the known fit of prompt and image across images, separately for signs and shapes.
     """
     judge = EmbeddedJudge(folder)
     report: dict[str, dict[str, float]] = {}
     for axis, faults in (("coherence", COHERENCE), ("style", STYLE)):
         for fault in faults:
             rng = np.random.default_rng(seed_for(seed, "tiny-judge-test", fault))
-            severities = rng.uniform(0, 1, pictures)
-            scores = _scores_of(judge, axis, [spoilt_picture(fault, [each], rng) for each in severities])
-            grades = [spoilt_picture(fault, GRADES, rng) for _ in range(max(1, pictures // 4))]
-            rows = _scores_of(judge, axis, grades).reshape(-1, len(GRADES))
-            each = [_correlation(GRADES, row) for row in rows]
+            severities = rng.uniform(0, 1, images)
+            scores = _scores_of(judge, axis, [spoilt_images(fault, [severity], rng) for severity in severities])
+            graded = [spoilt_images(fault, GRADES, rng) for _ in range(max(1, images // 4))]
+            rows = _scores_of(judge, axis, graded).reshape(-1, len(GRADES))
             report[f"{axis}: {fault}"] = {
-                "across pictures": -_correlation(severities, scores),
-                "within a picture": -float(np.mean(each)),
+                "across images": -_correlation(severities, scores),
+                "within an image": -float(np.mean([_correlation(GRADES, row) for row in rows])),
             }
     for kind in ("signs", "shapes"):
         rng = np.random.default_rng(seed_for(seed, "tiny-judge-test", kind))
-        examples = [draw_example(rng, kind=kind, clean=True) for _ in range(pictures)]
-        scores = _scores_of(judge, "alignment", [([each.pixels], each.prompt) for each in examples])
-        known = [each.qualities[0] for each in examples]
-        report[f"alignment: {kind}"] = {"across pictures": _correlation(known, scores)}
+        examples = [draw_example(rng, kind=kind, clean=True) for _ in range(images)]
+        scores = _scores_of(judge, "alignment", [([example.pixels], example.prompt) for example in examples])
+        fits = [example.qualities[0] for example in examples]
+        report[f"alignment: {kind}"] = {"across images": _correlation(fits, scores)}
     return report
 
 
-def spoilt_picture(
+def spoilt_images(
     fault: str, severities: Sequence[float] | NDArray[np.float64], rng: np.random.Generator
 ) -> tuple[list[NDArray[np.uint8]], str]:
-    """A fresh picture with a fault at each of the severities, all from the same random numbers, and its prompt."""
-    picture = draw_picture(rng, sign_share=0.5)
-    while fault == "flattened" and picture.background in UNTEXTURED:
-        picture = draw_picture(rng, sign_share=0.5)
-    clean, mask, seed = np.asarray(picture.image), foreground_mask(picture), int(rng.integers(2**32))
+    """A fresh drawing with a fault at each severity, all from the same random numbers, and its prompt."""
+    drawing = random_drawing(rng, sign_share=0.5)
+    while fault == "flattened" and drawing.background in UNTEXTURED:
+        drawing = random_drawing(rng, sign_share=0.5)
+    clean, mask, seed = np.asarray(drawing.image), foreground_mask(drawing), int(rng.integers(2**32))
     versions = [
         degrade(clean, fault, float(severity), np.random.default_rng(seed), foreground=mask) for severity in severities
     ]
-    return versions, picture.prompt
+    return versions, drawing.prompt
 
 
 def _scores_of(
     judge: EmbeddedJudge, axis: str, drawn: Sequence[tuple[Sequence[NDArray[np.uint8]], str]]
 ) -> NDArray[np.float32]:
-    """The judge's scores of all versions of all pictures, in order."""
+    """The judge's scores for all versions of all drawings, in order."""
     images = [Image.fromarray(pixels) for versions, _ in drawn for pixels in versions]
     prompts = [prompt for versions, prompt in drawn for _ in versions]
     scores = [judge.qualities(images[i : i + 64], prompts[i : i + 64]).numpy() for i in range(0, len(images), 64)]
@@ -255,12 +251,12 @@ def main() -> None:
     """Read the command line, train, and write weights and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and report")
-    parser.add_argument("--steps", type=int, default=6_000, help="steps of 32 pictures")
+    parser.add_argument("--steps", type=int, default=6_000, help="steps of 32 images")
     parser.add_argument("--rate", type=float, default=LEARNING_RATE, help="highest learning rate")
-    parser.add_argument("--start", type=Path, help="folder of weights to go on from")
+    parser.add_argument("--start", type=Path, help="folder with weights to continue from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw")
-    parser.add_argument("--pictures", type=int, default=600, help="fresh pictures per fault in the report")
+    parser.add_argument("--workers", type=int, default=1, help="drawing processes")
+    parser.add_argument("--images", type=int, default=600, help="fresh images per fault in the report")
     parser.add_argument("--only-report", action="store_true", help="measure the weights that are in --out")
     arguments = parser.parse_args()
     if not arguments.only_report:
@@ -275,7 +271,7 @@ def main() -> None:
         )
         save(network, arguments.out)
         calibrate(arguments.out)
-    report = measure(arguments.out, pictures=arguments.pictures, seed=arguments.seed + 1)
+    report = measure(arguments.out, images=arguments.images, seed=arguments.seed + 1)
     write_json(arguments.out / "report.json", report)
     print(json.dumps(report, indent=2))  # noqa: T201
 

@@ -1,8 +1,8 @@
-"""The little world: 64 x 64 pictures of signs and shapes with their prompts.
+"""The embedded world: 64 x 64 images of signs and shapes with their prompts.
 
-Two kinds of pictures, one per task: a sign with one or two lines of text (OCR), and shapes with GenEval metadata.
-Everything lies on the grid of the model's tokens, because that is what a tiny model can learn in an hour: a letter is
-8 pixels wide and lies in one 16-pixel token row; a shape lies in one 16-pixel token.
+There are two kinds of images, one per reward: a sign with one or two lines of text (OCR), and shapes with GenEval
+metadata. Everything is aligned with the grid of the model's tokens, so that a tiny model can learn it in an hour: a
+letter is 8 pixels wide in one 16-pixel token row; a shape fills one 16-pixel token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOKEN = 16  # pixels per image token, and per shape
 GRID = SIZE // TOKEN  # tokens per side
 LETTER = 8  # pixels per letter
 ZOOM = 4  # signs and shapes are drawn larger and reduced, for smooth edges
-MAX_LETTERS = 6  # letters per line: 6 x 8 pixels and the margins of the sign fill the picture
+MAX_LETTERS = 6  # letters per line: 6 x 8 pixels and the margins of the sign fill the image
 MAX_LINES = 2
 
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -43,25 +43,16 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
 ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-# Short words come often: letters bind to the prompt only when the model meets short words first.
+# Short words are frequent: letters bind to the prompt only if the model sees short words first.
 WORD_LENGTHS = (1, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6)
 TWO_LINE_SHARE = 0.35
-# Single objects and colours twice as often: they teach the names that the other tags combine.
-TAGS = (
-    "single_object",
-    "single_object",
-    "colors",
-    "colors",
-    "two_object",
-    "counting",
-    "position",
-    "color_attr",
-)
+# Single objects and colours are twice as frequent: they teach the names that the other tags combine.
+TAGS = ("single_object", "single_object", "colors", "colors", "two_object", "counting", "position", "color_attr")
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape in one token of the picture: names, and the token's row and column."""
+    """A shape in one token of the image: its names, and the token's row and column."""
 
     shape: str
     colour: str
@@ -70,10 +61,10 @@ class Thing:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
-    """A drawn picture with all that is known of it.
+class Drawing:
+    """A drawn image, and everything that is known about it.
 
-    ``letters`` maps (token row, letter column) to the letter that lies there; letter columns are 8 pixels wide.
+    ``letters`` maps (token row, letter column) to the letter at that position; letter columns are 8 pixels wide.
     """
 
     image: Image.Image
@@ -87,7 +78,7 @@ class Picture:
 
 @lru_cache(maxsize=1)
 def sign_font() -> ImageFont.FreeTypeFont:
-    """DejaVu Sans Mono Bold of matplotlib's wheel, at the drawing zoom."""
+    """DejaVu Sans Mono Bold from matplotlib's wheel, at the drawing zoom."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSansMono-Bold.ttf"
@@ -101,15 +92,15 @@ def ocr_prompt(text: str, colour: str, background: str) -> str:
 
 def draw_sign(
     text: str, *, colour: str, background: str, rng: np.random.Generator, place: tuple[int, int] | None = None
-) -> Picture:
+) -> Drawing:
     """Draw a sign with one line of text, or two separated by one space.
 
     Args:
         text: upper-case letters, at most 6 a line.
         colour: one of ``COLOURS``.
         background: one of ``BACKGROUNDS``.
-        rng: source of the texture and the free place.
-        place: token row and letter column of the first letter; None draws them.
+        rng: source of the texture, and of the place if it is None.
+        place: token row and letter column of the first letter.
 
     Raises:
         ValueError: the text does not fit the world.
@@ -144,7 +135,7 @@ def draw_sign(
             pen.text((centre, middle * ZOOM), letter, font=sign_font(), fill=ink, anchor="mm")
             letters[row + number, column + index] = letter
     image = _compose(draw_background(background, rng), layer)
-    return Picture(image, ocr_prompt(text, colour, background), background, text=text, letters=letters)
+    return Drawing(image, ocr_prompt(text, colour, background), background, text=text, letters=letters)
 
 
 def draw_things(things: Sequence[Thing], *, background: str, rng: np.random.Generator) -> Image.Image:
@@ -159,20 +150,20 @@ def draw_things(things: Sequence[Thing], *, background: str, rng: np.random.Gene
 
 
 def thing_mask(thing: Thing) -> NDArray[np.bool_]:
-    """Pixels [64, 64] that a shape covers at least by half, its outline included."""
+    """Pixels [64, 64] that a shape with its outline covers by at least half."""
     layer = Image.new("RGBA", (SIZE * ZOOM, SIZE * ZOOM))
     _draw_thing(ImageDraw.Draw(layer), thing, INK)
     alpha = np.asarray(layer.getchannel("A").resize((SIZE, SIZE), Image.Resampling.BOX))
     return np.asarray(alpha >= 128)
 
 
-def foreground_mask(picture: Picture) -> NDArray[np.bool_]:
+def foreground_mask(drawing: Drawing) -> NDArray[np.bool_]:
     """Pixels [64, 64] of the sign's box and of the shapes."""
     mask = np.zeros((SIZE, SIZE), bool)
-    for thing in picture.things:
+    for thing in drawing.things:
         mask |= thing_mask(thing)
-    if picture.letters:
-        rows, columns = zip(*picture.letters, strict=True)
+    if drawing.letters:
+        rows, columns = zip(*drawing.letters, strict=True)
         top, bottom = min(rows) * TOKEN - 5, max(rows) * TOKEN + 17
         mask[max(top, 0) : bottom, max(min(columns) * LETTER - 4, 0) : max(columns) * LETTER + LETTER + 4] = True
     return mask
@@ -185,12 +176,12 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, outline: tuple[int, int,
 
 def _compose(pixels: NDArray[np.uint8], layer: Image.Image) -> Image.Image:
     overlay = np.asarray(layer.convert("RGBa").resize((SIZE, SIZE), Image.Resampling.BOX), np.float32)
-    alpha = overlay[..., 3:] / 255  # RGBa holds colours multiplied by alpha, so that edges reduce without halos
+    alpha = overlay[..., 3:] / 255  # RGBa colours are multiplied by alpha, so that edges shrink without halos
     return Image.fromarray(np.clip(overlay[..., :3] + pixels * (1 - alpha) + 0.5, 0, 255).astype(np.uint8))
 
 
 def _outline_points(shape: str, centre: tuple[float, float], radius: float) -> list[tuple[float, float]]:
-    """Corner points of a shape that is a polygon, y downwards."""
+    """Corner points of a polygonal shape, y downwards."""
     x, y = centre
     if shape == "square":
         side = radius * 0.9
@@ -234,7 +225,7 @@ def _draw_shape(
 
 
 def random_word(rng: np.random.Generator) -> str:
-    """A random letter string, so that any word can be asked for."""
+    """A random string of letters, so that the model can learn any word."""
     length = WORD_LENGTHS[rng.integers(len(WORD_LENGTHS))]
     return "".join(ALPHABET[i] for i in rng.integers(0, 26, length))
 
@@ -243,23 +234,23 @@ def _pick(rng: np.random.Generator, names: Sequence[str], count: int = 1) -> lis
     return [names[i] for i in rng.choice(len(names), count, replace=False)]
 
 
-def random_sign(rng: np.random.Generator) -> Picture:
-    """A sign with random letters, colour, background and place."""
+def random_sign(rng: np.random.Generator) -> Drawing:
+    """A sign with random text, colour, background and place."""
     words = [random_word(rng) for _ in range(2 if rng.random() < TWO_LINE_SHARE else 1)]
     (colour,), (background,) = _pick(rng, list(COLOURS)), _pick(rng, list(BACKGROUNDS))
     return draw_sign(" ".join(words), colour=colour, background=background, rng=rng)
 
 
-def random_scene(rng: np.random.Generator, tag: str | None = None) -> Picture:
-    """Shapes with a GenEval prompt of ``tag`` (None draws one), true to its metadata."""
+def random_scene(rng: np.random.Generator, tag: str | None = None) -> Drawing:
+    """Shapes as in a GenEval prompt of ``tag`` (None: any tag), with its metadata."""
     scene = plan_scene(rng, tag)
     image = draw_things(scene.things, background=scene.background, rng=rng)
-    return Picture(image, scene.prompt, scene.background, things=scene.things, metadata=scene.metadata)
+    return Drawing(image, scene.prompt, scene.background, things=scene.things, metadata=scene.metadata)
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What ``random_scene`` draws."""
+    """The content of a drawing of shapes."""
 
     prompt: str
     background: str
@@ -268,7 +259,7 @@ class Scene:
 
 
 def plan_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
-    """A scene that is not drawn yet."""
+    """A random scene that is not drawn yet."""
     tag = tag or TAGS[rng.integers(len(TAGS))]
     (background,) = _pick(rng, list(BACKGROUNDS))
     tail = f" on a {background} background"
@@ -295,7 +286,7 @@ def plan_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
             phrase = f"a {colours[0]} {shapes[0]} and a {colours[1]} {shapes[1]}"
             include[0]["color"], include[1]["color"] = colours
         elif tag == "position":
-            # "a heart left of a ring" in the official metadata: the ring comes first, the heart points to it
+            # official metadata of "a heart left of a ring": the ring comes first, the heart refers to it
             (relation,) = _pick(rng, list(RELATIONS))
             first, second = _related_cells(relation, rng)
             phrase = f"a {shapes[0]} {relation} a {shapes[1]}"
@@ -304,7 +295,7 @@ def plan_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
                 {"class": shapes[0], "count": 1, "position": [relation, 0]},
             ]
         elif rng.random() < 0.5:
-            colours[1] = _pick(rng, list(COLOURS))[0]  # unasked colours may agree
+            colours[1] = _pick(rng, list(COLOURS))[0]  # colours that the prompt does not name may be equal
         placed = [(shapes[0], colours[0], first), (shapes[1], colours[1], second)]
     things = tuple(Thing(shape, colour, row, column) for shape, colour, (row, column) in placed)
     prompt = f"a photo of {phrase}{tail}"
@@ -315,7 +306,7 @@ def plan_scene(rng: np.random.Generator, tag: str | None = None) -> Scene:
 
 
 def _related_cells(relation: str, rng: np.random.Generator) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Cells of A and B with A ``relation`` B: two or more cells apart on the axis, at most one off it."""
+    """Cells of A and B with A ``relation`` B: at least two cells apart on the axis, at most one on the other."""
     down, right = RELATIONS[relation]
     pairs = [
         ((r1, c1), (r2, c2))

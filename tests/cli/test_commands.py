@@ -326,11 +326,11 @@ def test_several_processes_exit_with_the_code_of_the_one_that_failed() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["score", "--images", "nowhere"], "the image folder nowhere cannot be read: No such file"),
-        (["score", "--images", "."], ". holds no images: it needs folders 00000"),
+        (["score", "--images", "nowhere"], "the folder nowhere cannot be read (No such file"),
+        (["score", "--images", "."], ". has no images: it needs folders 00000"),
         (["score", "--images", ".", "--dry-run"], "--images cannot be combined with --dry-run or --num-processes"),
         (["eval", "--export", "."], ". is not empty: name a new folder"),
-        (["eval", "--export", "file"], "the images cannot be written to file: Not a directory"),
+        (["eval", "--export", "file"], "the images cannot be written to file (Not a directory"),
     ],
 )
 def test_an_image_folder_that_cannot_be_used_is_one_sentence(

@@ -30,7 +30,7 @@ def prompts() -> PromptSet:
 
 @pytest.fixture(scope="session")
 def make_group() -> Callable[..., Group]:
-    """A group whose numbers depend on its prompt only, like the sampler's."""
+    """Makes a group whose numbers depend only on its prompt, like the sampler's."""
 
     def make(prompt: PromptRecord, *, images: int = IMAGES, dtype: torch.dtype = torch.bfloat16) -> Group:
         stream = torch.Generator().manual_seed(int(prompt.id, 16))
@@ -39,11 +39,9 @@ def make_group() -> Callable[..., Group]:
             "prompt_embeds": torch.randn(5, 8, generator=stream).to(dtype),
             "mask": torch.tensor([True, True, False]),
         }
-        pictures = [
-            Image.frombytes("RGB", (8, 8), torch.randint(256, (192,), generator=stream).to(torch.uint8).numpy())
-            for _ in range(images)
-        ]
-        return Group(prompt, latents, conditioning, pictures, [10 * index for index in range(images)])
+        noise = [torch.randint(256, (192,), generator=stream).to(torch.uint8).numpy() for _ in range(images)]
+        decoded = [Image.frombytes("RGB", (8, 8), pixels) for pixels in noise]
+        return Group(prompt, latents, conditioning, decoded, [10 * index for index in range(images)])
 
     return make
 
@@ -72,16 +70,16 @@ def open_store(tmp_path: Path, prompts: PromptSet) -> Callable[..., GroupStore]:
 def finished_store(
     tmp_path_factory: pytest.TempPathFactory, prompts: PromptSet, make_group: Callable[..., Group]
 ) -> GroupStore:
-    """The store with every shard written, made once; not to be changed."""
-    made = _open(tmp_path_factory.mktemp("finished") / "store", prompts)
-    for number in made.missing_shards():
-        made.write_shard(number, [make_group(prompt) for prompt in made.shards[number]])
-    return made
+    """The store with every shard written, made once; tests must not change it."""
+    store = _open(tmp_path_factory.mktemp("finished") / "store", prompts)
+    for number in store.missing_shards():
+        store.write_shard(number, [make_group(prompt) for prompt in store.shards[number]])
+    return store
 
 
 @pytest.fixture
 def store(finished_store: GroupStore, tmp_path: Path) -> GroupStore:
-    """A copy of the finished store for one test to use or damage."""
+    """A copy of the finished store, which a test may damage."""
     shutil.copytree(finished_store.path, tmp_path / "store")
     return GroupStore.open(tmp_path / "store")
 

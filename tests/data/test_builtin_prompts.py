@@ -1,3 +1,5 @@
+"""Built-in OCR prompts: the words, their splits, and the order of a set."""
+
 from __future__ import annotations
 
 import re
@@ -5,17 +7,9 @@ from collections import Counter
 
 import pytest
 
-from gdro_cli.data.builtin import (
-    BACKGROUNDS,
-    COLOURS,
-    OCR_SETS,
-    SCENES,
-    all_words,
-    ocr_prompts,
-    split_of,
-    words,
-)
+from gdro_cli.data.builtin import BACKGROUNDS, COLOURS, OCR_SETS, SCENES, all_words, ocr_prompts, split_of, words
 from gdro_cli.errors import UserError
+from gdro_cli.tiny import world
 
 GRAMMAR = re.compile(
     f"a ({'|'.join(COLOURS)}) sign that says "
@@ -25,9 +19,9 @@ GRAMMAR = re.compile(
 
 
 def texts(prompts: list[str]) -> list[str]:
-    found = [GRAMMAR.fullmatch(prompt) for prompt in prompts]
-    assert all(found)
-    return [match.group(2) for match in found if match]
+    matches = [GRAMMAR.fullmatch(prompt) for prompt in prompts]
+    assert all(matches)
+    return [match.group(2) for match in matches if match]
 
 
 def test_word_list_is_clean() -> None:
@@ -37,7 +31,7 @@ def test_word_list_is_clean() -> None:
     assert all(re.fullmatch(r"[A-Z]{3,6}", word) for word in listed)
 
 
-def test_splits_are_disjoint_whole_and_of_the_planned_size() -> None:
+def test_splits_are_disjoint_and_complete_and_have_the_planned_sizes() -> None:
     splits = [set(words(split)) for split in OCR_SETS.values()]
     assert set.union(*splits) == set(all_words())
     assert sum(map(len, splits)) == len(all_words())
@@ -55,14 +49,14 @@ def test_a_word_never_changes_its_split() -> None:
     assert {word: split_of(word) for word in expected} == expected
 
 
-def test_a_set_is_a_function_of_its_options_and_a_longer_one_begins_with_it() -> None:
+def test_a_set_depends_only_on_its_options_and_a_longer_one_begins_with_it() -> None:
     short, long = (ocr_prompts("ocr-train", count=count, seed=3, two_line_share=0.3) for count in (50, 3000))
     assert long[:50] == short
     assert ocr_prompts("ocr-train", count=50, seed=3, two_line_share=0.3) == short
     assert ocr_prompts("ocr-train", count=50, seed=4, two_line_share=0.3) != short
 
 
-def test_no_prompt_comes_twice_up_to_the_very_last() -> None:
+def test_no_prompt_appears_twice_in_the_longest_set() -> None:
     capacity = len(words("validation", min_letters=6)) * len(SCENES)
     prompts = ocr_prompts("ocr-validation", count=capacity, min_letters=6, two_line_share=0.5)
     assert len(set(prompts)) == capacity
@@ -78,15 +72,15 @@ def test_words_and_scenes_are_used_evenly() -> None:
     assert set(colours) == set(COLOURS)
     # Eight colours: 1/8 each, standard deviation sqrt(n/8 * 7/8).
     n = len(prompts)
-    assert all(abs(found - n / 8) < 4.5 * (n * 7 / 64) ** 0.5 for found in colours.values())
+    assert all(abs(count - n / 8) < 4.5 * (n * 7 / 64) ** 0.5 for count in colours.values())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_share_of_two_line_texts(share: float) -> None:
-    made = texts(ocr_prompts("ocr-train", count=200, two_line_share=share))
-    two = [text.split() for text in made if " " in text]
-    assert len(two) == 200 * share
-    assert all(first != second for first, second in two)
+    signs = texts(ocr_prompts("ocr-train", count=200, two_line_share=share))
+    two_lines = [text.split() for text in signs if " " in text]
+    assert len(two_lines) == 200 * share
+    assert all(first != second for first, second in two_lines)
 
 
 def test_training_validation_and_test_prompts_share_no_word() -> None:
@@ -97,9 +91,9 @@ def test_training_validation_and_test_prompts_share_no_word() -> None:
     assert not used[0] & used[1] and not used[0] & used[2] and not used[1] & used[2]
 
 
-def test_letters_hold_for_each_word() -> None:
-    made = texts(ocr_prompts("ocr-train", count=100, two_line_share=0.5, min_letters=3, max_letters=4))
-    assert {len(word) for text in made for word in text.split()} == {3, 4}
+def test_the_range_of_letters_applies_to_each_word() -> None:
+    signs = texts(ocr_prompts("ocr-train", count=100, two_line_share=0.5, min_letters=3, max_letters=4))
+    assert {len(word) for text in signs for word in text.split()} == {3, 4}
 
 
 def test_default_count_is_one_prompt_per_word() -> None:
@@ -111,7 +105,6 @@ def test_impossible_letters_are_refused() -> None:
         ocr_prompts("ocr-train", count=1, min_letters=1, max_letters=2)
 
 
-def test_the_embedded_world_knows_the_same_colours_and_backgrounds() -> None:
-    world = pytest.importorskip("gdro_cli.tiny.world")
+def test_the_embedded_world_has_the_same_colours_and_backgrounds() -> None:
     assert set(COLOURS) == set(world.COLOURS)
     assert set(BACKGROUNDS) == set(world.BACKGROUNDS)

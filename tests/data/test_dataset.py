@@ -1,3 +1,5 @@
+"""The training set: eligible groups, draws, and shuffled rewards."""
+
 from __future__ import annotations
 
 import math
@@ -8,8 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gdro_cli.data.dataset import GroupDataset
-from gdro_cli.data.prompts import PromptRecord, PromptSet
+from gdro_cli.data.dataset import GroupCounts, GroupDataset
 from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
@@ -45,7 +46,7 @@ def load(store: GroupStore) -> Load:
 
 
 @pytest.mark.parametrize(
-    ("k", "min_spread", "kept", "too_few", "no_spread"),
+    ("k", "min_spread", "eligible", "too_few", "no_spread"),
     [
         (2, 0.0, (0, 2, 3, 4), 0, 1),
         (3, 0.0, (0, 2, 4), 1, 1),
@@ -54,36 +55,39 @@ def load(store: GroupStore) -> Load:
     ],
 )
 def test_eligible_groups(
-    load: Load, k: int, min_spread: float, kept: tuple[int, ...], too_few: int, no_spread: int
+    load: Load, k: int, min_spread: float, eligible: tuple[int, ...], too_few: int, no_spread: int
 ) -> None:
     """Spread must exceed ``min_spread``: 1/8 does not exceed 1/8."""
     data = load(k=k, min_spread=min_spread)
-    assert data.prompt_indices == kept
-    counts = data.counts
-    assert (counts.total, counts.eligible, counts.too_few_scores, counts.no_spread) == (
-        5,
-        len(kept),
-        too_few,
-        no_spread,
-    )
+    assert data.prompt_indices == eligible
+    assert data.counts == GroupCounts(5, len(eligible), too_few, no_spread)
 
 
-def test_a_draw_holds_what_the_store_holds(load: Load, store: GroupStore, make_group: Callable[..., Group]) -> None:
+def test_a_draw_has_the_content_of_the_store(load: Load, store: GroupStore, make_group: Callable[..., Group]) -> None:
     batch = load(k=3).draw(0, groups=3, seed=0)
     assert batch.latents.shape == (3, 3, 3, 2) and batch.latents.dtype == torch.bfloat16
     assert batch.rewards.shape == batch.mask.shape == batch.image_indices.shape == (3, 3)
     assert batch.rewards.dtype == torch.float32 and bool(batch.mask.all())
     for row, prompt in enumerate(batch.prompts):
-        place = store.prompts.index(prompt)
+        rewards = REWARDS[store.prompts.index(prompt)]
         images = batch.image_indices[row].tolist()
         assert len(set(images)) == 3
         written = make_group(prompt)
         assert torch.equal(batch.latents[row], written.latents[images])
-        assert batch.rewards[row].tolist() == [REWARDS[place][image] for image in images]
+        assert batch.rewards[row].tolist() == [rewards[image] for image in images]
         assert torch.equal(batch.conditioning[row]["prompt_embeds"], written.conditioning["prompt_embeds"])
 
 
-def test_a_draw_is_a_function_of_seed_and_step_alone(load: Load) -> None:
+def test_the_shares_of_two_processes_are_every_second_group(load: Load) -> None:
+    batch = load(k=2).draw(0, groups=3, seed=0)
+    for rank, own in ((0, [0, 2]), (1, [1])):
+        share = batch.share(rank, 2)
+        assert share.prompts == tuple(batch.prompts[row] for row in own)
+        assert torch.equal(share.latents, batch.latents[own]) and torch.equal(share.rewards, batch.rewards[own])
+        assert len(share.conditioning) == len(share.visits) == len(share.mask) == len(own)
+
+
+def test_a_draw_depends_only_on_seed_and_step(load: Load) -> None:
     data, again = load(k=2), load(k=2)
     for step in (7, 0, 7, 3):
         one, two = data.draw(step, groups=3, seed=5), again.draw(step, groups=3, seed=5)
@@ -93,7 +97,7 @@ def test_a_draw_is_a_function_of_seed_and_step_alone(load: Load) -> None:
     assert len({(batch.prompts, tuple(batch.image_indices.flatten().tolist())) for batch in drawn}) > 8
 
 
-def test_an_epoch_visits_every_group_once_whatever_the_batch(load: Load) -> None:
+def test_an_epoch_visits_every_group_once_for_any_batch_size(load: Load) -> None:
     data = load(k=2)
     ones = [data.draw(step, groups=1, seed=1) for step in range(12)]
     order = [batch.prompts[0].id for batch in ones]
@@ -105,14 +109,14 @@ def test_an_epoch_visits_every_group_once_whatever_the_batch(load: Load) -> None
     assert torch.equal(images, torch.cat([batch.image_indices for batch in ones]))
 
 
-def test_epochs_are_permuted_anew(load: Load) -> None:
+def test_each_epoch_has_a_new_permutation(load: Load) -> None:
     data = load(k=2)
     orders = {data.draw(epoch, groups=4, seed=0).prompts for epoch in range(12)}
-    assert len(orders) > 4  # of 24 orders; 12 equal ones by chance: never
+    assert len(orders) > 4  # of 24
 
 
-def test_every_draw_has_spread_and_every_image_its_turn(load: Load) -> None:
-    """Group 4 has one odd image; with K = 2 only draws with that image (one in two) have spread."""
+def test_every_draw_has_spread_and_all_images_are_drawn(load: Load) -> None:
+    """One image of group 4 differs; with K = 2 only draws with that image (one in two) have spread."""
     data = load(k=2)
     seen: Counter[tuple[int, int]] = Counter()
     for step in range(200):
@@ -128,7 +132,7 @@ def test_every_draw_has_spread_and_every_image_its_turn(load: Load) -> None:
     assert not {(2, 1), (3, 0), (3, 1)} & set(seen)
 
 
-def test_spread_is_forced_when_no_draw_has_it(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draw_has_spread_even_if_no_attempt_had(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gdro_cli.data.dataset.MAX_REDRAWS", 1)
     data = load(k=3)
     for step in range(40):
@@ -137,7 +141,7 @@ def test_spread_is_forced_when_no_draw_has_it(load: Load, monkeypatch: pytest.Mo
         assert all(len(set(images)) == 3 for images in batch.image_indices.tolist())
 
 
-def test_shuffled_rewards_stay_in_their_group_and_missing_ones_missing(load: Load) -> None:
+def test_shuffled_rewards_remain_in_their_group_and_missing_ones_missing(load: Load) -> None:
     data = load(k=2)
     shuffled = [data.with_shuffled_rewards(seed) for seed in range(20)]
     for other in shuffled:
@@ -147,42 +151,16 @@ def test_shuffled_rewards_stay_in_their_group_and_missing_ones_missing(load: Loa
             assert torch.equal(before.sort().values, after.sort().values)
     assert len({tuple(other.rewards[0].tolist()) for other in shuffled}) > 8  # of 24 orders
     assert torch.equal(shuffled[0].rewards.nan_to_num(), data.with_shuffled_rewards(0).rewards.nan_to_num())
-    assert math.isnan(data.rewards[1, 1])  # the data themselves are untouched
+    assert math.isnan(data.rewards[1, 1])  # the data set itself is unchanged
 
 
-def test_pictures_are_never_opened(load: Load, store: GroupStore) -> None:
+def test_images_are_never_opened(load: Load, store: GroupStore) -> None:
     for number in range(len(store.shards)):
         shutil.rmtree(store.path / "shards" / f"{number:05d}" / "images")
     assert len(load(k=2)) == 4
 
 
-def test_nothing_to_train_on(load: Load) -> None:
+def test_a_store_without_eligible_groups_is_refused(load: Load) -> None:
     expected = "of 5 groups, 2 have fewer than 4 scored images and 3 have no reward spread above 2"
     with pytest.raises(StoreError, match=expected):
         load(k=4, min_spread=2.0)
-
-
-@pytest.mark.parametrize("k", [1, 5])
-def test_impossible_k(load: Load, k: int) -> None:
-    with pytest.raises(ValueError, match="k must be between 2 and the 4 images"):
-        load(k=k)
-
-
-def test_scores_of_another_store_are_refused(
-    store: GroupStore, open_store: Callable[..., GroupStore], load: Load
-) -> None:
-    other = open_store(store.path.with_name("other"), prompts=PromptSet.of([PromptRecord.of('"X"', target="X")]))
-    table = ScoreTable.create_or_open(other, "test", provenance={})
-    with pytest.raises(StoreError, match="belongs to another store"):
-        GroupDataset.load(store, table, k=2)
-
-
-def test_shards_of_different_shapes_are_refused(
-    store: GroupStore, make_group: Callable[..., Group], load: Load
-) -> None:
-    group = make_group(store.shards[2][0])
-    wide = Group(group.prompt, torch.zeros(4, 9), group.conditioning, group.images, group.seeds)
-    shutil.rmtree(store.path / "shards" / "00002")
-    store.write_shard(2, [wide])
-    with pytest.raises(StoreError, match=r"shard 00002 .* \[4, 9\] of torch.float32"):
-        load(k=2)

@@ -1,4 +1,4 @@
-"""Picture folders in the official GenEval layout: written, read back, and as other tools write them."""
+"""Image folders in the official GenEval layout: written, read back, and as other tools write them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ CATS = {
 }
 
 
-def picture(path: Path, grey: int = 0) -> Path:
+def save_image(path: Path, grey: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (grey, grey, grey)).save(path)
     return path
 
 
-def numbered(folder: Path, name: str, metadata: str | None, *pictures: str) -> Path:
-    """A prompt's folder as some tool leaves it."""
-    for number, each in enumerate(pictures):
-        picture(folder / name / "samples" / each, number)
+def numbered(folder: Path, name: str, metadata: str | None, *images: str) -> Path:
+    """Add a prompt's folder as another tool might write it."""
+    for number, image in enumerate(images):
+        save_image(folder / name / "samples" / image, number)
     (folder / name).mkdir(parents=True, exist_ok=True)
     if metadata is not None:
         (folder / name / "metadata.jsonl").write_text(metadata)
@@ -41,7 +41,7 @@ def numbered(folder: Path, name: str, metadata: str | None, *pictures: str) -> P
 
 
 def official(**changes: object) -> str:
-    """A line as the official scripts write it: no line end."""
+    """A line as the official scripts write it, without a line end."""
     return json.dumps({**DOG, "prompt": "a photo of a dog"} | changes)
 
 
@@ -53,8 +53,8 @@ def refusal(folder: Path, reward: Reward = COCO) -> str:
     return message
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    files = [picture(tmp_path / f"source/{number}.png", number) for number in range(3)]
+def test_a_written_folder_is_read_back(tmp_path: Path) -> None:
+    files = [save_image(tmp_path / f"source/{number}.png", number) for number in range(3)]
     entries = [
         PromptImages(PromptRecord.of("a photo of a dog", metadata=DOG), tuple(files[:2])),
         PromptImages(PromptRecord.of("a photo of two cats", metadata=CATS), (files[2],)),
@@ -76,13 +76,13 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 def test_an_ocr_prompt_keeps_a_target_that_is_not_in_its_quotes(tmp_path: Path) -> None:
     prompt = PromptRecord.of("a sign of a shop", target="OPEN", metadata={"set": 1})
-    write_image_folder(tmp_path / "out", [PromptImages(prompt, (picture(tmp_path / "p.webp"),))])
+    write_image_folder(tmp_path / "out", [PromptImages(prompt, (save_image(tmp_path / "p.webp"),))])
     (entry,) = read_image_folder(tmp_path / "out", reward=OCR)
     assert entry.prompt == prompt
     assert [path.name for path in entry.images] == ["0000.webp"]
 
 
-def test_a_metadata_line_is_the_official_one_and_a_prompt_file(tmp_path: Path) -> None:
+def test_a_metadata_line_has_the_official_form_and_is_a_line_of_a_prompt_file(tmp_path: Path) -> None:
     line = metadata_line(PromptRecord.of("a photo of two cats", metadata=CATS))
     assert json.loads(line) == {**CATS, "prompt": "a photo of two cats"}
     (tmp_path / "all.jsonl").write_text(f"{line}\n{official()}\n")
@@ -93,20 +93,20 @@ def test_a_metadata_line_is_the_official_one_and_a_prompt_file(tmp_path: Path) -
 
 
 def test_folders_of_other_tools(tmp_path: Path) -> None:
-    """Any number of digits, other formats and names, a grid beside the samples, notes and hidden files in between."""
+    """Any number of digits, other formats and names, a grid beside the samples, and other or hidden files."""
     numbered(tmp_path, "7", official(), "00001.jpg", "00000.jpeg", "b.PNG", "._00000.jpg", "notes.txt.png")
     (tmp_path / "7" / "samples" / "seeds.json").write_text("[]")
     (tmp_path / "7" / "samples" / "folder.png").mkdir()
-    picture(tmp_path / "7" / "grid.png")
+    save_image(tmp_path / "7" / "grid.png")
     numbered(tmp_path, "00012", official(prompt="a dog") + "\r\n\n", "0.webp")
-    numbered(tmp_path, "results", "no JSON", "0.png")
+    numbered(tmp_path, "results", "not JSON", "0.png")
     (tmp_path / "00013").write_text("a file")
     first, second = read_image_folder(tmp_path, reward=COCO)
     assert (first.prompt.prompt, [path.name for path in first.images]) == ("a dog", ["0.webp"])
     assert [path.name for path in second.images] == ["00000.jpeg", "00001.jpg", "b.PNG", "notes.txt.png"]
 
 
-def test_folders_with_one_prompt_count_as_one(tmp_path: Path) -> None:
+def test_folders_with_the_same_prompt_are_combined(tmp_path: Path) -> None:
     numbered(tmp_path, "00000", official(), "0000.png", "0001.png")
     numbered(tmp_path, "00001", official(prompt="another dog"), "0000.png")
     numbered(tmp_path, "00002", official(), "0000.png")
@@ -134,33 +134,33 @@ def test_bad_metadata_names_file_and_line(tmp_path: Path, metadata: str, words: 
     assert str(tmp_path / "00001" / "metadata.jsonl") in message and "line 2: " in message and words in message
 
 
-def test_what_is_missing_is_named(tmp_path: Path) -> None:
-    assert "cannot be read: No such file" in refusal(tmp_path / "nowhere")
-    picture(tmp_path / "flat" / "0000.png")
-    assert f"{tmp_path / 'flat'} holds no images" in refusal(tmp_path / "flat")
-    assert "cannot be read: Not a directory" in refusal(tmp_path / "flat" / "0000.png")
+def test_the_missing_part_is_named(tmp_path: Path) -> None:
+    assert "cannot be read (No such file or directory): check its name" in refusal(tmp_path / "nowhere")
+    save_image(tmp_path / "flat" / "0000.png")
+    assert f"{tmp_path / 'flat'} has no images" in refusal(tmp_path / "flat")
+    assert "cannot be read (Not a directory)" in refusal(tmp_path / "flat" / "0000.png")
     message = refusal(numbered(tmp_path / "no metadata", "00000", None, "0000.png"))
     assert message.startswith(f"{tmp_path / 'no metadata' / '00000'} has no metadata.jsonl") and "recipe" not in message
     for samples in ("absent", "empty"):
         folder = numbered(tmp_path / samples, "00000", official())
         if samples == "empty":
             (folder / "00000" / "samples").mkdir()
-        assert f"{folder / '00000' / 'samples'} holds no images" in refusal(folder)
+        assert f"{folder / '00000' / 'samples'} has no images" in refusal(folder)
     folder = numbered(tmp_path / "two", "00000", official() + "\n" + official(prompt="a"), "0000.png")
-    assert "metadata.jsonl holds 2 prompts: it needs one line" in refusal(folder)
+    assert "metadata.jsonl has 2 prompts: it needs one line" in refusal(folder)
     (numbered(tmp_path / "link", "00000", official(), "0000.png") / "00000/samples/0001.png").symlink_to("nowhere.png")
-    assert "0001.png is a link that leads nowhere" in refusal(tmp_path / "link")
-    assert "holds no prompts" in refusal(numbered(tmp_path / "none", "00000", "\n", "0000.png"))
+    assert "0001.png is a broken link" in refusal(tmp_path / "link")
+    assert "has no prompts" in refusal(numbered(tmp_path / "none", "00000", "\n", "0000.png"))
 
 
-def test_a_folder_that_cannot_be_filled_is_refused_before_any_work(tmp_path: Path) -> None:
-    file = picture(tmp_path / "p.png")
+def test_a_folder_that_cannot_be_filled_is_refused(tmp_path: Path) -> None:
+    file = save_image(tmp_path / "p.png")
     with pytest.raises(UserError, match="is not empty: name a new folder"):
         refuse_used(tmp_path)
-    refuse_used(tmp_path / "not there" / "deep")
+    refuse_used(tmp_path / "missing" / "deep")
     (tmp_path / "empty").mkdir()
     refuse_used(tmp_path / "empty")
     (tmp_path / "loop").symlink_to("loop")
     for folder in (file, file / "out", file / "deep" / "out", tmp_path / "loop" / "out"):
-        with pytest.raises(UserError, match="the images cannot be written to .*: .* name another one"):
+        with pytest.raises(UserError, match=r"the images cannot be written to .* \(.*\): name another "):
             refuse_used(folder)

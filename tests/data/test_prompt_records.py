@@ -1,3 +1,5 @@
+"""Prompt records and sets, and the text in quotes."""
+
 from __future__ import annotations
 
 import hashlib
@@ -14,7 +16,7 @@ def test_id_is_the_digest_of_the_content() -> None:
     assert PromptRecord.of('a "B"', target="B", metadata={"x": 1}).id == expected
 
 
-def test_id_depends_on_every_part_and_not_on_key_order() -> None:
+def test_the_id_depends_on_every_part_but_not_on_the_order_of_keys() -> None:
     base = PromptRecord.of("p", target="t", metadata={"a": 1, "b": 2})
     assert PromptRecord.of("p", target="t", metadata={"b": 2, "a": 1}).id == base.id
     others = [
@@ -31,18 +33,18 @@ def test_json_round_trip_and_changed_content() -> None:
     with pytest.raises(ValueError, match="was changed"):
         PromptRecord.from_json(record.to_json() | {"prompt": "another"})
     wrong: list[object] = [[], {}, record.to_json() | {"prompt": 3}, record.to_json() | {"more": 1}]
-    for bad in wrong:
+    for value in wrong:
         with pytest.raises(ValueError):
-            PromptRecord.from_json(bad)
+            PromptRecord.from_json(value)
 
 
-def test_records_travel_to_worker_processes_and_hash() -> None:
+def test_records_can_be_pickled_and_hashed() -> None:
     record = PromptRecord.of("p", metadata={"include": [{"class": "dog"}]})
     assert pickle.loads(pickle.dumps(record)) == record
     assert len({record, PromptRecord.of("p", metadata={"include": [{"class": "dog"}]})}) == 1
 
 
-def test_set_drops_and_counts_duplicates_keeping_the_first_place() -> None:
+def test_a_set_keeps_the_first_of_equal_records_and_counts_the_others() -> None:
     a, b, c = (PromptRecord.of(text) for text in "abc")
     prompts = PromptSet.of([a, b, a, c, b, a])
     assert prompts.records == (a, b, c)

@@ -1,4 +1,4 @@
-"""Reference errors kept beside a store."""
+"""Reference errors, cached beside a store."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ ABOUT = {"seed": 0, "sigma": [0.0, 1.0]}
 KEYS = [("a", 0, 1), ("a", 0, 2), ("b", 3, 0)]
 
 
-def test_what_was_added_is_known_bit_for_bit_to_the_next_process(store: GroupStore) -> None:
+def test_the_next_process_reads_the_same_errors_bit_for_bit(store: GroupStore) -> None:
     first = ReferenceErrors(store, ABOUT)
     assert first.lookup(KEYS).isnan().all()
     errors = torch.tensor([1 / 3, 0.1, 2e-7])
     first.add(KEYS[:2], errors[:2])
-    first.add(KEYS[1:], errors[1:])  # a place that is known is not written twice
+    first.add(KEYS[1:], errors[1:])  # a known error is not written twice
     again = ReferenceErrors(store, ABOUT)
     assert len(again) == 3 and torch.equal(again.lookup(KEYS), errors)
     assert again.lookup([("a", 1, 1)]).isnan().all()
     assert sum(len(path.read_text().splitlines()) for path in again.path.glob("*.jsonl")) == 3
 
 
-def test_other_draws_are_kept_apart(store: GroupStore) -> None:
+def test_other_draws_have_other_errors(store: GroupStore) -> None:
     ReferenceErrors(store, ABOUT).add(KEYS, torch.ones(3))
     assert len(ReferenceErrors(store, ABOUT | {"seed": 1})) == 0
 
 
-def test_a_row_that_was_cut_off_or_makes_no_sense_is_unknown(store: GroupStore) -> None:
+def test_the_error_of_a_damaged_row_is_unknown(store: GroupStore) -> None:
     table = ReferenceErrors(store, ABOUT)
-    table.add(KEYS, torch.tensor([1.0, 2.0, math.nan]))  # no number: left out
+    table.add(KEYS, torch.tensor([1.0, 2.0, math.nan]))  # nan is not stored
     (path,) = table.path.glob("*.jsonl")
     row = {"prompt": "b", "draw": 3, "image": 0}
     more = ["{", "7", json.dumps(row), json.dumps(row | {"error": -1}), '{"prompt": "b", "draw": 3, "image": 0, "err']
@@ -45,7 +45,7 @@ def test_a_row_that_was_cut_off_or_makes_no_sense_is_unknown(store: GroupStore) 
     assert again.lookup(KEYS).tolist()[:2] == [1.0, 2.0] and len(again) == 2
 
 
-def test_no_link_leads_out_of_the_store(store: GroupStore, tmp_path: Path) -> None:
+def test_a_link_out_of_the_store_is_refused(store: GroupStore, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (store.path / "references").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(StoreError, match="is a link that leaves its folder"):

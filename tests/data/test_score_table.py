@@ -1,3 +1,5 @@
+"""Score tables: rows, resumption shard by shard, and damaged files."""
+
 from __future__ import annotations
 
 import json
@@ -38,7 +40,7 @@ def fill(table: ScoreTable) -> list[ScoreRow]:
     return list(table.rows())
 
 
-def test_rows_come_back_in_the_order_of_the_store(table: ScoreTable) -> None:
+def test_rows_are_read_in_the_order_of_the_store(table: ScoreTable) -> None:
     assert table.missing_shards() == [0, 1, 2]
     table.write_shard(2, score(table.store, 2))
     table.write_shard(0, score(table.store, 0))
@@ -49,22 +51,18 @@ def test_rows_come_back_in_the_order_of_the_store(table: ScoreTable) -> None:
     assert rows == [row for number in range(3) for row in score(table.store, number)]
 
 
-def test_rows_are_refused_while_some_are_missing(table: ScoreTable) -> None:
+def test_rows_cannot_be_read_while_some_are_missing(table: ScoreTable) -> None:
     table.write_shard(0, score(table.store, 0))
     with pytest.raises(StoreError, match="has no scores of shard 00001: run `gdro score`"):
         list(table.rows())
 
 
-def test_opening_again_finds_the_scores_and_another_provenance_does_not(table: ScoreTable) -> None:
+def test_the_scores_are_found_again_but_not_for_another_provenance(table: ScoreTable) -> None:
     fill(table)
     again = ScoreTable.create_or_open(table.store, "ocr", provenance=dict(reversed(PROVENANCE.items())))
     assert again == table and again.missing_shards() == []
     for name, provenance in (("ocr", PROVENANCE | {"engine": "next"}), ("other", PROVENANCE)):
-        assert ScoreTable.create_or_open(table.store, name, provenance=provenance).missing_shards() == [
-            0,
-            1,
-            2,
-        ]
+        assert ScoreTable.create_or_open(table.store, name, provenance=provenance).missing_shards() == [0, 1, 2]
 
 
 def test_summary(table: ScoreTable) -> None:
@@ -84,7 +82,7 @@ def test_a_row_has_a_finite_value_or_a_reason(value: float | None, reason: str |
         ScoreRow("0123456789ab", 0, value, reason)
 
 
-def test_other_rows_than_the_shard_has_are_programming_errors(table: ScoreTable) -> None:
+def test_rows_that_do_not_match_the_shard_are_programming_errors(table: ScoreTable) -> None:
     rows = score(table.store, 0)
     for wrong in (rows[:-1], rows[::-1], [*rows, rows[0]], score(table.store, 1)):
         with pytest.raises(ValueError):
@@ -94,7 +92,7 @@ def test_other_rows_than_the_shard_has_are_programming_errors(table: ScoreTable)
     assert table.missing_shards() == [0, 1, 2]
 
 
-def test_a_shard_made_anew_is_scored_anew_only_if_it_differs(
+def test_a_shard_that_was_made_again_is_scored_again_only_if_it_differs(
     table: ScoreTable, make_group: Callable[..., Group]
 ) -> None:
     fill(table)
@@ -120,7 +118,7 @@ def test_a_shard_made_anew_is_scored_anew_only_if_it_differs(
         (lambda path: path.write_bytes(b""), "its first line is not JSON"),
     ],
 )
-def test_damaged_scores_are_named_with_the_remedy(
+def test_the_error_for_damaged_scores_names_the_remedy(
     table: ScoreTable, harm: Callable[[Path], Any], expected: str
 ) -> None:
     rows = fill(table)
@@ -134,7 +132,7 @@ def test_damaged_scores_are_named_with_the_remedy(
     assert fill(table) == rows
 
 
-def test_scores_replaced_by_those_of_another_table_are_not_taken(table: ScoreTable) -> None:
+def test_scores_copied_from_another_table_are_not_used(table: ScoreTable) -> None:
     fill(table)
     other = ScoreTable.create_or_open(table.store, "other", provenance={})
     fill(other)
@@ -142,7 +140,7 @@ def test_scores_replaced_by_those_of_another_table_are_not_taken(table: ScoreTab
     assert table.missing_shards() == [1]
 
 
-def test_edited_or_linked_table_is_refused(table: ScoreTable, tmp_path: Path) -> None:
+def test_an_edited_or_linked_table_is_refused(table: ScoreTable, tmp_path: Path) -> None:
     manifest = table.path / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"name": "better"}))
     with pytest.raises(StoreError, match="was changed"):
@@ -156,10 +154,8 @@ def test_edited_or_linked_table_is_refused(table: ScoreTable, tmp_path: Path) ->
         ScoreTable.create_or_open(table.store, "ocr", provenance=PROVENANCE)
 
 
-def test_table_in_a_read_only_store(
-    open_folder: Path,
-    open_store: Callable[..., GroupStore],
-    unprivileged: Callable[[], Any],
+def test_a_table_in_a_read_only_store(
+    open_folder: Path, open_store: Callable[..., GroupStore], unprivileged: Callable[[], Any]
 ) -> None:
     store = open_store(open_folder / "store")
     store.path.chmod(0o555)
@@ -173,7 +169,7 @@ def test_table_in_a_read_only_store(
     ids=str,
 )
 def test_rows_that_are_not_scores_of_the_images_are_damaged(changes: dict[str, Any], tmp_path: Path) -> None:
-    """Even where their digest fits."""
+    """Even if their digest is right."""
     row = {"prompt_id": "a", "index": 0, "value": 0.5, "reason": None, "details": {}}
     lines = json.dumps(row | changes).encode() + b"\n"
     (tmp_path / "00000.jsonl").write_bytes(json.dumps({"sha256": sha256(lines)}).encode() + b"\n" + lines)
@@ -181,7 +177,7 @@ def test_rows_that_are_not_scores_of_the_images_are_damaged(changes: dict[str, A
         read_scores(tmp_path / "00000.jsonl", [("a", 0)], remedy="delete it")
 
 
-def test_what_is_written_of_images_is_read_for_the_same_images(tmp_path: Path) -> None:
+def test_scores_are_read_only_for_the_images_that_they_were_written_for(tmp_path: Path) -> None:
     path = tmp_path / "00000.jsonl"
     rows = [ScoreRow("a", 0, 0.5, None, {"text": "é“"}), ScoreRow("a", 1, None, "no text")]
     write_scores(path, rows)

@@ -1,4 +1,4 @@
-"""What befalls files on shared machines: cut, changed, lost, linked, refused, killed."""
+"""Faults of files on shared machines: truncated, changed, lost and linked files, and disks that refuse."""
 
 from __future__ import annotations
 
@@ -36,16 +36,12 @@ def flip(path: Path) -> None:
 
 def files(store: GroupStore) -> dict[str, Path]:
     image = next((shard(store) / "images").iterdir())
-    return {
-        "tensors": shard(store) / "tensors.safetensors",
-        "index": shard(store) / "index.jsonl",
-        "image": image,
-    }
+    return {"tensors": shard(store) / "tensors.safetensors", "index": shard(store) / "index.jsonl", "image": image}
 
 
 @pytest.mark.parametrize("name", ["tensors", "index", "image"])
 @pytest.mark.parametrize("harm", [cut, Path.unlink, lambda path: path.write_bytes(b"")])
-def test_cut_or_lost_files_are_seen_without_reading_them(
+def test_truncated_or_lost_files_are_noticed_without_reading_them(
     store: GroupStore, name: str, harm: Callable[[Path], object]
 ) -> None:
     harm(files(store)[name])
@@ -54,7 +50,7 @@ def test_cut_or_lost_files_are_seen_without_reading_them(
 
 
 @pytest.mark.parametrize("name", ["tensors", "index", "image"])
-def test_changed_bytes_are_seen_when_read(store: GroupStore, name: str) -> None:
+def test_changed_bytes_are_noticed_when_they_are_read(store: GroupStore, name: str) -> None:
     flip(files(store)[name])
     read = store.images if name == "image" else store.read_shard
     with pytest.raises(StoreError, match=REMEDY):
@@ -63,24 +59,24 @@ def test_changed_bytes_are_seen_when_read(store: GroupStore, name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "\x80", '{"schema": 1}'])
-def test_damaged_shard_manifest(store: GroupStore, text: str) -> None:
+def test_a_damaged_shard_manifest(store: GroupStore, text: str) -> None:
     (shard(store) / "manifest.json").write_text(text, encoding="latin-1")
     for read in (lambda: store.missing_shards(), lambda: store.read_shard(1), lambda: store.images(1)):
         with pytest.raises(StoreError, match=REMEDY):
             read()
 
 
-def test_forged_shard_manifest_cannot_name_files_outside(store: GroupStore) -> None:
+def test_a_forged_shard_manifest_cannot_name_files_outside(store: GroupStore) -> None:
     path = shard(store) / "manifest.json"
     manifest = json.loads(path.read_text())
     manifest["files"]["../../../outside"] = {"bytes": 1, "sha256": "0"}
     path.write_text(json.dumps(manifest))
-    with pytest.raises(StoreError, match="lists other files"):
+    with pytest.raises(StoreError, match="lists other files than those of the shard"):
         store.missing_shards()
 
 
 @pytest.mark.parametrize("what", [".", "images", ".."])
-def test_links_are_not_followed_out_of_the_store(
+def test_links_out_of_the_store_are_not_followed(
     store: GroupStore, make_group: Make, tmp_path: Path, what: str
 ) -> None:
     inside = Path(os.path.normpath(shard(store) / what))
@@ -95,7 +91,7 @@ def test_links_are_not_followed_out_of_the_store(
         with pytest.raises(StoreError, match="is a link that leaves its folder"):
             store.write_shard(1, groups)
     else:
-        store.write_shard(1, groups)  # in place of the link
+        store.write_shard(1, groups)  # replaces the link
     assert sorted((tmp_path / "outside").rglob("*")) == before
 
 
@@ -112,7 +108,7 @@ def test_a_half_written_shard_is_missing_and_made_again(store: GroupStore, make_
     assert sorted(os.listdir(store.path / "shards")) == ["00000", "00001", "00002"]
 
 
-def test_a_disk_that_refuses_leaves_nothing_half_written(open_store: Open, make_group: Make) -> None:
+def test_if_the_disk_refuses_nothing_half_written_remains(open_store: Open, make_group: Make) -> None:
     store = open_store()
     groups = [make_group(prompt) for prompt in store.shards[0]]
     with largest_file(300), pytest.raises(StoreError, match=r"cannot write .*/shards/00000: file too large"):

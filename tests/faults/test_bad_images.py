@@ -77,4 +77,4 @@ def test_an_image(case: Case, tmp_path: Path) -> None:
 
 def test_the_command_line_says_the_same(tmp_path: Path) -> None:
     found = command("score", "--recipe", "smoke", "--images", str(tmp_path), "--out", str(tmp_path / "out"))
-    check(found, 2, "holds no images")
+    check(found, 2, "has no images")

@@ -25,7 +25,7 @@ class WidthSettings(StrictModel):
 
 
 class Width(Reward):
-    """The width in units; an image of 17 pixels makes it fail, one of 19 is what the user must fix."""
+    """The width in units. It fails on images 17 pixels wide; those 19 pixels wide are a mistake of the user's."""
 
     name = "width"
     Settings = WidthSettings
@@ -58,9 +58,9 @@ def images(*widths: int) -> list[Image.Image]:
     return [Image.new("L", (width, 1)) for width in widths]
 
 
-def test_numbers_become_scores_and_what_fails_is_missing(tmp_path: Path) -> None:
+def test_numbers_become_scores_and_failures_are_missing(tmp_path: Path) -> None:
     reward = Width(WidthSettings(unit=5))
-    (tmp_path / "x.png").write_text("no image")
+    (tmp_path / "x.png").write_text("not an image")
     scores = reward.score([*images(10, 17), tmp_path / "x.png"], [ask("A")] * 3)
     assert scores[0] == Score(2.0)
     assert scores[1] == Score(None, "the reward width failed on this image: RuntimeError: seventeen")
@@ -69,7 +69,7 @@ def test_numbers_become_scores_and_what_fails_is_missing(tmp_path: Path) -> None
     assert Width().score(images(10), [ask("A")]) == [Score(1.0)]
 
 
-def test_what_the_user_must_fix_and_wrong_numbers_of_prompts_go_through() -> None:
+def test_errors_that_concern_every_image_are_raised() -> None:
     with pytest.raises(PrerequisiteError, match="the ruler is missing"):
         Width().score(images(19), [ask("A")])
     with pytest.raises(ValueError, match="zip"):
@@ -77,7 +77,7 @@ def test_what_the_user_must_fix_and_wrong_numbers_of_prompts_go_through() -> Non
 
 
 class Unfinished(Reward):
-    """Its author has not written how it scores."""
+    """Its author has not written the scoring."""
 
     name = "unfinished"
     version = None  # type: ignore[assignment]
@@ -107,7 +107,7 @@ def test_details_are_json_values(detail: object) -> None:
 
 
 class Needy(Width):
-    """It needs a text and a key."""
+    """A reward that needs a text and a key."""
 
     needs = frozenset({"target", "style"})
 
@@ -134,6 +134,6 @@ def test_what_a_prompt_must_carry(
     assert Width().read_prompt('a "B"', target=None, metadata={}) is None
 
 
-def test_a_reward_that_is_not_here() -> None:
+def test_a_reward_that_is_not_installed() -> None:
     with pytest.raises(UserError, match="there is no reward 'music' in this installation: it has ocr, geneval$"):
         reward_class("music")

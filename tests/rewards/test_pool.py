@@ -50,15 +50,15 @@ def prompts(images: Sequence[ImageSource]) -> list[Prompt]:
 
 def test_real_ocr_on_two_workers_equals_one_process(reward: OcrReward, tmp_path: Path) -> None:
     images: list[ImageSource] = [sign([word], colour="#2850be") for word in WORDS]
-    for place in (1, 4):  # images and paths may be mixed
-        path = tmp_path / f"{place}.png"
-        images[place].save(path)  # type: ignore[union-attr]
-        images[place] = path
-    asked = [ask(word) for word in WORDS[:-1]] + [ask("OTHERS")]
+    for index in (1, 4):  # images and paths may be mixed
+        path = tmp_path / f"{index}.png"
+        images[index].save(path)  # type: ignore[union-attr]
+        images[index] = path
+    signs = [ask(word) for word in WORDS[:-1]] + [ask("OTHERS")]
     with ScoringPool(reward, workers=2) as pool:
-        scores = pool.score(images, asked)
-        again = pool.score(images[:2], asked[:2])
-    assert scores == reward.score(images, asked)
+        scores = pool.score(images, signs)
+        again = pool.score(images[:2], signs[:2])
+    assert scores == reward.score(images, signs)
     assert again == scores[:2]
     assert [score.details["text"] for score in scores] == WORDS
 
@@ -74,10 +74,10 @@ def test_order_is_kept_and_work_is_shared() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, usable_cores()])
-def test_workers_share_the_cores_whatever_the_parent_s_variables_say(
+def test_the_workers_threads_do_not_depend_on_the_parents_variables(
     workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch reads the variables when it is imported, which is while the reward is unpickled."""
+    """Torch reads the variables when it is imported; here, that is while the reward is unpickled."""
     monkeypatch.setenv("OMP_NUM_THREADS", str(usable_cores() + 1))
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
     images = widths(8)
@@ -91,10 +91,10 @@ def test_workers_share_the_cores_whatever_the_parent_s_variables_say(
     ("visible", "own", "seen"),
     [(None, None, None), ("2,3", None, "2,3"), (None, 1, "1"), ("2, 3", 1, "3"), ("GPU-aa,GPU-bb", 0, "GPU-aa")],
 )
-def test_workers_see_the_gpu_of_their_parent_alone(
+def test_workers_see_only_the_gpu_of_their_parent(
     visible: str | None, own: int | None, seen: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the workers of all processes of a job would load their models on the first GPU."""
+    """Otherwise the workers of all processes of a job would load their models on the first GPU."""
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -116,7 +116,7 @@ def test_broken_images_are_missing(tmp_path: Path) -> None:
     good, cut = tmp_path / "good.png", tmp_path / "cut.png"
     Image.effect_noise((40, 40), 50).save(good)
     cut.write_bytes(good.read_bytes()[:400])
-    opened = Image.open(cut)  # opens; only decoding fails, in the parent
+    opened = Image.open(cut)  # opening works; decoding fails, in the parent
     images: list[ImageSource] = [good, cut, opened, *widths(7)]
     with ScoringPool(WidthReward(), workers=2) as pool:
         scores = pool.score(images, prompts(images))
@@ -133,9 +133,9 @@ def test_a_crash_costs_only_the_image_that_caused_it() -> None:
     assert "died on this image (exit code -9)" in (scores[20].reason or "")
 
 
-def test_workers_that_only_die_end_the_scoring() -> None:
+def test_scoring_ends_if_every_worker_dies() -> None:
     images = widths(*[KILLS] * 20)
-    with ScoringPool(WidthReward(), workers=2) as pool, pytest.raises(PrerequisiteError, match="in a row have died"):
+    with ScoringPool(WidthReward(), workers=2) as pool, pytest.raises(PrerequisiteError, match="in a row died at work"):
         pool.score(images, prompts(images))
 
 
@@ -155,18 +155,18 @@ def test_an_exception_of_the_reward_costs_only_its_image() -> None:
     assert "RuntimeError: seventeen" in (scores[20].reason or "")
 
 
-def test_what_is_no_score_is_missing() -> None:
+def test_a_score_of_a_wrong_type_or_not_finite_is_missing() -> None:
     images = widths(5, RAISES + 1)
     with ScoringPool(OtherTypes(), workers=1) as pool:
         scores = pool.score(images, prompts(images))
-    assert [score.reason for score in scores] == ["the reward gave values of the type float in place of a Score"] * 2
+    assert [score.reason for score in scores] == ["the reward gave values of the type float instead of Score"] * 2
     with ScoringPool(NotFinite(), workers=1) as pool:
         scores = pool.score(images, prompts(images))
     assert [score.value for score in scores] == [5.0, None]
     assert scores[1].reason == "the reward failed on this image: ValueError: a score is a finite number, not nan"
 
 
-def test_errors_for_the_user_go_through_and_close_the_pool() -> None:
+def test_errors_for_the_user_are_raised_and_close_the_pool() -> None:
     images = widths(5, 6)
     with ScoringPool(WidthReward(), workers=1) as pool:
         with pytest.raises(UserError, match="no target"):
@@ -210,14 +210,14 @@ def workers_left() -> list[multiprocessing.process.BaseProcess]:
     return [child for child in multiprocessing.active_children() if child.name == "gdro-scoring"]
 
 
-def test_a_worker_that_cannot_be_started_takes_the_others_with_it() -> None:
+def test_if_a_worker_cannot_be_started_the_others_are_ended() -> None:
     with pytest.raises(PrerequisiteError, match=r"cannot be started \(Resource .*\): try fewer workers"):
         ScoringPool(StartsOnce(), workers=2).__enter__()
     assert workers_left() == []
 
 
-def test_a_stop_cuts_a_reward_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for when the reward hangs already; the worker is gone, and so is the pool."""
+def test_a_stop_ends_a_reward_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stop is requested once the reward hangs. The worker is ended and the pool is closed."""
     monkeypatch.setattr(pool_module, "STOP_GRACE", 0.1)
     images = widths(100, HANGS)
     with ScoringPool(WidthReward(tmp_path), workers=1) as pool:
@@ -229,7 +229,7 @@ def test_a_stop_cuts_a_reward_that_hangs(tmp_path: Path, monkeypatch: pytest.Mon
     assert (tmp_path / "hangs").exists()
 
 
-def test_a_stop_lets_end_what_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_waits_for_work_that_is_nearly_done(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "STOP_GRACE", 120.0)
     images = widths(100, 101)
     with ScoringPool(WidthReward(), workers=1) as pool:
@@ -237,13 +237,12 @@ def test_a_stop_lets_end_what_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None
     assert [score.value for score in scores] == [100.0, 101.0]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_workers_ignore_what_stops_the_parent(number: signal.Signals) -> None:
+def test_workers_ignore_the_signals_that_stop_the_parent(number: signal.Signals) -> None:
     images = widths(*range(100, 110))
     with ScoringPool(WidthReward(), workers=2) as pool:
         started = {child.pid for child in workers_left()}
-        for pid in started:  # as early as can be: while they start
+        for pid in started:  # as early as possible: while they start
             assert pid is not None
             os.kill(pid, number)
         pids = {score.details["pid"] for score in pool.score(images, prompts(images))}
@@ -278,16 +277,16 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="looks at /proc")
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="reads /proc")
 @pytest.mark.parametrize("state", ["idle", "hanging"])
 def test_workers_end_when_the_parent_is_killed(state: str, tmp_path: Path) -> None:
-    """Also those in the middle of a reward that never returns."""
+    """Even if their reward never returns."""
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
     command = [sys.executable, str(script), str(Path(__file__).parents[2]), str(tmp_path), state]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    pids = [int(pid) for pid in done.stdout.split()]
+    parent = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert parent.returncode == -signal.SIGKILL, parent.stderr
+    pids = [int(pid) for pid in parent.stdout.split()]
     assert len(pids) == 2
     deadline = time.monotonic() + 20
     while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
@@ -306,7 +305,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_program_that_never_closes_its_pool_ends_all_the_same(tmp_path: Path) -> None:
+def test_a_program_that_never_closes_its_pool_still_ends(tmp_path: Path) -> None:
     script = tmp_path / "unclosed.py"
     script.write_text(UNCLOSED)
     command = [sys.executable, str(script), str(Path(__file__).parents[2])]

@@ -1,4 +1,4 @@
-"""Faults of pictures: nothing at severity 0, more with every step, and of the sizes that their settings say."""
+"""Faults of images: no change at severity 0, more with every step, and the sizes that their settings give."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import pytest
 from numpy.typing import NDArray
 
 from gdro_cli.tiny.degrade import COHERENCE, STYLE, degrade
-from gdro_cli.tiny.world import Picture, foreground_mask, random_scene, random_sign
+from gdro_cli.tiny.world import Drawing, foreground_mask, random_scene, random_sign
 
 FAULTS = (*COHERENCE, *STYLE)
 SEVERITIES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 NOWHERE = np.zeros((64, 64), bool)
 PROPORTIONAL = ("stripes", "noise", "flattened", "faded", "darkened")
-"""Faults that add severity times something: no pixel may come back towards what it was."""
+"""Faults that are proportional to the severity: no pixel may return towards its original value."""
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Picture]:
+def drawings() -> list[Drawing]:
     rng = np.random.default_rng(5)
     return [random_sign(rng) if number % 2 else random_scene(rng) for number in range(24)]
 
 
-def pixels_of(picture: Picture) -> NDArray[np.uint8]:
-    return np.asarray(picture.image)
+def pixels_of(drawing: Drawing) -> NDArray[np.uint8]:
+    return np.asarray(drawing.image)
 
 
-def change(picture: Picture, fault: str, severity: float, *, seed: int) -> NDArray[np.int64]:
-    before, rng = pixels_of(picture), np.random.default_rng(seed)
-    return np.abs(degrade(before, fault, severity, rng, foreground=foreground_mask(picture)).astype(int) - before)
+def change(drawing: Drawing, fault: str, severity: float, *, seed: int) -> NDArray[np.int64]:
+    before, rng = pixels_of(drawing), np.random.default_rng(seed)
+    return np.abs(degrade(before, fault, severity, rng, foreground=foreground_mask(drawing)).astype(int) - before)
 
 
 def grey(level: int = 128) -> NDArray[np.uint8]:
@@ -38,23 +38,23 @@ def grey(level: int = 128) -> NDArray[np.uint8]:
 
 
 def spoilt(pixels: NDArray[np.uint8], fault: str, severity: float, *, seed: int = 0) -> NDArray[np.uint8]:
-    """A picture that is nothing but background."""
+    """An image with a fault; all of it is background."""
     return degrade(pixels, fault, severity, np.random.default_rng(seed), foreground=NOWHERE)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_severity_0_changes_nothing(fault: str, pictures: list[Picture]) -> None:
-    for seed, picture in enumerate(pictures):
-        for foreground in (NOWHERE, foreground_mask(picture)):
-            after = degrade(pixels_of(picture), fault, 0.0, np.random.default_rng(seed), foreground=foreground)
-            assert np.array_equal(after, pixels_of(picture))
+def test_severity_0_changes_nothing(fault: str, drawings: list[Drawing]) -> None:
+    for seed, drawing in enumerate(drawings):
+        for foreground in (NOWHERE, foreground_mask(drawing)):
+            after = degrade(pixels_of(drawing), fault, 0.0, np.random.default_rng(seed), foreground=foreground)
+            assert np.array_equal(after, pixels_of(drawing))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_the_mean_change_grows_with_severity(fault: str, pictures: list[Picture]) -> None:
-    """Each picture meets the same random numbers at all severities."""
+def test_the_mean_change_grows_with_severity(fault: str, drawings: list[Drawing]) -> None:
+    """Each image has the same random numbers at all severities."""
     means = [
-        np.mean([change(picture, fault, severity, seed=seed).mean() for seed, picture in enumerate(pictures)])
+        np.mean([change(drawing, fault, severity, seed=seed).mean() for seed, drawing in enumerate(drawings)])
         for severity in SEVERITIES
     ]
     assert means[0] == 0
@@ -63,47 +63,47 @@ def test_the_mean_change_grows_with_severity(fault: str, pictures: list[Picture]
 
 
 @pytest.mark.parametrize("fault", PROPORTIONAL)
-def test_no_pixel_of_a_proportional_fault_comes_back(fault: str, pictures: list[Picture]) -> None:
-    for seed, picture in enumerate(pictures[:8]):
-        steps = [change(picture, fault, severity, seed=seed) for severity in SEVERITIES]
+def test_no_pixel_returns_towards_its_value_with_a_proportional_fault(fault: str, drawings: list[Drawing]) -> None:
+    for seed, drawing in enumerate(drawings[:8]):
+        steps = [change(drawing, fault, severity, seed=seed) for severity in SEVERITIES]
         assert all((more >= less).all() for less, more in pairwise(steps))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_picture_stays_a_picture_and_the_given_one_as_it_was(fault: str, pictures: list[Picture]) -> None:
-    for picture in pictures[:4]:
-        before = pixels_of(picture).copy()
+def test_a_fault_gives_an_image_and_does_not_change_its_input(fault: str, drawings: list[Drawing]) -> None:
+    for drawing in drawings[:4]:
+        before = pixels_of(drawing).copy()
         for severity in SEVERITIES[1:]:
-            after = degrade(before, fault, severity, np.random.default_rng(1), foreground=foreground_mask(picture))
+            after = degrade(before, fault, severity, np.random.default_rng(1), foreground=foreground_mask(drawing))
             assert (after.dtype, after.shape) == (np.uint8, (64, 64, 3))
-            again = degrade(before, fault, severity, np.random.default_rng(1), foreground=foreground_mask(picture))
+            again = degrade(before, fault, severity, np.random.default_rng(1), foreground=foreground_mask(drawing))
             assert np.array_equal(after, again)
-        assert np.array_equal(before, pixels_of(picture))
+        assert np.array_equal(before, pixels_of(drawing))
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_only_flattening_leaves_the_foreground_alone(fault: str, pictures: list[Picture]) -> None:
+def test_only_flattening_leaves_the_foreground_unchanged(fault: str, drawings: list[Drawing]) -> None:
     inside = outside = 0
-    for seed, picture in enumerate(pictures):
-        mask = foreground_mask(picture)
-        changed = change(picture, fault, 1.0, seed=seed).any(axis=2)
+    for seed, drawing in enumerate(drawings):
+        mask = foreground_mask(drawing)
+        changed = change(drawing, fault, 1.0, seed=seed).any(axis=2)
         inside += int(changed[mask].sum())
         outside += int(changed[~mask].sum())
     assert outside > 0
     assert (inside == 0) == (fault == "flattened")
 
 
-def test_flattening_takes_texture_and_not_the_mean(pictures: list[Picture]) -> None:
-    for picture in pictures:
-        before, background = pixels_of(picture).astype(float), ~foreground_mask(picture)
-        after = spoilt(pixels_of(picture), "flattened", 1.0).astype(float)
-        assert np.abs(after[foreground_mask(picture)] - before[foreground_mask(picture)]).mean() > 1  # all background
-        if picture.background == "grassy":
+def test_flattening_removes_texture(drawings: list[Drawing]) -> None:
+    for drawing in drawings:
+        before, background = pixels_of(drawing).astype(float), ~foreground_mask(drawing)
+        after = spoilt(pixels_of(drawing), "flattened", 1.0).astype(float)
+        assert np.abs(after[foreground_mask(drawing)] - before[foreground_mask(drawing)]).mean() > 1  # all background
+        if drawing.background == "grassy":
             assert after[background].std(axis=0).max() < before[background].std(axis=0).max()
 
 
-def test_the_missing_share_of_the_foreground_is_the_severity_s() -> None:
-    """Pieces of at most 5 x 5 are cut out until 0.9 x severity of 400 pixels are gone, and none but near them."""
+def test_the_missing_share_of_the_foreground_follows_the_severity() -> None:
+    """Pieces of at most 5 x 5 pixels on the foreground are cut out until 0.9 x severity of its 400 are gone."""
     mask = NOWHERE.copy()
     mask[20:40, 20:40] = True
     before = grey(60)
@@ -118,13 +118,13 @@ def test_the_missing_share_of_the_foreground_is_the_severity_s() -> None:
 
 
 def test_noise_has_its_standard_deviation() -> None:
-    """70 x 0.5 = 35 around 128, cut off at 3.6 standard deviations; 64 x 64 draws: a standard error of 0.4."""
+    """70 x 0.5 = 35 around 128, clipped at 3.6 standard deviations; 64 x 64 draws give a standard error of 0.4."""
     after = spoilt(grey(), "noise", 0.5).astype(float)
     assert after.mean() == pytest.approx(128, abs=2)
     assert after.std() == pytest.approx(35, abs=1.5)
 
 
-def test_stripes_are_a_wave_of_their_height() -> None:
+def test_stripes_are_a_wave_of_the_right_amplitude() -> None:
     """A sine of amplitude 90 x 0.5 x (1 +- 0.3) has a root mean square of 45 / sqrt(2) = 31.8 (1 +- 0.3)."""
     for seed in range(6):
         wave = spoilt(grey(), "stripes", 0.5, seed=seed).astype(float) - 128
@@ -144,16 +144,16 @@ def test_fading_keeps_a_twentieth_of_the_colour() -> None:
     assert np.array_equal(spoilt(grey(77), "faded", 1.0), grey(77))
 
 
-def test_darkening_keeps_a_fifth_of_the_contrast(pictures: list[Picture]) -> None:
-    """0.2 x pixel + 0.8 x end: the standard deviation of each channel falls to a fifth, rounding aside."""
-    for seed, picture in enumerate(pictures[:8]):
-        before = pixels_of(picture).astype(float).std(axis=(0, 1))
-        after = spoilt(pixels_of(picture), "darkened", 1.0, seed=seed).astype(float)
+def test_darkening_keeps_a_fifth_of_the_contrast(drawings: list[Drawing]) -> None:
+    """0.2 x pixel + 0.8 x end: the standard deviation of each channel falls to a fifth, except for rounding."""
+    for seed, drawing in enumerate(drawings[:8]):
+        before = pixels_of(drawing).astype(float).std(axis=(0, 1))
+        after = spoilt(pixels_of(drawing), "darkened", 1.0, seed=seed).astype(float)
         assert after.std(axis=(0, 1)) == pytest.approx(0.2 * before, abs=0.5)
 
 
-def test_glaring_drives_colours_apart_and_leaves_a_grey_field() -> None:
-    """At 1: luma plus 3.5 times the colour, cut off at black and white, and no contrast where there is none."""
+def test_glaring_increases_colour_and_leaves_grey_unchanged() -> None:
+    """At severity s: luma plus 1 + 2.5 s times the colour, then 1 + s times the contrast."""
     assert np.array_equal(spoilt(grey(77), "glaring", 1.0), grey(77))
     dull = np.full((64, 64, 3), (120, 100, 100), np.uint8)  # luma 105.98
     mean = 105.98 + 1.4 * (np.array((120, 100, 100)) - 105.98)
@@ -162,7 +162,7 @@ def test_glaring_drives_colours_apart_and_leaves_a_grey_field() -> None:
     np.testing.assert_allclose(after, expected, atol=1)
 
 
-def test_what_needs_an_edge_leaves_a_flat_picture_flat() -> None:
+def test_faults_that_need_an_edge_leave_a_flat_image_unchanged() -> None:
     for fault in ("blur", "smears", "broken edges", "flattened"):
         assert np.array_equal(spoilt(grey(), fault, 1.0), grey())
 

@@ -1,4 +1,4 @@
-"""The judge's lessons: prompts read back, fits and cells by hand."""
+"""The judge's training data: metadata of prompts, fits and cells, worked out by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from gdro_cli.tiny.world import (
     COLOURS,
     SHAPES,
     TAGS,
-    Picture,
+    Drawing,
     Thing,
     draw_sign,
     draw_things,
@@ -38,13 +38,13 @@ from gdro_cli.tiny.world import (
 
 
 def sign(text: str = "HELLO") -> Content:
-    picture = draw_sign(text, colour="red", background="brick", rng=np.random.default_rng(0), place=(1, 1))
-    return Content(picture, text, "red")
+    drawing = draw_sign(text, colour="red", background="brick", rng=np.random.default_rng(0), place=(1, 1))
+    return Content(drawing, text, "red")
 
 
 def shapes(*things: Thing) -> Content:
     image = draw_things(things, background="sandy", rng=np.random.default_rng(0))
-    return Content(Picture(image, "-", "sandy", things=things), "", None)
+    return Content(Drawing(image, "-", "sandy", things=things), "", None)
 
 
 CIRCLE, STAR = Thing("circle", "red", 0, 0), Thing("star", "blue", 0, 3)
@@ -77,7 +77,7 @@ def test_the_fit_of_a_sign(prompt: str, fit: float) -> None:
         ("two circles", 0.6),  # one of two: 0.8 x 1/2 + 0.2
         ("a ring", 0.2),
         ("a star right of a circle", 1.0),
-        ("a star left of a circle", 0.8 * 2 / 3 + 0.2),  # both there, the place wrong
+        ("a star left of a circle", 0.8 * 2 / 3 + 0.2),  # both are present, their position is wrong
     ],
 )
 def test_the_fit_of_shapes(phrase: str, fit: float) -> None:
@@ -86,13 +86,13 @@ def test_the_fit_of_shapes(phrase: str, fit: float) -> None:
     assert fit_of(f"a photo of {phrase} on a starry background", content) == pytest.approx(fit - 0.2)
 
 
-def test_shapes_are_no_sign() -> None:
+def test_shapes_hardly_fit_the_prompt_of_a_sign() -> None:
     assert fit_of(ocr_prompt("HELLO", "red", "sandy"), shapes(CIRCLE)) == pytest.approx(0.2)
     assert fit_of(ocr_prompt("HELLO", "red", "brick"), shapes(CIRCLE)) == 0.0
 
 
 @pytest.mark.parametrize("tag", sorted(set(TAGS)))
-def test_a_prompt_is_read_back_to_its_demands(tag: str) -> None:
+def test_the_metadata_of_a_prompt_is_that_of_its_scene(tag: str) -> None:
     rng = np.random.default_rng(7)
     for _ in range(300):
         scene = plan_scene(rng, tag)
@@ -100,35 +100,35 @@ def test_a_prompt_is_read_back_to_its_demands(tag: str) -> None:
 
 
 @pytest.mark.parametrize("tag", sorted(set(TAGS)))
-def test_a_scene_fulfils_its_own_prompt(tag: str) -> None:
+def test_a_scene_fits_its_own_prompt(tag: str) -> None:
     rng = np.random.default_rng(8)
     for _ in range(20):
         scene = plan_scene(rng, tag)
         assert scene_fit(scene.prompt, scene.things) == 1.0, scene
 
 
-def test_own_prompts_of_drawn_pictures_fit() -> None:
-    """Crowds are drawn for the prompt of another scene, and a sign under another has lost letters."""
+def test_drawings_fit_their_own_prompts() -> None:
+    """Except for crowds, which have the prompt of another scene, and signs that another sign partly covers."""
     rng = np.random.default_rng(9)
     for _ in range(60):
         content = draw_sign_content(rng)
-        if content.text == content.picture.text:
-            assert fit_of(content.picture.prompt, content) == pytest.approx(1.0)
+        if content.text == content.drawing.text:
+            assert fit_of(content.drawing.prompt, content) == pytest.approx(1.0)
         else:
-            assert fit_of(content.picture.prompt, content) < 1.0
+            assert fit_of(content.drawing.prompt, content) < 1.0
         content = draw_shapes_content(rng)
-        if content.picture.metadata is not None:
-            assert fit_of(content.picture.prompt, content) == pytest.approx(1.0)
+        if content.drawing.metadata is not None:
+            assert fit_of(content.drawing.prompt, content) == pytest.approx(1.0)
 
 
-def test_the_text_of_signs_has_the_letters_that_can_be_seen() -> None:
+def test_the_text_of_signs_has_the_visible_letters() -> None:
     rng = np.random.default_rng(10)
     covered = 0
     for _ in range(120):
         content = draw_sign_content(rng)
-        covered += content.text != content.picture.text
-        assert Counter(content.text.replace(" ", "")) == Counter(content.picture.letters.values())
-        assert content.sign_colour == content.picture.prompt.split()[1]
+        covered += content.text != content.drawing.text
+        assert Counter(content.text.replace(" ", "")) == Counter(content.drawing.letters.values())
+        assert content.sign_colour == content.drawing.prompt.split()[1]
     assert 18 <= covered <= 54  # 30 % of 120 are 36, standard deviation 5
 
 
@@ -153,7 +153,7 @@ def test_examples_have_pixels_qualities_and_known_words() -> None:
         assert numbers[-1] == 0  # no prompt of the world is too long
     alignment, coherence, style = np.array([example.qualities for example in examples]).T
     assert 50 <= (coherence < 1).sum() <= 100 and 29 <= (style < 1).sum() <= 76
-    ruined = coherence < 0.1  # what is left of the fit: 1 - (1 - coherence)^2 < 0.19
+    ruined = coherence < 0.1  # the fit is reduced to 1 - (1 - coherence)^2 < 0.19 of its value
     assert ruined.any() and (alignment[ruined] < 0.19).all()
     assert len(set(alignment.round(3))) > 20
 
@@ -168,23 +168,23 @@ def test_clean_examples_have_no_fault() -> None:
     assert kinds == {(True, False), (False, True)}
 
 
-def test_a_letter_lies_in_two_cells() -> None:
+def test_a_letter_covers_two_cells() -> None:
     """Token row 1 is rows 2 and 3 of cells; letter column 2 is column 2: cells 2 x 8 + 2 and 3 x 8 + 2."""
-    picture = draw_sign("HI", colour="red", background="plain", rng=np.random.default_rng(0), place=(1, 2))
-    cells = letter_cells(picture)
+    drawing = draw_sign("HI", colour="red", background="plain", rng=np.random.default_rng(0), place=(1, 2))
+    cells = letter_cells(drawing)
     assert cells.shape == (64,) and cells.dtype == np.int64
     assert {int(i): ALPHABET[cells[i]] for i in np.nonzero(cells >= 0)[0]} == {18: "H", 26: "H", 19: "I", 27: "I"}
-    assert (thing_cells(picture) == -1).all()
+    assert (thing_cells(drawing) == -1).all()
 
 
-def test_a_thing_lies_in_four_cells() -> None:
+def test_a_thing_covers_four_cells() -> None:
     """Token (1, 3) is rows 2 and 3, columns 6 and 7 of cells; shape and colour are shape x 8 + colour."""
     thing = Thing("star", "yellow", 1, 3)
-    picture = shapes(thing).picture
-    cells = thing_cells(picture)
+    drawing = shapes(thing).drawing
+    cells = thing_cells(drawing)
     assert np.nonzero(cells >= 0)[0].tolist() == [22, 23, 30, 31]
     assert set(cells[[22, 23, 30, 31]].tolist()) == {SHAPES.index("star") * 8 + list(COLOURS).index("yellow")}
-    assert (letter_cells(picture) == -1).all()
+    assert (letter_cells(drawing) == -1).all()
 
 
 def test_the_vocabulary_numbers_each_word_once() -> None:
@@ -195,19 +195,19 @@ def test_the_vocabulary_numbers_each_word_once() -> None:
     assert len([number for number in word_numbers(longest, vocabulary) if number]) == 22 <= TEXT_LENGTH
 
 
-def test_faults_of_the_two_axes_are_different_ones() -> None:
+def test_the_two_axes_have_different_faults() -> None:
     assert not COHERENCE.keys() & STYLE.keys()
 
 
 def test_a_repeated_sign_is_read_twice_and_fits_worse() -> None:
-    picture = draw_sign("HELLO", colour="red", background="brick", rng=np.random.default_rng(0), place=(1, 1))
+    drawing = draw_sign("HELLO", colour="red", background="brick", rng=np.random.default_rng(0), place=(1, 1))
     rng = np.random.default_rng(1)
-    twins = [repeated_sign(picture, rng) for _ in range(40)]
-    assert all(each.text == "HELLO" and each.prompt == picture.prompt for each in twins)
-    assert {min(each.letters) for each in twins} > {(0, 1), (2, 1)}  # right above and below, and elsewhere
-    text = " ".join(lines_of(picture.letters | twins[0].letters))
-    assert fit_of(picture.prompt, Content(picture, "HELLO", "red")) == 1.0
-    assert fit_of(picture.prompt, Content(picture, "HELLO HELLO", "red")) == pytest.approx(0.4 + 0.6 * 5 / 11)
+    twins = [repeated_sign(drawing, rng) for _ in range(40)]
+    assert all(twin.text == "HELLO" and twin.prompt == drawing.prompt for twin in twins)
+    assert {min(twin.letters) for twin in twins} > {(0, 1), (2, 1)}  # directly above and below, and elsewhere
+    text = " ".join(lines_of(drawing.letters | twins[0].letters))
+    assert fit_of(drawing.prompt, Content(drawing, "HELLO", "red")) == 1.0
+    assert fit_of(drawing.prompt, Content(drawing, "HELLO HELLO", "red")) == pytest.approx(0.4 + 0.6 * 5 / 11)
     assert text in ("HELLO HELLO", "HELLO")
 
 

@@ -1,18 +1,21 @@
-"""Pretraining of the embedded model, a few steps of the real thing."""
+"""A few real pretraining steps of the embedded model."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
 from safetensors.torch import load_file
 
+from gdro_cli.rewards.layers import to_pixels
 from gdro_cli.tiny.autoencoder import PatchAutoencoder, decode_pixels, encode_mean
-from gdro_cli.tiny.pictures import draw_picture, to_pixels
 from gdro_cli.tiny.pretrain import average_decay, learning_rate, main
+from gdro_cli.tiny.pretraining_set import random_drawing
 from gdro_cli.tiny.tokenizers import CLIP_LENGTH, T5_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
 LONGEST = 'a purple sign that says "ORANGE WINDOW" on a sandy background'
@@ -26,7 +29,7 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert average_decay(50) == 0.5
 
 
-def test_tokenizers_keep_letters_apart() -> None:
+def test_tokenizers_split_quoted_text_into_letters() -> None:
     t5 = build_t5_tokenizer()
     tokens = t5.tokenize('a red sign that says "HELLO YOU" on a brick background')
     assert tokens[:6] == ["▁a", "▁red", "▁sign", "▁that", "▁says", '▁"']
@@ -35,12 +38,10 @@ def test_tokenizers_keep_letters_apart() -> None:
     assert len(build_clip_tokenizer()(LONGEST).input_ids) <= CLIP_LENGTH
 
 
-def test_autoencoder_from_pca_keeps_pictures() -> None:
-    """32 of 192 components of 8 x 8 patches keep at least 96 % of the variance (measured: 97.2 %)."""
-    import numpy as np
-
+def test_an_autoencoder_from_pca_preserves_images() -> None:
+    """32 of 192 components of 8 x 8 patches preserve at least 96 % of the variance (measured: 97.2 %)."""
     rng = np.random.default_rng(0)
-    pixels = to_pixels([draw_picture(rng, sign_share=0.5) for _ in range(200)])
+    pixels = to_pixels([random_drawing(rng, sign_share=0.5).image for _ in range(200)])
     autoencoder = PatchAutoencoder()
     autoencoder.start_from_pca(pixels)
     with torch.no_grad():
@@ -53,9 +54,9 @@ def test_autoencoder_from_pca_keeps_pictures() -> None:
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps, then two more by a second call."""
+    """Three steps, then two more in a second call."""
     out = tmp_path_factory.mktemp("pretraining")
-    common = ["--out", str(out), "--pictures", "2000", "--autoencoder-steps", "3", "--workers", "1", "--log-every", "1"]
+    common = ["--out", str(out), "--images", "2000", "--autoencoder-steps", "3", "--workers", "1", "--log-every", "1"]
     with pytest.MonkeyPatch.context() as patch:
         for steps in ("3", "5"):
             patch.setattr("sys.argv", ["pretrain", *common, "--steps", steps, "--decay-steps", "0"])
@@ -63,14 +64,12 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_second_call_goes_on(pretrained: Path, tmp_path: Path) -> None:
-    """Steps 4 and 5 after a restart equal those of one straight run, bit by bit."""
-    import shutil
-
-    for part in ("vae", "pictures"):
+def test_a_second_call_continues(pretrained: Path, tmp_path: Path) -> None:
+    """Steps 4 and 5 after a restart equal those of an uninterrupted run, bit by bit."""
+    for part in ("vae", "images"):
         shutil.copytree(pretrained / part, tmp_path / part)
     with pytest.MonkeyPatch.context() as patch:
-        argv = ["pretrain", "--out", str(tmp_path), "--pictures", "2000", "--workers", "1", "--steps", "5"]
+        argv = ["pretrain", "--out", str(tmp_path), "--images", "2000", "--workers", "1", "--steps", "5"]
         patch.setattr("sys.argv", [*argv, "--decay-steps", "0"])
         main()
     weights = [load_file(out / "checkpoint" / "tensors-5.safetensors") for out in (pretrained, tmp_path)]
@@ -79,24 +78,24 @@ def test_a_second_call_goes_on(pretrained: Path, tmp_path: Path) -> None:
     assert steps[-5:] == [1, 2, 3, 4, 5]
 
 
-def test_the_product_is_a_flux_pipeline(pretrained: Path) -> None:
+def test_the_result_is_a_flux_pipeline(pretrained: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(pretrained / "step-000005", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline(
+    images = pipeline(
         LONGEST, height=64, width=64, num_inference_steps=2, max_sequence_length=T5_LENGTH, output_type="pt"
     ).images
-    assert pictures.shape == (1, 3, 64, 64)
-    assert bool(pictures.isfinite().all())
+    assert images.shape == (1, 3, 64, 64)
+    assert bool(images.isfinite().all())
     assert (pretrained / "step-000005" / "samples.png").stat().st_size > 10_000
 
 
 def test_other_arguments_in_the_same_folder_are_refused(
     pretrained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(pretrained), "--pictures", "4000", "--seed", "1"])
-    with pytest.raises(SystemExit) as left:
+    monkeypatch.setattr("sys.argv", ["pretrain", "--out", str(pretrained), "--images", "4000", "--seed", "1"])
+    with pytest.raises(SystemExit) as caught:
         main()
-    assert left.value.code == 2
+    assert caught.value.code == 2
     message = capsys.readouterr().err
-    assert "pictures: 2000 -> 4000" in message
+    assert "images: 2000 -> 4000" in message
     assert "seed: 0 -> 1" in message

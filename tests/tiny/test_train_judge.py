@@ -1,4 +1,4 @@
-"""Training of the embedded world's judge, a few steps of the real thing."""
+"""A few real training steps of the embedded world's judge."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from PIL import Image
 from gdro_cli.core.seeds import seed_for
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.embedded import ANCHOR, EmbeddedJudge, JudgeNetwork
+from gdro_cli.rewards.layers import scale_pixels
 from gdro_cli.tiny import train_judge
 from gdro_cli.tiny.degrade import COHERENCE, STYLE
 from gdro_cli.tiny.judge_data import draw_example, judge_vocabulary
@@ -33,13 +34,13 @@ def held_out_losses(judge: JudgeNetwork) -> dict[str, float]:
     batch = collate([draw_example(rng) for _ in range(32)], judge_vocabulary())
     teacher = Teacher(WORDS)
     teacher.judge = judge
-    pixels = batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.inference_mode():
-        return {name: float(value) for name, value in teacher.losses(pixels, batch).items()}
+        losses = teacher.losses(scale_pixels(batch["pixels"]), batch)
+    return {name: float(value) for name, value in losses.items()}
 
 
-def test_a_few_steps_lower_the_loss_on_pictures_not_trained_on(trained: JudgeNetwork) -> None:
-    """Saying 1/2 to everything costs log 2 on each axis; the same first weights are near that."""
+def test_a_few_steps_lower_the_loss_on_held_out_images(trained: JudgeNetwork) -> None:
+    """A constant quality of 1/2 has a loss of log 2 on each axis; the initial weights are near that."""
     torch.manual_seed(seed_for(3, "tiny-judge-weights"))
     before, after = held_out_losses(Teacher(WORDS).judge), held_out_losses(trained)
     first, last = (sum(losses[axis] for axis in AXES) for losses in (before, after))
@@ -57,59 +58,59 @@ def test_batches_are_a_function_of_the_seed() -> None:
     assert not torch.equal(one["pixels"], other["pixels"])
 
 
-def test_saved_weights_judge_as_the_network_does(trained: JudgeNetwork, tmp_path: Path) -> None:
-    """They are stored in half precision: 11 bits of each weight."""
+def test_saved_weights_give_the_same_qualities_as_the_network(trained: JudgeNetwork, tmp_path: Path) -> None:
+    """Weights are stored in half precision, 11 bits each."""
     save(trained, tmp_path)
     rng = np.random.default_rng(4)
     examples = [draw_example(rng) for _ in range(8)]
     batch = collate(examples, judge_vocabulary())
     with torch.inference_mode():
-        expected = trained(batch["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1, batch["words"]).sigmoid()
-    images = [Image.fromarray(each.pixels) for each in examples]
-    found = EmbeddedJudge(tmp_path).qualities(images, [each.prompt for each in examples])
-    torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+        expected = trained(scale_pixels(batch["pixels"]), batch["words"]).sigmoid()
+    images = [Image.fromarray(example.pixels) for example in examples]
+    qualities = EmbeddedJudge(tmp_path).qualities(images, [example.prompt for example in examples])
+    torch.testing.assert_close(qualities, expected, atol=5e-3, rtol=0)
 
 
-def test_the_report_names_every_fault_and_kind(trained: JudgeNetwork, tmp_path: Path) -> None:
+def test_the_report_covers_every_fault_and_kind(trained: JudgeNetwork, tmp_path: Path) -> None:
     save(trained, tmp_path)
-    found = measure(tmp_path, pictures=6, seed=0)
-    assert set(found) == {
+    report = measure(tmp_path, images=6, seed=0)
+    assert set(report) == {
         *(f"coherence: {fault}" for fault in COHERENCE),
         *(f"style: {fault}" for fault in STYLE),
         "alignment: signs",
         "alignment: shapes",
     }
-    for name, each in found.items():
-        kinds = {"across pictures"} if name.startswith("alignment") else {"across pictures", "within a picture"}
-        assert set(each) == kinds
-        assert all(-1 <= value <= 1 for value in each.values())
-    assert measure(tmp_path, pictures=6, seed=0) == found
+    for name, correlations in report.items():
+        kinds = {"across images"} if name.startswith("alignment") else {"across images", "within an image"}
+        assert set(correlations) == kinds
+        assert all(-1 <= value <= 1 for value in correlations.values())
+    assert measure(tmp_path, images=6, seed=0) == report
 
 
-def test_calibration_brings_the_base_models_pictures_to_the_anchor(
+def test_calibration_gives_the_base_models_images_the_mean_of_the_anchor(
     trained: JudgeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two prompts of each task here; the weights stay as they are."""
+    """With two prompts per reward; the weights do not change."""
     monkeypatch.setattr(train_judge, "CALIBRATION", 2)
     save(trained, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    pictures, prompts = train_judge.base_pictures()
-    assert [picture.size for picture in pictures] == [(64, 64)] * 4
+    images, prompts = train_judge.base_images()
+    assert [image.size for image in images] == [(64, 64)] * 4
     assert ['"' in prompt for prompt in prompts] == [True, True, False, False]
     shifts = train_judge.calibrate(tmp_path)
-    judgements = EmbeddedJudge(tmp_path).judge(pictures, prompts)
+    judgements = EmbeddedJudge(tmp_path).judge(images, prompts)
     for axis in AXES:
         assert np.mean([judgement.axes[axis] for judgement in judgements]) == pytest.approx(ANCHOR, abs=2e-3)  # type: ignore[misc]
     assert json.loads((tmp_path / "config.json").read_text())["calibration"] == shifts
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_the_command_reports_on_weights_that_are_there(
+def test_the_command_reports_on_existing_weights(
     trained: JudgeNetwork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save(trained, tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr("sys.argv", ["train_judge", "--out", str(tmp_path), "--pictures", "4", "--only-report"])
+    monkeypatch.setattr("sys.argv", ["train_judge", "--out", str(tmp_path), "--images", "4", "--only-report"])
     main()
     report = json.loads((tmp_path / "report.json").read_text())
     assert report == json.loads(capsys.readouterr().out)

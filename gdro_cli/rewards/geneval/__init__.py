@@ -1,9 +1,9 @@
-"""The GenEval reward: what is in the picture, and does it fit the prompt?
+"""The GenEval reward: does the image contain the objects that the prompt describes?
 
-detection.py    what a detector and a colour classifier give
+detection.py    the interfaces of a detector and a colour classifier
 rules.py        the official rules and the rewards, as pure functions
 reward.py       detector + colours + rules = a reward
-mask2former.py, clip_colour.py     the models of the original, through transformers
+mask2former.py, clip_colour.py     the original's models, through transformers
 pretrained.py                      their files: a folder, or the Hub's cache
-segmenter.py, palette.py           the small ones that the embedded world uses
+segmenter.py, palette.py           the embedded world's detector and colour classifier
 """

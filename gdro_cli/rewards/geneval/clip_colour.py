@@ -1,7 +1,7 @@
-"""GenEval's colours: what CLIP (arXiv 2103.00020) calls the colour of an object on a grey ground.
+"""GenEval's colours: CLIP (arXiv 2103.00020) names the colour of an object on a grey background.
 
-The original ran OpenCLIP's copy of OpenAI's ViT-L/14 in mixed half precision on a GPU; here it is transformers' copy
-of the same weights in float32.
+The original runs OpenCLIP's copy of OpenAI's ViT-L/14 in mixed half precision on a GPU; this is transformers' copy of
+the same weights in float32.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEY = "reward.geneval.colour_model"
 RULE = "geneval-clip-1"
 """Name of the rule in the provenance; it changes whenever the same object would get another colour."""
 TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {label}", "a photo of a {colour} object")
-GROUND = (0x99, 0x99, 0x99)
+GREY = (0x99, 0x99, 0x99)
 """RGB of every pixel outside the object."""
 
 _NEEDS = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
@@ -31,15 +31,15 @@ _CROPS_AT_ONCE = 16
 
 
 class ClipColours:
-    """Names colours by the similarity of an object's picture to sentences that name one.
+    """Names colours by the similarity of an object's image to sentences that name a colour.
 
     Args:
         model: Hub id, or a folder as ``save_pretrained`` of model, image processor and tokenizer writes it.
-        device: of the network; ``auto`` takes a GPU if there is one.
+        device: of the network; ``auto`` uses a GPU if there is one.
 
     Raises:
         PrerequisiteError: the model is missing.
-        UserError: it is not a CLIP.
+        UserError: the model is not a CLIP.
     """
 
     def __init__(self, model: str = MODEL, *, device: str = "auto") -> None:
@@ -62,19 +62,19 @@ class ClipColours:
 
         Raises:
             PrerequisiteError: the network cannot be loaded.
-            ValueError: a mask is not of the image's size.
+            ValueError: a mask does not have the image's size.
         """
-        named: list[str] = []
+        names: list[str] = []
         for start in range(0, len(objects), _CROPS_AT_ONCE):
-            some = objects[start : start + _CROPS_AT_ONCE]
-            pictures = self._embed_pictures([cut_out(image, one) for one in some])
-            sentences = torch.stack([self.classifier(one.label) for one in some])
-            similarity = torch.einsum("nd,ncd->nc", pictures, sentences)
-            named += [COLOURS[index] for index in similarity.argmax(dim=1).tolist()]
-        return named
+            batch = objects[start : start + _CROPS_AT_ONCE]
+            crops = self._embed_images([cut_out(image, item) for item in batch])
+            sentences = torch.stack([self.classifier(item.label) for item in batch])
+            similarity = torch.einsum("nd,ncd->nc", crops, sentences)
+            names += [COLOURS[index] for index in similarity.argmax(dim=1).tolist()]
+        return names
 
     def classifier(self, label: str) -> Tensor:
-        """Direction of each colour for a class, [10, D] of length 1: the mean over the templates; kept for later."""
+        """Directions of the colours for a class, [10, D] with rows of length 1: the mean over the templates; cached."""
         if label not in self._classifiers:
             texts = [template.format(colour=colour, label=label) for colour in COLOURS for template in TEMPLATES]
             directions = self._embed_texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
@@ -87,9 +87,9 @@ class ClipColours:
         with torch.inference_mode():
             return normalize(network.get_text_features(**tokens).pooler_output, dim=-1)
 
-    def _embed_pictures(self, pictures: Sequence[Image.Image]) -> Tensor:
+    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
         network, processor, _ = self._network()
-        pixels = torch.cat([processor(images=one, return_tensors="pt")["pixel_values"] for one in pictures])
+        pixels = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in images])
         with torch.inference_mode():
             return normalize(network.get_image_features(pixels.to(network.device)).pooler_output, dim=-1)
 
@@ -108,15 +108,14 @@ class ClipColours:
         return {**self.__dict__, "_loaded": None, "_classifiers": {}}
 
 
-def cut_out(image: Image.Image, found: Detection) -> Image.Image:
-    """The object on a grey ground, cropped to its box (rounded, inside the image, at least one pixel).
+def cut_out(image: Image.Image, item: Detection) -> Image.Image:
+    """An object of an RGB image on grey, cropped to its box (rounded, inside the image, at least one pixel).
 
-    Raises ValueError when the mask is not of the image's size.
+    Raises ValueError if the mask does not have the image's size.
     """
-    if found.mask.shape != (image.height, image.width):
-        raise ValueError(f"the mask is {found.mask.shape}, the image {(image.height, image.width)} (height, width)")
-    picture = image.convert("RGB")
-    whole = Image.composite(picture, Image.new("RGB", picture.size, GROUND), Image.fromarray(found.mask))
-    left, top, right, bottom = (round(edge) for edge in found.box)
+    if item.mask.shape != (image.height, image.width):
+        raise ValueError(f"the mask is {item.mask.shape}, the image {(image.height, image.width)} (height, width)")
+    on_grey = Image.composite(image, Image.new("RGB", image.size, GREY), Image.fromarray(item.mask))
+    left, top, right, bottom = (round(edge) for edge in item.box)
     left, top = min(max(left, 0), image.width - 1), min(max(top, 0), image.height - 1)
-    return whole.crop((left, top, max(left + 1, min(right, image.width)), max(top + 1, min(bottom, image.height))))
+    return on_grey.crop((left, top, max(left + 1, min(right, image.width)), max(top + 1, min(bottom, image.height))))

@@ -1,4 +1,4 @@
-"""What a detector gives: objects with class, confidence, box and mask; and who names their colours."""
+"""The interfaces of a detector, which finds objects in images, and of a classifier, which names their colours."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels of the image, right and bottom exclusive; y points down."""
 Mask = NDArray[np.bool_]
-"""[H, W] of the image, True inside the object."""
+"""[H, W] as the image, True inside the object."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Detection:
-    """One object found in an image."""
+    """One object that a detector has found in an image."""
 
     label: str
     confidence: float
@@ -28,11 +28,11 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects. Making one is quick and checks that its weights are there (``PrerequisiteError``)."""
+    """Finds objects. Constructing one is quick and raises ``PrerequisiteError`` if its weights are missing."""
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of what it can find, in GenEval's spelling."""
+        """The classes that it can find, in GenEval's spelling."""
         ...
 
     @property
@@ -45,16 +45,16 @@ class Detector(Protocol):
         ...
 
     def detect(self, images: Sequence[Image.Image], *, minimum: float) -> list[list[Detection]]:
-        """Objects of each RGB image with a confidence above ``minimum``, the most confident first."""
+        """The objects of each RGB image with a confidence above ``minimum``, the most confident first."""
         ...
 
 
 class ColourClassifier(Protocol):
-    """Names the colour of an object. Making one is quick and checks that its weights are there."""
+    """Names the colours of objects. Constructing one is quick, and raises ``PrerequisiteError`` like a ``Detector``."""
 
     @property
     def version(self) -> Mapping[str, Any]:
-        """Provenance as JSON values: equal versions give equal names."""
+        """Provenance as JSON values: equal versions give equal colours."""
         ...
 
     def load(self) -> None:
@@ -67,7 +67,7 @@ class ColourClassifier(Protocol):
 
 
 def mask_box(mask: Mask) -> Box | None:
-    """The smallest box around a mask; None for an empty one."""
+    """The smallest box around a mask; None if the mask is empty."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not rows.size:
         return None

@@ -1,20 +1,20 @@
 """GenEval's detector: Mask2Former with a Swin-S backbone, trained on COCO's instance masks (arXiv 2112.01527).
 
-GenEval ran mmdet's copy. The weights here are those of the model's authors, and what is done around the network is
-mmdet's, which differs from transformers' in both directions:
+GenEval runs mmdet's copy. The weights here are the model authors' own. The processing around the network is mmdet's,
+which differs from transformers' on both sides:
 
-* Going in, transformers' settings for this model squash every image to 384 x 384. mmdet keeps the shape: shorter side
-  800, longer side at most 1333, padded at right and bottom to multiples of 32.
-* Coming out, ``post_process_instance_segmentation`` resizes the mask logits of the padded input to 384 x 384, computes
-  masks and scores there, and enlarges the finished masks by nearest neighbour, padding included. mmdet
-  enlarges the logits to the input, cuts the padding off, resizes to the image, and only then computes masks and
-  scores; ``instances`` does that. For an unpadded input and a 384 x 384 image both give the same.
+* Input: transformers' settings for this model squash every image to 384 x 384. mmdet keeps the aspect ratio: shorter
+  side 800, longer side at most 1333, padded at the right and the bottom to multiples of 32.
+* Output: ``post_process_instance_segmentation`` resizes the mask logits of the padded input to 384 x 384, computes
+  masks and scores there, and enlarges the masks by nearest neighbour, padding included. mmdet enlarges the logits to
+  the input, cuts off the padding, resizes to the image, and only then computes masks and scores; so does
+  ``instances``. For an unpadded input and a 384 x 384 image both give the same result.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,16 +34,16 @@ RULE = "mmdet-instance-1"
 """Name of the processing in the provenance; it changes whenever the same image would be detected differently."""
 
 SHORT_SIDE, LONG_SIDE = 800, 1333
-"""Pixels: an image is scaled until its shorter or its longer side has that size, whichever comes first."""
+"""Pixels: an image is scaled until its shorter or its longer side reaches that size, whichever comes first."""
 DIVISOR = 32
 """Sides of the network's input are multiples of this."""
 TOP = 100
-"""Pairs of query and class that are looked at, best class scores first."""
+"""Pairs of query and class that can be objects: those with the best class scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """Sizes (height, width) in pixels on the way from an image to the network."""
+    """Sizes (height, width) in pixels, from the image to the network's input."""
 
     image: tuple[int, int]
     scaled: tuple[int, int]
@@ -60,39 +60,28 @@ class Frame:
 
 
 class Mask2FormerDetector:
-    """Finds the objects that a Mask2Former for instance segmentation knows.
+    """Finds objects of the classes of a Mask2Former for instance segmentation.
 
     Args:
         model: Hub id, or a folder as ``save_pretrained`` writes it.
-        device: of the network; ``auto`` takes a GPU if there is one.
-        batch_size: images per forward pass. Only images of the same size share one: the network has no mask for
-            padding, so an image would be detected differently beside a larger one.
+        device: of the network; ``auto`` uses a GPU if there is one.
         sides: pixels of the network's input, (shorter side, longest allowed longer side).
 
     Raises:
         PrerequisiteError: the model is missing.
-        UserError: it is not a Mask2Former with class names.
+        UserError: the model is not a Mask2Former with class names.
     """
 
     def __init__(
-        self,
-        model: str = MODEL,
-        *,
-        device: str = "auto",
-        batch_size: int = 8,
-        sides: tuple[int, int] = (SHORT_SIDE, LONG_SIDE),
+        self, model: str = MODEL, *, device: str = "auto", sides: tuple[int, int] = (SHORT_SIDE, LONG_SIDE)
     ) -> None:
         self._files = ModelFiles(model, key=KEY, kind="mask2former")
         self._labels = class_names(self._files.config, model=str(model))
+        self.classes = tuple(dict.fromkeys(self._labels))
+        """The classes that the model can find, in GenEval's spelling and the model's order."""
         self._device = device
-        self._batch_size = batch_size
         self._sides = sides
         self._loaded: tuple[Any, Any] | None = None
-
-    @property
-    def classes(self) -> Sequence[str]:
-        """Names of what the model can find, in GenEval's spelling and the model's order."""
-        return tuple(dict.fromkeys(self._labels))
 
     @property
     def version(self) -> Mapping[str, Any]:
@@ -105,34 +94,27 @@ class Mask2FormerDetector:
         self._network()
 
     def detect(self, images: Sequence[Image.Image], *, minimum: float) -> list[list[Detection]]:
-        """Objects of each RGB image with a confidence above ``minimum``, the most confident first.
+        """The objects of each RGB image with a confidence above ``minimum``, the most confident first.
+
+        Images of the same size share a forward pass. The network has no mask for padding, so an image padded to the
+        size of a larger one would be detected differently.
 
         Raises:
             PrerequisiteError: the network cannot be loaded.
         """
         network, processor = self._network()
-        found: list[list[Detection]] = [[] for _ in images]
-        for frame, indices in self._batches(images):
+        indices_of: dict[Frame, list[int]] = {}
+        for index, image in enumerate(images):
+            indices_of.setdefault(Frame.of(image, sides=self._sides), []).append(index)
+        objects: dict[int, list[Detection]] = {}
+        for frame, indices in indices_of.items():
             pixels = _pixels([images[index] for index in indices], frame, processor=processor)
             with torch.inference_mode():
                 output = network(pixel_values=pixels.to(network.device))
-                for row, index in enumerate(indices):
-                    found[index] = instances(
-                        output.class_queries_logits[row],
-                        output.masks_queries_logits[row],
-                        frame=frame,
-                        labels=self._labels,
-                        minimum=minimum,
-                    )
-        return found
-
-    def _batches(self, images: Sequence[Image.Image]) -> Iterator[tuple[Frame, list[int]]]:
-        same: dict[Frame, list[int]] = {}
-        for index, image in enumerate(images):
-            same.setdefault(Frame.of(image, sides=self._sides), []).append(index)
-        for frame, indices in same.items():
-            for start in range(0, len(indices), self._batch_size):
-                yield frame, indices[start : start + self._batch_size]
+                logits = zip(indices, output.class_queries_logits, output.masks_queries_logits, strict=True)
+                for index, classes, masks in logits:
+                    objects[index] = instances(classes, masks, frame=frame, labels=self._labels, minimum=minimum)
+        return [objects[index] for index in range(len(images))]
 
     def _network(self) -> tuple[Any, Any]:
         if self._loaded is None:
@@ -150,39 +132,38 @@ class Mask2FormerDetector:
 
 
 def class_names(config: Mapping[str, Any], *, model: str) -> tuple[str, ...]:
-    """The name of each class index, in GenEval's spelling. Raises ``UserError`` when the model names none."""
-    named = config.get("id2label")
-    numbers = {str(number) for number in range(len(named))} if isinstance(named, dict) else set()
-    if not isinstance(named, dict) or not named or set(named) != numbers:
+    """The name of each class index, in GenEval's spelling. Raises ``UserError`` if the model does not name them."""
+    labels = config.get("id2label")
+    if not isinstance(labels, dict) or not labels or set(labels) != {str(index) for index in range(len(labels))}:
         raise UserError(
             f"`{KEY}` names {model}, whose config.json does not name its classes from 0 on as id2label: "
             f"choose a model such as {MODEL}"
         )
-    names = [str(named[str(number)]) for number in range(len(named))]
+    names = [str(labels[str(index)]) for index in range(len(labels))]
     return tuple(RENAMED.get(name, name) for name in names)
 
 
 def instances(
     class_logits: Tensor, mask_logits: Tensor, *, frame: Frame, labels: Sequence[str], minimum: float
 ) -> list[Detection]:
-    """Turn what the network says of one image into objects, as mmdet's head for instance segmentation does.
+    """Turn the network's output for one image into objects, as mmdet's head for instance segmentation does.
 
-    Of all pairs of query and class, the ``TOP`` with the best class scores are objects, so a query may be objects of
-    several classes. Confidence = class score x mean probability of the pixels in the mask; objects may overlap.
+    Of all pairs of query and class, the ``TOP`` with the best class scores are objects, so one query can give objects
+    of several classes. Confidence = class score x mean probability of the pixels in the mask; objects may overlap.
 
     Args:
-        class_logits: [Q, C + 1] per query, the last class being "nothing".
+        class_logits: [Q, C + 1]; the last class is "nothing".
         mask_logits: [Q, h, w] over the padded input.
         frame: the sizes of image and input.
         labels: names of the C classes.
-        minimum: the confidence must be above it.
+        minimum: the confidence that an object must exceed.
 
     Returns:
         Objects with a mask of at least one pixel, the most confident first.
     """
     scores = class_logits.float().softmax(dim=-1)[:, :-1]
     best, pairs = scores.flatten().topk(min(TOP, scores.numel()))
-    likely = best > minimum  # the mask can only lower the confidence, so the others need no mask
+    likely = best > minimum  # a mask can only lower the confidence, so the others need no mask
     best, pairs = best[likely], pairs[likely]
     if not len(pairs):
         return []
@@ -193,31 +174,31 @@ def instances(
     confidences = (best * inside[which]).tolist()
     classes, masks_of = (pairs % scores.shape[1]).tolist(), which.tolist()
     arrays = masks.cpu().numpy()
-    found = []
+    objects = []
     for number in sorted(range(len(confidences)), key=lambda number: -confidences[number]):
         mask = arrays[masks_of[number]]
         box = mask_box(mask)
         if confidences[number] > minimum and box is not None:
-            found.append(Detection(labels[classes[number]], min(confidences[number], 1.0), box, mask))
-    return found
+            objects.append(Detection(labels[classes[number]], min(confidences[number], 1.0), box, mask))
+    return objects
 
 
 def _to_image(logits: Tensor, frame: Frame) -> Tensor:
-    """Mask logits [Q, h, w] of the padded input as [Q, H, W] of the image."""
+    """Mask logits [Q, h, w] of the padded input -> [Q, H, W] of the image."""
     height, width = frame.scaled
     padded = interpolate(logits[None], size=frame.padded, mode="bilinear", align_corners=False)
     return interpolate(padded[..., :height, :width], size=frame.image, mode="bilinear", align_corners=False)[0]
 
 
 def _pixels(images: Sequence[Image.Image], frame: Frame, *, processor: Any) -> Tensor:
-    """Images of one size as the network takes them, [N, 3, H, W], normalised with the model's mean and deviation."""
+    """RGB images of one size as the network's input [N, 3, H, W], normalised with the model's mean and deviation."""
     height, width = frame.scaled
-    made = processor(
-        images=[image.convert("RGB") for image in images],
+    inputs = processor(
+        images=list(images),
         do_resize=True,
         size={"height": height, "width": width},
         size_divisor=0,  # transformers would stretch the image to a multiple; mmdet pads
         resample=Image.Resampling.BILINEAR,
         return_tensors="pt",
     )
-    return pad(made["pixel_values"], (0, frame.padded[1] - width, 0, frame.padded[0] - height))
+    return pad(inputs["pixel_values"], (0, frame.padded[1] - width, 0, frame.padded[0] - height))

@@ -1,4 +1,4 @@
-"""The colour of an object as the palette colour that most of its pixels are nearest to."""
+"""The colour of an object: the palette colour that is nearest to most of its pixels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from gdro_cli.core.geneval import COLOURS
-from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.geneval.detection import Detection
 
 RULE = "nearest-majority-1"
@@ -19,17 +18,17 @@ Rgb = tuple[int, int, int]
 
 
 class PaletteColours:
-    """Names colours where a world draws with a known palette.
+    """Names the colours of objects that are drawn with a known palette.
 
-    Every pixel inside the mask votes for the nearest colour (Euclidean distance in RGB). Neutral colours, such as those
-    of outlines, take their votes away but never win.
+    Every pixel inside the mask votes for the nearest colour (Euclidean distance in RGB). Votes for a neutral colour,
+    such as that of an outline, do not count.
 
     Args:
         palette: RGB of the colours that can win; names of ``core.geneval.COLOURS``.
-        neutral: RGB of what an object has beside its colour.
+        neutral: RGB of other colours that an object contains.
 
     Raises:
-        ValueError: no colour, or a name that GenEval does not know.
+        ValueError: the palette is empty, or has a name that GenEval does not know.
     """
 
     def __init__(self, palette: Mapping[str, Rgb], *, neutral: Sequence[Rgb] = ()) -> None:
@@ -37,39 +36,30 @@ class PaletteColours:
             raise ValueError(f"the palette needs names of GenEval's colours, not {', '.join(palette) or 'nothing'}")
         self._names = tuple(palette)
         self._points = np.asarray([*palette.values(), *neutral], np.float32)
-        self._version = {
+        self.version: Mapping[str, Any] = {
             "colours": "palette",
             "rule": RULE,
             "palette": {name: list(colour) for name, colour in palette.items()},
             "neutral": [list(colour) for colour in neutral],
         }
+        """Provenance: the rule and its colours."""
 
     @classmethod
     def read(cls, path: Path) -> PaletteColours:
-        """The palette in a JSON file with the keys ``palette`` and ``neutral``. Raises PrerequisiteError."""
-        try:
-            held = json.loads(path.read_bytes().decode("utf-8"))
-            palette = {str(name): (int(r), int(g), int(b)) for name, (r, g, b) in held["palette"].items()}
-            return cls(palette, neutral=[(int(r), int(g), int(b)) for r, g, b in held["neutral"]])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise PrerequisiteError(f"the palette {path} is missing or damaged: reinstall gdro_cli") from error
-
-    @property
-    def version(self) -> Mapping[str, Any]:
-        """The rule and its colours."""
-        return self._version
+        """The palette in a JSON file with the keys ``palette`` and ``neutral``."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
 
     def load(self) -> None:
-        """Nothing is to be loaded."""
+        """Do nothing: a palette has no network."""
 
     def classify(self, image: Image.Image, objects: Sequence[Detection]) -> list[str]:
         """The colour of each object."""
         pixels = np.asarray(image, np.float32)
-        return [self._colour(pixels[found.mask]) for found in objects]
+        return [self._colour(pixels[item.mask]) for item in objects]
 
     def _colour(self, pixels: np.ndarray[Any, np.dtype[np.float32]]) -> str:
         distances = np.square(pixels[:, None, :] - self._points[None]).sum(axis=-1)
         votes = np.bincount(distances.argmin(axis=1), minlength=len(self._points))[: len(self._names)]
-        if not votes.any():  # nothing but neutral pixels: the nearest name all the same
+        if not votes.any():  # all pixels are neutral: take the colour that is nearest to them
             return self._names[int(distances[:, : len(self._names)].sum(axis=0).argmin())]
         return self._names[int(votes.argmax())]

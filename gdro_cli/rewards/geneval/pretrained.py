@@ -1,7 +1,7 @@
 """The files of a transformers model that a reward needs: a local folder, or a repository of the Hugging Face Hub.
 
-A repository that is in the Hub's cache is taken from there without asking the network. Otherwise the small files
-are fetched when the reward is made, and the weights when it is loaded.
+A repository in the Hub's cache is read from there without any network request. Otherwise the small files are fetched
+when the reward is constructed, and the weights when it is loaded.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ _PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 
 
 class ModelFiles:
-    """One model. Making one reads ``config.json`` and loads nothing.
+    """The files of one model. Constructing this reads ``config.json`` and loads nothing.
 
     Args:
         model: a folder with ``config.json`` and ``*.safetensors``, or a Hub id like ``owner/name``.
         key: the recipe's key that names the model, for error messages.
         kind: the ``model_type`` that ``config.json`` must name.
-        needs: further small files; of each group of names one must exist.
+        needs: further small files; one of each group of names must exist.
 
     Raises:
         PrerequisiteError: the folder or its files are missing, or the repository cannot be fetched.
-        UserError: it holds another kind of model.
+        UserError: the model is of another kind.
     """
 
     def __init__(
@@ -50,18 +50,18 @@ class ModelFiles:
 
     @functools.cached_property
     def version(self) -> dict[str, Any]:
-        """What the model is: its Hub id and commit, or the digest of a folder's files (read once), and transformers."""
+        """The model's Hub id and commit or the digest of its files (read once), and the version of transformers."""
         return {**self._source.version(*_SMALL, WEIGHTS), "transformers": metadata.version("transformers")}
 
     def load_model(self, cls: Any, *, device: str) -> Any:
         """The model of the class ``cls`` in float32, for inference, on ``device`` (see ``pick_device``).
 
         Raises:
-            PrerequisiteError: the weights are missing, broken or not those of this model.
+            PrerequisiteError: the weights are missing, damaged or not those of this model.
         """
         if self._source.on_hub and not self._source.in_cache(WEIGHTS):
             self._source.get(*_SMALL, WEIGHTS)
-        # The files might name an implementation of attention that is code of the Hub.
+        # The files could name an attention implementation that is code from the Hub.
         attention = "sdpa" if cls._supports_sdpa else "eager"
         model = self._source.load(cls, dtype=torch.float32, attn_implementation=attention)
         return model.eval().requires_grad_(False).to(pick_device(device))

@@ -14,16 +14,7 @@ from gdro_cli.config.sections import GenEvalReward as GenEvalSettings
 from gdro_cli.core.geneval import TAGS, VOCABULARIES, Task, parse_task
 from gdro_cli.core.measures import Detail, Measure
 from gdro_cli.errors import GdroError, UserError
-from gdro_cli.rewards.base import (
-    ImageSource,
-    PromptLike,
-    Resources,
-    Reward,
-    Score,
-    UnreadableImageError,
-    one_line,
-    read_rgb,
-)
+from gdro_cli.rewards.base import ImageSource, PromptLike, Resources, Reward, Score, one_line, read_all
 from gdro_cli.rewards.geneval.rules import RULE, THRESHOLD, judge, select, wants_colours
 
 if TYPE_CHECKING:
@@ -32,7 +23,7 @@ if TYPE_CHECKING:
     from gdro_cli.rewards.geneval.detection import ColourClassifier, Detection, Detector
 
 _VOCABULARY = {"shapes": "shapes", "mask2former": "coco"}
-"""What each detector of a recipe can find."""
+"""The vocabulary of each detector that a recipe can name."""
 
 
 class GenEvalReward(Reward):
@@ -40,15 +31,13 @@ class GenEvalReward(Reward):
 
     Details of a measured score: ``tag``, ``accuracy`` and ``strict`` (bool), ``soft`` (the value), ``parts``,
     ``reasons`` (why ``strict`` is False) and ``detections``, the objects that count for this tag: ``label``,
-    ``confidence`` (4 digits), ``box`` (left, top, right, bottom in pixels, 1 digit) and, if a clause asks for a colour
-    of their class, ``colour``.
+    ``confidence`` (4 digits), ``box`` (left, top, right, bottom in pixels, 1 digit) and ``colour``, if a clause demands
+    a colour of that class.
 
     Args:
         settings: name the two models.
-        detector: finds the objects, in place of the one that the settings name; its ``classes`` are what prompts may
-            ask for.
-        colours: names their colours, in place of the one that the settings name; called only for prompts that ask for
-            one.
+        detector: finds the objects, in place of the one that the settings name.
+        colours: names their colours, in place of the one that the settings name.
     """
 
     name = "geneval"
@@ -61,12 +50,12 @@ class GenEvalReward(Reward):
         Measure("strict reward", "strict"),
         Measure("soft reward", "soft"),
     )
-    # The prompts describe no details, so a judge's alignment would reward what the reward is hacked with.
+    # The prompts describe no details, so a judge's alignment rises when a hacked model leaves details out.
     judge_axes = ("coherence", "style")
     columns = ("accuracy", "strict", "soft")
     settings: GenEvalSettings
     classes: tuple[str, ...]
-    """What prompts may ask for."""
+    """The classes that prompts may name."""
 
     def __init__(
         self,
@@ -92,17 +81,17 @@ class GenEvalReward(Reward):
 
     @property
     def resources(self) -> Resources:
-        """Mask2Former and CLIP are large: one process with all threads, and not a copy per core."""
+        """One process for Mask2Former or CLIP, which are large; otherwise one process per core."""
         return "device" if self.settings.detector == "mask2former" or self._colours == "clip" else "cores"
 
     def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
-        """Check the metadata. Raises ValueError for what is not GenEval's, or a class that the detector lacks."""
+        """Check the metadata. Raises ValueError if it is not GenEval's, or names a class that the detector lacks."""
         parse_task(metadata, classes=self.classes)
         return target
 
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """The official verdict, and what was detected."""
+        """The official verdict, and the detected objects."""
         if details.get("accuracy") is not None:
             yield "GenEval", "correct" if details["accuracy"] else "wrong"
         if "detections" in details:
@@ -110,13 +99,13 @@ class GenEvalReward(Reward):
 
     @classmethod
     def caption(cls, value: float, details: Mapping[str, Any]) -> tuple[str, ...]:
-        """The verdict and the soft reward; what was detected."""
+        """The verdict and the soft reward; the detected objects."""
         facts = dict(cls.facts(details))
         return f"{facts.get('GenEval', '-')}, soft reward {value:.2f}", f"seen: {facts.get('seen', '-')}"
 
     @classmethod
     def cells(cls, details: Mapping[str, Any]) -> dict[str, Any]:
-        """The details that are no lists, and the detections as text."""
+        """The details that are not lists, and the detections as text."""
         detections = {"detections": seen(details["detections"])} if "detections" in details else {}
         return super().cells(details) | detections
 
@@ -155,7 +144,7 @@ class GenEvalReward(Reward):
 
     @property
     def version(self) -> Mapping[str, Any]:
-        """Provenance: the rules and what the two models say of themselves."""
+        """Provenance: the rules, and the versions of the two models."""
         return {
             "reward": self.name,
             "rule": RULE,
@@ -174,28 +163,21 @@ class GenEvalReward(Reward):
         An image that cannot be decoded, or on which a model fails, is missing with a reason.
 
         Raises:
-            UserError: a prompt's metadata is not GenEval's, or asks for a class that the detector does not know.
-            ValueError: not as many prompts as images.
+            UserError: a prompt's metadata is not GenEval's, or names a class that the detector does not know.
+            ValueError: the numbers of images and prompts differ.
             PrerequisiteError: a model cannot be loaded.
         """
-        tasks = [self._task(prompt) for prompt in prompts]
-        if len(images) != len(tasks):
-            raise ValueError(f"{len(images)} images but {len(tasks)} prompts")
+        tasks = [self._task(prompt) for _, prompt in zip(images, prompts, strict=True)]
         self.load()
-        scores: dict[int, Score] = {}
-        readable: dict[int, Image.Image] = {}
-        for number, source in enumerate(images):
-            try:
-                readable[number] = read_rgb(source)
-            except UnreadableImageError as error:
-                scores[number] = Score(None, str(error))
+        readable, reasons = read_all(images)
+        scores = {index: Score(None, reason) for index, reason in reasons.items()}
         detected = self._detect(list(readable.values()))
-        for (number, image), objects in zip(readable.items(), detected, strict=True):
+        for (index, image), objects in zip(readable.items(), detected, strict=True):
             if isinstance(objects, str):
-                scores[number] = Score(None, objects)
+                scores[index] = Score(None, objects)
             else:
-                scores[number] = self._judge(image, tasks[number], objects=objects)
-        return [scores[number] for number in range(len(images))]
+                scores[index] = self._judge(image, tasks[index], objects=objects)
+        return [scores[index] for index in range(len(images))]
 
     def _task(self, prompt: PromptLike) -> Task:
         try:
@@ -204,9 +186,9 @@ class GenEvalReward(Reward):
             raise UserError(f"the GenEval reward cannot score the prompt {prompt.prompt!r}: {error}") from error
 
     def _detect(self, images: Sequence[Image.Image]) -> list[list[Detection] | str]:
-        """The objects of each image, or why there are none; a failing batch is tried again image by image.
+        """The objects of each image, or why the detector failed on it; a failed batch is repeated image by image.
 
-        The threshold is the lowest of all tags, so that what is found does not depend on the rest of the batch.
+        The threshold is the lowest of all tags, so that the result does not depend on the rest of the batch.
         """
         if not images:
             return []
@@ -219,7 +201,7 @@ class GenEvalReward(Reward):
         except Exception as error:  # noqa: BLE001 - whatever a network raises concerns one image of the batch
             if len(images) == 1:
                 return [f"the detector failed on this image: {one_line(error)}"]
-            return [answer for image in images for answer in self._detect([image])]
+            return [objects for image in images for objects in self._detect([image])]
         return list(detected)
 
     def _judge(self, image: Image.Image, task: Task, *, objects: Sequence[Detection]) -> Score:
@@ -269,6 +251,6 @@ def _rows(counted: Mapping[str, Sequence[Detection]], colours: Mapping[str, Sequ
 
 
 def seen(detections: Sequence[Mapping[str, Any]]) -> str:
-    """Detections as text, such as ``2 red circle, star``; none at all is a dash."""
+    """Detections as text, such as ``2 red circle, star``; a dash if there are none."""
     names = Counter(" ".join(filter(None, (item.get("colour"), item["label"]))) for item in detections)
     return ", ".join(name if count == 1 else f"{count} {name}" for name, count in names.items()) or "-"

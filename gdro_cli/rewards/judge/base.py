@@ -1,7 +1,7 @@
-"""What a judge of quality is: an image and its prompt's text in, three axes of quality out.
+"""The interface of a judge of quality: an image and the text of its prompt in, three axes of quality out.
 
-The corrected score ``r_corrected = r * (u - 3) + 0.2`` weighs a reward ``r`` by a judgement ``u`` that was made without
-it. So a judge sees images and texts and nothing else: no score, no target, no metadata.
+The corrected score ``r_corrected = r * (u - 3) + 0.2`` weighs a reward ``r`` by a quality ``u`` that must not depend on
+it. So a judge sees only images and texts: no score, no target, no metadata.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from typing import Any, Protocol
 from gdro_cli.rewards.base import ImageSource, PromptLike, Score
 
 AXES = ("alignment", "coherence", "style")
-"""Does the image show what the prompt says; is it free of glitches and distortions; is it pleasing?"""
+"""Does the image show what the prompt says? Is it free of glitches and distortions? Is it pleasing?"""
 LOWEST, HIGHEST = 1.0, 5.0
 """Ends of the scale of every axis."""
 
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What a judge says of one image."""
+    """A judge's opinion of one image."""
 
     axes: Mapping[str, float | None]
-    """Each of ``AXES`` in 1..5; ``None`` when the judge gave no usable number for it."""
+    """Each of ``AXES`` in 1..5; ``None`` if the judge gave no usable number for it."""
     reason: str | None = None
-    """Why an axis is missing, for a person to read; ``None`` when none is."""
+    """Why an axis is missing, for a person to read; ``None`` if none is."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """What the axes were read from, as JSON values."""
 
     def __post_init__(self) -> None:
-        """Every axis is on the scale, or missing with a reason. Raises ``ValueError`` for anything else."""
+        """Check that every axis is on the scale, or missing with a reason. Raises ``ValueError`` if not."""
         if set(self.axes) != set(AXES):
             raise ValueError(f"a judgement has the axes {', '.join(AXES)}, got {', '.join(self.axes) or 'none'}")
         for axis, value in self.axes.items():
@@ -49,8 +49,8 @@ class Judgement:
 class Judge(Protocol):
     """A way to judge images.
 
-    As with a reward, making one is quick, and the heavy part waits for ``load``, so that it can be sent to a worker
-    process before. A judge knows nothing of rewards: equal images and texts get equal judgements.
+    As with a reward, constructing one is quick and ``load`` does the heavy part, so that the judge can be sent to a
+    worker process first. A judge knows nothing about rewards: equal images and texts get equal judgements.
     """
 
     @property
@@ -68,18 +68,18 @@ class Judge(Protocol):
 
 
 class JudgeReward:
-    """A judge used as a reward, so that ``ScoringPool`` and score tables work for it as well.
+    """A judge used as a reward, so that ``ScoringPool`` and score tables also work for judges.
 
-    The value of a score is ``u``, the mean of the chosen axes, in 1..5; it is missing when one of them is. Details hold
-    every axis under its name, the present ones also when ``u`` is missing, beside the judge's own details; ``missing``
-    says why an axis that was not chosen is missing.
+    The value of a score is ``u``, the mean of the chosen axes, in 1..5; it is missing if one of them is. The details
+    are those of the judge and every axis under its name, even if ``u`` is missing; ``missing`` says why an axis that
+    was not chosen is missing.
 
     Args:
-        judge: who judges.
+        judge: the judge.
         axes: the axes of ``u``, a reward's ``judge_axes``.
 
     Raises:
-        ValueError: no axes, unknown ones, or one twice.
+        ValueError: there are no axes, an unknown one, or one twice.
     """
 
     def __init__(self, judge: Judge, *, axes: Sequence[str]) -> None:
@@ -98,15 +98,13 @@ class JudgeReward:
         self._judge.load()
 
     def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
-        """The score of ``images[i]`` for ``prompts[i]``, in order. The judge sees the prompts' texts only.
+        """The scores of ``images[i]`` for ``prompts[i]``, in order. The judge sees only the texts of the prompts.
 
         Raises:
-            ValueError: not as many prompts as images, or not as many judgements.
-            PrerequisiteError: the judge cannot be loaded or refuses its work.
+            ValueError: the numbers of images, prompts and judgements differ.
+            PrerequisiteError: the judge cannot be loaded, or its endpoint refuses the requests.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
-        judgements = self._judge.judge(images, [prompt.prompt for prompt in prompts])
+        judgements = self._judge.judge(images, [prompt.prompt for _, prompt in zip(images, prompts, strict=True)])
         if len(judgements) != len(images):
             raise ValueError(f"the judge gave {len(judgements)} judgements for {len(images)} images")
         return [self._score(judgement) for judgement in judgements]
@@ -122,5 +120,5 @@ class JudgeReward:
 
 
 def on_scale(value: float) -> bool:
-    """Whether a number is one of the scale's."""
+    """Whether a number is on the scale."""
     return math.isfinite(value) and LOWEST <= value <= HIGHEST

@@ -1,8 +1,8 @@
 """Chat requests to an endpoint that speaks OpenAI's protocol, through the ``openai`` client.
 
-The client repeats what may pass by itself (no connection, no answer in time, 408, 409, 429, 5xx) after a pause. What
-does not (a refused key or model: 401, 403, 404, or a redirect, which is not followed) ends the work with one sentence.
-What is wrong with one request or one answer (another 4xx, such as for an image that is too large) concerns one image.
+The client retries errors that may be temporary after a pause (no connection, no answer in time, 408, 409, 429, 5xx). A
+refused key or model (401, 403, 404) and a redirect, which is not followed, end the work with one sentence. Any other
+error (another 4xx, such as for an image that is too large, or an unusable answer) concerns only one image.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _REMEDIES = {
     403: "use a key that may use this model",
     404: "correct the judge's model or base_url",
 }
-_PASSING = (408, 409, 429)
+_TEMPORARY = (408, 409, 429)
 _QUOTED = 200
 """Characters of the endpoint's own message that an error shows."""
 _SHORTEST_SECRET = 8
-"""Characters; an answer may contain a shorter key, such as the ``EMPTY`` of a server without keys, by chance."""
+"""Characters. An answer can contain a shorter key by chance, such as the ``EMPTY`` of a server without keys."""
 
 
 class NoAnswerError(Exception):
-    """One request that got no usable answer; the message is the reason."""
+    """A request got no usable answer; the message is the reason."""
 
 
 class Endpoint:
-    """One model of an endpoint; ``async with endpoint.client`` holds the connections.
+    """One model of an endpoint; ``async with endpoint.client`` keeps the connections open.
 
     Args:
         base_url: address up to and including the version, as ``check_url`` takes it.
-        model: the endpoint's name of the model.
-        key: sent as bearer token; ``None`` for none.
+        model: the endpoint's name for the model.
+        key: sent as bearer token; ``None`` for no token.
         timeout: seconds for connecting, and for each silence of the endpoint.
         retries: further attempts after the first.
     """
@@ -47,7 +47,7 @@ class Endpoint:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Omit
 
         self._url, self._model, self._key, self._retries = base_url, model, key, retries
-        # The client would fill in what it is not given from OPENAI_* variables, which are meant for another service.
+        # The client takes missing values from OPENAI_* variables, which are meant for another service.
         omitted = ("OpenAI-Organization", "OpenAI-Project", *(("Authorization",) if key is None else ()))
         self._headers: dict[str, Any] = dict.fromkeys(omitted, Omit())
         self.client = AsyncOpenAI(
@@ -60,12 +60,12 @@ class Endpoint:
         )
 
     async def check(self) -> None:
-        """Ask once which models it has.
+        """Request the list of models once.
 
-        An endpoint that answers without a list passes: only a request for a judgement shows whether it works.
+        An endpoint that has no such list passes: only a request for a judgement shows whether it works.
 
         Raises:
-            PrerequisiteError: it cannot be reached, refuses the key, or has other models only.
+            PrerequisiteError: the endpoint cannot be reached, refuses the key, or does not have the model.
         """
         from openai import APIConnectionError, APIStatusError
 
@@ -93,15 +93,15 @@ class Endpoint:
             )
 
     async def ask(self, content: list[dict[str, Any]], *, max_tokens: int) -> tuple[str, bool]:
-        """The text that the model answers to one message, greedily, and whether the model ended it or was cut off.
+        """The model's greedy answer to one message, and whether the answer is complete.
 
         Args:
-            content: of the message, as OpenAI's protocol has it.
-            max_tokens: after which the answer is cut off.
+            content: of the message, in the form of OpenAI's protocol.
+            max_tokens: tokens after which the answer is cut off.
 
         Raises:
-            NoAnswerError: no attempt brought a usable answer.
-            PrerequisiteError: the endpoint refuses the key, or has no such model.
+            NoAnswerError: no attempt got a usable answer.
+            PrerequisiteError: the endpoint refuses the key, or does not have the model.
         """
         from openai import APIConnectionError, APIStatusError
 
@@ -117,7 +117,7 @@ class Endpoint:
         except APIConnectionError as error:
             raise self._gave_up(self._cause(error)) from None
         except APIStatusError as error:
-            if error.status_code in _PASSING or error.status_code >= 500:
+            if error.status_code in _TEMPORARY or error.status_code >= 500:
                 raise self._gave_up(f"HTTP {error.status_code}") from None
             if error.status_code in _REMEDIES or error.status_code < 400:
                 raise self._refusal(error) from None
@@ -127,7 +127,7 @@ class Endpoint:
         try:
             text, complete = answer.choices[0].message.content, answer.choices[0].finish_reason != "length"
         except (TypeError, LookupError, AttributeError):
-            raise NoAnswerError("the judge's answer is not that of a chat") from None
+            raise NoAnswerError("the judge's answer is not a chat completion") from None
         if not isinstance(text, str):
             raise NoAnswerError("the judge's answer is not text")
         return self._hidden(text), complete
@@ -144,16 +144,16 @@ class Endpoint:
         return PrerequisiteError(f"the judge's endpoint {self._url} answers {self._quoted(error)}: {remedy}")
 
     def _quoted(self, error: Any) -> str:
-        """Status and the endpoint's own message in one line, without the key."""
+        """The status and the endpoint's own message in one line, without the key."""
         return f"HTTP {error.status_code} ({self._hidden(' '.join(error.message.split()))[:_QUOTED]})"
 
     def _hidden(self, text: str) -> str:
-        """A text of the endpoint's without the key, which it may repeat; to be called before the text is cut."""
+        """A text from the endpoint without the key, which it may repeat. Call this before shortening the text."""
         return text if self._key is None or len(self._key) < _SHORTEST_SECRET else text.replace(self._key, "***")
 
 
 def check_package() -> None:
-    """Raise PrerequisiteError unless the client is installed."""
+    """Raise PrerequisiteError if the client is not installed."""
     if find_spec("openai") is None:
         raise PrerequisiteError(
             "judge.kind unified-reward needs the package openai: run `pip install 'gdro_cli[judge]'`, or choose another"
@@ -162,11 +162,11 @@ def check_package() -> None:
 
 
 def check_url(base_url: str) -> str:
-    """The address without a slash at its end. Raises UserError for one that is not like http://localhost:8000/v1."""
+    """The address without a trailing slash. Raises UserError if it is not like http://localhost:8000/v1."""
     if any(mark in base_url for mark in "@?#;"):
-        # it may hold a secret, so it is not shown
+        # the address may contain a secret, so the message does not show it
         raise UserError(
-            "the judge's base_url holds a user name, a password, a query or a fragment: it must be an address like "
+            "the judge's base_url contains a user name, a password, a query or a fragment: it must be an address like "
             "http://localhost:8000/v1, and api_key_env the name of the environment variable with the API key"
         )
     try:
@@ -181,10 +181,10 @@ def check_url(base_url: str) -> str:
 
 
 def read_key(variable: str | None) -> str | None:
-    """The API key in an environment variable; ``None`` when no variable is named.
+    """The API key in an environment variable; ``None`` if no variable is named.
 
     Raises:
-        PrerequisiteError: the variable is empty, or holds what cannot be a key. The message does not show it.
+        PrerequisiteError: the variable is empty, or its value cannot be a key. The message does not show it.
     """
     if variable is None:
         return None
@@ -192,5 +192,7 @@ def read_key(variable: str | None) -> str | None:
     if not key:
         raise PrerequisiteError(f"the environment variable {variable} is empty: put the judge's API key into it")
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise PrerequisiteError(f"the environment variable {variable} holds no API key: it must be one printable word")
+        raise PrerequisiteError(
+            f"the environment variable {variable} does not contain an API key: it must be one printable word"
+        )
     return key

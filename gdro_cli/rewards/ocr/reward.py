@@ -1,8 +1,8 @@
-"""The OCR reward: PaddleOCR reads the image, and ``rules`` compares what it read with the prompt's target."""
+"""The OCR reward: PaddleOCR reads the image, and ``rules`` compares the text with the prompt's target."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.core.measures import Measure
 from gdro_cli.errors import UserError
-from gdro_cli.rewards.base import ImageSource, PromptLike, Reward, Score
+from gdro_cli.rewards.base import PromptLike, Reward, Score
 from gdro_cli.rewards.ocr.rules import RULE, exact_match, normalise, ocr_reward, similarity
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from gdro_cli.rewards.ocr.engine import OcrEngine, Reading
+    from gdro_cli.rewards.ocr.engine import OcrEngine
     from gdro_cli.rewards.ocr.models import OcrModels
 
 
 class OcrReward(Reward):
-    """Scores images by what PaddleOCR reads in them.
+    """Scores images by the text that PaddleOCR reads in them.
 
     Details of a measured score: ``text`` (lines joined), ``lines``, ``line_confidences``, ``exact`` (bool),
     ``similarity``, ``confidence`` (mean over lines, ``None`` without text) and ``text_area`` (area of the detected
-    boxes as a share of the image). Each engine has one thread: more workers score faster than more threads.
+    boxes as a share of the image).
     """
 
     name = "ocr"
@@ -45,7 +45,7 @@ class OcrReward(Reward):
 
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """What was read."""
+        """The text that was read."""
         if "text" in details:
             yield "read", str(details["text"]) or "-"
 
@@ -74,21 +74,20 @@ class OcrReward(Reward):
         """Load the engine; a second call does nothing. Raises ``PrerequisiteError``."""
         self._loaded()
 
-    def score(self, images: Sequence[ImageSource], prompts: Sequence[PromptLike]) -> list[Score]:
-        """Score ``images[i]`` for ``prompts[i]``, in order.
-
-        Raises:
-            UserError: a prompt names no text to look for.
-            ValueError: not as many prompts as images.
-            PrerequisiteError: the engine cannot be loaded.
-        """
-        for prompt in prompts:
-            target_text(prompt)
-        return super().score(images, prompts)
-
     def score_image(self, image: Image.Image, prompt: PromptLike) -> Score:
-        """The score of what the engine reads in one image; whatever the engine raises goes through."""
-        return _score(self._loaded().read(image), target_text(prompt))
+        """Score one RGB image. Errors of the engine are not caught; a prompt without target is a ``UserError``."""
+        target, reading = target_text(prompt), self._loaded().read(image)
+        text = reading.text
+        details = {
+            "text": text,
+            "lines": list(reading.lines),
+            "line_confidences": [round(value, 4) for value in reading.confidences],
+            "exact": exact_match(target, text),
+            "similarity": similarity(target, text),
+            "confidence": round(reading.confidence, 4) if reading.confidence is not None else None,
+            "text_area": round(reading.text_area, 4),
+        }
+        return Score(ocr_reward(target, text), None, details)
 
     def _loaded(self) -> OcrEngine:
         if self._engine is None:
@@ -103,24 +102,10 @@ class OcrReward(Reward):
 
 
 def target_text(prompt: PromptLike) -> str:
-    """The text to look for. Raises UserError naming the prompt when it has none."""
+    """The text to look for. Raises UserError naming the prompt if it has none."""
     if prompt.target is None or not normalise(prompt.target):
         raise UserError(
             f"the prompt {prompt.prompt!r} names no text for the OCR reward to look for: put the text "
             f"between double quotes in the prompt, or give it as `target`"
         )
     return prompt.target
-
-
-def _score(reading: Reading, target: str) -> Score:
-    text = reading.text
-    details = {
-        "text": text,
-        "lines": list(reading.lines),
-        "line_confidences": [round(value, 4) for value in reading.confidences],
-        "exact": exact_match(target, text),
-        "similarity": similarity(target, text),
-        "confidence": round(reading.confidence, 4) if reading.confidence is not None else None,
-        "text_area": round(reading.text_area, 4),
-    }
-    return Score(ocr_reward(target, text), None, details)

@@ -1,4 +1,4 @@
-"""The colour classifier: cut-outs by hand, and a tiny random CLIP of the real classes against sentences one by one."""
+"""The colour classifier: cut-outs by hand, and a tiny random CLIP of the real classes, sentence by sentence."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = CLIPModel(config)
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                parameter.data = torch.randn_like(parameter) * 0.4  # CLIP's own start makes all pictures look alike
+                parameter.data = torch.randn_like(parameter) * 0.4  # with CLIP's own, all images look alike
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     square = {"height": SIZE, "width": SIZE}
@@ -59,13 +59,13 @@ def thing(label: str, box: tuple[int, int, int, int], *, width: int, height: int
     mask = np.zeros((height, width), dtype=np.bool_)
     mask[box[1] : box[3], box[0] : box[2]] = True
     mask[box[1], box[0]] = False
-    found = mask_box(mask)
-    assert found is not None
-    return Detection(label, 0.9, found, mask)
+    outline = mask_box(mask)
+    assert outline is not None
+    return Detection(label, 0.9, outline, mask)
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Coloured noise, coarse enough to look different everywhere."""
     noise = np.random.default_rng(5).integers(0, 256, (6, 10, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((100, 60), Image.Resampling.NEAREST)
@@ -73,14 +73,14 @@ def picture() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def things() -> list[Detection]:
-    """More than one batch of them, of three classes, all over the picture."""
+    """More than one batch, of three classes, all over the image."""
     labels = ("dog", "tv remote", "cup")
     boxes = [(x, y, x + 20 + y // 3, y + 15) for x in range(0, 70, 12) for y in range(0, 45, 14)]
     return [thing(labels[i % 3], box, width=100, height=60) for i, box in enumerate(boxes)]
 
 
 def test_cut_out_by_hand() -> None:
-    """A 4 x 3 image, red 10 x column, green 10 x row; of the box's 2 x 2 pixels one is not the object's."""
+    """A 4 x 3 image, red 10 x column, green 10 x row; one of the box's 2 x 2 pixels does not belong to the object."""
     pixels = np.zeros((3, 4, 3), dtype=np.uint8)
     pixels[..., 0], pixels[..., 1] = np.arange(4) * 10, np.arange(3)[:, None] * 10
     mask = np.zeros((3, 4), dtype=np.bool_)
@@ -99,22 +99,22 @@ def test_cut_out_by_hand() -> None:
     ],
 )
 def test_box_is_whole_pixels_inside_the_image(box: Box, size: tuple[int, int]) -> None:
-    found = Detection("dog", 0.9, box, np.ones((3, 4), dtype=np.bool_))
-    assert cut_out(Image.new("RGB", (4, 3)), found).size == size
+    item = Detection("dog", 0.9, box, np.ones((3, 4), dtype=np.bool_))
+    assert cut_out(Image.new("RGB", (4, 3)), item).size == size
 
 
 def test_mask_of_another_size_is_refused() -> None:
-    found = Detection("dog", 0.9, (0.0, 0.0, 1.0, 1.0), np.ones((4, 3), dtype=np.bool_))
+    item = Detection("dog", 0.9, (0.0, 0.0, 1.0, 1.0), np.ones((4, 3), dtype=np.bool_))
     with pytest.raises(ValueError, match=r"the mask is \(4, 3\), the image \(3, 4\)"):
-        cut_out(Image.new("RGB", (4, 3)), found)
+        cut_out(Image.new("RGB", (4, 3)), item)
 
 
 def test_classifier_is_the_mean_direction_of_the_three_sentences(folder: Path) -> None:
-    """Each sentence alone, padded to 77 tokens as the original padded: length 1, mean of three, length 1 again."""
+    """Each sentence alone, padded to 77 tokens as in the original: length 1, mean of three, length 1 again."""
     colours = ClipColours(str(folder))
-    made = colours.classifier("tv remote")
+    directions = colours.classifier("tv remote")
     network, _, tokenizer = colours._network()
-    assert made.shape == (10, 16)
+    assert directions.shape == (10, 16)
     for row, colour in enumerate(COLOURS):
         mean = torch.zeros(16)
         for sentence in (
@@ -125,66 +125,66 @@ def test_classifier_is_the_mean_direction_of_the_three_sentences(folder: Path) -
             tokens = tokenizer([sentence], padding="max_length", max_length=77, return_tensors="pt")
             with torch.no_grad():
                 mean += normalize(network.get_text_features(tokens["input_ids"]).pooler_output[0], dim=0) / 3
-        torch.testing.assert_close(made[row], mean / mean.norm(), atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(made, colours.classifier("cup"), atol=1e-3)
-    assert colours.classifier("tv remote") is made
+        torch.testing.assert_close(directions[row], mean / mean.norm(), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(directions, colours.classifier("cup"), atol=1e-3)
+    assert colours.classifier("tv remote") is directions
 
 
-def test_names_are_those_of_the_nearest_direction(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
+def test_the_colour_is_that_of_the_nearest_direction(folder: Path, image: Image.Image, things: list[Detection]) -> None:
     """Each object alone through CLIP's image processor; 24 objects are two batches."""
     colours = ClipColours(str(folder))
-    named = colours.classify(picture, things)
+    names = colours.classify(image, things)
     network, processor, _ = colours._network()
     expected = []
-    for found in things:
-        left, top, right, bottom = (int(edge) for edge in found.box)
-        grey = np.where(found.mask[..., None], np.asarray(picture), 0x99).astype(np.uint8)
+    for item in things:
+        left, top, right, bottom = (int(edge) for edge in item.box)
+        grey = np.where(item.mask[..., None], np.asarray(image), 0x99).astype(np.uint8)
         cut = Image.fromarray(grey[top:bottom, left:right])
         with torch.no_grad():
-            seen = network.get_image_features(processor(cut, return_tensors="pt")["pixel_values"]).pooler_output[0]
-        expected.append(COLOURS[int((colours.classifier(found.label) @ (seen / seen.norm())).argmax())])
-    assert len(things) == 24 and named == expected
-    assert len(set(named)) >= 3  # the random network tells some pictures apart
-    assert colours.classify(picture, []) == []
+            features = network.get_image_features(processor(cut, return_tensors="pt")["pixel_values"]).pooler_output[0]
+        expected.append(COLOURS[int((colours.classifier(item.label) @ (features / features.norm())).argmax())])
+    assert len(things) == 24 and names == expected
+    assert len(set(names)) >= 3  # the random network distinguishes some objects
+    assert colours.classify(image, []) == []
 
 
-def test_only_the_object_counts(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
+def test_only_the_object_counts(folder: Path, image: Image.Image, things: list[Detection]) -> None:
     colours = ClipColours(str(folder))
-    found = things[10]
-    pixels = np.asarray(picture).copy()
-    pixels[~found.mask] = 255 - pixels[~found.mask]
-    inside = np.where(found.mask[..., None], 255 - np.asarray(picture), np.asarray(picture)).astype(np.uint8)
-    embedded = colours._embed_pictures([cut_out(image, found) for image in map(Image.fromarray, (pixels, inside))])
-    own = colours._embed_pictures([cut_out(picture, found)])[0]
-    assert torch.allclose(embedded[0], own, atol=1e-6)
-    assert not torch.allclose(embedded[1], own, atol=1e-2)
+    item = things[10]
+    outside = np.asarray(image).copy()
+    outside[~item.mask] = 255 - outside[~item.mask]
+    inside = np.where(item.mask[..., None], 255 - np.asarray(image), np.asarray(image)).astype(np.uint8)
+    changed = colours._embed_images([cut_out(Image.fromarray(pixels), item) for pixels in (outside, inside)])
+    own = colours._embed_images([cut_out(image, item)])[0]
+    assert torch.allclose(changed[0], own, atol=1e-6)
+    assert not torch.allclose(changed[1], own, atol=1e-2)
 
 
 def test_thin_objects_look_like_thick_ones(folder: Path) -> None:
-    """Cut-outs of one colour, 1 and 3 pixels high: the latter could be taken for one with its channels first."""
+    """Cut-outs of one colour; one 3 pixels high could be mistaken for an array with its channels first."""
     cuts = [Image.new("RGB", size, (200, 30, 90)) for size in ((SIZE, SIZE), (40, 1), (40, 3), (3, 40))]
-    embedded = ClipColours(str(folder))._embed_pictures(cuts)
+    embedded = ClipColours(str(folder))._embed_images(cuts)
     torch.testing.assert_close(embedded, embedded[:1].expand(4, -1), atol=1e-5, rtol=1e-4)
 
 
-def test_classifier_travels_without_its_weights(folder: Path, picture: Image.Image, things: list[Detection]) -> None:
+def test_a_classifier_is_pickled_without_its_weights(folder: Path, image: Image.Image, things: list[Detection]) -> None:
     colours = ClipColours(str(folder))
-    before = pickle.dumps(colours)
-    here = colours.classify(picture, things)
-    assert abs(len(pickle.dumps(colours)) - len(before)) < 100
-    assert pickle.loads(before).classify(picture, things) == here
+    unloaded = pickle.dumps(colours)
+    names = colours.classify(image, things)
+    assert abs(len(pickle.dumps(colours)) - len(unloaded)) < 100
+    assert pickle.loads(unloaded).classify(image, things) == names
 
 
 def test_version_is_that_of_the_files(folder: Path, tmp_path: Path) -> None:
-    here = ClipColours(str(folder)).version
+    version = ClipColours(str(folder)).version
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert ClipColours(str(moved)).version == here
-    assert json.loads(json.dumps(here)) == here
+    assert ClipColours(str(moved)).version == version
+    assert json.loads(json.dumps(version)) == version
     weights = load_file(moved / "model.safetensors")
     weights["logit_scale"] += 1.0
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     changed = ClipColours(str(moved)).version
-    assert changed != here
+    assert changed != version
     settings = json.loads((moved / "preprocessor_config.json").read_text()) | {"resample": 0}
     (moved / "preprocessor_config.json").write_text(json.dumps(settings))
     assert ClipColours(str(moved)).version != changed
@@ -210,7 +210,7 @@ def test_missing_parts_are_named(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_published_size_can_be_built() -> None:
-    """ViT-L/14 at 224 pixels with its text half: 428 M parameters, from the published numbers."""
+    """ViT-L/14 at 224 pixels with its text encoder, from the published numbers: 428 M parameters."""
     from transformers import CLIPConfig, CLIPModel
 
     text = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}

@@ -1,4 +1,4 @@
-"""The detector: hand-made numbers for what is around the network, and a tiny random Mask2Former of the real class."""
+"""The detector: its processing by hand-made numbers, and a tiny random Mask2Former of the real class."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COCO_NAMES = {number: ORIGINAL.get(name, name) for number, name in enumerate(COC
 
 
 def save_tiny(folder: Path, names: dict[int, str]) -> None:
-    """A Mask2Former with 118 thousand random weights, its class scores spread so that some are confident."""
+    """A Mask2Former with 118 thousand random weights, its class scores spread out so that some are confident."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
@@ -62,16 +62,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images() -> list[Image.Image]:
-    """Three sizes, one of them twice, full of rectangles."""
+    """Images of three sizes, one of them twice, full of rectangles."""
     generator = np.random.default_rng(0)
-    made = []
+    drawn = []
     for width, height in ((60, 60), (90, 60), (60, 60), (40, 70)):
         pixels = np.full((height, width, 3), 128, dtype=np.uint8)
         for _ in range(6):
             x, y = generator.integers(0, width - 10), generator.integers(0, height - 10)
             pixels[y : y + 20, x : x + 20] = generator.integers(0, 256, 3)
-        made.append(Image.fromarray(pixels))
-    return made
+        drawn.append(Image.fromarray(pixels))
+    return drawn
 
 
 def logit(probability: float) -> float:
@@ -87,7 +87,7 @@ def same(one: Detection, other: Detection) -> bool:
     )
 
 
-def test_classes_are_those_of_geneval(folder: Path) -> None:
+def test_classes_are_in_genevals_spelling(folder: Path) -> None:
     assert Mask2FormerDetector(str(folder)).classes == COCO_CLASSES
 
 
@@ -105,32 +105,32 @@ def test_score_mask_and_box_by_hand() -> None:
     masks[1, 7, 0], masks[1, 6, 1] = logit(0.6), logit(0.9)
     frame = Frame((8, 8), (8, 8), (8, 8))
     found = instances(probabilities.log(), masks, frame=frame, labels=("cat", "dog", "tv remote"), minimum=0.2)
-    assert [one.label for one in found] == ["tv remote", "cat", "dog"]
-    assert [one.confidence for one in found] == pytest.approx([0.675, 0.48, 0.24], abs=1e-5)
-    assert [one.box for one in found] == [(0.0, 6.0, 2.0, 8.0), (2.0, 1.0, 5.0, 3.0), (2.0, 1.0, 5.0, 3.0)]
-    assert [int(one.mask.sum()) for one in found] == [2, 6, 6]
+    assert [item.label for item in found] == ["tv remote", "cat", "dog"]
+    assert [item.confidence for item in found] == pytest.approx([0.675, 0.48, 0.24], abs=1e-5)
+    assert [item.box for item in found] == [(0.0, 6.0, 2.0, 8.0), (2.0, 1.0, 5.0, 3.0), (2.0, 1.0, 5.0, 3.0)]
+    assert [int(item.mask.sum()) for item in found] == [2, 6, 6]
     assert found[0].mask.dtype == np.bool_
     above = instances(probabilities.log(), masks, frame=frame, labels=("cat", "dog", "tv remote"), minimum=0.3)
-    assert [one.label for one in above] == ["tv remote", "cat"]  # 0.3 * 0.8 is not above 0.3
+    assert [item.label for item in above] == ["tv remote", "cat"]  # 0.3 * 0.8 is not above 0.3
 
 
-def test_padding_is_cut_and_masks_are_made_at_the_size_of_the_image() -> None:
-    """Input 2 x 4, of which the right half is padding; image 2 x 4.
+def test_padding_is_cut_off_and_masks_are_computed_at_the_size_of_the_image() -> None:
+    """Input 2 x 4, whose right half is padding; image 2 x 4.
 
-    Cut, the logits are -1 and 1, which enlarged to 4 columns are -1, -0.5, 0.5, 1: the mask is the right half with
-    probabilities 0.6225 and 0.7311, mean 0.6768. With the padding (logits 9) the box would be another, and with the
-    mask made first and enlarged afterwards the mean would be 0.7311.
+    Without the padding the logits are -1 and 1; enlarged to 4 columns they are -1, -0.5, 0.5, 1. So the mask is the
+    right half with probabilities 0.6225 and 0.7311, mean 0.6768. With the padding (logits 9) the box would differ. If
+    the mask were computed first and then enlarged, the mean would be 0.7311.
     """
     masks = torch.tensor([[[-1.0, 1.0, 9.0, 9.0], [-1.0, 1.0, 9.0, 9.0]]])
     frame = Frame(image=(2, 4), scaled=(2, 2), padded=(2, 4))
-    (found,) = instances(torch.tensor([[9.0, -9.0]]), masks, frame=frame, labels=("cat",), minimum=0.3)
-    assert found.mask.tolist() == [[False, False, True, True]] * 2
-    assert found.confidence == pytest.approx((0.62246 + 0.73106) / 2, abs=1e-4)
-    assert found.box == (2.0, 0.0, 4.0, 2.0)
+    (item,) = instances(torch.tensor([[9.0, -9.0]]), masks, frame=frame, labels=("cat",), minimum=0.3)
+    assert item.mask.tolist() == [[False, False, True, True]] * 2
+    assert item.confidence == pytest.approx((0.62246 + 0.73106) / 2, abs=1e-4)
+    assert item.box == (2.0, 0.0, 4.0, 2.0)
 
 
-def test_equals_the_library_where_that_works_at_the_size_of_the_image() -> None:
-    """Unpadded input, image of 384 x 384: the library's 30 best of 60 pairs are ours, scores and masks."""
+def test_equals_the_library_if_no_resizing_is_needed() -> None:
+    """Unpadded input, image of 384 x 384: the library's objects are ours, scores and masks."""
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
     from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 
@@ -145,11 +145,11 @@ def test_equals_the_library_where_that_works_at_the_size_of_the_image() -> None:
     ours = instances(classes[0], masks[0], frame=Frame(size, size, size), labels=("cat", "dog"), minimum=0.4)
     order = sorted(range(len(theirs["segments_info"])), key=lambda i: -theirs["segments_info"][i]["score"])
     assert len(ours) == len(order) > 10
-    for one, index in zip(ours, order, strict=True):
+    for item, index in zip(ours, order, strict=True):
         info = theirs["segments_info"][index]
-        assert one.label == ("cat", "dog")[info["label_id"]]
-        assert one.confidence == pytest.approx(info["score"], abs=2e-6)
-        assert torch.equal(torch.from_numpy(one.mask), theirs["segmentation"][index].bool())
+        assert item.label == ("cat", "dog")[info["label_id"]]
+        assert item.confidence == pytest.approx(info["score"], abs=2e-6)
+        assert torch.equal(torch.from_numpy(item.mask), theirs["segmentation"][index].bool())
 
 
 def test_at_most_a_hundred_pairs_are_objects() -> None:
@@ -193,53 +193,53 @@ def test_input_is_rgb_normalised_then_padded_with_zeros(folder: Path) -> None:
     assert not pixels[..., 80:].any()
 
 
-def test_real_network_finds_the_same_in_any_batch(folder: Path, images: list[Image.Image]) -> None:
-    alone = Mask2FormerDetector(str(folder), device="cpu", batch_size=1, sides=SIDES).detect(images, minimum=0.02)
-    together = Mask2FormerDetector(str(folder), device="cpu", batch_size=4, sides=SIDES).detect(images, minimum=0.02)
-    assert [len(found) for found in alone] == [len(found) for found in together]
-    assert min(len(found) for found in alone) >= 2
-    for image, one, other in zip(images, alone, together, strict=True):
-        assert all(same(a, b) for a, b in zip(one, other, strict=True))
-        assert [a.confidence for a in one] == sorted((a.confidence for a in one), reverse=True)
-        for a in one:
-            assert a.mask.shape == (image.height, image.width)
-            assert a.box == mask_box(a.mask)
-            assert 0.02 < a.confidence <= 1.0 and a.label in COCO_CLASSES
-    assert not same(alone[0][0], alone[2][0])  # the network looks at the image
-    assert Mask2FormerDetector(str(folder), sides=SIDES).detect([], minimum=0.3) == []
-
-
-def test_detector_travels_without_its_weights(folder: Path, images: list[Image.Image]) -> None:
+def test_a_real_network_finds_the_same_objects_in_any_batch(folder: Path, images: list[Image.Image]) -> None:
     detector = Mask2FormerDetector(str(folder), device="cpu", sides=SIDES)
-    before = pickle.dumps(detector)
-    here = detector.detect(images[:1], minimum=0.02)[0]
-    after = pickle.dumps(detector)
-    assert abs(len(after) - len(before)) < 100
-    there = pickle.loads(before).detect(images[:1], minimum=0.02)[0]
-    assert here and all(same(a, b) for a, b in zip(here, there, strict=True))
+    together = detector.detect(images, minimum=0.02)
+    alone = [detector.detect([image], minimum=0.02)[0] for image in images]
+    assert [len(objects) for objects in alone] == [len(objects) for objects in together]
+    assert min(len(objects) for objects in alone) >= 2
+    for image, objects, others in zip(images, alone, together, strict=True):
+        assert all(same(item, other) for item, other in zip(objects, others, strict=True))
+        assert [item.confidence for item in objects] == sorted((item.confidence for item in objects), reverse=True)
+        for item in objects:
+            assert item.mask.shape == (image.height, image.width)
+            assert item.box == mask_box(item.mask)
+            assert 0.02 < item.confidence <= 1.0 and item.label in COCO_CLASSES
+    assert not same(alone[0][0], alone[2][0])  # the network looks at the image
+    assert detector.detect([], minimum=0.3) == []
+
+
+def test_a_detector_is_pickled_without_its_weights(folder: Path, images: list[Image.Image]) -> None:
+    detector = Mask2FormerDetector(str(folder), device="cpu", sides=SIDES)
+    unloaded = pickle.dumps(detector)
+    (objects,) = detector.detect(images[:1], minimum=0.02)
+    assert abs(len(pickle.dumps(detector)) - len(unloaded)) < 100
+    (others,) = pickle.loads(unloaded).detect(images[:1], minimum=0.02)
+    assert objects and all(same(item, other) for item, other in zip(objects, others, strict=True))
 
 
 def test_version_is_that_of_the_files_and_sizes(folder: Path, tmp_path: Path) -> None:
-    here = Mask2FormerDetector(str(folder)).version
+    version = Mask2FormerDetector(str(folder)).version
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert Mask2FormerDetector(str(moved), device="cpu", batch_size=1).version == here
-    assert json.loads(json.dumps(here)) == here
-    versions = [Mask2FormerDetector(str(folder), sides=sides).version for sides in ((800, 1000), (600, 1333))]
-    assert here not in versions and versions[0] != versions[1]
+    assert Mask2FormerDetector(str(moved), device="cpu").version == version
+    assert json.loads(json.dumps(version)) == version
+    others = [Mask2FormerDetector(str(folder), sides=sides).version for sides in ((800, 1000), (600, 1333))]
+    assert version not in others and others[0] != others[1]
     weights = load_file(moved / "model.safetensors")
     weights["class_predictor.bias"][0] += 1e-3
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
-    assert Mask2FormerDetector(str(moved)).version != here
+    assert Mask2FormerDetector(str(moved)).version != version
 
 
-def test_weights_that_lack_a_part_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_incomplete_and_damaged_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(folder, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     del weights["class_predictor.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PrerequisiteError, match=r"broken lacks the weight class_predictor\.weight: fetch the whole"):
         Mask2FormerDetector(str(broken)).load()
-    (broken / "model.safetensors").write_bytes(b"no weights")
+    (broken / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(PrerequisiteError, match=r"broken cannot be loaded \(Error while deserializing header"):
         Mask2FormerDetector(str(broken)).load()
     (broken / "model.safetensors").unlink()
@@ -248,12 +248,12 @@ def test_weights_that_lack_a_part_are_refused(folder: Path, tmp_path: Path) -> N
 
 
 def test_other_vocabulary() -> None:
-    """A model that lacks COCO's classes and has one more: it keeps its names, and a prompt for another is refused."""
+    """A model with other classes than COCO's keeps its names, and a prompt with another class is refused."""
     names = class_names({"id2label": {"2": "gizmo", "0": "cat", "1": "mouse"}}, model="mine")
     assert names == ("cat", "computer mouse", "gizmo")
-    wanted = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    metadata = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
     with pytest.raises(ValueError, match="the class 'dog', which the detector does not know"):
-        parse_task(wanted, classes=names)
+        parse_task(metadata, classes=names)
     for config in ({}, {"id2label": {}}, {"id2label": {"1": "cat", "2": "dog"}}, {"id2label": ["cat"]}):
         with pytest.raises(
             UserError, match=r"`reward\.geneval\.detector_model` names mine, whose config\.json does not"
@@ -261,7 +261,7 @@ def test_other_vocabulary() -> None:
             class_names(config, model="mine")
 
 
-def test_missing_model_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_error_for_a_missing_model_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -273,7 +273,7 @@ def test_missing_model_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def test_published_size_can_be_built() -> None:
-    """Swin-S, 100 queries, 80 classes: 69 M parameters (arXiv 2112.01527, table 1); the published numbers."""
+    """Swin-S, 100 queries, 80 classes, from the published numbers: 69 M parameters (arXiv 2112.01527, table 1)."""
     from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
     backbone = SwinConfig(

@@ -1,4 +1,4 @@
-"""Where a model's files come from: folders, the Hub's cache, and what is said when there are none."""
+"""Where a model's files come from: folders, the Hub's cache, and the errors if they are missing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def open_files(model: str | Path) -> ModelFiles:
 
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty Hub cache, and a Hub that nobody can reach."""
+    """An empty Hub cache; the Hub cannot be reached."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -48,33 +48,33 @@ def snapshot(cache: Path) -> Path:
     return repository / "snapshots" / COMMIT
 
 
-def test_digest_covers_names_and_bytes_of_what_is_loaded(tmp_path: Path) -> None:
-    here = open_files(fill(tmp_path / "a")).version
+def test_the_digest_covers_names_and_bytes_of_the_files_that_are_loaded(tmp_path: Path) -> None:
+    version = open_files(fill(tmp_path / "a")).version
     other = fill(tmp_path / "b")
     (other / "README.md").write_text("read me")
-    assert open_files(other).version == here and set(here) == {"sha256", "transformers"}
+    assert open_files(other).version == version and set(version) == {"sha256", "transformers"}
     (other / "model.safetensors").write_text("other weights")
-    assert open_files(other).version != here
+    assert open_files(other).version != version
     fill(other)
     (other / "tokenizer.json").write_text("{}")
-    assert open_files(other).version != here
+    assert open_files(other).version != version
 
 
-def test_repository_in_the_cache_needs_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Online, so that the Hub could be asked, but nobody looks up an address."""
+def test_a_repository_in_the_cache_needs_no_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is online and may ask the Hub, but no address is looked up."""
     from huggingface_hub import constants
 
-    asked: list[object] = []
+    requests: list[object] = []
 
     def look_up(*address: object, **_options: object) -> None:
-        asked.append(address)
+        requests.append(address)
         raise OSError("no network in tests")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     root = fill(snapshot(cache))
     files = open_files("owner/name")
-    assert not asked
+    assert not requests
     assert files.config["id2label"] == {"0": "cat"}
     assert files.version["model"] == "owner/name" and files.version["commit"] == COMMIT
     assert pickle.loads(pickle.dumps(files)).version == files.version
@@ -83,7 +83,7 @@ def test_repository_in_the_cache_needs_no_network(cache: Path, monkeypatch: pyte
         open_files("owner/name")
 
 
-def test_repository_that_cannot_be_fetched(cache: Path) -> None:
+def test_a_repository_that_cannot_be_fetched(cache: Path) -> None:
     sentence = (
         r"owner/name is neither a local folder nor could .* be read from the Hugging Face cache or fetched "
         r"\(LocalEntryNotFoundError\): .*`hf download owner/name`.* set reward\.some_model=FOLDER$"
@@ -92,17 +92,17 @@ def test_repository_that_cannot_be_fetched(cache: Path) -> None:
         open_files("owner/name")
 
 
-def test_repository_without_weights_in_the_cache_fails_on_loading(cache: Path) -> None:
-    fill(snapshot(cache), without="model.safetensors")
-    files = open_files("owner/name")  # its small files are there
+def test_a_repository_without_weights_in_the_cache_fails_on_loading(cache: Path) -> None:
     from transformers import CLIPModel
 
+    fill(snapshot(cache), without="model.safetensors")
+    files = open_files("owner/name")
     with pytest.raises(PrerequisiteError, match="run `hf download owner/name`"):
         files.load_model(CLIPModel, device="cpu")
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
-def test_incomplete_folder_is_named(tmp_path: Path, name: str) -> None:
+def test_the_missing_file_of_a_folder_is_named(tmp_path: Path, name: str) -> None:
     folder = fill(tmp_path / "model", without=name)
     pattern = {"model.safetensors": r"\*\.safetensors"}.get(name, name)
     with pytest.raises(PrerequisiteError, match=f"model has no {pattern}.*: fetch the whole folder again$"):
@@ -123,15 +123,15 @@ def test_devices() -> None:
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def test_making_a_detector_or_classifier_imports_no_transformers(tmp_path: Path) -> None:
-    """Both are made, asked for their version and pickled in a fresh process."""
+def test_constructing_a_detector_or_classifier_does_not_import_transformers(tmp_path: Path) -> None:
+    """A fresh process constructs both, reads their versions and pickles them."""
     detector = fill(tmp_path / "detector", config=CONFIG.replace("clip", "mask2former"))
     colours = fill(tmp_path / "colours")
     (colours / "tokenizer.json").write_text("{}")
     program = (
         "import pickle, sys; from gdro_cli.rewards.geneval.mask2former import Mask2FormerDetector;"
         "from gdro_cli.rewards.geneval.clip_colour import ClipColours;"
-        "made = Mask2FormerDetector(sys.argv[1]), ClipColours(sys.argv[2]);"
-        "[pickle.dumps((one, one.version)) for one in made]; sys.exit('transformers' in sys.modules)"
+        "models = Mask2FormerDetector(sys.argv[1]), ClipColours(sys.argv[2]);"
+        "[pickle.dumps((model, model.version)) for model in models]; sys.exit('transformers' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program, str(detector), str(colours)], check=True)

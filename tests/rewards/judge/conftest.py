@@ -1,4 +1,4 @@
-"""An endpoint on this machine."""
+"""A judge's endpoint on this machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.judge_server import JudgeServer
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[JudgeServer]:
-    """A running endpoint, which no proxy of the environment hides."""
+    """A running endpoint that is reached without the environment's proxy."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     running = JudgeServer()

@@ -17,7 +17,7 @@ from tests.support.ocr_signs import Prompt
 
 
 class PaperJudge:
-    """Says what is written on its paper, and remembers what it was shown."""
+    """Gives fixed judgements, and records the prompts."""
 
     def __init__(self, *judgements: Judgement) -> None:
         self._judgements = list(judgements)
@@ -48,7 +48,7 @@ def prompt(text: str) -> Prompt:
     return Prompt(text, "SECRET", {"score": 0.9})
 
 
-def test_u_is_the_mean_of_the_axes_of_the_task() -> None:
+def test_u_is_the_mean_of_the_axes_of_the_reward() -> None:
     """(2 + 3.5 + 5) / 3 = 3.5 with all axes, (3.5 + 5) / 2 = 4.25 without alignment."""
     judgement = Judgement(axes(2.0, 3.5, 5.0))
     (ocr,) = JudgeReward(PaperJudge(judgement), axes=OcrReward.judge_axes).score(blank_images(1), [prompt("a")])
@@ -58,7 +58,7 @@ def test_u_is_the_mean_of_the_axes_of_the_task() -> None:
     assert ocr.details == geneval.details == {"alignment": 2.0, "coherence": 3.5, "style": 5.0}
 
 
-def test_u_is_missing_with_one_of_its_axes_and_the_present_ones_are_kept() -> None:
+def test_u_is_missing_if_one_of_its_axes_is_and_the_details_keep_the_others() -> None:
     judge = PaperJudge(Judgement(axes(2.0, None, 5.0), "no coherence", {"answer": "..."}))
     (score,) = JudgeReward(judge, axes=AXES).score(blank_images(1), [prompt("a")])
     assert (score.value, score.reason) == (None, "no coherence")
@@ -74,7 +74,7 @@ def test_an_axis_outside_u_may_be_missing() -> None:
     assert score.details["missing"] == "no alignment"
 
 
-def test_the_judge_sees_the_texts_and_nothing_else_of_the_prompts() -> None:
+def test_the_judge_sees_only_the_texts_of_the_prompts() -> None:
     judge = PaperJudge(Judgement(axes(1, 1, 1)), Judgement(axes(5, 5, 5)))
     scores = JudgeReward(judge, axes=AXES).score(blank_images(2), [prompt("one"), prompt("two")])
     assert judge.prompts == ["one", "two"]
@@ -82,7 +82,7 @@ def test_the_judge_sees_the_texts_and_nothing_else_of_the_prompts() -> None:
     assert [score.value for score in scores] == [1.0, 5.0]
 
 
-def test_provenance_names_judge_and_axes_in_one_order() -> None:
+def test_provenance_has_the_judge_and_the_axes_in_a_fixed_order() -> None:
     judge = PaperJudge()
     assert JudgeReward(judge, axes=["style", "coherence"]).version == {
         "judge": {"judge": "paper"},
@@ -96,9 +96,9 @@ def test_load_loads_the_judge() -> None:
     assert judge.loads == 1
 
 
-def test_counts_must_agree() -> None:
+def test_the_numbers_of_images_prompts_and_judgements_must_agree() -> None:
     reward = JudgeReward(PaperJudge(Judgement.missing("nothing")), axes=AXES)
-    with pytest.raises(ValueError, match="2 images but 1 prompts"):
+    with pytest.raises(ValueError, match="zip"):
         reward.score(blank_images(2), [prompt("a")])
     with pytest.raises(ValueError, match="1 judgements for 2 images"):
         reward.score(blank_images(2), [prompt("a"), prompt("b")])

@@ -1,11 +1,12 @@
-"""UnifiedReward's answers, read by hand."""
+"""UnifiedReward's prompt and answers, checked by hand."""
 
 from __future__ import annotations
 
 import pytest
 
+from gdro_cli.rewards.judge import unified_prompt
 from gdro_cli.rewards.judge.base import AXES
-from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, check_template, provenance, read_answer, request_text
+from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, provenance, read_answer, request_text
 from tests.support.judge_server import lines
 
 
@@ -17,7 +18,7 @@ def read(answer: str, *, complete: bool = True) -> tuple[float | None, ...]:
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        # as the authors show it
+        # the authors' example
         (
             lines("2.694700002670288", "2.371500015258789", "2.802500009536743"),
             (2.694700002670288, 2.371500015258789, 2.802500009536743),
@@ -36,11 +37,11 @@ def read(answer: str, *, complete: bool = True) -> tuple[float | None, ...]:
             "Style Score (1-5): 2\nI looked closely.\nAlignment Score (1-5): 4\nCoherence Score (1-5): 3",
             (4.0, 3.0, 2.0),
         ),
-        # the same number twice says nothing new
+        # the same number twice
         (lines(4, 3, 2) + "\n\n" + lines("4.0", 3, 2), (4.0, 3.0, 2.0)),
         # the form repeated, then the answer
         (lines("X", "Y", "Z") + "\n" + lines(4, 3, 2), (4.0, 3.0, 2.0)),
-        # thoughts are no answer
+        # thoughts are not an answer
         ("<think>\n" + lines(1, 1, 1) + "\n</think>\n" + lines(4, 3, 2), (4.0, 3.0, 2.0)),
         (lines(1, 1, 1) + "\n</think>\n" + lines(4, 3, 2), (4.0, 3.0, 2.0)),
     ],
@@ -68,10 +69,9 @@ def test_good_answers(answer: str, expected: tuple[float, ...]) -> None:
         ("", (None, None, None), "has no style score"),
     ],
 )
-def test_what_is_not_said_plainly_is_missing(answer: str, expected: tuple[float | None, ...], reason: str) -> None:
+def test_an_axis_with_no_clear_number_is_missing(answer: str, expected: tuple[float | None, ...], reason: str) -> None:
     assert read(answer) == expected
-    said = read_answer(answer).reason
-    assert said is not None and reason in said
+    assert reason in str(read_answer(answer).reason)
 
 
 def test_the_last_line_of_an_answer_that_was_cut_off_is_not_read() -> None:
@@ -82,31 +82,26 @@ def test_the_last_line_of_an_answer_that_was_cut_off_is_not_read() -> None:
     assert read(lines(4, 3, 2) + "\n", complete=False) == (4.0, 3.0, None)
 
 
-def test_the_answer_is_kept_but_not_all_of_a_long_one() -> None:
+def test_the_details_keep_the_beginning_of_the_answer() -> None:
     assert read_answer(lines(4, 3, 2)).details == {"answer": lines(4, 3, 2)}
     assert len(read_answer("word " * 1000).details["answer"]) == 500
 
 
-def test_the_caption_is_taken_as_it_is() -> None:
+def test_the_caption_is_inserted_unchanged() -> None:
     caption = 'a sign that says "{caption}" \\1 {0} %s'
     text = request_text(caption)
     assert text.endswith(f"Text Caption: [{caption}]")
     assert text.replace(f"[{caption}]", "[{caption}]") == TEMPLATE
 
 
-def test_the_form_asked_for_is_the_form_that_is_read() -> None:
+def test_an_answer_in_the_form_of_the_prompt_can_be_read() -> None:
     answer = request_text("a cat").replace(": X", ": 4").replace(": Y", ": 3").replace(": Z", ": 2")
     assert read(answer) == (4.0, 3.0, 2.0)
     assert read(request_text("a cat")) == (None, None, None)
 
 
-def test_provenance_changes_with_the_prompt() -> None:
-    assert provenance(TEMPLATE) == provenance(TEMPLATE)
-    assert provenance(TEMPLATE) != provenance(TEMPLATE + " ")
-
-
-@pytest.mark.parametrize("template", ["no place", "{caption} and {caption}"])
-def test_a_template_has_one_place_for_the_caption(template: str) -> None:
-    check_template(TEMPLATE)
-    with pytest.raises(ValueError, match="once"):
-        check_template(template)
+def test_provenance_changes_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = provenance()
+    assert own == provenance()
+    monkeypatch.setattr(unified_prompt, "TEMPLATE", TEMPLATE + " ")
+    assert provenance() != own

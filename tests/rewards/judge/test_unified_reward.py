@@ -1,4 +1,4 @@
-"""The judge behind an endpoint: a real HTTP server that answers well, badly, late or never."""
+"""The judge behind an endpoint: a real HTTP server whose answers are good, unusable, late or missing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def one(judge: UnifiedRewardJudge) -> tuple[tuple[float | None, ...], str | None
     return tuple(judgement.axes[axis] for axis in AXES), judgement.reason
 
 
-def test_a_request_holds_the_image_the_prompt_and_greedy_decoding(server: JudgeServer) -> None:
+def test_a_request_contains_the_image_the_prompt_and_greedy_decoding(server: JudgeServer) -> None:
     assert one(make(server)) == ((3.5, 4.0, 2.25), None)
     (seen,) = server.seen
     assert seen.authorization is None
@@ -57,14 +57,7 @@ def test_a_request_holds_the_image_the_prompt_and_greedy_decoding(server: JudgeS
     assert (sent.format, sent.mode, sent.tobytes()) == ("PNG", "RGB", plain_image().tobytes())
 
 
-def test_a_template_of_ones_own_is_sent_and_is_in_the_provenance(server: JudgeServer) -> None:
-    judge = make(server, template="Rate <{caption}>")
-    assert one(judge)[1] is None
-    assert server.seen[0].payload["messages"][0]["content"][1]["text"] == "Rate <a red card>"
-    assert judge.version["prompt_sha256"] != make(server).version["prompt_sha256"]
-
-
-def test_the_order_is_kept_and_a_broken_image_is_missing_alone(server: JudgeServer, tmp_path: Path) -> None:
+def test_the_order_is_kept_and_only_the_broken_image_is_missing(server: JudgeServer, tmp_path: Path) -> None:
     """The first answers are the slowest; the caption is the style."""
 
     def reply(text: str) -> Reply:
@@ -87,30 +80,30 @@ def test_the_order_is_kept_and_a_broken_image_is_missing_alone(server: JudgeServ
     ("reply", "reason"),
     [
         (Reply(b"<html>hello</html>"), "is not JSON"),
-        (Reply(b"<html>hello</html>", headers={"Content-Type": "text/html"}), "not that of a chat"),
+        (Reply(b"<html>hello</html>", headers={"Content-Type": "text/html"}), "not a chat completion"),
         (Reply(b""), "is not JSON"),
-        (Reply(b"[1, 2]"), "not that of a chat"),
-        (Reply(b"{}"), "not that of a chat"),
-        (Reply(b'{"choices": null}'), "not that of a chat"),
-        (Reply(b'{"choices": []}'), "not that of a chat"),
-        (Reply(b'{"choices": [null]}'), "not that of a chat"),
+        (Reply(b"[1, 2]"), "not a chat completion"),
+        (Reply(b"{}"), "not a chat completion"),
+        (Reply(b'{"choices": null}'), "not a chat completion"),
+        (Reply(b'{"choices": []}'), "not a chat completion"),
+        (Reply(b'{"choices": [null]}'), "not a chat completion"),
         (Reply(b'{"choices": [{"message": {}}]}'), "not"),
-        (Reply(b'{"choices": ["text"]}'), "not that of a chat"),
+        (Reply(b'{"choices": ["text"]}'), "not a chat completion"),
         (Reply(b"\xff\xfe\xfa"), "is not JSON"),
         (says(None), "is not text"),
         (says([{"type": "image"}]), "is not text"),
         (says("I cannot judge this."), "has no alignment score"),
     ],
 )
-def test_an_answer_that_is_none_makes_its_image_missing(server: JudgeServer, reply: Reply, reason: str) -> None:
+def test_an_unusable_answer_makes_its_image_missing(server: JudgeServer, reply: Reply, reason: str) -> None:
     server.otherwise = lambda text: reply
-    values, said = one(make(server))
+    values, actual = one(make(server))
     assert values == (None, None, None)
-    assert said is not None and reason in said
-    assert len(server.seen) == 1  # a greedy model would say the same again
+    assert reason in str(actual)
+    assert len(server.seen) == 1  # a greedy model would give the same answer again
 
 
-def test_an_axis_that_is_missing_or_off_the_scale_is_missing_alone(server: JudgeServer) -> None:
+def test_only_an_axis_that_is_absent_or_off_the_scale_is_missing(server: JudgeServer) -> None:
     server.replies.append(says("Alignment Score (1-5): 4\nStyle Score (1-5): 7"))
     values, reason = one(make(server))
     assert values == (4.0, None, None)
@@ -125,13 +118,13 @@ def test_an_answer_that_was_cut_off_loses_its_last_number(server: JudgeServer) -
 @pytest.mark.parametrize(
     "trouble", [fails(500), fails(503), fails(408), fails(429), Reply(b"", hang_up=True)], ids=lambda r: str(r.status)
 )
-def test_trouble_that_passes_is_waited_out(server: JudgeServer, trouble: Reply) -> None:
+def test_temporary_errors_are_retried(server: JudgeServer, trouble: Reply) -> None:
     server.replies.extend([trouble, trouble])
     assert one(make(server, retries=2)) == ((3.5, 4.0, 2.25), None)
     assert len(server.seen) == 3
 
 
-def test_a_server_in_trouble_for_good_makes_images_missing(server: JudgeServer) -> None:
+def test_a_permanent_server_error_makes_images_missing(server: JudgeServer) -> None:
     server.otherwise = lambda text: fails(500, message="out of memory")
     values, reason = one(make(server, retries=2))
     assert values == (None, None, None)
@@ -139,7 +132,7 @@ def test_a_server_in_trouble_for_good_makes_images_missing(server: JudgeServer) 
     assert len(server.seen) == 3
 
 
-def test_an_answer_that_comes_too_late_is_asked_for_again(server: JudgeServer) -> None:
+def test_a_request_whose_answer_is_too_late_is_repeated(server: JudgeServer) -> None:
     server.replies.append(says(lines(1, 1, 1), delay=2.0))
     assert one(make(server, timeout=0.2)) == ((3.5, 4.0, 2.25), None)  # the second answer, not the late one
     assert len(server.seen) == 2
@@ -149,15 +142,15 @@ def test_an_answer_that_comes_too_late_is_asked_for_again(server: JudgeServer) -
     assert reason is not None and "ReadTimeout" in reason
 
 
-def test_retry_after_is_obeyed(server: JudgeServer) -> None:
-    """Without it the pause would be half a second."""
+def test_the_retry_after_header_is_obeyed(server: JudgeServer) -> None:
+    """Without it, the pause would be half a second."""
     server.replies.append(fails(429, headers={"Retry-After": "1"}))
     start = time.monotonic()
     assert one(make(server))[1] is None
     assert time.monotonic() - start >= 1.0
 
 
-def test_no_more_requests_at_a_time_than_allowed(server: JudgeServer) -> None:
+def test_the_number_of_simultaneous_requests_is_limited(server: JudgeServer) -> None:
     server.otherwise = lambda text: says(lines(3, 3, 3), delay=0.05)
     judgements = make(server, concurrency=3).judge([plain_image()] * 12, ["a"] * 12)
     assert all(judgement.reason is None for judgement in judgements)
@@ -180,22 +173,22 @@ def test_a_refusal_ends_the_judging_with_one_sentence(
     server.otherwise = lambda text: fails(status, message=message)
     with pytest.raises(PrerequisiteError) as caught:
         make(server, concurrency=1, retries=3).judge([plain_image()] * 20, ["a"] * 20)
-    said = str(caught.value)
-    assert server.url in said and str(status) in said and message in said and remedy in said
-    assert "\n" not in said
-    assert len(server.seen) == 1  # it was not asked again, nor for the others
+    error = str(caught.value)
+    assert server.url in error and str(status) in error and message in error and remedy in error
+    assert "\n" not in error
+    assert len(server.seen) == 1  # neither this request is repeated, nor are the others sent
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-def test_what_is_wrong_with_one_request_concerns_one_image(server: JudgeServer, status: int) -> None:
+def test_an_error_of_one_request_concerns_one_image(server: JudgeServer, status: int) -> None:
     server.replies.append(fails(status, message="maximum context length is 512 tokens"))
     first, *others = make(server, concurrency=1, retries=3).judge([plain_image()] * 4, ["a"] * 4)
     assert first.reason is not None and str(status) in first.reason and "512 tokens" in first.reason
     assert all(judgement.reason is None for judgement in others)
-    assert len(server.seen) == 4  # it was not asked again
+    assert len(server.seen) == 4  # the request is not repeated
 
 
-def test_a_refusal_does_not_wait_for_others_in_their_pauses(server: JudgeServer) -> None:
+def test_a_refusal_does_not_wait_for_retries_of_other_requests(server: JudgeServer) -> None:
     server.replies.append(fails(429, headers={"Retry-After": "30"}))
     server.otherwise = lambda text: fails(401)
     start = time.monotonic()
@@ -217,7 +210,7 @@ def test_a_redirect_is_not_followed_with_the_key(server: JudgeServer, monkeypatc
 
 
 def test_keys_for_another_service_are_not_sent(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The client would take them from these variables."""
+    """The client takes them from these variables by default."""
     for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID"):
         monkeypatch.setenv(f"OPENAI_{name}", KEY)
     judge = make(server)
@@ -232,8 +225,7 @@ def test_a_missing_client_is_one_sentence(server: JudgeServer, monkeypatch: pyte
         make(server)
 
 
-def test_the_client_is_imported_when_it_is_needed() -> None:
-    """Making a judge, and asking for its version, is quick."""
+def test_constructing_a_judge_does_not_import_the_client() -> None:
     program = (
         "import sys; from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge;"
         f"UnifiedRewardJudge('http://localhost:1/v1', {MODEL!r}).version; sys.exit('openai' in sys.modules)"
@@ -241,7 +233,7 @@ def test_the_client_is_imported_when_it_is_needed() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_loading_asks_once_which_models_there_are(server: JudgeServer) -> None:
+def test_loading_requests_the_list_of_models_once(server: JudgeServer) -> None:
     judge = make(server)
     judge.load()
     judge.load()
@@ -249,7 +241,7 @@ def test_loading_asks_once_which_models_there_are(server: JudgeServer) -> None:
     assert server.model_requests == 1
 
 
-def test_loading_names_the_models_that_are_there_instead(server: JudgeServer) -> None:
+def test_the_error_for_a_missing_model_names_those_of_the_endpoint(server: JudgeServer) -> None:
     judge = UnifiedRewardJudge(server.url, "another")
     with pytest.raises(PrerequisiteError, match=f"{server.url} serves {MODEL}, not another"):
         judge.load()
@@ -264,7 +256,7 @@ def test_an_endpoint_that_does_not_list_its_models_is_tried(server: JudgeServer,
     assert one(make(server)) == ((3.5, 4.0, 2.25), None)
 
 
-def test_an_endpoint_that_is_not_there_is_named_when_loading(server: JudgeServer) -> None:
+def test_the_error_for_an_unreachable_endpoint_names_it(server: JudgeServer) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
@@ -272,7 +264,7 @@ def test_an_endpoint_that_is_not_there_is_named_when_loading(server: JudgeServer
         UnifiedRewardJudge(url, MODEL).load()
 
 
-def test_the_key_is_sent_and_shown_nowhere(
+def test_the_key_is_sent_and_never_shown(
     server: JudgeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(VARIABLE, KEY)
@@ -297,21 +289,21 @@ def test_a_refused_key_is_noticed_when_loading(server: JudgeServer, monkeypatch:
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", f"{KEY} {KEY}", f"{KEY}\n{KEY}", f"{KEY}é"])
-def test_a_key_that_cannot_be_one_is_noticed_and_not_shown(
+def test_an_invalid_key_is_noticed_and_not_shown(
     server: JudgeServer, monkeypatch: pytest.MonkeyPatch, value: str | None
 ) -> None:
     if value is None:
         monkeypatch.delenv(VARIABLE, raising=False)
     else:
         monkeypatch.setenv(VARIABLE, value)
-    judge = make(server, api_key_env=VARIABLE)  # making it does not need the key
+    judge = make(server, api_key_env=VARIABLE)  # constructing it does not need the key
     with pytest.raises(PrerequisiteError, match=VARIABLE) as caught:
         judge.load()
     assert KEY not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://host:x/v1", "", "/v1"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_an_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(UserError, match="http://localhost:8000/v1"):
         UnifiedRewardJudge(url, MODEL)
 
@@ -323,30 +315,24 @@ def test_an_address_with_a_secret_is_refused_and_not_shown(url: str) -> None:
     assert KEY not in str(caught.value)
 
 
-@pytest.mark.parametrize("options", [{"concurrency": 0}, {"timeout": 0.0}, {"retries": -1}, {"template": "none"}])
-def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="must"):
-        UnifiedRewardJudge("http://localhost:8000/v1", MODEL, **options)
+def test_provenance_has_model_and_prompt_but_not_the_address() -> None:
+    local = UnifiedRewardJudge("http://localhost:8000/v1", MODEL)
+    remote = UnifiedRewardJudge("https://far.example/v1/", MODEL, api_key_env=VARIABLE, concurrency=2, timeout=1.0)
+    assert local.version == remote.version
+    assert local.version["model"] == MODEL
+    assert local.version != UnifiedRewardJudge("http://localhost:8000/v1", "another").version
+    assert "localhost" not in str(local.version)
+    assert TEMPLATE not in str(local.version)
 
 
-def test_provenance_knows_model_and_prompt_but_not_the_address() -> None:
-    here = UnifiedRewardJudge("http://localhost:8000/v1", MODEL)
-    there = UnifiedRewardJudge("https://far.example/v1/", MODEL, api_key_env=VARIABLE, concurrency=2, timeout=1.0)
-    assert here.version == there.version
-    assert here.version["model"] == MODEL
-    assert here.version != UnifiedRewardJudge("http://localhost:8000/v1", "another").version
-    assert "localhost" not in str(here.version)
-    assert TEMPLATE not in str(here.version)
-
-
-def test_prompts_and_images_go_in_pairs(server: JudgeServer) -> None:
-    with pytest.raises(ValueError, match="1 images but 2 prompts"):
+def test_each_image_needs_a_prompt(server: JudgeServer) -> None:
+    with pytest.raises(ValueError, match="zip"):
         make(server).judge([plain_image()], ["a", "b"])
     assert make(server).judge([], []) == []
 
 
 def test_through_a_scoring_pool(server: JudgeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """u = (4 + 2.25) / 2 = 3.125 without alignment. A loaded judge may be sent as well, and reads the key again."""
+    """u = (4 + 2.25) / 2 = 3.125 without alignment. A loaded judge can also be sent; the worker reads the key again."""
     monkeypatch.setenv(VARIABLE, KEY)
     reward = JudgeReward(make(server, api_key_env=VARIABLE), axes=GenEvalReward.judge_axes)
     reward.load()

@@ -1,9 +1,10 @@
-"""The judge in this process, on tiny Qwen vision models that have learnt two answers by heart."""
+"""The judge in this process, with tiny Qwen vision models that have memorised two answers."""
 
 from __future__ import annotations
 
 import pickle
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoModelForImageTextToText,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen3VLConfig,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen3VLConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.judge import unified_reward_local
+from gdro_cli.rewards.judge import unified_prompt, unified_reward_local
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 from tests.support.judge_server import lines
 
-TEMPLATE = "Rate {caption}."  # short, since a letter is a token here
+TEMPLATE = "Rate {caption}."  # short, because each letter is a token here
 MARKS = ["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
@@ -38,23 +34,30 @@ IMAGES = {"red": Image.new("RGB", (16, 8), "#ff0000"), "blue": Image.new("RGB", 
 ANSWERS = {"red": lines(4.5, 3, 2), "blue": lines(1, 5, 3.25)}
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+@pytest.fixture(scope="module", autouse=True)
+def short_template() -> Iterator[None]:
+    """The models are too small for the real prompt."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(unified_prompt, "TEMPLATE", TEMPLATE)
+        yield
+
+
+def letter_tokenizer() -> PreTrainedTokenizerFast:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     letters = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(alphabet)}, merges=[]))
     letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters.decoder = decoders.ByteLevel()
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=letters, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=MARKS
     )
-    made.chat_template = CHAT
-    return made
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
-def network(kind: str, made: PreTrainedTokenizerFast) -> Any:
-    numbers = {name: made.convert_tokens_to_ids(f"<|{name}|>") for name in ("image_pad", "video_pad")}
-    places = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
+def network(kind: str, tokenizer: PreTrainedTokenizerFast) -> Any:
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
     text = {
-        "vocab_size": len(made),
+        "vocab_size": len(tokenizer),
         "hidden_size": 32,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -62,9 +65,9 @@ def network(kind: str, made: PreTrainedTokenizerFast) -> Any:
         "num_key_value_heads": 1,
         "max_position_embeddings": 4096,
         "head_dim": 16,
-        "rope_parameters": places | ({"mrope_interleaved": True} if kind == "qwen3_vl" else {}),
-        "eos_token_id": made.eos_token_id,
-        "pad_token_id": made.pad_token_id,
+        "rope_parameters": rope | ({"mrope_interleaved": True} if kind == "qwen3_vl" else {}),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": None,
     }
     vision = {
@@ -75,12 +78,8 @@ def network(kind: str, made: PreTrainedTokenizerFast) -> Any:
         "out_hidden_size": 32,
         "patch_size": 4,
     }
-    tokens = {
-        "image_token_id": numbers["image_pad"],
-        "video_token_id": numbers["video_pad"],
-        "vision_start_token_id": made.convert_tokens_to_ids("<|vision_start|>"),
-        "vision_end_token_id": made.convert_tokens_to_ids("<|vision_end|>"),
-    }
+    marks = {"image": "image_pad", "video": "video_pad", "vision_start": "vision_start", "vision_end": "vision_end"}
+    tokens = {f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for name, mark in marks.items()}
     if kind == "qwen3_vl":
         vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
         config: Any = Qwen3VLConfig(text_config=text, vision_config=vision, **tokens)
@@ -91,44 +90,44 @@ def network(kind: str, made: PreTrainedTokenizerFast) -> Any:
     return AutoModelForImageTextToText.from_config(config)
 
 
-def learn(model: Any, made: PreTrainedTokenizerFast, processor: Any) -> None:
-    """Teach the two answers. 16 x 8 pixels are 4 x 2 patches of 4 pixels, merged by 2 x 2: 2 tokens."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
+def learn(model: Any, tokenizer: PreTrainedTokenizerFast, processor: Any) -> None:
+    """Train on the two answers. 16 x 8 pixels are 4 x 2 patches of 4 pixels, merged by 2 x 2: 2 tokens."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     batches = []
     for name, image in IMAGES.items():
         question = (
             "<|im_start|>user\n<|vision_start|><|image_pad|><|image_pad|><|vision_end|>"
             "Rate a card.<|im_end|>\n<|im_start|>assistant\n"
         )
-        asked = made(question, return_tensors="pt")["input_ids"]
-        ids = made(question + ANSWERS[name] + "<|im_end|>", return_tensors="pt")["input_ids"]
+        question_ids = tokenizer(question, return_tensors="pt")["input_ids"]
+        ids = tokenizer(question + ANSWERS[name] + "<|im_end|>", return_tensors="pt")["input_ids"]
         labels = ids.clone()
-        labels[:, : asked.shape[1]] = -100
+        labels[:, : question_ids.shape[1]] = -100
         pixels = processor(images=[image], return_tensors="pt")
         kinds = (ids == model.config.image_token_id).int()
         batches.append({"input_ids": ids, "labels": labels, "mm_token_type_ids": kinds, **pixels})
     for _ in range(400):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         learnt = True
         for batch in batches:
             output = model(**batch)
             output.loss.backward()
             answer = batch["labels"][:, 1:] >= 0
             learnt &= torch.equal(output.logits.argmax(-1)[:, :-1][answer], batch["labels"][:, 1:][answer])
-        if learnt:  # then greedy decoding says it, letter by letter
+        if learnt:  # greedy decoding then gives the answers, letter by letter
             return
-        optimiser.step()
+        optimizer.step()
     raise AssertionError("the answers were not learnt")
 
 
 @pytest.fixture(scope="module", params=["qwen2_5_vl", "qwen3_vl"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = tokenizer()
-    model = network(request.param, made)
+    tokenizer = letter_tokenizer()
+    model = network(request.param, tokenizer)
     processor = Qwen2VLImageProcessorPil(patch_size=4, size={"shortest_edge": 64, "longest_edge": 4096})
-    learn(model, made, processor)
+    learn(model, tokenizer, processor)
     path: Path = tmp_path_factory.mktemp(request.param)
-    for part in (model, made, processor):
+    for part in (model, tokenizer, processor):
         part.save_pretrained(path)
     return path
 
@@ -138,8 +137,8 @@ def judged(judge: UnifiedRewardLocal, *images: ImageSource) -> list[tuple[float 
     return [tuple(judgement.axes[axis] for axis in AXES) for judgement in judgements]
 
 
-def test_what_was_learnt_is_answered_for_each_image(folder: Path, tmp_path: Path) -> None:
-    judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
+def test_each_image_gets_the_memorised_answer(folder: Path, tmp_path: Path) -> None:
+    judge = UnifiedRewardLocal(folder, device="cpu")
     stored, broken = tmp_path / "blue.png", tmp_path / "broken.png"
     IMAGES["blue"].save(stored)
     broken.write_bytes(b"no")
@@ -149,30 +148,32 @@ def test_what_was_learnt_is_answered_for_each_image(folder: Path, tmp_path: Path
 
 
 def test_an_answer_that_was_cut_off_loses_its_last_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A token is a letter, and all but the last one are allowed."""
+    """Each letter is a token; all but the last one are allowed."""
     monkeypatch.setattr(unified_reward_local, "MAX_TOKENS", len(lines(4.5, 3, 2)) - 1)
-    judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
-    assert judged(judge, IMAGES["red"]) == [(4.5, 3.0, None)]
+    assert judged(UnifiedRewardLocal(folder, device="cpu"), IMAGES["red"]) == [(4.5, 3.0, None)]
 
 
-def test_a_prompt_with_the_model_s_own_mark_is_missing(folder: Path) -> None:
-    judge = UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE)
-    (judgement,) = judge.judge([IMAGES["red"]], ["a <|image_pad|>"])
+def test_a_prompt_that_contains_the_model_s_image_mark_is_missing(folder: Path) -> None:
+    (judgement,) = UnifiedRewardLocal(folder, device="cpu").judge([IMAGES["red"]], ["a <|image_pad|>"])
     assert judgement.reason is not None and "2 times" in judgement.reason
 
 
-def test_provenance_is_of_the_files_and_the_prompt(folder: Path, tmp_path: Path) -> None:
+def test_provenance_covers_the_files_and_the_prompt(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     version = UnifiedRewardLocal(folder).version
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert UnifiedRewardLocal(copy).version == version
-    assert UnifiedRewardLocal(folder, device="cpu", template=TEMPLATE).version != version
+    with monkeypatch.context() as patch:
+        patch.setattr(unified_prompt, "TEMPLATE", TEMPLATE + " ")
+        assert UnifiedRewardLocal(folder).version != version
     assert version["precision"] == "float32"
     with (copy / "config.json").open("a") as file:
         file.write("\n")
     assert UnifiedRewardLocal(copy).version != version
 
 
-def test_what_is_missing_is_said(folder: Path, tmp_path: Path) -> None:
+def test_missing_and_damaged_files_are_one_sentence(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match=r"nowhere does not exist: set judge\.model to a folder"):
         UnifiedRewardLocal(tmp_path / "nowhere")
     with pytest.raises(PrerequisiteError, match=r"has no config\.json"):

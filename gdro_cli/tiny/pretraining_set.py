@@ -1,4 +1,4 @@
-"""The pretraining set: pictures of the world as latents with token ids and labels, on disk as plain arrays."""
+"""The pretraining set: drawings of the world as latents with token ids and labels, on disk as plain arrays."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gdro_cli.core.seeds import seed_for
+from gdro_cli.rewards.layers import to_pixels
 from gdro_cli.tiny.autoencoder import PatchAutoencoder, encode_mean
 from gdro_cli.tiny.world import (
     ALPHABET,
@@ -23,20 +24,20 @@ from gdro_cli.tiny.world import (
     MAX_LETTERS,
     SHAPES,
     TOKEN,
-    Picture,
+    Drawing,
     random_scene,
     random_sign,
 )
 
 TOKENS = GRID * GRID
-CHUNK = 2000  # pictures per unit of work; a picture depends only on the seed, its chunk and its place in it
+CHUNK = 2000  # images per unit of work; an image depends only on the seed, its chunk and its index in the chunk
 LETTERS_PER_TOKEN = TOKEN // LETTER
 NO_LABEL = -1
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """What the auxiliary heads learn from one picture; -1 where there is nothing to learn.
+    """What the auxiliary heads learn from one drawing; -1 for nothing.
 
     letters: [16, 2] letter (0-25) of each half of each token. shapes, colours: [16].
     """
@@ -46,28 +47,22 @@ class Labels:
     colours: NDArray[np.int8]
 
 
-def draw_picture(rng: np.random.Generator, *, sign_share: float) -> Picture:
-    """One picture of the pretraining mixture."""
+def random_drawing(rng: np.random.Generator, *, sign_share: float) -> Drawing:
+    """A drawing of the pretraining mixture."""
     return random_sign(rng) if rng.random() < sign_share else random_scene(rng)
 
 
-def picture_labels(picture: Picture) -> Labels:
-    """Labels of a picture's tokens."""
+def token_labels(drawing: Drawing) -> Labels:
+    """Labels of a drawing's tokens."""
     letters = np.full((TOKENS, LETTERS_PER_TOKEN), NO_LABEL, np.int8)
     shapes, colours = np.full((2, TOKENS), NO_LABEL, np.int8)
-    for (row, column), letter in picture.letters.items():
+    for (row, column), letter in drawing.letters.items():
         token, half = row * GRID + column // LETTERS_PER_TOKEN, column % LETTERS_PER_TOKEN
         letters[token, half] = ALPHABET.index(letter)
-    for thing in picture.things:
+    for thing in drawing.things:
         token = thing.row * GRID + thing.column
         shapes[token], colours[token] = SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)
     return Labels(letters, shapes, colours)
-
-
-def to_pixels(pictures: list[Picture]) -> Tensor:
-    """Pixels [N, 3, 64, 64] in [-1, 1]."""
-    stack = np.stack([np.asarray(picture.image) for picture in pictures])
-    return torch.from_numpy(stack).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def pack_latents(latents: Tensor) -> Tensor:
@@ -77,34 +72,35 @@ def pack_latents(latents: Tensor) -> Tensor:
 
 
 def letter_places(ids: list[int], letter_ids: frozenset[int], break_id: int) -> NDArray[np.int8]:
-    """Index of each quoted letter within its sign (line * 6 + place), -1 for other tokens."""
+    """Index of each quoted letter in its sign (line * 6 + position in the line); -1 for other tokens."""
     places = np.full(len(ids), NO_LABEL, np.int8)
-    line, place = 0, 0
+    line, column = 0, 0
     for i, token in enumerate(ids):
         if token in letter_ids:
-            places[i] = line * MAX_LETTERS + place
-            place += 1
+            places[i] = line * MAX_LETTERS + column
+            column += 1
         elif token == break_id:
-            line, place = line + 1, 0
+            line, column = line + 1, 0
     return places
 
 
 def _draw_chunk(folder: Path, chunk: int, seed: int, sign_share: float) -> int:
-    """Draw one chunk and write it to its place in the arrays."""
+    """Draw one chunk and write it into the arrays."""
     from gdro_cli.tiny.tokenizers import CLIP_LENGTH, T5_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
     torch.set_num_threads(1)
     rng = np.random.default_rng(seed_for(seed, "tiny-pictures", chunk))
-    pictures = [draw_picture(rng, sign_share=sign_share) for _ in range(CHUNK)]
+    drawings = [random_drawing(rng, sign_share=sign_share) for _ in range(CHUNK)]
     autoencoder = PatchAutoencoder.from_pretrained(folder.parent / "vae")
     with torch.no_grad():
-        latents = pack_latents(encode_mean(autoencoder, to_pixels(pictures))).half().numpy()
+        pixels = to_pixels([drawing.image for drawing in drawings])
+        latents = pack_latents(encode_mean(autoencoder, pixels)).half().numpy()
     t5, clip = build_t5_tokenizer(), build_clip_tokenizer()
     vocabulary = t5.get_vocab()
     letter_ids, break_id = frozenset(vocabulary[letter] for letter in ALPHABET), vocabulary["▁"]
-    prompts = [picture.prompt for picture in pictures]
+    prompts = [drawing.prompt for drawing in drawings]
     t5_ids = t5(prompts, padding="max_length", max_length=T5_LENGTH).input_ids
-    labels = [picture_labels(picture) for picture in pictures]
+    labels = [token_labels(drawing) for drawing in drawings]
     columns = {
         "latents": latents,
         "t5_ids": t5_ids,
@@ -121,10 +117,10 @@ def _draw_chunk(folder: Path, chunk: int, seed: int, sign_share: float) -> int:
     return chunk
 
 
-def make_pictures(folder: Path, *, chunks: int, seed: int, sign_share: float, workers: int) -> None:
-    """Draw ``chunks * CHUNK`` pictures into ``folder``; chunks already drawn are kept.
+def make_set(folder: Path, *, chunks: int, seed: int, sign_share: float, workers: int) -> None:
+    """Draw ``chunks * CHUNK`` images into ``folder``, except chunks that are already drawn.
 
-    The autoencoder must lie in ``folder/../vae``.
+    The autoencoder must be in ``folder/../vae``.
     """
     from gdro_cli.tiny.tokenizers import CLIP_LENGTH, T5_LENGTH
 
@@ -151,6 +147,6 @@ def make_pictures(folder: Path, *, chunks: int, seed: int, sign_share: float, wo
             (done / str(future.result())).touch()
 
 
-def load_pictures(folder: Path) -> dict[str, Tensor]:
+def load_set(folder: Path) -> dict[str, Tensor]:
     """All arrays of ``folder`` by name, in memory."""
     return {path.stem: torch.from_numpy(np.load(path)) for path in sorted(folder.glob("*.npy"))}
