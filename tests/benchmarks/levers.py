@@ -30,12 +30,12 @@ def step_of(recipe: Recipe, *, ahead: bool = False, known: bool = False) -> Call
     batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.group_method.k)
     gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
     drawing = Prefetch(lambda step: draw_noise(batch, recipe.group_method, seed=step), steps=STEPS if ahead else 0)
-    errors = gradient.reference_errors(noisy_groups(model, batch, recipe.group_method, seed=0)) if known else None
+    noise = draw_noise(batch, recipe.group_method, seed=0)
+    errors = gradient.reference_errors(noisy_groups(model, batch, noise)) if known else None
     numbers = count()
 
     def step() -> None:
-        drawn = drawing.take(next(numbers))
-        gradient(noisy_groups(model, batch, recipe.group_method, seed=0, drawn=drawn), errors)
+        gradient(noisy_groups(model, batch, drawing.take(next(numbers))), errors)
         optimizer.step()
         optimizer.zero_grad()
 

@@ -31,7 +31,7 @@ from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.setup.reward import open_reward
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import training_plan
-from gdro_cli.stages.training.group_gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
 
 ROUNDS = 7
 SIDE = 64
@@ -83,7 +83,6 @@ def group_gradient(
         size=(side, side),
         micro_batch=micro_batch,
         one_pass=one_pass,
-        reference=lambda: reference(model),
         autocast=nullcontext,
         backward=lambda loss: loss.backward(),
     )
@@ -96,12 +95,12 @@ def train_step(recipe: Recipe) -> tuple[float, float, float]:
     batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.method.k)
     gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    noisy = noisy_groups(model, batch, recipe.method, seed=0)
+    noisy = noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0))
     latents, target = noisy.at(slice(None))
     text = {key: value[noisy.group] for key, value in noisy.conditioning.items()}
 
     def ours() -> None:
-        gradient(noisy_groups(model, batch, recipe.method, seed=0))
+        gradient(noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -203,7 +202,7 @@ def measure_memory(recipe: Recipe, k: int) -> None:
     batch = random_batch(recipe, model, groups=2, k=k, side=LARGE)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present size
-    gradient(noisy_groups(model, batch, recipe.method, seed=0))
+    gradient(noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0)))
     print(resident("VmHWM") - before)
 
 

@@ -127,7 +127,7 @@ def test_online_estimates_count_rollouts_and_updates() -> None:
     estimate = Estimate(load_recipe("ocr-flow-grpo"))
     rollouts, updates = estimate.online_flops
     assert 0 < rollouts < updates
-    with pytest.raises(TypeError, match="gdro is no online method"):
+    with pytest.raises(TypeError, match="gdro is not an online method"):
         _ = Estimate(load_recipe("ocr")).online_flops
 
 

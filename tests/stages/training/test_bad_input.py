@@ -44,7 +44,7 @@ def test_a_truncated_shard_is_named(job: tuple[Path, list[str]], capsys: pytest.
         path.write_bytes(path.read_bytes()[:-9])
     code, message = fails(["train", *arguments], capsys)
     assert code == 4
-    assert "shard 00001" in message and "delete the folder" in message
+    assert "shards/00001" in message and "delete the folder" in message
 
 
 def test_a_corrupt_checkpoint_is_named(job: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:

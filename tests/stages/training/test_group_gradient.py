@@ -13,7 +13,6 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
@@ -58,7 +57,7 @@ def test_noisy_latents_and_targets_part_by_part(shared: bool, make_recipe: Calla
     model = open_model(make_recipe())
     batch = batch_of(model)
     sigma, noise = draw_noise(batch, method, seed=0)
-    groups = noisy_groups(model, batch, method, seed=0)
+    groups = noisy_groups(model, batch, (sigma, noise))
     for part in (slice(1, 5), torch.tensor([5, 0])):
         latents, target = groups.at(part)
         for place, image in enumerate(torch.arange(6)[part].tolist()):
@@ -95,7 +94,8 @@ def test_two_passes_give_the_gradient_of_one(make_recipe: Callable[..., Recipe],
     with torch.no_grad():
         for parameter in parameters:  # away from the reference, where all s are 0
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    groups = noisy_groups(model, batch_of(model), recipe.method, seed=0)
+    batch = batch_of(model)
+    groups = noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0))
 
     def gradient(*, one_pass: bool, micro_batch: int | None) -> tuple[torch.Tensor, float]:
         compute = GroupGradient(
@@ -106,7 +106,6 @@ def test_two_passes_give_the_gradient_of_one(make_recipe: Callable[..., Recipe],
             size=(64, 64),
             micro_batch=micro_batch,
             one_pass=one_pass,
-            reference=lambda: reference(model),
             autocast=nullcontext,
             backward=lambda loss: loss.backward(),
         )
