@@ -1,8 +1,8 @@
-"""Checkpoints: all or nothing, checked by digest when read, never pickle.
+"""Checkpoints: complete or absent, checked by digest when read, never pickle.
 
-``<run>/checkpoints/step-000100/`` holds one safetensors file per name, ``state.json``, whatever ``extra`` writes (the
-adapter in diffusers' format), and ``manifest.json`` with the SHA-256 of each. The folder appears when it is complete
-and on the disk.
+``<run>/checkpoints/step-000100/`` has one safetensors file per name, ``state.json``, whatever ``extra`` writes (the
+adapter in diffusers' format), and ``manifest.json`` with the SHA-256 of each. The folder appears once all of it is on
+the disk.
 """
 
 from __future__ import annotations
@@ -37,14 +37,13 @@ _STATE = "state.json"
 
 
 class Checkpoint(NamedTuple):
-    """What ``load_checkpoint`` reads."""
+    """A checkpoint in memory."""
 
     step: int
     """Steps done."""
     tensors: dict[str, dict[str, Tensor]]
     """By file name without its ending, then by tensor name; on the CPU."""
     state: dict[str, Any]
-    """The JSON state."""
 
 
 def save_checkpoint(
@@ -56,26 +55,19 @@ def save_checkpoint(
     extra: Callable[[Path], None] | None = None,
     keep: int,
 ) -> Path:
-    """Write the checkpoint of ``step`` and drop the oldest ones.
+    """Write the checkpoint of ``step``, delete the oldest ones, and return the checkpoint's folder.
 
     Args:
-        folder: the run folder, whose lock is held; the checkpoint goes to ``checkpoints/step-<step>/`` in it and
-            replaces one of that name.
+        folder: the run folder, which this process has locked. A checkpoint of the same step in it is replaced.
         step: steps done, >= 0.
         tensors: file name without ending -> tensors.
         state: JSON values; floats come back exactly.
         extra: called with the unfinished folder to write more files into it.
-        keep: how many checkpoints stay, the newest ones, >= 1.
-
-    Returns:
-        The checkpoint's folder.
+        keep: how many of the newest checkpoints stay, >= 1.
 
     Raises:
-        ValueError: ``keep`` is below 1.
         StoreError: the folder cannot be written to.
     """
-    if keep < 1:
-        raise ValueError("keep must be at least 1")
     home = folder / "checkpoints"
     path = home / f"step-{step:06d}"
     with storage_errors(path):
@@ -88,8 +80,8 @@ def save_checkpoint(
                 extra(unfinished)
             _write_manifest(unfinished, step=step, tensors=sorted(tensors))
         others = [other for other in _checkpoints(home) if other != path]
-        for old in others[: max(0, len(others) + 1 - keep)]:
-            (old / _MANIFEST).unlink(missing_ok=True)  # first: a half deleted folder must not look like a checkpoint
+        for old in others[::-1][keep - 1 :]:
+            (old / _MANIFEST).unlink(missing_ok=True)  # first: a half-deleted folder must not look like a checkpoint
             shutil.rmtree(old)
     return path
 
@@ -101,23 +93,23 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def checkpoint_step(path: Path) -> int:
-    """The step of a checkpoint's folder, by its name."""
+    """The step in the name of a checkpoint's folder."""
     return int(path.name.rpartition("-")[2])
 
 
 def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
-    """Read a checkpoint, every file against its digest; files that its manifest does not name are left alone.
+    """Read a checkpoint and check every file against its digest; files that the manifest does not name are ignored.
 
     Args:
         path: the checkpoint's folder.
         needed: names of ``tensors`` that the checkpoint must have.
 
     Raises:
-        StoreError: a file is missing or changed; the message names it.
+        StoreError: a file is missing or damaged; the message names it.
     """
     remedy = f"delete {path} to resume from the checkpoint before it"
     manifest = read_object(path / _MANIFEST, remedy=remedy)
-    if manifest.pop("sha256", None) != _digest(manifest):
+    if manifest.pop("sha256", None) != sha256(json_bytes(manifest)):
         raise StoreError(f"{path / _MANIFEST} is damaged (its SHA-256 differs): {remedy}")
     if manifest.get("schema") != SCHEMA:
         raise StoreError(
@@ -139,7 +131,7 @@ def load_checkpoint(path: Path, *, needed: Collection[str] = ()) -> Checkpoint:
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split an optimizer's state into tensors and JSON, without loss.
+    """Split an optimizer's state into tensors and JSON; nothing is lost.
 
     Returns:
         ``{"<parameter index>.<name>": tensor}`` copied to the CPU, and ``{"groups": [...], "values": {...}}`` with
@@ -160,7 +152,7 @@ def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
 def restore_optimizer(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
 ) -> None:
-    """Put back what ``flatten_optimizer`` gave, into an optimizer of the same parameters.
+    """Give an optimizer the state that ``flatten_optimizer`` took from one of the same parameters.
 
     Raises:
         StoreError: the state belongs to other parameters.
@@ -169,7 +161,7 @@ def restore_optimizer(
     for key, value in {**tensors, **about["values"]}.items():
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
-    # JSON has no tuples, and the betas must be one again
+    # JSON has no tuples; the optimizer wants its betas as one
     groups = [
         {key: tuple(value) if key == "betas" else value for key, value in group.items()} for group in about["groups"]
     ]
@@ -184,14 +176,10 @@ def restore_optimizer(
 def _write_manifest(folder: Path, *, step: int, tensors: list[str]) -> None:
     files = {f.relative_to(folder).as_posix(): sha256_file(f) for f in sorted(folder.rglob("*")) if f.is_file()}
     manifest = {"schema": SCHEMA, "step": step, "tensors": tensors, "files": files}
-    write_json(folder / _MANIFEST, {**manifest, "sha256": _digest(manifest)})
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return sha256(json_bytes(manifest))
+    write_json(folder / _MANIFEST, {**manifest, "sha256": sha256(json_bytes(manifest))})
 
 
 def _checkpoints(home: Path) -> list[Path]:
-    """Every folder of a checkpoint, oldest first."""
+    """Every checkpoint's folder, oldest first."""
     folders = [path for path in home.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(folders, key=checkpoint_step)

@@ -1,4 +1,4 @@
-"""Devices and processes, through accelerate (the only importer of it): one process or many run the same lines."""
+"""Devices and processes, through accelerate, which only this file imports: one process or many run the same code."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from gdro_cli.runtime.sharding import shard_frozen
 
 Precision = Literal["no", "bf16"]
 
-_PROJECT = "gdro"
 PATIENCE = timedelta(hours=6)
-"""How long processes wait for each other: the longest turn of one of them, or what the main process does alone."""
+"""How long processes wait for each other: longer than any one turn, or anything that the main process does alone."""
 
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -29,18 +28,18 @@ _SHARDING = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism configuration",
 }
-"""Variables by which accelerate's launcher asks for ways to share a model, none of which is used here."""
+"""Variables by which accelerate's launcher requests a way to share a model. This tool uses none of them."""
 
 _SHOWN = 160
 """Characters of another library's error that a message shows."""
 
 
 class Engine(ProcessGroup):
-    """One process's view of the job; make it with ``make_engine``.
+    """One process's view of the job; made by ``make_engine``.
 
-    Groups are split over the processes and gradients are summed, so a step of W processes is the same step, up to
-    rounding, as one process taking all groups. Work that is not the same in all processes is done inside ``together``
-    (or what is built on it, see ``ProcessGroup``), so that a failure or a stop in one of them ends them all.
+    The processes share the groups of a step and sum their gradients. So a step of W processes equals, up to rounding,
+    the step of one process that takes all groups. Work that differs between processes is done inside ``together`` (or
+    what is built on it, see ``ProcessGroup``), so that a failure or a stop in one of them ends them all.
     """
 
     def __init__(self, accelerator: Any, *, tracked: bool) -> None:
@@ -60,12 +59,12 @@ class Engine(ProcessGroup):
 
     @property
     def world(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
         return int(self._accelerator.num_processes)
 
     @property
     def local_world(self) -> int:
-        """How many processes there are on this machine."""
+        """The number of processes on this machine."""
         return min(self.world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -78,9 +77,9 @@ class Engine(ProcessGroup):
         self._accelerator.backward(loss)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Add the gradients of unwrapped parameters over all processes, in one message; a missing one counts as zero.
+        """Sum the gradients of parameters over all processes, in one message; a missing gradient counts as zero.
 
-        It is what makes the adapter agree, which is whole in every process, whether the base is or not.
+        Every process has the whole adapter, even where the base is sharded; this keeps the copies equal.
         """
         if self.world == 1:
             return
@@ -102,42 +101,41 @@ class Engine(ProcessGroup):
         return int(max(self.gather_objects([number])))
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """Join tensors [n, ...], of the same shape in all processes, to [world * n, ...] in the order of the ranks."""
+        """Join tensors [n, ...], of the same shape in all processes, into [world * n, ...] in order of rank."""
         with _connection():
             joined: Tensor = self._accelerator.gather(rows)
         return joined
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process; the same answer in all of them."""
+        """Whether the flag is set in any process; the same answer in all of them."""
         if self.world == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
 
     def hear(self, stop: StopFlag) -> bool:
-        """Whether a stop was requested in any process: the same answer in all of them, whatever comes meanwhile."""
+        """Whether a stop was requested in any process; the same answer in all of them."""
         requested = self.any(stop.requested)
-        if requested:  # a signal may have raised this flag since, which must not be taken down
+        if requested:  # never cleared: a signal may have set this process's flag since
             stop.requested = True
         return requested
 
     def stop_together(self, message: str) -> Never:
-        """Stop here in all processes.
+        """Stop here; all processes must call it.
 
         Raises:
-            Interrupted: always, in the process that reports the message.
+            Interrupted: always, in the main process, which reports the message.
             EndedElsewhere: in the others.
         """
-        with self.together():
+        if self.is_main:
             raise Interrupted(message)
-        raise AssertionError("together() passes on what is raised in it")
+        raise EndedElsewhere(exit_code=Interrupted.exit_code)
 
     def clip(self, parameters: Iterable[torch.nn.Parameter], max_norm: float) -> float:
         """Scale gradients down to a total norm of at most ``max_norm``; returns the norm before."""
-        norm = self._accelerator.clip_grad_norm_(list(parameters), max_norm)
-        return float(norm)
+        return float(self._accelerator.clip_grad_norm_(list(parameters), max_norm))
 
     def gather_objects(self, items: list[Any]) -> list[Any]:
-        """Join the lists of all processes, in the order of their ranks; every process gets the whole."""
+        """Join the lists of all processes in order of rank; every process gets the result."""
         from accelerate.utils import gather_object
 
         if self.world == 1:
@@ -146,17 +144,16 @@ class Engine(ProcessGroup):
             return list(gather_object(list(items)))
 
     def shard(self, module: nn.Module) -> nn.Module:
-        """Bring a frozen module to the device, a part of each of its layers to each process (FSDP).
+        """Move a frozen module to the devices, a part of each layer to each process (FSDP).
 
-        From then on its forward passes are the work of all processes together: each must make as many.
+        From then on each forward pass takes all processes, so all of them must make the same number of passes.
         """
         return shard_frozen(module, self.device) if self.world > 1 else module.to(self.device)
 
-    def start_trackers(self, settings: Mapping[str, Any]) -> None:
-        """Open the trackers with the run's settings (flat values only)."""
+    def start_trackers(self, settings: Mapping[str, str | int]) -> None:
+        """Open the trackers, if there are any, with the run's settings."""
         if self._tracked:
-            flat = {k: v for k, v in settings.items() if isinstance(v, (str, int, float, bool))}
-            self._accelerator.init_trackers(_PROJECT, config=flat)
+            self._accelerator.init_trackers("gdro", config=dict(settings))
 
     def log(self, numbers: Mapping[str, float], step: int) -> None:
         """Send numbers to the trackers, if there are any."""
@@ -164,13 +161,13 @@ class Engine(ProcessGroup):
             self._accelerator.log(dict(numbers), step=step)
 
     def end(self) -> None:
-        """Close the trackers and leave the process group; once, at the end of the job."""
+        """Close the trackers and leave the process group. Call it once, at the end of the job."""
         self._accelerator.end_training()
 
 
 @contextmanager
 def _connection() -> Iterator[None]:
-    """Say in one sentence that a message to the other processes failed, mostly because one of them is gone."""
+    """Turn a failed message to the other processes, mostly because one of them is gone, into one sentence."""
     try:
         yield
     except RuntimeError as error:  # what every backend raises
@@ -193,9 +190,9 @@ def make_engine(
         cpu: stay off the GPUs.
 
     Raises:
-        UserError: an unknown tracker, a launcher that asks for what is the recipe's to say, or an environment that
-            is left of another launcher.
-        PrerequisiteError: a tracker whose package is not installed.
+        UserError: an unknown tracker, a launcher that wants to share the model, or variables left over from another
+            launcher.
+        PrerequisiteError: a tracker's package is not installed.
     """
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
@@ -204,32 +201,32 @@ def make_engine(
     _check_launcher()
     accelerator = Accelerator(
         mixed_precision=precision,
-        # without GPUs each process would otherwise take itself for the only one
+        # without it, and without GPUs, accelerate treats each process as the only one
         cpu=cpu or not torch.accelerator.is_available(),
         log_with=list(trackers) or None,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         project_dir=None if out is None else str(out),
     )
-    # A launcher's configuration of it would divide every loss: a step here has its whole gradient at once.
+    # A launcher's setting would divide every loss, but a step here has its whole gradient at once.
     accelerator.gradient_accumulation_steps = 1
     return Engine(accelerator, tracked=bool(trackers))
 
 
 def _check_launcher() -> None:
-    """Refuse what a launcher asks for and this tool decides, and what is left of a launcher that did not start us."""
+    """Refuse a launcher that shares the model itself, and variables left over from one that did not start us."""
     from accelerate.utils import parse_flag_from_env
 
-    for name, what in _SHARDING.items():
+    for name, method in _SHARDING.items():
         if parse_flag_from_env(name):
             raise UserError(
-                f"the launcher asks for {what} ({name}), which gdro does not take from it: launch plain processes"
+                f"the launcher requests {method} ({name}), which gdro does not use: launch plain processes"
                 " (accelerate launch --multi_gpu), and share a large model with model.sharding=fsdp"
             )
     missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
     if os.environ.get("WORLD_SIZE", "1") != "1" and missing:  # would wait for processes that do not exist
         raise UserError(
-            f"the environment variable WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} of the same"
-            " launcher is not set: `unset WORLD_SIZE` if no launcher has started this process, or start it with"
+            f"the environment variable WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the same launcher did not set"
+            f" {', '.join(missing)}: `unset WORLD_SIZE` if no launcher has started this process, or start it with"
             " --num-processes N or accelerate launch"
         )
 
@@ -238,10 +235,8 @@ def _check_trackers(names: Sequence[str]) -> None:
     from accelerate.tracking import get_available_trackers
     from accelerate.utils import LoggerType
 
-    if not names:
-        return
-    supported = {str(member.value) for member in LoggerType if member is not LoggerType.ALL}
-    installed = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    supported = {member.value for member in LoggerType if member is not LoggerType.ALL}
+    installed = {tracker.value for tracker in get_available_trackers()}
     for name in names:
         if name not in supported:
             raise UserError(f"train.trackers names {name}: choose from {', '.join(sorted(supported))}")

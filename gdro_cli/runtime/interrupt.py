@@ -1,4 +1,4 @@
-"""Stop at the next safe point instead of in the middle of something."""
+"""Stop at the next safe point instead of in the middle of the work."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from types import FrameType
 from typing import Any
 
 from gdro_cli.errors import Interrupted
+from gdro_cli.runtime.terminal import is_main_process
 
 STOPPING = "stopping at the next safe point; press Ctrl-C again to stop at once"
 """What a stage reports when a stop is requested."""
 
 LAUNCHER = "GDRO_LAUNCHER"
-"""Environment variable with the process number of the process that started a group."""
+"""Environment variable: the process number of the launcher that started a group of processes."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_LOOK_SECONDS = 0.5
+_POLL_SECONDS = 0.5
 
 _Handler = Callable[[int, FrameType | None], None]
 
 
 class StoppedBySignal(KeyboardInterrupt):
-    """A signal that stops the work at once; like Ctrl-C's own exception it passes by whoever handles errors."""
+    """A signal that stops the work at once. Like Ctrl-C's own exception, ``except Exception`` does not catch it."""
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """While a command runs, Ctrl-C, SIGTERM and a closed terminal (SIGHUP) end it with a sentence.
 
-    Until ``work_begins`` nothing is held and nothing is half written: the process says so and exits. An exception would
-    be raised inside the libraries that are being imported, some of which report it as a failure of their own. From then
-    on ``StoppedBySignal`` is raised, so that locks and unfinished files go; a ``StopFlag`` waits for a safe point.
+    Until ``work_begins`` no lock is taken and no file is half written, so the process reports the signal and exits. An
+    exception would come up inside the libraries that are being imported, some of which report it as a failure of their
+    own. After ``work_begins`` the signal raises ``StoppedBySignal``, which releases locks and removes unfinished files;
+    a ``StopFlag`` waits for a safe point.
     """
     before = _handle(_exit)
     try:
@@ -46,7 +48,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def work_begins() -> None:
-    """Call it when all slow imports are done, before the first lock or file; see ``ended_by_signals``."""
+    """Call this after all slow imports, before the first lock or file; see ``ended_by_signals``."""
     if signal.getsignal(signal.SIGTERM) is _exit:
         _handle(_raise)
 
@@ -58,16 +60,17 @@ def stopped_at_once(error: BaseException) -> str:
 
 
 class StopFlag:
-    """While the block runs, the first Ctrl-C, SIGTERM or SIGHUP only raises a flag; a second Ctrl-C stops at once.
+    """While the block runs, the first Ctrl-C, SIGTERM or SIGHUP only sets a flag; a second Ctrl-C stops at once.
 
-    A stop is requested of all blocks that are open, inner and outer. Outside Python's main thread, which alone receives
-    signals, the flag works but must be set by hand.
+    A signal sets the flags of all open blocks, inner and outer. Only Python's main thread receives signals; in another
+    thread the flag works but must be set by hand.
 
     Args:
-        on_request: called once when the flag of the innermost block goes up, e.g. to tell the user what happens next.
+        on_request: called once, when a signal sets the flag of the innermost block; for example to tell the user what
+            happens next.
     """
 
-    _open: list[StopFlag] = []  # noqa: RUF012 (of the process, innermost last)
+    _open: list[StopFlag] = []  # noqa: RUF012 (shared by the process, innermost last)
 
     def __init__(self, on_request: Callable[[], None] | None = None) -> None:
         self.requested = False
@@ -101,26 +104,23 @@ class StopFlag:
     def check(self, message: str) -> None:
         """Stop here if a stop was requested; call it where everything so far is on the disk.
 
-        Args:
-            message: what is kept and how to continue.
-
         Raises:
-            Interrupted: a stop was requested.
+            Interrupted: a stop was requested. ``message`` says what is kept and how to continue.
         """
         if self.requested:
             raise Interrupted(message)
 
 
 def stop_with_launcher() -> None:
-    """Ask this process to stop (SIGTERM) when the launcher that started it is gone.
+    """Send this process SIGTERM when the launcher that started it is gone.
 
-    A launcher that is killed cannot stop its processes; without this they would continue, unseen and holding locks.
+    A launcher that is killed cannot stop its processes. Without this they would continue unseen and hold locks.
     """
     launcher = os.environ.pop(LAUNCHER, None)
 
     def watch() -> None:
         while str(os.getppid()) == launcher:
-            time.sleep(_LOOK_SECONDS)
+            time.sleep(_POLL_SECONDS)
         os.kill(os.getpid(), signal.SIGTERM)
 
     if launcher is not None:
@@ -129,7 +129,7 @@ def stop_with_launcher() -> None:
 
 def _exit(number: int, frame: FrameType | None) -> None:
     _leave_closed_terminal(number)
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks for all
+    if is_main_process():
         name = signal.Signals(number).name
         os.write(2, f"Stopped by {name} before any work began: run the same command again.\n".encode())
     os._exit(Interrupted.exit_code)
@@ -141,14 +141,14 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _leave_closed_terminal(number: int) -> None:
-    """After SIGHUP, lead the streams of a terminal that is gone to nowhere: each word to it would be an error."""
+    """After SIGHUP, redirect the streams of a closed terminal to /dev/null: writing to it would be an error."""
     for stream in (1, 2) if number == signal.SIGHUP else ():
         if stat.S_ISCHR(os.fstat(stream).st_mode) and not os.isatty(stream):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
 
 def _handle(handler: _Handler) -> dict[signal.Signals, Any]:
-    """Let ``handler`` receive the signals that are not ignored (``nohup``); returns what received them before."""
+    """Let ``handler`` receive the signals, except ignored ones (``nohup``); returns the handlers before."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     return {number: signal.signal(number, handler) for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN}

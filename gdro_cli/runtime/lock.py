@@ -16,20 +16,20 @@ from gdro_cli.files import storage_errors, write_bytes
 
 @contextmanager
 def folder_lock(path: Path) -> Iterator[None]:
-    """Hold the lock file ``path`` for the folder that it lies in; ``<path>.owner`` beside it says who does.
+    """Lock the folder that contains the lock file ``path``; ``<path>.owner`` names this process meanwhile.
 
-    The lock file stays when the lock is released, empty.
+    The empty lock file stays when the lock is released.
 
     Raises:
-        StoreError: another process holds the lock (the message names it), or the folder cannot be written to.
+        StoreError: another process has the lock (the message names it), or the folder cannot be written to.
     """
     lock, owner = FileLock(path), path.with_name(f"{path.name}.owner")
     with storage_errors(path.parent):
         try:
             lock.acquire(blocking=False)
         except Timeout as error:
-            who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
-            raise StoreError(f"{path.parent} is in use by {who}: wait until it ends, or stop it") from error
+            holder = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+            raise StoreError(f"{path.parent} is in use by {holder}: wait until it ends, or stop it") from error
     try:
         write_bytes(owner, f"process {os.getpid()} on {socket.gethostname()}".encode())
         yield

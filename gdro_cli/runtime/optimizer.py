@@ -1,4 +1,4 @@
-"""The optimizer of a recipe."""
+"""The optimizers that a recipe can name."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def make_optimizer(
     betas: tuple[float, float],
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """AdamW, or the same with both moments in 8 bits (arXiv 2110.02861), one float32 scale per 256 values.
+    """AdamW, or AdamW with both moments in 8 bits (arXiv 2110.02861) and one float32 scale per 256 values.
 
-    A parameter of fewer than 4,096 values keeps 32-bit moments.
+    In the 8-bit optimizer a parameter of fewer than 4,096 values keeps 32-bit moments.
 
     Raises:
         PrerequisiteError: bitsandbytes is not installed.

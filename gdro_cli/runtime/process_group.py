@@ -1,4 +1,4 @@
-"""How processes share work that is not the same in each of them, and stop or fail as one."""
+"""How processes share work that differs between them, and stop or fail as one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ProcessGroup(abc.ABC):
     """The processes of one job, seen by one of them."""
 
     _shared: Exception | None = None
-    """The failure that ``together`` has sent already, on its way up through the ``together`` blocks around it."""
+    """The failure that an inner ``together`` block has already sent, on its way up through the blocks around it."""
 
     @property
     @abc.abstractmethod
@@ -34,30 +34,30 @@ class ProcessGroup(abc.ABC):
     @property
     @abc.abstractmethod
     def world(self) -> int:
-        """How many processes there are."""
+        """The number of processes."""
 
     @abc.abstractmethod
     def gather_objects(self, items: list[Any]) -> list[Any]:
-        """Join the lists of all processes, in the order of their ranks; every process gets the whole."""
+        """Join the lists of all processes in order of rank; every process gets the result."""
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that writes files and reports."""
+        """Whether this is the one process that writes files and reports."""
         return self.rank == 0
 
     def share(self, items: Sequence[_T]) -> list[_T]:
-        """Return this process's share of a list: every world-th item from its rank on."""
+        """This process's share of a list: every world-th item, starting at its rank."""
         return list(items[self.rank :: self.world])
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Wait, after the block, for all processes; if it fails in one of them, it fails in all.
+        """After the block, wait for all processes; if the block fails in one of them, it fails in all.
 
-        All processes must come here, and none may send to the others inside the block, except in a ``together`` of
-        its own. One that fails before it comes to such an inner block is heard by those that wait there.
+        All processes must run the block, and inside it they may only send to each other in an inner ``together``. If a
+        process fails before an inner block, those that wait at the end of that block receive its failure.
 
         Raises:
-            EndedElsewhere: the block failed in another process (or here, with words that another one reports already).
+            EndedElsewhere: the block failed in another process (or here, with a message that another one reports).
         """
         if self.world == 1:
             yield
@@ -66,9 +66,9 @@ class ProcessGroup(abc.ABC):
             yield
         except Exception as error:
             if error is self._shared:
-                raise  # an inner block has sent it, and the others have left that block as well
+                raise  # an inner block has sent it, and the others have also left that block
             failures: list[_Failure] = []
-            with suppress(EndedElsewhere):  # the others are gone: then the error is reported here
+            with suppress(EndedElsewhere):  # the others are gone, so this process reports the error
                 failures = self.gather_objects([_failure(error, self.rank)])
             self._shared = error
             if any(other.rank < self.rank and other.message == str(error) for other in failures):
@@ -83,7 +83,7 @@ class ProcessGroup(abc.ABC):
     def take_turns(self, items: Sequence[_T], work: Callable[[_T], None]) -> None:
         """Do every item, each in one process; after each turn the processes wait for each other.
 
-        ``items`` must be the same everywhere (see ``from_main``). Raises what ``together`` raises.
+        ``items`` must be equal in all processes (see ``from_main``). Raises what ``together`` raises.
         """
         own = self.share(items)
         for turn in range(-(-len(items) // self.world)):
@@ -92,7 +92,7 @@ class ProcessGroup(abc.ABC):
                     work(own[turn])
 
     def from_main(self, make: Callable[[], _T]) -> _T:
-        """Let the main process make something, and give it to all. Raises what ``together`` raises."""
+        """A value that the main process makes and sends to all. Raises what ``together`` raises."""
         made: list[_T] = []
         with self.together():
             if self.is_main:
@@ -102,7 +102,7 @@ class ProcessGroup(abc.ABC):
 
     @contextmanager
     def held_by_main(self, lock: AbstractContextManager[object]) -> Iterator[None]:
-        """Hold a lock in the main process, for all of them, inside the block. Raises what ``together`` raises."""
+        """Inside the block the main process holds a lock for all of them. Raises what ``together`` raises."""
         with ExitStack() as stack:
             with self.together():
                 if self.is_main:

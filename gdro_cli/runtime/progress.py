@@ -1,4 +1,4 @@
-"""Progress for people: bars with rate and time left on a terminal, plain lines elsewhere. Goes to stderr."""
+"""Progress on stderr: bars with rate and time left on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
 from gdro_cli.runtime.terminal import printable
@@ -19,7 +19,7 @@ _EVERY = 10.0
 
 
 class ErrorConsole(Console):
-    """A console on stderr; when what reads it ends (``| tee`` after Ctrl-C), the job continues in silence."""
+    """A console on stderr; when its reader ends (``| tee`` after Ctrl-C), the job continues in silence."""
 
     def __init__(self) -> None:
         super().__init__(stderr=True, highlight=False)
@@ -31,13 +31,13 @@ class ErrorConsole(Console):
 
 @dataclass(eq=False, slots=True)
 class Tracker:
-    """One piece of work under way; ``advance`` it."""
+    """The progress of one piece of work."""
 
     total: int
     unit: str
     done: int
-    show: Callable[[Tracker], None]
     clock: Callable[[], float]
+    show: Callable[[], None] = lambda: None
     numbers: dict[str, float] = field(default_factory=dict)
     _done_before: int = field(init=False)
     _began: float = field(init=False)
@@ -49,7 +49,7 @@ class Tracker:
         """Count ``n`` more units as done and show ``numbers`` (the latest of each name) beside them."""
         self.done += n
         self.numbers.update(numbers)
-        self.show(self)
+        self.show()
 
     def describe(self) -> str:
         """Rate, time left and numbers, e.g. ``3.2 steps/s, 0:26 left, loss 0.104``."""
@@ -70,24 +70,17 @@ class Reporter:
 
     Args:
         console: default is stderr; a console that is not a terminal gets plain lines.
-        quiet: say nothing at all (other processes of the same job, tests).
-        prefix: what each plain line and sentence begins with, e.g. which of several jobs speaks.
+        quiet: print nothing (all processes of a job but the main one).
         clock: seconds, for tests.
     """
 
     def __init__(
-        self,
-        console: Console | None = None,
-        *,
-        quiet: bool = False,
-        prefix: str = "",
-        clock: Callable[[], float] = time.monotonic,
+        self, console: Console | None = None, *, quiet: bool = False, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self._console = console or ErrorConsole()
-        self._quiet = quiet
-        self.prefix = prefix
-        self._clock = clock
+        self._console, self._quiet, self._clock = console or ErrorConsole(), quiet, clock
         self._bars: Progress | None = None
+        self.prefix = ""
+        """What each plain line and sentence begins with, e.g. the name of one of several jobs."""
 
     def say(self, text: str) -> None:
         """Report one sentence, above the bars if there are any."""
@@ -99,12 +92,12 @@ class Reporter:
         """Show the progress of ``total`` units of work inside the block.
 
         Args:
-            label: what is done, e.g. ``sampling``.
-            total: how many units there are.
+            label: names the work, e.g. ``sampling``.
+            total: number of units.
             unit: their name in the plural, e.g. ``steps``.
             done: units that were done before; they count as done but not in the rate.
         """
-        tracker = Tracker(total, unit, done, lambda _: None, self._clock)
+        tracker = Tracker(total, unit, done, self._clock)
         if self._quiet:
             yield tracker
             return
@@ -120,13 +113,13 @@ class Reporter:
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-                _Numbers(),
+                TextColumn("{task.fields[numbers]}", markup=False),
                 console=self._console,
             )
             self._bars.start()
         bars = self._bars
         task = bars.add_task(escape(label), total=tracker.total, completed=tracker.done, unit=tracker.unit, numbers="")
-        tracker.show = lambda _: bars.update(task, completed=tracker.done, numbers=tracker.describe())
+        tracker.show = lambda: bars.update(task, completed=tracker.done, numbers=tracker.describe())
         try:
             yield
         finally:
@@ -147,19 +140,12 @@ class Reporter:
             numbers = tracker.describe()
             self.say(f"{label}: {tracker.done}/{tracker.total} {tracker.unit}" + (f", {numbers}" if numbers else ""))
 
-        tracker.show = lambda _: print_line() if self._clock() - last_time >= _EVERY else None
+        tracker.show = lambda: print_line() if self._clock() - last_time >= _EVERY else None
         try:
             yield
         finally:
             if last_done != tracker.done:
                 print_line()
-
-
-class _Numbers(ProgressColumn):
-    """The tracker's own description."""
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get("numbers", "")))
 
 
 def clock_time(seconds: float) -> str:
@@ -170,7 +156,7 @@ def clock_time(seconds: float) -> str:
 
 
 def _rate(per_second: float, unit: str) -> str:
-    """Units per second, or seconds per unit where that is easier to read."""
+    """Units per second, or seconds per unit if there is less than one per second."""
     if per_second >= 1:
         return f"{per_second:.3g} {unit}/s"
     return f"{1 / per_second:.3g} s/{unit.removesuffix('s')}"

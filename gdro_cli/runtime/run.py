@@ -1,15 +1,14 @@
-"""A run: one folder that holds what was requested, what came out, and enough to continue after a stop.
+"""A run: one folder with what was requested, what came out, and enough to continue after a stop.
 
 recipe.json       the resolved recipe
 environment.json  versions and devices when the run began (environment-2.json ... if they differ later)
 manifest.json     schema, time, digests of the inputs; written last, so a folder without it is not a run yet
 metrics.jsonl     one JSON object per line, each with its ``kind`` and ``step``
-lock              held by the process that works in the folder, which lock.owner names
+lock              locked by the process that works in the folder, which lock.owner names
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
@@ -35,15 +34,13 @@ from gdro_cli.runtime.lock import folder_lock
 SCHEMA = 1
 _REMEDY = "restore it, or start another run with --out"
 _MOST_DIFFERENCES = 8
-"""Differences named in one message."""
+"""Differences that a message names."""
 _MOST_CHARACTERS = 200
 """Characters of a difference that a message shows."""
-_POINT = "validation"
-"""The kind of row that an evaluation point has."""
 
 
 class RunFolder:
-    """An opened run folder; make one with ``create_or_open``."""
+    """A run folder; ``create_or_open`` makes one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -63,28 +60,27 @@ class RunFolder:
         Args:
             path: the folder, made if missing.
             recipe: the resolved recipe as JSON values.
-            inputs: digests of what the run reads (store, scores, model) as JSON values.
-            environment: what ``environment()`` gives; it may change between two starts.
-            provenance: what ``inputs`` are digests of, as JSON values; kept for messages.
+            inputs: digests of what the run reads (store, scores, model).
+            environment: from ``environment()``; it may change between two starts.
+            provenance: what ``inputs`` are digests of; kept for messages.
 
         Raises:
-            StoreError: the folder belongs to another recipe or other inputs, is damaged, holds a link, or cannot be
+            StoreError: the folder belongs to another recipe or other inputs, is damaged, contains a link, or cannot be
                 written to.
         """
         run = cls(Path(path))
         make_folder(run.path)
         refuse_links(entry for folder in (run.path, run.path / "best") for entry in folder.glob("*"))
-        source = {"recipe": _plain(recipe), "inputs": _plain(inputs)}
         if (run.path / "manifest.json").exists():
-            run._refuse_other(source)
-            run._note_environment(_plain(environment))
+            run._refuse_other({"recipe": recipe, "inputs": inputs})
+            run._note_environment(environment)
             run._drop_torn_line()
             return run
-        run.write_json("recipe.json", source["recipe"])
-        run.write_json("environment.json", _plain(environment))
+        run.write_json("recipe.json", recipe)
+        run.write_json("environment.json", environment)
         created = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = {"schema": SCHEMA, "created": created, "inputs": source["inputs"]}
-        run.write_json("manifest.json", manifest | {"provenance": _plain(provenance or {})})
+        manifest = {"schema": SCHEMA, "created": created, "inputs": inputs}
+        run.write_json("manifest.json", manifest | {"provenance": provenance or {}})
         return run
 
     @property
@@ -95,17 +91,17 @@ class RunFolder:
     # -- JSON files ---------------------------------------------------------------------------------------------
 
     def write_json(self, name: str, value: Any) -> Path:
-        """Write a JSON file of the run at once; returns its path."""
+        """Write a JSON file of the run; returns its path."""
         path = self.path / name
         write_json(path, value)
         return path
 
     def read_json(self, name: str) -> Any:
-        """Read a JSON file of the run. Raises ``StoreError`` if it is missing or damaged."""
+        """The value in a JSON file of the run. Raises ``StoreError`` if it is missing or damaged."""
         return read_json(self.path / name, remedy=_REMEDY)
 
     def read_object(self, name: str) -> dict[str, Any]:
-        """The same for a file that must hold a JSON object."""
+        """The object in a JSON file of the run. Raises ``StoreError`` also if it is another value."""
         return read_object(self.path / name, remedy=_REMEDY)
 
     def _refuse_other(self, source: Mapping[str, Any]) -> None:
@@ -124,8 +120,8 @@ class RunFolder:
                 "choose another folder with --out"
             )
 
-    def _note_environment(self, environment: Any) -> None:
-        """Keep a changed environment beside the first, numbered from 2."""
+    def _note_environment(self, environment: Mapping[str, Any]) -> None:
+        """Write a changed environment beside the first, numbered from 2."""
         names = [path.name for path in self.path.glob("environment*.json")]
         if not any(self.read_json(name) == environment for name in names):
             self.write_json(f"environment-{len(names) + 1}.json", environment)
@@ -134,24 +130,22 @@ class RunFolder:
 
     @property
     def metrics_path(self) -> Path:
-        """Where the metrics are."""
+        """The file of the metrics."""
         return self.path / "metrics.jsonl"
 
-    def append_metrics(self, row: Mapping[str, Any]) -> None:
-        """Add one line to the metrics; it survives a kill of the process as soon as this returns.
+    def append_metrics(self, row: Mapping[str, str | float | None]) -> None:
+        """Add one line to the metrics; once this returns, it survives a kill of the process.
 
         Args:
-            row: JSON values; ``step`` (int) is required, since resuming cuts the file by it, and ``kind``, by which
-                rows are told apart.
+            row: with its ``kind`` (text) and ``step`` (integer), by which resuming cuts the file.
 
         Raises:
-            ValueError: the row has no step or no kind.
             StoreError: the file cannot be written to.
         """
-        append_bytes(self.metrics_path, json_lines([_row(row)]))
+        append_bytes(self.metrics_path, json_lines([row]))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Read all rows; a last line that was cut off by a crash is left out.
+        """All rows but a last line that a crash cut off.
 
         Raises:
             StoreError: another line is damaged.
@@ -159,7 +153,7 @@ class RunFolder:
         rows = []
         for number, line in enumerate(self._metrics_bytes().split(b"\n")[:-1], start=1):
             try:
-                rows.append(dict(_row(parse_json(line))))
+                rows.append(_row(parse_json(line)))
             except ValueError as error:
                 raise StoreError(
                     f"{self.metrics_path} line {number} is damaged: delete the line to continue"
@@ -173,35 +167,31 @@ class RunFolder:
             write_bytes(self.metrics_path, whole + newline)
 
     def _metrics_bytes(self) -> bytes:
-        """What is in the file; nothing where there is none. Raises StoreError."""
+        """The content of the file, empty if there is none. Raises StoreError."""
         return read_file(self.metrics_path, remedy=_REMEDY) if self.metrics_path.exists() else b""
 
     def truncate_metrics(self, after_step: int, *, unmeasured: bool = False) -> None:
-        """Drop every row of a step beyond ``after_step``: those steps will be run again.
+        """Drop every row of a step after ``after_step``: those steps will run again.
 
-        With ``unmeasured`` the evaluation point of that step will be measured again as well.
+        With ``unmeasured`` the evaluation point of ``after_step`` will also be measured again.
         """
         if self.metrics_path.exists():
+            repeated = (after_step, "validation") if unmeasured else None
             rows = [row for row in self.metrics() if row["step"] <= after_step]
-            valid = [row for row in rows if not (unmeasured and row["step"] == after_step and row["kind"] == _POINT)]
+            valid = [row for row in rows if (row["step"], row["kind"]) != repeated]
             write_bytes(self.metrics_path, json_lines(valid))
 
     # -- one writer ---------------------------------------------------------------------------------------------
 
     def lock(self) -> AbstractContextManager[None]:
-        """Hold the folder for this process; see ``lock.folder_lock``."""
+        """Lock the folder for this process; see ``lock.folder_lock``."""
         return folder_lock(self.path / "lock")
 
 
-def _row(value: Any) -> Mapping[str, Any]:
-    """A row of metrics: steps and kinds, and otherwise texts, numbers and nulls. Raises ValueError for others."""
-    if not isinstance(value, Mapping) or type(value.get("step")) is not int or not isinstance(value.get("kind"), str):
+def _row(value: Any) -> dict[str, Any]:
+    """A row of metrics: a step, a kind, and further texts, numbers and nulls. Raises ValueError for anything else."""
+    if not isinstance(value, dict) or type(value.get("step")) is not int or not isinstance(value.get("kind"), str):
         raise ValueError("a row of metrics needs an integer 'step' and a 'kind'")
     if not all(isinstance(entry, str | int | float | None) for entry in value.values()):
-        raise ValueError("a row of metrics holds texts and numbers")
+        raise ValueError("a row of metrics has only texts and numbers")
     return value
-
-
-def _plain(value: Any) -> Any:
-    """The value as it comes back from a JSON file (tuples become lists)."""
-    return json.loads(json.dumps(value))

@@ -1,4 +1,4 @@
-"""Text of others (names, paths, answers) on the user's terminal."""
+"""What this process prints on the user's terminal."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 import re
 
 UNREAD = 141
-"""Exit code when nothing reads the output any more: that of a process that SIGPIPE ends."""
+"""Exit code when the reader of the output is gone: that of a process that SIGPIPE ends."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters, which a terminal would obey, spelt out; tabs and line ends stay.
+    r"""The text with control characters, which a terminal would obey, escaped; tabs and line ends stay.
 
     >>> printable("a\x1b[2Jb")
     'a\\x1b[2Jb'
@@ -21,5 +21,5 @@ def printable(text: str) -> str:
 
 
 def is_main_process() -> bool:
-    """Whether this process prints for all: the only one, or the first of several."""
+    """Whether this process prints for all: it is the only one, or the first of several."""
     return os.environ.get("RANK", "0") == "0"

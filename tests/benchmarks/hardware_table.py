@@ -1,4 +1,4 @@
-"""Print the table of docs/hardware.md: what the recipes for GPUs need on cards of 24, 48 and 80 GB, by the estimate."""
+"""Print the table of docs/hardware.md: the estimated needs of the GPU recipes on cards of 24, 48 and 80 GB."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS: tuple[tuple[tuple[str, str], int, tuple[str, ...]], ...] = (
 
 
 def main() -> None:
-    """Print it."""
+    """Print the table."""
     print("| recipe | card | settings | sampling | training |\n|---|---|---|---|---|")
     for names, card, settings in ROWS:
         estimate = Estimate(load_recipe(names[0], overrides=settings))

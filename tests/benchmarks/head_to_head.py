@@ -3,11 +3,11 @@
     python -m tests.benchmarks.head_to_head ocr --cores 0,1          # docs/results.md, "Head to head"
     python -m tests.benchmarks.head_to_head geneval --cores 0,1
 
-It is the commands a user would give, one after the other: ``gdro score`` for the store that the offline methods share,
-``gdro train`` and ``gdro eval`` of each recipe with each seed, ``gdro compare`` of all. Given again it goes on
-where it was stopped. With ``--cores`` one training at a time runs on each named core, on one thread, so that all
-methods are timed alike; reference errors are not shared between trainings (``train.cache_reference=false``), so that
-each pays for its own.
+It runs the commands that a user would run, one after the other: ``gdro score`` for the store that the offline methods
+share, ``gdro train`` and ``gdro eval`` of each recipe with each seed, ``gdro compare`` of all. After a stop the same
+command continues. With ``--cores`` each of these cores runs one training at a time, on one thread, so that all methods
+are timed alike. Trainings do not share reference errors (``train.cache_reference=false``), so that each computes its
+own.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.session import Session
 
 METHODS = ("fast", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
-"""Ends of the recipes' names; the first is GDRO's."""
+"""Last parts of the recipes' names; the first is GDRO's."""
 PROMPTS, ROW_NAME = 2 * LINE + MARGIN, 60
-"""Pixels of a sheet of validation pictures above and left of its pictures."""
+"""Pixels of a sheet of validation images above and left of its images."""
 
 
 def gdro(arguments: Sequence[str], *, log: Path, core: int | None) -> None:
-    """Run a command, its output into a log; ends the program when it fails."""
+    """Run a command with its output in a log; ends the program if it fails."""
     environment = dict(os.environ) if core is None else {**os.environ, "OMP_NUM_THREADS": "1"}
     pinned = None if core is None else partial(os.sched_setaffinity, 0, {core})
     command = [sys.executable, "-m", "gdro_cli", *arguments]
@@ -51,17 +51,17 @@ def gdro(arguments: Sequence[str], *, log: Path, core: int | None) -> None:
         code = subprocess.run(command, stdout=file, stderr=file, env=environment, preexec_fn=pinned).returncode
     print(f"{'failed' if code else 'done':7} gdro {' '.join(arguments)}", flush=True)
     if code:
-        raise SystemExit(f"the log {log} says why")
+        raise SystemExit(f"the log {log} has the reason")
 
 
-def sheet_of(found: Comparison, run: str, out: Path) -> Path | None:
-    """The validation pictures of a run at the matched reward."""
-    sheet = next(point.sheet for point in found.matching.points if point.run == run)
+def sheet_of(comparison: Comparison, run: str, out: Path) -> Path | None:
+    """The validation images of a run at the matched reward."""
+    sheet = next(point.sheet for point in comparison.matching.points if point.run == run)
     return None if sheet is None else out / "runs" / run / sheet
 
 
-def draw_grid(place: Path, sheets: Mapping[str, Path | None]) -> None:
-    """One row of the same prompts' pictures per method, below one line of prompts."""
+def draw_grid(path: Path, sheets: Mapping[str, Path | None]) -> None:
+    """Draw one row of images per method, below one row with their prompts."""
     drawn = {name: Image.open(sheet) for name, sheet in sheets.items() if sheet is not None}
     if not drawn:
         return
@@ -74,7 +74,7 @@ def draw_grid(place: Path, sheets: Mapping[str, Path | None]) -> None:
         top = PROMPTS + number * row
         whole.paste(sheet.crop((ROW_NAME, PROMPTS, sheet.width, sheet.height)), (label, top))
         pen.text((4, top + row // 3), name.replace("-", "-\n", 1), fill="black", font=ImageFont.load_default(12))
-    whole.save(place, optimize=True)
+    whole.save(path, optimize=True)
 
 
 def main() -> None:
@@ -82,38 +82,42 @@ def main() -> None:
     options = argparse.ArgumentParser(description="Train, evaluate and compare every method on one task.")
     options.add_argument("task", choices=("ocr", "geneval"))
     options.add_argument("--seeds", type=int, default=3, help="trainings of each method (default: 3)")
-    options.add_argument("--methods", default=",".join(METHODS[1:]), help="beside GDRO, which comes first")
-    options.add_argument("--cores", default="", help="numbers of cores, as 0,1; without them one training uses all")
+    options.add_argument("--methods", default=",".join(METHODS[1:]), help="in addition to GDRO, which comes first")
+    options.add_argument("--cores", default="", help="numbers of cores, e.g. 0,1; default: one training uses all")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
     options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
-    asked = options.parse_args()
+    arguments = options.parse_args()
 
-    unknown = {each for each in asked.methods.split(",") if each} - set(METHODS[1:])
+    unknown = {name for name in arguments.methods.split(",") if name} - set(METHODS[1:])
     if unknown:
         options.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(METHODS[1:])}")
-    if not all(each.isdecimal() for each in asked.cores.split(",") if each):
-        options.error(f"--cores {asked.cores}: give numbers of cores, as 0,1")
+    if not all(core.isdecimal() for core in arguments.cores.split(",") if core):
+        options.error(f"--cores {arguments.cores}: give numbers of cores, e.g. 0,1")
 
-    task, out = asked.task, asked.out / asked.task
-    recipes = [f"{task}-{method}" for method in (METHODS[0], *asked.methods.split(",")) if method]
+    task, out = arguments.task, arguments.out / arguments.task
+    recipes = [f"{task}-{method}" for method in (METHODS[0], *arguments.methods.split(",")) if method]
     cores: queue.Queue[int | None] = queue.Queue()
-    for core in [int(each) for each in asked.cores.split(",") if each] or [None]:
+    for core in [int(number) for number in arguments.cores.split(",") if number] or [None]:
         cores.put(core)
 
-    # The first evaluation also draws and scores what the base model makes of the held-out prompts; others wait for it.
+    # The first evaluation also samples and scores the base model's held-out images; the others wait for it.
     first, evaluated = Lock(), Event()
 
     def job(recipe: str, seed: int | None, *stages: str) -> list[str]:
         online = load_recipe(recipe).online_method is not None
-        overrides = [*asked.set, *([] if online else ["train.cache_reference=false"])]
+        overrides = [*arguments.set, *([] if online else ["train.cache_reference=false"])]
         overrides += [] if seed is None else [f"train.seed={seed}"]
-        given = ["--recipe", recipe, "--out", str(out), *(part for each in overrides for part in ("--set", each))]
+        sets = [part for override in overrides for part in ("--set", override)]
         core = cores.get()
         try:
             for stage in stages:
                 alone = stage == "eval" and not evaluated.is_set()
                 with first if alone else nullcontext():
-                    gdro([stage, *given], log=out / "logs" / f"{recipe}-{seed}.log", core=core)
+                    gdro(
+                        [stage, "--recipe", recipe, "--out", str(out), *sets],
+                        log=out / "logs" / f"{recipe}-{seed}.log",
+                        core=core,
+                    )
                 if stage == "eval":
                     evaluated.set()
         finally:
@@ -130,24 +134,24 @@ def main() -> None:
     model = open_model(load_recipe(recipes[0]))
     job(recipes[0], None, "score")
     with ThreadPoolExecutor(cores.qsize()) as pool:
-        # Seed by seed, so that a stop leaves whole comparisons, and methods meet the same machine.
+        # Seed by seed, so that a stop leaves complete comparisons, and all methods run on an equally busy machine.
         jobs = [
             (recipe, pool.submit(job, recipe, seed, "train", "eval"))
-            for seed in range(1, asked.seeds + 1)
+            for seed in range(1, arguments.seeds + 1)
             for recipe in recipes
         ]
-        runs = [run_of(recipe, made.result()) for recipe, made in jobs]
+        runs = [run_of(recipe, overrides.result()) for recipe, overrides in jobs]
     log = out / "logs" / "compare.log"
     log.unlink(missing_ok=True)
     gdro(["compare", *map(str, runs), "--out", str(out)], log=log, core=None)
     print(log.read_text())
-    found = compare(runs, at_reward=None, workspace=out)
-    place = out / f"head-to-head-{task}.png"
-    draw_grid(place, {arm.name: sheet_of(found, arm.runs[0], out) for arm in found.arms})
-    chart = time_chart({arm.name: arm.curves for arm in found.arms}, level=found.matching.reward)
+    comparison = compare(runs, at_reward=None, workspace=out)
+    grid = out / f"head-to-head-{task}.png"
+    draw_grid(grid, {arm.name: sheet_of(comparison, arm.runs[0], out) for arm in comparison.arms})
+    chart = time_chart({arm.name: arm.curves for arm in comparison.arms}, level=comparison.matching.reward)
     if chart is not None:
-        place.with_suffix(".svg").write_text(chart)
-    print(f"pictures at the matched reward: {place}; curves: {place.with_suffix('.svg')}")
+        grid.with_suffix(".svg").write_text(chart)
+    print(f"images at the matched reward: {grid}; curves: {grid.with_suffix('.svg')}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What the keys for speed are worth on the embedded model: ratios, each taken in one run on one machine.
+"""What the keys for speed gain on the embedded model: ratios, each measured in one run on one machine.
 
     python -m tests.benchmarks.levers            # the second table of docs/performance.md, about four minutes
 
-"Ours" has the key on, "against" has it off; see ``ratios`` for how a ratio is taken.
+See ``ratios`` for how a ratio is measured.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from gdro_cli.stages.training.prefetch import Prefetch
 from tests.benchmarks.ratios import group_gradient, random_batch, ratio
 
 STEPS = 1000
-"""More than any ratio takes."""
+"""More than any ratio needs."""
 
 
-def step_of(recipe: Recipe, *, ahead: bool = False, known: bool = False) -> Callable[[], None]:
-    """One whole training step on random groups, as ``gdro train`` takes it."""
+def step_of(recipe: Recipe, *, prefetch: bool = False, cached: bool = False) -> Callable[[], None]:
+    """One whole training step on random groups, as in ``gdro train``."""
     model = open_model(recipe)
     optimizer = torch.optim.AdamW(attach_adapter(recipe, model), lr=1e-6)
     batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.group_method.k)
     gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
-    drawing = Prefetch(lambda step: draw_noise(batch, recipe.group_method, seed=step), steps=STEPS if ahead else 0)
-    errors = gradient.reference_errors(noisy_groups(model, batch, recipe.group_method, seed=0)) if known else None
+    drawing = Prefetch(lambda step: draw_noise(batch, recipe.group_method, seed=step), steps=STEPS if prefetch else 0)
+    noise = draw_noise(batch, recipe.group_method, seed=0)
+    errors = gradient.reference_errors(noisy_groups(model, batch, noise)) if cached else None
     numbers = count()
 
     def step() -> None:
-        drawn = drawing.take(next(numbers))
-        gradient(noisy_groups(model, batch, recipe.group_method, seed=0, drawn=drawn), errors)
+        gradient(noisy_groups(model, batch, drawing.take(next(numbers))), errors)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -47,13 +47,13 @@ def main() -> None:
     recipe = load_recipe("ocr")
     compiled = load_recipe("ocr", overrides=["model.compile=true"])
     rows = {
-        "train.cache_reference, all errors known": (step_of(recipe, known=True), step_of(recipe)),
-        "train.prefetch": (step_of(recipe, ahead=True), step_of(recipe)),
+        "train.cache_reference, all errors known": (step_of(recipe, cached=True), step_of(recipe)),
+        "train.prefetch": (step_of(recipe, prefetch=True), step_of(recipe)),
         "model.compile": (step_of(compiled), step_of(recipe)),
     }
     print("| key | step with | step without | ratio |\n|---|---|---|---|")
-    for name, (ours, bare) in rows.items():
-        with_key, without, factor = ratio(ours, bare)
+    for name, (with_key_on, with_key_off) in rows.items():
+        with_key, without, factor = ratio(with_key_on, with_key_off)
         print(f"| `{name}` | {with_key:.3f} s | {without:.3f} s | {factor:.2f} |")
 
 

@@ -1,8 +1,8 @@
-"""What the tool costs beside the model itself: ratios, each taken in one run on one machine.
+"""What the tool costs beyond the model itself: ratios, each measured in one run on one machine.
 
     python -m tests.benchmarks.ratios            # the table of docs/performance.md, about three minutes
 
-The two sides of a ratio alternate, and the ratio is that of their medians, so a busy machine disturbs both.
+The two sides of a ratio alternate, so a busy machine disturbs both; the ratio is that of their medians.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.setup.reward import open_reward
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import training_plan
-from gdro_cli.stages.training.group_gradient import GroupGradient, loss_arguments, noisy_groups
+from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
 
 ROUNDS = 7
 SIDE = 64
-"""Pixels of the embedded model's pictures."""
+"""Pixels of a side of the embedded model's images."""
 LARGE = 256
-"""Pixels of pictures whose activations take more memory than all else in a step."""
+"""Pixels of a side of images whose activations take more memory than everything else in a step."""
 
 
 def ratio(
@@ -56,7 +56,7 @@ def ratio(
 
 
 def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int, side: int = SIDE) -> GroupBatch:
-    """Groups of noise with random rewards: speed and memory do not depend on what the pictures show."""
+    """Groups of noise with random rewards: speed and memory do not depend on what the images show."""
     prompts = Session(recipe, Path()).prompts("train").records[:groups]
     shape = model.latent_shape(height=side, width=side)
     rewards = torch.rand(groups, k)
@@ -83,25 +83,24 @@ def group_gradient(
         size=(side, side),
         micro_batch=micro_batch,
         one_pass=one_pass,
-        reference=lambda: reference(model),
         autocast=nullcontext,
         backward=lambda loss: loss.backward(),
     )
 
 
 def train_step(recipe: Recipe) -> tuple[float, float, float]:
-    """A whole step (draws of noise, loss, metrics, AdamW) against forward + backward of the same images."""
+    """A whole step (noise, loss, metrics, AdamW) against forward + backward of the same images."""
     model = open_model(recipe)
     parameters = attach_adapter(recipe, model)
     batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.method.k)
     gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    noisy = noisy_groups(model, batch, recipe.method, seed=0)
+    noisy = noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0))
     latents, target = noisy.at(slice(None))
     text = {key: value[noisy.group] for key, value in noisy.conditioning.items()}
 
     def ours() -> None:
-        gradient(noisy_groups(model, batch, recipe.method, seed=0))
+        gradient(noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -170,24 +169,24 @@ def sampling(recipe: Recipe, *, against_pipeline: bool) -> tuple[float, float, f
 
 
 def scoring(recipe: Recipe) -> tuple[float, float, float]:
-    """96 pictures on one worker against two, after both pools have loaded; the ratio is the speed-up."""
+    """96 images on one worker against two, after both pools have loaded; the ratio is the speed-up."""
     from gdro_cli.rewards.pool import ScoringPool
 
     model = open_model(recipe)
     prompts: tuple[PromptRecord, ...] = Session(recipe, Path()).prompts("train").records[:12]
     groups = sample_groups(model, prompts, training_plan(Session(recipe, Path(), model=model)), batch_size=32)
     pairs = [(image, group.prompt) for group in groups for image in group.images][:96]
-    images, asked = [image for image, _ in pairs], [prompt for _, prompt in pairs]
+    images, texts = [image for image, _ in pairs], [prompt for _, prompt in pairs]
     with ScoringPool(open_reward(recipe), workers=1) as one, ScoringPool(open_reward(recipe), workers=2) as two:
-        return ratio(lambda: one.score(images, asked), lambda: two.score(images, asked), rounds=3)
+        return ratio(lambda: one.score(images, texts), lambda: two.score(images, texts), rounds=3)
 
 
 def peak_memory(recipe: Recipe, k: int) -> float:
     """MB by which a two-pass step of two groups in micro-batches of 2 raises the memory of a process of its own.
 
-    Pictures have 256 pixels: their activations are what a step's memory is made of, as with real models. Two groups are
-    two micro-batches at least, so that gradients are added up for either K. What is freed goes back to the system at
-    once, or the high-water mark would tell how the heap is cut up.
+    Images have 256 pixels a side: their activations take most of a step's memory, as with real models. Two groups are
+    at least two micro-batches, so that gradients add up for either K. Freed memory goes back to the system at once;
+    otherwise the high-water mark would show how the heap is fragmented.
     """
     command = [sys.executable, __file__, "--memory", str(k)]
     heap = {"MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_TOP_PAD_": "0"}
@@ -196,14 +195,14 @@ def peak_memory(recipe: Recipe, k: int) -> float:
 
 
 def measure_memory(recipe: Recipe, k: int) -> None:
-    """Print the rise of the peak over what the process held before its first step."""
+    """Print by how much the peak exceeds the memory before the first step."""
     model = open_model(recipe)
     attach_adapter(recipe, model)
     gradient = group_gradient(recipe, model, one_pass=False, micro_batch=2, side=LARGE)
     batch = random_batch(recipe, model, groups=2, k=k, side=LARGE)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present size
-    gradient(noisy_groups(model, batch, recipe.method, seed=0))
+    gradient(noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0)))
     print(resident("VmHWM") - before)
 
 

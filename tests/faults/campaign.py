@@ -1,12 +1,12 @@
-"""Kill jobs at random moments, start them again, and see whether anything was lost or changed.
+"""Kill jobs at random moments, start them again, and check that nothing is lost or changed.
 
     python -m tests.faults.campaign --kills 200
 
-Each stage (sample, score, train, eval, ablate) is carried out once undisturbed. Then it begins again and again from
-where the stage before it ended, and is killed (SIGKILL) at random moments until it comes to its end. After each kill
-everything that counts as finished must be whole and still be there; the end must equal the undisturbed one, bit for
-bit. The table shows kills and violations per stage; the exit code is 1 after a violation, 2 when the time was not
-enough. The moments follow from ``--seed``, as far as a machine's speed allows.
+Each stage (sample, score, train, eval, ablate) runs once undisturbed. Then it starts again and again from the end of
+the stage before it, and is killed (SIGKILL) at random moments until it finishes. After each kill all finished parts
+must still exist and be complete; the final result must equal the undisturbed one, bit for bit. The table shows kills
+and violations per stage; the exit code is 1 after a violation, 2 if the time was too short. The moments follow from
+``--seed``, as far as a machine's speed allows.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ STAGES: Mapping[str, Sequence[str]] = {
     "eval": ["eval"],
     "ablate": ["ablate", "--param", "tau", "--values", "0.05,0.5"],
 }
-SLOWEST_LOOK = 0.01
+POLL_SECONDS = 0.01
 """Seconds between two looks at the workspace."""
 _TIMES = ("seconds", "created")
 
 
 @dataclass
 class Tally:
-    """What became of one stage."""
+    """Counts of one stage."""
 
     kills: int = 0
     starts: int = 0
     ends: int = 0
-    """How often it came to its end."""
+    """How often it finished."""
     violations: list[str] = field(default_factory=list)
 
 
-# -- what is finished, and what must be the same ----------------------------------------------------------------------
+# -- finished parts, and what must stay the same ----------------------------------------------------------------------
 
 
 def finished_parts(workspace: Path) -> dict[str, str]:
-    """Everything that counts as done: shards of stores, by the digests of their manifests, and of score tables."""
-    found = {}
+    """Digests of everything that counts as done: manifests of store shards, and shards of score tables."""
+    digests = {}
     for pattern in ("**/shards/[0-9]*/manifest.json", "**/scores/*/[0-9]*.jsonl"):
         for path in workspace.glob(pattern):
-            found[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            digests[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return digests
 
 
 def newest_steps(workspace: Path) -> dict[str, int]:
@@ -74,7 +74,7 @@ def newest_steps(workspace: Path) -> dict[str, int]:
 
 
 def broken_parts(workspace: Path) -> Iterator[str]:
-    """Everything that counts as done, but is not whole."""
+    """Everything that counts as done but is not complete."""
     for manifest in workspace.glob("**/shards/[0-9]*/manifest.json"):
         files = json.loads(manifest.read_bytes())["files"]
         yield from (
@@ -88,7 +88,7 @@ def broken_parts(workspace: Path) -> Iterator[str]:
         yield from _broken_checkpoint(manifest.parent)
     for path in workspace.rglob("*.json"):
         if any(part.startswith(".") for part in path.relative_to(workspace).parts):
-            continue  # unfinished, and named so
+            continue  # unfinished, by its name
         try:
             json.loads(path.read_bytes())
         except ValueError:
@@ -112,23 +112,23 @@ def _fits(path: Path, entry: Mapping[str, Any]) -> bool:
     return len(data) == entry["bytes"] and hashlib.sha256(data).hexdigest() == entry["sha256"]
 
 
-def ends(workspace: Path) -> dict[str, Any]:
-    """What two workspaces share that went through the same stages: bits, but no times."""
-    found: dict[str, Any] = dict(finished_parts(workspace))
+def contents(workspace: Path) -> dict[str, Any]:
+    """What is equal in two workspaces after the same stages: all bits, without times."""
+    parts: dict[str, Any] = dict(finished_parts(workspace))
     for pattern in (
         "runs/*/*.safetensors",
         "runs/*/checkpoints/**/*.safetensors",
         "runs/*/best/checkpoints/**/*.safetensors",
     ):
         for path in workspace.glob(pattern):
-            found[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
+            parts[path.relative_to(workspace).as_posix()] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in workspace.glob("runs/*/metrics.jsonl"):
         rows = [_timeless(json.loads(line)) for line in path.read_bytes().splitlines()]
-        found[path.relative_to(workspace).as_posix()] = rows
+        parts[path.relative_to(workspace).as_posix()] = rows
     for pattern in ("runs/*/results.json", "ablations/*/ablation.json"):
         for path in workspace.glob(pattern):
-            found[path.relative_to(workspace).as_posix()] = _timeless(json.loads(path.read_bytes()))
-    return found
+            parts[path.relative_to(workspace).as_posix()] = _timeless(json.loads(path.read_bytes()))
+    return parts
 
 
 def _timeless(value: Any) -> Any:
@@ -138,7 +138,7 @@ def _timeless(value: Any) -> Any:
 
 
 def left_behind(workspace: Path) -> list[str]:
-    """Half checkpoints and half shards, of which a finished job leaves none."""
+    """Unfinished checkpoints and shards, of which a finished job leaves none."""
     half = {*workspace.rglob("checkpoints/.*"), *workspace.rglob("shards/.*")}
     return sorted(path.relative_to(workspace).as_posix() for path in half)
 
@@ -149,28 +149,28 @@ def left_behind(workspace: Path) -> list[str]:
 def kill_at_random(
     process: subprocess.Popen[str], workspace: Path, moments: random.Random, *, usual: float
 ) -> str | None:
-    """Kill the process at a random moment; returns what it said when it came to its end before.
+    """Kill the process at a random moment; returns its messages if it finished before.
 
-    Half of the moments are times; the others come shortly after something has appeared in the workspace, which is
-    when files are being written.
+    Half of the moments are times. The others come shortly after a new file in the workspace, while files are being
+    written.
     """
     by_time = moments.random() < 0.5
     wait, changes, pause = moments.uniform(0.2, 1.0) * usual, moments.randint(1, 12), moments.uniform(0, 0.05)
-    began, seen = time.monotonic(), _entries(workspace)
+    began, before = time.monotonic(), _entries(workspace)
     while process.poll() is None:
         if by_time and time.monotonic() - began >= wait:
             break
         if not by_time:
             now = _entries(workspace)
-            changes -= now != seen
-            seen = now
+            changes -= now != before
+            before = now
             if changes <= 0:
                 time.sleep(pause)
                 break
         if time.monotonic() - began > PATIENCE:
             process.kill()
             raise AssertionError(f"{process.args} did not end within {PATIENCE:g} s")
-        time.sleep(SLOWEST_LOOK)
+        time.sleep(POLL_SECONDS)
     process.kill()
     _, errors = process.communicate()
     return None if process.returncode == -9 else errors
@@ -184,7 +184,7 @@ def _entries(workspace: Path) -> int:
 
 
 class Campaign:
-    """A workspace that nothing disturbed, and copies of it that are killed."""
+    """An undisturbed workspace, and copies of it in which jobs are killed."""
 
     def __init__(self, folder: Path, *, seed: int, stages: Sequence[str], deadline: float) -> None:
         self.folder, self.stages, self.deadline = folder, list(stages), deadline
@@ -195,7 +195,7 @@ class Campaign:
         self.tallies = {stage: Tally() for stage in stages}
 
     def undisturbed(self) -> None:
-        """Every stage once, and what the workspace was before and after it."""
+        """Run every stage once, and keep the workspace before it and the contents after it."""
         workspace = self.folder / "undisturbed"
         workspace.mkdir()
         for stage in self.stages:
@@ -203,11 +203,11 @@ class Campaign:
             began = time.monotonic()
             code, _, errors = finish(start(STAGES[stage], recipe=self.recipe, workspace=workspace))
             if code:
-                raise AssertionError(f"undisturbed, {stage} fails: {errors}")
-            self.usual[stage], self.expected[stage] = time.monotonic() - began, ends(workspace)
+                raise AssertionError(f"{stage} fails undisturbed: {errors}")
+            self.usual[stage], self.expected[stage] = time.monotonic() - began, contents(workspace)
 
     def run(self, kills: int) -> None:
-        """As many kills, shared by the stages."""
+        """Kill the stages this number of times in all."""
         share = -(-kills // len(self.stages))
         for stage in self.stages:
             while self.tallies[stage].kills < share and time.monotonic() < self.deadline:
@@ -216,7 +216,7 @@ class Campaign:
                 print(f"{stage}: {done} of {share} kills, {wrong} violations", file=sys.stderr, flush=True)
 
     def _once(self, stage: str, *, most: int) -> None:
-        """From the beginning of a stage to its end, with at most so many kills on the way."""
+        """Run a stage to its end, with at most ``most`` kills on the way."""
         tally, workspace = self.tallies[stage], self.folder / "disturbed"
         shutil.rmtree(workspace, ignore_errors=True)
         shutil.copytree(self.folder / f"before-{stage}", workspace)
@@ -224,13 +224,13 @@ class Campaign:
         while most > 0:
             process = start(STAGES[stage], recipe=self.recipe, workspace=workspace)
             tally.starts += 1
-            said = kill_at_random(process, workspace, self.moments, usual=self.usual[stage])
-            if said is not None:
+            messages = kill_at_random(process, workspace, self.moments, usual=self.usual[stage])
+            if messages is not None:
                 if process.returncode:
-                    tally.violations.append(f"{stage} fails: {said.strip().splitlines()[-1:]}")
+                    tally.violations.append(f"{stage} fails: {messages.strip().splitlines()[-1:]}")
                 break
             tally.kills, most = tally.kills + 1, most - 1
-            tally.violations += [f"taken as whole: {part}" for part in broken_parts(workspace)]
+            tally.violations += [f"counted as complete: {part}" for part in broken_parts(workspace)]
             now, newest = finished_parts(workspace), newest_steps(workspace)
             tally.violations += [f"lost or made again: {name}" for name in done if now.get(name) != done[name]]
             tally.violations += [f"steps of {run} lost" for run in steps if newest.get(run, 0) < steps[run]]
@@ -240,9 +240,9 @@ class Campaign:
         if code:
             tally.violations.append(f"{stage} does not continue: {errors.strip().splitlines()[-1:]}")
             return
-        got, expected = ends(workspace), self.expected[stage]
-        odd = [name for name in sorted(expected.keys() | got.keys()) if got.get(name) != expected.get(name)]
-        tally.violations += [f"differs from the undisturbed job: {name}" for name in odd]
+        actual, expected = contents(workspace), self.expected[stage]
+        changed = [name for name in sorted(expected.keys() | actual.keys()) if actual.get(name) != expected.get(name)]
+        tally.violations += [f"differs from the undisturbed job: {name}" for name in changed]
         tally.violations += [f"left behind: {name}" for name in left_behind(workspace)]
 
     @property
@@ -251,7 +251,7 @@ class Campaign:
 
     @property
     def violations(self) -> list[str]:
-        return [f"{stage}: {each}" for stage, tally in self.tallies.items() for each in tally.violations]
+        return [f"{stage}: {violation}" for stage, tally in self.tallies.items() for violation in tally.violations]
 
     def table(self) -> str:
         """Kills and verdicts per stage."""
@@ -264,26 +264,26 @@ class Campaign:
 
 def main() -> int:
     """Run a campaign and print its table."""
-    options = argparse.ArgumentParser(description="Kill jobs at random moments and see whether anything is lost.")
+    options = argparse.ArgumentParser(description="Kill jobs at random moments and check that nothing is lost.")
     options.add_argument("--kills", type=int, default=200)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--minutes", type=float, default=180.0, help="begin nothing new after so many")
+    options.add_argument("--minutes", type=float, default=180.0, help="start nothing new after this time")
     options.add_argument("--stages", default=",".join(STAGES), help="in this order, from an empty folder")
-    asked = options.parse_args()
-    stages = asked.stages.split(",")
+    arguments = options.parse_args()
+    stages = arguments.stages.split(",")
     if not set(stages) <= set(STAGES):
         options.error(f"stages are {', '.join(STAGES)}")
     with tempfile.TemporaryDirectory(prefix="gdro-faults-") as folder:
-        deadline = time.monotonic() + 60 * asked.minutes
-        campaign = Campaign(Path(folder), seed=asked.seed, stages=stages, deadline=deadline)
+        deadline = time.monotonic() + 60 * arguments.minutes
+        campaign = Campaign(Path(folder), seed=arguments.seed, stages=stages, deadline=deadline)
         campaign.undisturbed()
-        campaign.run(asked.kills)
+        campaign.run(arguments.kills)
     print(campaign.table())
     print("\n".join(campaign.violations))
     if campaign.violations:
         return 1
-    if campaign.kills < asked.kills:
-        print(f"the time was enough for {campaign.kills} of {asked.kills} kills")
+    if campaign.kills < arguments.kills:
+        print(f"there was time for {campaign.kills} of {arguments.kills} kills")
         return 2
     return 0
 

@@ -1,4 +1,4 @@
-"""The faults' own modules are found by their names; nothing here needs the network or the user's cache."""
+"""A cache of the session's own and a small store; nothing here needs the network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache folder of the session's own."""
+    """The session's cache folder."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GDRO_CACHE", str(folder))
@@ -20,7 +20,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def finished_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A complete store; not to be changed."""
+    """A complete store, which tests must not change."""
     from tests.support import small_store
 
     return small_store.make(tmp_path_factory.mktemp("stores") / "store")
@@ -28,5 +28,5 @@ def finished_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(finished_store: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be used or damaged."""
+    """A copy of it, which a test may damage."""
     return shutil.copytree(finished_store, tmp_path / "store")

@@ -1,4 +1,4 @@
-"""What a judge may answer: read, or missing with a reason; and which addresses an endpoint may have."""
+"""A judge's answers are read or missing with a reason; and which addresses an endpoint may have."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ TEXTS = [
     Case("bold", "**Alignment Score (1-5):** 3\n**Coherence Score (1-5):** 4\n**Style Score (1-5):** 2", 0),
     Case("bullets", "- Alignment Score: 3\n- Coherence Score: 4\n- Style Score: 2", 0),
     Case("CRLF", GOOD.replace("\n", "\r\n"), 0),
-    Case("thought before", f"<think>Style Score (1-5): 5</think>{GOOD}", 0),
-    Case("said twice", f"{GOOD}\n{GOOD}", 0),
+    Case("after a thought", f"<think>Style Score (1-5): 5</think>{GOOD}", 0),
+    Case("given twice", f"{GOOD}\n{GOOD}", 0),
     Case("nothing", "", 1, "has no alignment score, has no coherence score"),
     Case("garbage", "lorem ipsum \x00\ufffd", 1, "has no style score"),
     Case("no style", "Alignment Score: 3\nCoherence Score: 4", 1, "has no style score"),
@@ -75,10 +75,7 @@ ADDRESSES = [
 
 @rows(ADDRESSES)
 def test_an_address(case: Case) -> None:
-    found = never_unexpected(lambda: check_url(case.given), 2)
+    result = never_unexpected(lambda: check_url(case.given), 2)
     if case.words:
-        check(found, 2, case.words)
-    assert "secret" not in found.message
-
-
-CASES = [*TEXTS, *ADDRESSES]
+        check(result, 2, case.words)
+    assert "secret" not in result.message

@@ -1,4 +1,4 @@
-"""Images that are cut off, of odd kinds, absurdly large or not images: scored, or missing with a reason."""
+"""Images that are truncated, of rare kinds, far too large or not images: scored, or missing with a reason."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ IMAGES = [
 
 @rows(IMAGES)
 def test_an_image(case: Case, tmp_path: Path) -> None:
-    """Code 1 stands for a score that is missing with this reason."""
+    """Code 1 means that the score is missing with this reason."""
     path = tmp_path / "0000.png"
     path.write_bytes(case.given)
     try:
@@ -75,6 +75,6 @@ def test_an_image(case: Case, tmp_path: Path) -> None:
         assert shown is not None and shown.startswith("data:image/png;base64,")
 
 
-def test_the_command_line_says_the_same(tmp_path: Path) -> None:
-    found = command("score", "--recipe", "smoke", "--images", str(tmp_path), "--out", str(tmp_path / "out"))
-    check(found, 2, "has no images")
+def test_the_command_line_refuses_a_folder_without_images(tmp_path: Path) -> None:
+    result = command("score", "--recipe", "smoke", "--images", str(tmp_path), "--out", str(tmp_path / "out"))
+    check(result, 2, "has no images")

@@ -1,4 +1,4 @@
-"""Recipes and --set values that are wrong in every way that a file can be."""
+"""Recipes and --set values that are wrong in all the ways that a file can be wrong."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ FILES = [
     Case("alias of nothing", BASE + b"seed: *x\n", 2, "aliases"),
     Case("anchor without an alias", BASE + b"seed: &x 3\n", 2, "anchors"),
     Case("merge key", BASE + b"sample:\n  <<: {steps: 3}\n", 2, "sample.<<: unknown key"),
-    Case("key twice", b"seed: 1\nseed: 2\n", 2, "repeated key 'seed'"),
-    Case("key twice, quoted once", b"seed: 1\n'seed': 2\n", 2, "repeated key 'seed'"),
-    Case("key twice, deep", BASE + b"train:\n  lora: {rank: 1, rank: 2}\n", 2, "repeated key 'rank'"),
+    Case("repeated key", b"seed: 1\nseed: 2\n", 2, "repeated key 'seed'"),
+    Case("repeated key, once in quotes", b"seed: 1\n'seed': 2\n", 2, "repeated key 'seed'"),
+    Case("repeated key, deep", BASE + b"train:\n  lora: {rank: 1, rank: 2}\n", 2, "repeated key 'rank'"),
     Case("python object", b"a: !!python/object:os.system x\n", 2, "not valid YAML"),
     Case("python call", b"a: !!python/object/apply:os.system [id]\n", 2, "not valid YAML"),
     Case("python name", b"a: !!python/name:os.system\n", 2, "not valid YAML"),
@@ -80,13 +80,13 @@ FILES = [
     Case("extends a number", b"extends: 3\n", 2, "`extends` must be a path"),
     Case("extends a list", b"extends: [ocr]\n", 2, "`extends` must be a path"),
     Case("extends nothing", b"extends: ''\n", 2, "`extends` must be a path"),
-    Case("extends what is not there", b"extends: nowhere.yaml\n", 2, "neither a file beside it nor"),
+    Case("extends a missing file", b"extends: nowhere.yaml\n", 2, "neither a file beside it nor"),
     Case("extends a folder", b"extends: .\n", 2, "neither a file beside it nor"),
     Case("extends a NUL", b'extends: "a\\0b"\n', 2, "neither a file beside it nor"),
-    Case("extends nobody's home", b"extends: ~no-such-user/r.yaml\n", 2, "neither a file beside it nor"),
+    Case("extends the home of an unknown user", b"extends: ~no-such-user/r.yaml\n", 2, "neither a file beside it nor"),
     Case("extends a name of 5,000 letters", b"extends: " + b"x" * 5000, 2, "neither a file beside it nor"),
     Case("model path of 5,000 letters", BASE + b"model: {path: " + b"x" * 5000 + b"}\n", 0),
-    Case("prompt file of nobody's home", BASE + b"prompts: {train: {file: ~no-such-user/p.txt}}\n", 0),
+    Case("prompt file in the home of an unknown user", BASE + b"prompts: {train: {file: ~no-such-user/p.txt}}\n", 0),
 ]
 
 
@@ -94,15 +94,14 @@ FILES = [
 def test_a_recipe_file(case: Case, tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(case.given)
-    found = outcome(lambda: load_recipe(str(path)))
-    check(found, case.code, case.words)
+    check(outcome(lambda: load_recipe(str(path))), case.code, case.words)
 
 
 NAMES = [
     Case("nothing", "", 2),
     Case("a NUL", "a\0b", 2, "no recipe file"),
     Case("5,000 letters", "x" * 5000, 2, "no recipe file"),
-    Case("nobody's home", "~no-such-user/r.yaml", 2, "no recipe file"),
+    Case("the home of an unknown user", "~no-such-user/r.yaml", 2, "no recipe file"),
     Case("the root", "/", 2, "is a folder"),
     Case("a shipped one up", "../recipes/../ocr", 2, "no recipe file"),
     Case("a binary file", "/bin/sh", 2),
@@ -161,7 +160,7 @@ WRONG_TYPES = [
 
 
 @rows(WRONG_TYPES)
-def test_every_key_given_a_section_names_itself(case: Case) -> None:
+def test_a_key_with_a_section_as_its_value_is_named(case: Case) -> None:
     _, doc = case.given
     overrides = [f"{doc.path}={{not: [what, 1]}}"]
     if doc.path.startswith("method.") and doc.methods:
@@ -169,7 +168,7 @@ def test_every_key_given_a_section_names_itself(case: Case) -> None:
     check(outcome(lambda: load_recipe("ocr", overrides=overrides)), case.code, doc.path)
 
 
-def test_a_recipe_with_half_a_surrogate_pair_is_refused_by_the_command_line_too(tmp_path: Path) -> None:
+def test_the_command_line_also_refuses_half_a_surrogate_pair(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(BASE + b'description: "\\ud800"\n')
     check(command("recipes", "show", str(path)), 2, "description: must be text")

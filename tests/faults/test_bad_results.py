@@ -1,4 +1,4 @@
-"""results.json, metrics and recipes of runs that are compared: sound, or one sentence that names the file."""
+"""results.json, metrics and recipes of compared runs: intact, or one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ RESULTS: dict[str, Any] = {
     "bootstrap": 100,
     "grid": None,
     "prompts": [{"id": f"{n:012x}", "prompt": f"prompt {n}", "target": None, "metadata": {}} for n in range(2)],
-    "images": {"base": ROWS, "trained": copy.deepcopy(ROWS)},  # two, so that one may be changed
+    "images": {"base": ROWS, "trained": copy.deepcopy(ROWS)},  # a copy, so that a test can change one
 }
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Path:
-    """A workspace with two sound runs, ``one`` and ``two``."""
+    """A workspace with two intact runs, ``one`` and ``two``."""
     for name in ("one", "two"):
         folder = tmp_path / "runs" / name
         folder.mkdir(parents=True)
@@ -72,9 +72,9 @@ def row(**changes: Any) -> Change:
 
 
 AGAIN = "run `gdro eval` with its recipe again"
-# What stands in results.json: bytes, or a change of sound results.
+# The content of results.json: bytes, or a change of intact results.
 RESULT_FILES: list[Case] = [
-    Case("sound", with_(), 0),
+    Case("intact", with_(), 0),
     Case("no verdict", with_(verdict=None), 0),
     Case("cut", whole(RESULTS)[:-20], 4, "results.json is damaged"),
     Case("NaN", whole(RESULTS).replace(b"0.95", b"NaN"), 4, "results.json is damaged"),
@@ -102,15 +102,14 @@ RESULT_FILES: list[Case] = [
 
 @rows(RESULT_FILES)
 def test_results(case: Case, pair: Path) -> None:
-    """The first run is sound; files of a comparison appear together with it, or not at all."""
+    """The first run is intact. A comparison that fails leaves no files."""
     given = case.given
     if not isinstance(given, bytes):
         results = copy.deepcopy(RESULTS)
         given(results)
         given = json.dumps(results).encode()
     (pair / "runs" / "two" / "results.json").write_bytes(given)
-    found = outcome(lambda: compare.run(["one", "two"], workspace=pair))
-    check(found, case.code, case.words)
+    check(outcome(lambda: compare.run(["one", "two"], workspace=pair)), case.code, case.words)
     assert (pair / "comparisons").exists() == (case.code == 0)
 
 
@@ -122,17 +121,16 @@ BESIDE = [
 
 
 @rows(BESIDE)
-def test_what_lies_beside_results(case: Case, pair: Path) -> None:
+def test_files_beside_results(case: Case, pair: Path) -> None:
     name, data = case.given
     (pair / "runs" / "two" / name).write_bytes(data)
     check(outcome(lambda: compare.run(["one", "two"], workspace=pair)), case.code, case.words)
     assert (pair / "comparisons").exists() == (case.code == 0)
 
 
-def test_the_command_line_says_the_same(pair: Path) -> None:
+def test_the_command_line_reports_the_same(pair: Path) -> None:
     (pair / "runs" / "two" / "results.json").write_bytes(b"{}")
-    found = command("compare", "one", "two", "--out", str(pair))
-    check(found, 4, "does not hold results")
+    check(command("compare", "one", "two", "--out", str(pair)), 4, "does not hold results")
 
 
 def trained(*without: str, **changes: Any) -> Change:
@@ -142,7 +140,7 @@ def trained(*without: str, **changes: Any) -> Change:
 
 
 SHOWN = [
-    Case("sound", with_(), 0),
+    Case("intact", with_(), 0),
     Case("nothing measured", trained(mean=None, low=None, high=None), 0),
     *(Case(f"without {name}", trained(name), 4, f"reward.trained.{name}") for name in ("mean", "low", "high")),
     Case("low a text", trained(low="0.4"), 4, "reward.trained.low"),

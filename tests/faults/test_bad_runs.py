@@ -1,4 +1,4 @@
-"""Run folders that somebody edited or cut: one sentence, and a place in the list of runs."""
+"""Run folders that a user edited or cut: one sentence, and still a row in the list of runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gdro_cli.stages.runs.store_times import note_batch, read_batches
 from tests.support.faulty import Case, check, command, outcome, rows
 
 RECIPE = {"name": "small", "train": {"steps": 3}, "method": {"name": "gdro"}}
-Harm = Callable[[Path], object]
+Damage = Callable[[Path], object]
 
 
 def open_run(path: Path) -> RunFolder:
@@ -31,27 +31,27 @@ def run(tmp_path: Path) -> Path:
     return folder.path
 
 
-def put(name: str, data: bytes) -> Harm:
+def put(name: str, data: bytes) -> Damage:
     return lambda path: (path / name).write_bytes(data)
 
 
-def edit(name: str, change: Callable[[Any], object]) -> Harm:
-    def harm(path: Path) -> None:
+def edit(name: str, change: Callable[[Any], object]) -> Damage:
+    def damage(path: Path) -> None:
         value = json.loads((path / name).read_text())
         change(value)
         (path / name).write_text(json.dumps(value))
 
-    return harm
+    return damage
 
 
-def line(data: bytes) -> Harm:
-    """Another line of metrics, in the middle."""
+def line(data: bytes) -> Damage:
+    """Insert a line into the metrics."""
 
-    def harm(path: Path) -> None:
+    def damage(path: Path) -> None:
         first, rest = (path / "metrics.jsonl").read_bytes().split(b"\n", 1)
         (path / "metrics.jsonl").write_bytes(first + b"\n" + data + b"\n" + rest)
 
-    return harm
+    return damage
 
 
 BAD_LINE = "metrics.jsonl line 2 is damaged"
@@ -95,7 +95,7 @@ def test_a_run(case: Case, run: Path) -> None:
 @pytest.mark.parametrize(
     "data", [b'{"name": null, "train": null, "method": "gdro"}', b"\xff\xfe", b'{"name": "[bold]\\u001b[31m<b>"}']
 )
-def test_gdro_runs_lists_a_run_whatever_is_in_it(data: bytes, run: Path) -> None:
+def test_gdro_runs_lists_a_run_with_any_content(data: bytes, run: Path) -> None:
     (run / "recipe.json").write_bytes(data)
     (run / "metrics.jsonl").write_bytes(data)
     check(command("runs", str(run.parents[1])), 0)

@@ -1,4 +1,4 @@
-"""The fault campaign, which is a script: whether it finds what it looks for."""
+"""The fault campaign, which is a script: it must detect lost and changed files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults import campaign as script
-from tests.faults.campaign import Campaign, broken_parts, ends, left_behind
+from tests.faults.campaign import Campaign, broken_parts, contents, left_behind
 
 CARELESS = """
 import json, sys, time
@@ -26,29 +26,29 @@ for number in range(6):
     time.sleep(0.2)
     (folder / "a").write_bytes(bytes(1000))
 """
-"""A job that takes no model, and says that a shard is there before it is."""
+"""A job without a model, which declares a shard complete too early."""
 
 
-def test_the_campaign_sees_damage(store: Path, tmp_path: Path) -> None:
-    """What it looks for, it finds: a changed file, a torn one, something left behind."""
+def test_the_campaign_detects_damage(store: Path, tmp_path: Path) -> None:
+    """It detects a changed file, a torn one and an unfinished one."""
     assert list(broken_parts(store)) == [] and left_behind(store) == []
-    before = ends(store)
+    before = contents(store)
     scores = next(store.glob("scores/*/00000.jsonl"))
     scores.write_bytes(scores.read_bytes().replace(b"0.5", b"0.6"))
-    assert [Path(each).name for each in broken_parts(store)] == ["00000.jsonl"]
+    assert [Path(part).name for part in broken_parts(store)] == ["00000.jsonl"]
     tensors = store / "shards" / "00001" / "tensors.safetensors"
     tensors.write_bytes(tensors.read_bytes()[:-1])
     (store / "torn.json").write_text("{")
     assert len(list(broken_parts(store))) == 3
     manifest = store / "shards" / "00000" / "manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text())))
-    assert ends(store) != before
+    assert contents(store) != before
     (store / "shards" / ".00001.7.partial").mkdir()
     assert left_behind(store) == ["shards/.00001.7.partial"]
 
 
 @pytest.mark.timeout(300)
-def test_the_campaign_sees_a_careless_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_campaign_detects_a_careless_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def start(arguments: Any, *, recipe: Path, workspace: Path) -> subprocess.Popen[str]:
         command = [sys.executable, "-c", CARELESS, str(workspace)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -58,4 +58,4 @@ def test_the_campaign_sees_a_careless_job(tmp_path: Path, monkeypatch: pytest.Mo
     campaign.undisturbed()
     campaign.run(3)
     assert campaign.kills == 3 and "violations" in campaign.table()
-    assert any("taken as whole" in violation for violation in campaign.violations)
+    assert any("counted as complete" in violation for violation in campaign.violations)

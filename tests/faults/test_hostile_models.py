@@ -1,4 +1,4 @@
-"""Model folders, adapters and endpoints made to do harm: to run code, to read other files, to tell the key, to hang."""
+"""Malicious model folders, adapters and endpoints, made to run code, read other files, leak the key or hang."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.support.faulty import check, outcome
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, says
 
 SECRET = "sk-0123456789-not-to-be-seen"
-PICTURE = Image.new("RGB", (8, 8))
+IMAGE = Image.new("RGB", (8, 8))
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What hostile code would leave; somebody says yes to every question."""
+    """The file that hostile code would leave; standard input says yes to every question."""
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 20))
     return tmp_path / "flag"
 
@@ -63,13 +63,13 @@ def edit(path: Path, **entries: Any) -> None:
 
 
 def evil(folder: Path, flag: Path, **config: Any) -> None:
-    """A folder with code of its own, which every Auto class is pointed to."""
+    """A folder with code of its own, to which it points every Auto class."""
     folder.mkdir(exist_ok=True)
     (folder / "evil.py").write_text(f"open({str(flag)!r}, 'w').close()\nclass Evil: pass\n")
-    places: dict[str, Any] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "evil.Evil")
-    places |= {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-    edit(folder / "config.json", auto_map=places, **config)
-    edit(folder / "tokenizer_config.json", auto_map=places, tokenizer_class="Evil")
+    classes: dict[str, Any] = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForImageTextToText"), "evil.Evil")
+    classes |= {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+    edit(folder / "config.json", auto_map=classes, **config)
+    edit(folder / "tokenizer_config.json", auto_map=classes, tokenizer_class="Evil")
 
 
 # -- code of a model folder -------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ def evil(folder: Path, flag: Path, **config: Any) -> None:
     ],
 )
 def test_a_class_that_would_choose_another_is_refused(library: str, name: str, model: Path, flag: Path) -> None:
-    """Whatever standard input says."""
+    """Even if standard input says yes."""
     evil(model / "tokenizer", flag, model_type="evil")
     edit(model / "model_index.json", tokenizer=[library, name])
     check(outcome(lambda: PipelineFolder(model).load("tokenizer")), 2, "is not a PreTrainedTokenizerBase")
@@ -98,7 +98,7 @@ def test_a_class_that_would_choose_another_is_refused(library: str, name: str, m
 
 @pytest.mark.parametrize("name", ["CLIPProcessor", "RagTokenizer", "PreTrainedTokenizerFast"])
 def test_a_class_that_opens_others_by_itself_runs_no_code(name: str, model: Path, flag: Path) -> None:
-    """Some classes of transformers call the Auto classes, and not all pass on what they were told."""
+    """Some classes of transformers call the Auto classes, and not all of them pass on their options."""
     evil(model / "tokenizer", flag, model_type="evil")
     edit(model / "tokenizer" / "preprocessor_config.json", image_processor_type="CLIPImageProcessor")
     edit(model / "model_index.json", tokenizer=["transformers", name])
@@ -106,19 +106,19 @@ def test_a_class_that_opens_others_by_itself_runs_no_code(name: str, model: Path
     assert not flag.exists()
 
 
-def test_autoencoders_are_no_auto_classes(model: Path) -> None:
-    """They only begin with the same letters."""
+def test_autoencoders_are_not_auto_classes(model: Path) -> None:
+    """Their names only begin with the same letters."""
     edit(model / "model_index.json", vae=["diffusers", "AutoencoderKL"])
     assert PipelineFolder(model).component_class("vae").__name__ == "AutoencoderKL"
 
 
 @pytest.mark.parametrize("kind", ["evil", "qwen3_vl"])
-def test_the_local_judge_runs_no_code_of_its_model(kind: str, tmp_path: Path, flag: Path) -> None:
-    """Neither of a kind of its own nor under the name of a known one."""
+def test_the_local_judge_runs_no_code_from_its_model(kind: str, tmp_path: Path, flag: Path) -> None:
+    """Neither with a model type of its own nor with a known one."""
     evil(tmp_path / "judge", flag, model_type=kind)
     (tmp_path / "judge" / "model.safetensors").write_bytes(b"")
-    found = outcome(lambda: UnifiedRewardLocal(tmp_path / "judge").load())
-    check(found, 2 if kind == "evil" else 3, "is a evil" if kind == "evil" else "cannot be loaded")
+    result = outcome(lambda: UnifiedRewardLocal(tmp_path / "judge").load())
+    check(result, 2 if kind == "evil" else 3, "is a evil" if kind == "evil" else "cannot be loaded")
     assert not flag.exists()
 
 
@@ -130,15 +130,15 @@ def test_the_local_judge_runs_no_code_of_its_model(kind: str, tmp_path: Path, fl
         {"text_config": {"attn_implementation": {"": "evil/kernel"}}},
     ],
 )
-def test_a_configuration_names_no_kernels(entries: dict[str, Any], model: Path) -> None:
-    """They are code from the Hub."""
+def test_a_configuration_cannot_name_kernels(entries: dict[str, Any], model: Path) -> None:
+    """Kernels are code from the Hub."""
     edit(model / "text_encoder" / "config.json", **entries)
-    found = outcome(lambda: PipelineFolder(model).load("text_encoder", dtype=torch.float32))
-    check(found, 2, "take that entry out of the file")
+    result = outcome(lambda: PipelineFolder(model).load("text_encoder", dtype=torch.float32))
+    check(result, 2, "take that entry out of the file")
 
 
-def test_a_reward_model_names_no_kernels(tmp_path: Path) -> None:
-    """The implementation is the tool's choice."""
+def test_a_reward_model_cannot_name_kernels(tmp_path: Path) -> None:
+    """The tool chooses the implementation."""
     config = CLIPModel.config_class(
         text_config={"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
         | {"num_attention_heads": 1},
@@ -162,7 +162,7 @@ def test_a_reward_model_names_no_kernels(tmp_path: Path) -> None:
 def test_a_pickle_beside_a_part_without_weights_is_not_read(
     part: str, entry: list[str], source: str, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network in the place of a tokenizer or a scheduler would be loaded without the word safetensors."""
+    """A network in place of a tokenizer or a scheduler would be loaded without ``use_safetensors``."""
     read: list[Any] = []
     monkeypatch.setattr(torch, "load", lambda *args, **options: read.append(args))
     edit(model / "model_index.json", **{part: entry})
@@ -184,21 +184,21 @@ def merge(model: Path, target: Path) -> Callable[[], object]:
 
 
 @pytest.mark.parametrize("name", ["tokenizer/notes.txt", "tokenizer_2", "LICENSE"])
-def test_a_merge_copies_nothing_that_a_link_leads_to(name: str, model: Path, tmp_path: Path) -> None:
+def test_a_merge_copies_no_target_of_a_link(name: str, model: Path, tmp_path: Path) -> None:
     """A file, a whole folder, or a licence."""
     secret = tmp_path / "secret"
     secret.mkdir()
     (secret / "key").write_text(SECRET)
-    place = model / name
-    if place.is_dir():
-        shutil.rmtree(place)
-    place.symlink_to(secret if name == "tokenizer_2" else secret / "key")
+    path = model / name
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.symlink_to(secret if name == "tokenizer_2" else secret / "key")
     check(outcome(merge(model, tmp_path / "merged")), 3, "leads out of the folder")
     assert not list((tmp_path / "merged").iterdir())
 
 
-def test_links_of_the_hub_s_cache_lead_to_its_own_blobs_only(model: Path, tmp_path: Path) -> None:
-    """A snapshot is a folder of links."""
+def test_links_in_the_hubs_cache_lead_only_to_its_own_blobs(model: Path, tmp_path: Path) -> None:
+    """A snapshot there is a folder of links."""
     repository = tmp_path / "models--owner--name"
     snapshot = repository / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
@@ -224,10 +224,10 @@ def test_links_of_the_hub_s_cache_lead_to_its_own_blobs_only(model: Path, tmp_pa
         '{"transformer.r": 0, "transformer.lora_alpha": 1, "transformer.use_rslora": false}',
         '{"transformer.r": 1, "transformer.lora_alpha": NaN, "transformer.use_rslora": false}',
     ],
-    ids=["zero", "nan"],
+    ids=["rank 0", "scale NaN"],
 )
-def test_an_adapter_s_metadata_that_is_no_scale(metadata: str, tmp_path: Path) -> None:
-    """Each is one sentence."""
+def test_an_adapter_whose_metadata_has_no_scale_is_refused(metadata: str, tmp_path: Path) -> None:
+    """Each with one sentence."""
     rank = 0 if '"transformer.r": 0' in metadata else 1
     tensors = {"transformer.x.lora_A.weight": torch.ones(rank, 2), "transformer.x.lora_B.weight": torch.ones(2, rank)}
     save_file(tensors, tmp_path / "a.safetensors", metadata={"lora_adapter_metadata": metadata})
@@ -242,7 +242,7 @@ def bomb() -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (bomb(), "does not belong to a recognition model"),  # it stays small, since nothing writes it out
+        (bomb(), "does not belong to a recognition model"),  # it stays small, since nothing expands it
         ("a: &a [*a]\n", "does not belong to a recognition model"),
         ("a: " + "[" * 5000, "give the model's own file"),
         ("\n".join(" " * n + "a:" for n in range(1200)), "give the model's own file"),
@@ -252,33 +252,32 @@ def bomb() -> str:
     ],
     ids=["aliases", "itself", "brackets", "deep", "number", "long", "code"],
 )
-def test_an_ocr_model_s_configuration_that_grows(text: str, words: str, tmp_path: Path) -> None:
-    """Each is one sentence."""
+def test_an_ocr_models_configuration_that_grows_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    """Each with one sentence."""
     models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160)
-    for found in (models.detection, models.recognition):
-        shutil.copytree(found.path, tmp_path / found.name)
+    for part in (models.detection, models.recognition):
+        shutil.copytree(part.path, tmp_path / part.name)
     (tmp_path / RECOGNITION_MODEL / "inference.yml").write_text(text)
     options: dict[str, Any] = {"recognition_width": 320, "model_dir": tmp_path}
-    found_out = outcome(lambda: find_models(DETECTION_MODEL, RECOGNITION_MODEL, **options))
-    check(found_out, 3, words)
+    check(outcome(lambda: find_models(DETECTION_MODEL, RECOGNITION_MODEL, **options)), 3, words)
 
 
-def test_an_ocr_model_s_configuration_with_the_aliases_of_the_official_ones(tmp_path: Path) -> None:
+def test_an_ocr_models_configuration_may_have_the_official_aliases(tmp_path: Path) -> None:
     """PaddleOCR's own files name the shapes for TensorRT once and refer to them."""
     models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160)
-    for found in (models.detection, models.recognition):
-        shutil.copytree(found.path, tmp_path / found.name)
+    for part in (models.detection, models.recognition):
+        shutil.copytree(part.path, tmp_path / part.name)
     config = tmp_path / DETECTION_MODEL / "inference.yml"
     config.write_text(f"Hpi:\n  paddle: &id001\n    x: [1]\n  tensorrt: *id001\n{config.read_text()}")
-    found_models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160, model_dir=tmp_path)
-    assert found_models.detection.path == tmp_path / DETECTION_MODEL
+    copies = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=160, model_dir=tmp_path)
+    assert copies.detection.path == tmp_path / DETECTION_MODEL
 
 
 # -- endpoints --------------------------------------------------------------------------------------------------------
 
 
 class RawServer:
-    """Sends bytes as they are, one piece after another, to whoever connects."""
+    """Sends raw bytes, one piece after another, to every client."""
 
     def __init__(self, pieces: list[bytes], *, pause: float = 0.0) -> None:
         self._pieces, self._pause = pieces, pause
@@ -311,42 +310,42 @@ def judge(url: str, **options: Any) -> UnifiedRewardJudge:
 
 def one(server: JudgeServer, reply: Reply) -> Judgement:
     server.replies.append(reply)
-    return judge(server.url).judge([PICTURE], ["a"])[0]
+    return judge(server.url).judge([IMAGE], ["a"])[0]
 
 
-def test_the_key_is_in_no_model_s_name(server: JudgeServer) -> None:
-    """Also where the name is cut in its middle."""
+def test_the_key_is_masked_in_a_models_name(server: JudgeServer) -> None:
+    """Also if the name is cut inside the key."""
     server.models = Reply(json.dumps({"data": [{"id": f"{'x' * n} {SECRET}"} for n in (0, 185)]}).encode())
-    found = outcome(judge(server.url).load)
-    check(found, 3, "serves")
-    assert "sk-" not in found.message and "***" in found.message
+    result = outcome(judge(server.url).load)
+    check(result, 3, "serves")
+    assert "sk-" not in result.message and "***" in result.message
 
 
 @pytest.mark.parametrize("line", [f"HTTP/1.1 401 bad {SECRET}\r\nContent-Length: 0\r\n\r\n", f"X {SECRET}\r\n\r\n"])
-def test_the_key_is_in_no_status_line(line: str, server: JudgeServer) -> None:
-    """Neither in a reason phrase nor in what is no status line."""
+def test_the_key_is_masked_in_a_status_line(line: str, server: JudgeServer) -> None:
+    """In a reason phrase, and in a line that is not a status line."""
     raw = RawServer([line.encode()])
-    found = outcome(judge(raw.url).load)
+    result = outcome(judge(raw.url).load)
     raw.close()
-    check(found, 3)
-    assert "sk-" not in found.message
+    check(result, 3)
+    assert "sk-" not in result.message
 
 
-def test_the_key_is_in_no_judgement(server: JudgeServer) -> None:
-    """An answer and an error's body, which are stored."""
+def test_the_key_is_masked_in_a_judgement(server: JudgeServer) -> None:
+    """In an answer and in an error's body, both of which are stored."""
     for reply in (says(f"{'x' * 490} {SECRET}"), fails(400, message=f"{'x' * 190} {SECRET}")):
         assert "sk-" not in str(one(server, reply))
 
 
 def test_a_short_key_does_not_change_answers(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may be a word that says that there is none."""
+    """It may be a word that means that there is no key."""
     monkeypatch.setenv("GDRO_TEST_KEY", "Score")
-    assert judge(server.url).judge([PICTURE], ["a"])[0].reason is None
+    assert judge(server.url).judge([IMAGE], ["a"])[0].reason is None
 
 
 @pytest.mark.parametrize("address", [f"http://h/v1#{SECRET}", f"http://h/v1;key={SECRET}", f"ftp://h/v1;{SECRET}"])
-def test_an_address_with_a_key_behind_it(address: str) -> None:
-    """It is refused and not shown."""
-    found = outcome(lambda: check_url(address))
-    check(found, 2, "base_url")
-    assert SECRET not in found.message
+def test_an_address_that_contains_a_key_is_refused_and_not_shown(address: str) -> None:
+    """In a fragment or a parameter."""
+    result = outcome(lambda: check_url(address))
+    check(result, 2, "base_url")
+    assert SECRET not in result.message

@@ -1,4 +1,4 @@
-"""Recipes and runs of strangers: secrets in odd places, markup and links, numbers and texts beyond all measure."""
+"""Untrusted recipes and runs: secrets in unusual places, markup and links, huge images and texts."""
 
 from __future__ import annotations
 
@@ -37,28 +37,28 @@ JUDGE = ("judge.kind=unified-reward", "judge.model=m", "judge.base_url=http://h/
         (f"judge..base_url=http://u:{SECRET}@h", "must look like key=value"),
     ],
 )
-def test_a_secret_in_a_recipe_is_refused_and_not_said_again(override: str, words: str) -> None:
-    """Wherever an address or a key's variable can be given."""
-    found = outcome(lambda: load_recipe("smoke", overrides=[*JUDGE, override]))
-    check(found, 2, words)
-    assert "SECRET" not in found.message
+def test_a_secret_in_a_recipe_is_refused_and_not_repeated(override: str, words: str) -> None:
+    """In every place where a recipe has an address or a key's variable."""
+    result = outcome(lambda: load_recipe("smoke", overrides=[*JUDGE, override]))
+    check(result, 2, words)
+    assert "SECRET" not in result.message
 
 
-def test_a_key_s_variable_is_accepted() -> None:
-    """Also one of the Hub's, in capitals."""
+def test_a_keys_variable_is_accepted() -> None:
+    """The Hub's variable, in capitals, is also accepted."""
     for name in ("JUDGE_API_KEY", "_key2", "HF_TOKEN"):
         assert load_recipe("smoke", overrides=[*JUDGE, f"judge.api_key_env={name}"]).judge.api_key_env == name
 
 
-def test_an_ablation_s_addresses_and_paths_stay_here() -> None:
-    """They are hidden as the keys' own values are."""
+def test_an_ablations_addresses_and_paths_are_hidden() -> None:
+    """Like the values of the keys themselves."""
     values = "{judge.base_url: [http://inner.host/v1], prompts.train.file: [hidden/p.txt], model.path: [./hidden/m]}"
     shown = public_recipe(load_recipe("smoke", overrides=[f"ablation={values}"]))["ablation"]
     assert "inner.host" not in json.dumps(shown) and "hidden" not in json.dumps(shown)
 
 
-def test_a_base_model_s_name_is_a_link_only_where_it_is_a_hub_id(tmp_path: Path) -> None:
-    """Markup in the name of a model stays text, and names no base model."""
+def test_a_base_models_name_is_a_link_only_if_it_is_a_hub_id(tmp_path: Path) -> None:
+    """Markup in a model's name stays text, and the card then names no base model."""
     recipe = load_recipe("smoke", overrides=["model.path=/nowhere/x"])
     evil = "x) <script>alert(1)</script> [y](javascript:alert(1)"
     run = replace(finished_run(tmp_path), recipe=recipe)
@@ -68,16 +68,16 @@ def test_a_base_model_s_name_is_a_link_only_where_it_is_a_hub_id(tmp_path: Path)
     assert "](javascript" not in prose and "base_model" not in page
 
 
-def test_a_grid_is_a_picture_in_the_run(tmp_path: Path) -> None:
-    """Not an address, not a file that is missing."""
-    (tmp_path / "a.png").write_bytes(b"picture")
+def test_a_grid_is_an_image_in_the_run(tmp_path: Path) -> None:
+    """It is not an address or a missing file."""
+    (tmp_path / "a.png").write_bytes(b"image")
     assert finished_run(tmp_path, grid="a.png").grid == "a.png"
     for name in ("https://evil.example/track.png", "missing.png", "x" * 9999 + ".png"):
         assert finished_run(tmp_path, grid=name).grid is None
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
-    """It has no score, with the reason."""
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
+    """Its score is missing with the reason."""
     side = int(MOST_PIXELS**0.5) + 1
     Image.new("1", (side, side)).save(tmp_path / "large.png")
     for source in (tmp_path / "large.png", Image.open(tmp_path / "large.png")):

@@ -1,4 +1,4 @@
-"""Killed or interrupted at several moments, the job goes on and ends with the same bits as an undisturbed one."""
+"""A job that is killed or interrupted several times continues and ends with the bits of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_kills_and_interrupts_change_nothing(tmp_path: Path) -> None:
         sample={"steps": 8, "images_per_prompt": 8},
         train={"steps": 12, "checkpoint_every": 4, "eval_every": 0, "keep_checkpoints": 9},
     )
-    kept: dict[Path, bytes] = {}
+    earlier: dict[Path, bytes] = {}
     for pattern, number in MOMENTS:
         process = start(["train"], recipe=path, workspace=workspace)
         wait_for(process, workspace, pattern)
@@ -41,11 +41,10 @@ def test_kills_and_interrupts_change_nothing(tmp_path: Path) -> None:
             process.kill()
             process.communicate()
         else:
-            said = stop(process, number)
-            assert "press Ctrl-C again" in said
+            assert "press Ctrl-C again" in stop(process, number)
         finished = {p.parent: p.read_bytes() for p in workspace.glob("stores/*/shards/*/manifest.json")}
-        assert kept.items() <= finished.items()  # no finished shard was lost or made again
-        kept = finished
+        assert earlier.items() <= finished.items()  # no finished shard was lost or made again
+        earlier = finished
     code, output, errors = finish(start(["train"], recipe=path, workspace=workspace))
     assert code == 0, errors
     assert "continued from step" in output
@@ -63,15 +62,15 @@ def test_kills_and_interrupts_change_nothing(tmp_path: Path) -> None:
 
 def ranks(launcher: subprocess.Popen[str]) -> dict[str, psutil.Process]:
     """The processes that a launcher has started, by their RANK."""
-    found = {}
+    children = {}
     for child in psutil.Process(launcher.pid).children():
-        with suppress(psutil.Error):  # it is gone already
-            found[child.environ().get("RANK", "")] = child
-    return {rank: child for rank, child in found.items() if rank}
+        with suppress(psutil.Error):  # it has already ended
+            children[child.environ().get("RANK", "")] = child
+    return {rank: child for rank, child in children.items() if rank}
 
 
 def test_processes_of_one_job_end_together(tmp_path: Path) -> None:
-    """One is killed; then all, continued, are stopped through their launcher."""
+    """First one is killed; then the job continues, and all are stopped through their launcher."""
     path, workspace = write_recipe(tmp_path / "small.yaml", train={"steps": 2000}), tmp_path / "out"
     launcher = start(["train", "--num-processes", "2"], recipe=path, workspace=workspace)
     wait_for(launcher, workspace, "runs/*/checkpoints/step-000002")
@@ -83,6 +82,6 @@ def test_processes_of_one_job_end_together(tmp_path: Path) -> None:
 
     launcher = start(["train", "--num-processes", "2"], recipe=path, workspace=workspace)
     wait_for(launcher, workspace, "runs/*/lock.owner")
-    said = stop(launcher, signal.SIGTERM)
-    assert "All processes were stopped by SIGTERM: run the same command again" in said
+    errors = stop(launcher, signal.SIGTERM)
+    assert "All processes were stopped by SIGTERM: run the same command again" in errors
     assert not list(workspace.rglob("lock.owner"))

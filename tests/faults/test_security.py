@@ -1,4 +1,4 @@
-"""What an attacker would try: code in files, paths that lead out, markup in prompts, secrets in what is passed on."""
+"""What an attacker would try: code in files, paths out of a folder, markup in prompts, leaked secrets."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Exploding:
 
 _UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pandas"}
 _CALLS = {"torch.load", "torch.save", "np.load", "numpy.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec"}
-# Own worker processes get their tasks through a pipe of their parent's, which is no file and no socket.
+# Worker processes get their tasks through a pipe from their parent, not from a file or a socket.
 _PIPE = "rewards/worker.py"
 
 
@@ -80,23 +80,23 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def test_no_source_reads_or_writes_a_pickle() -> None:
-    found = set()
+    uses = set()
     for name, tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                found |= {(name, alias.name) for alias in node.names if alias.name.split(".")[0] in _UNPICKLERS}
+                uses |= {(name, alias.name) for alias in node.names if alias.name.split(".")[0] in _UNPICKLERS}
             elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in _UNPICKLERS:
-                found.add((name, str(node.module)))
+                uses.add((name, str(node.module)))
             elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
-                found.add((name, "allow_pickle"))
+                uses.add((name, "allow_pickle"))
             elif isinstance(node, ast.Call) and ast.unparse(node.func) in _CALLS:
-                found.add((name, ast.unparse(node.func)))
-    # np.load reads plain arrays unless it is told otherwise; they are the package's own
-    assert found == {(_PIPE, "pickle"), ("tiny/pretraining_set.py", "np.load")}
+                uses.add((name, ast.unparse(node.func)))
+    # np.load reads plain arrays by default, and these belong to the package
+    assert uses == {(_PIPE, "pickle"), ("tiny/pretraining_set.py", "np.load")}
 
 
 def forged_file(name: str, data: bytes, store: Path) -> None:
-    """Another content, and a manifest that it fits."""
+    """Replace a file's content and its entry in the manifest."""
     (store / "shards/00000" / name).write_bytes(data)
     manifest = store / "shards/00000/manifest.json"
     value = json.loads(manifest.read_text())
@@ -112,10 +112,10 @@ def test_a_pickle_in_a_store_a_checkpoint_or_a_model_is_never_read(store: Path, 
     forged_file("tensors.safetensors", bomb, store)
     check(outcome(lambda: use(store)), 4, "cannot be read")
     weights = {"a": torch.ones(2)}
-    place = save_checkpoint(tmp_path / "run", 1, tensors={"adapter": weights}, state={}, keep=1)
+    checkpoint = save_checkpoint(tmp_path / "run", 1, tensors={"adapter": weights}, state={}, keep=1)
     for name in ("adapter.bin", "optimizer.pt", "state.pkl"):
-        (place / name).write_bytes(bomb)
-    assert load_checkpoint(place).tensors["adapter"].keys() == weights.keys()
+        (checkpoint / name).write_bytes(bomb)
+    assert load_checkpoint(checkpoint).tensors["adapter"].keys() == weights.keys()
     model = shutil.copytree(tiny_model_path(), tmp_path / "model")
     for file in (model / "transformer").glob("*.safetensors*"):
         file.unlink()
@@ -126,7 +126,7 @@ def test_a_pickle_in_a_store_a_checkpoint_or_a_model_is_never_read(store: Path, 
 
 
 def test_no_source_trusts_code_from_elsewhere() -> None:
-    """No code of a model's repository, no kernels from the Hub, no shell."""
+    """No code from a model's repository, no kernels from the Hub, no shell."""
     words = {"trust_remote_code", "use_kernels", "get_kernel", "load_custom", "custom_pipeline", "os.system"}
     for path in sorted(PACKAGE.rglob("*.py")):
         text = path.read_text().replace("trust_remote_code=False", "")
@@ -149,14 +149,14 @@ def test_no_source_trusts_code_from_elsewhere() -> None:
         ("transformer", ["gdro_cli.cli.app", "main"]),
     ],
 )
-def test_a_model_folder_chooses_no_code_and_no_other_folder(name: str, entry: list[str], tmp_path: Path) -> None:
+def test_a_model_folder_cannot_choose_code_or_another_folder(name: str, entry: list[str], tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline", name: entry}))
-    found = outcome(lambda: PipelineFolder(str(tmp_path)).component_class(name))
-    assert found.code in (2, 3), found
-    check(found, found.code)
+    result = outcome(lambda: PipelineFolder(str(tmp_path)).component_class(name))
+    assert result.code in (2, 3), result
+    check(result, result.code)
 
 
-# -- no path leads out ------------------------------------------------------------------------------------------------
+# -- no path out of a folder ------------------------------------------------------------------------------------------
 
 
 def listing(folder: Path) -> list[str]:
@@ -166,16 +166,16 @@ def listing(folder: Path) -> list[str]:
 @pytest.mark.parametrize(
     "name", ["../secret.png", "../../secret.png", "/etc/passwd", "link.png", "a\0.png", "x.html", 7]
 )
-def test_results_name_no_picture_outside_of_their_run(name: Any, tmp_path: Path) -> None:
+def test_results_cannot_name_an_image_outside_their_run(name: Any, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "small"
     run.mkdir(parents=True)
-    for place in (tmp_path / "secret.png", tmp_path / "runs" / "secret.png", run / "x.html"):
-        place.write_bytes(b"secret")
+    for path in (tmp_path / "secret.png", tmp_path / "runs" / "secret.png", run / "x.html"):
+        path.write_bytes(b"secret")
     (run / "link.png").symlink_to(tmp_path / "secret.png")
     assert finished_run(run, grid=name).grid is None and _grid(finished_run(run, grid=name)) is None
 
 
-def test_a_comparison_reads_and_writes_below_its_runs_only(tmp_path: Path) -> None:
+def test_a_comparison_reads_and_writes_only_in_its_own_folders(tmp_path: Path) -> None:
     workspace = tmp_path / "out"
     for name in ("one", "two"):
         write_run(workspace / "runs" / name, results=RESULTS | {"run": "../../../evil", "grid": "../../secret.png"})
@@ -196,7 +196,7 @@ def write_run(path: Path, *, results: dict[str, Any], point: dict[str, Any] | No
 
 def finished_run(path: Path, **results: Any) -> FinishedRun:
     recipe = load_recipe("smoke")
-    told = {"seen": 0, "protocol_name": "p"}
+    more = {"seen": 0, "protocol_name": "p"}
     return FinishedRun(
         folder=RunFolder(path),
         recipe=recipe,
@@ -205,15 +205,15 @@ def finished_run(path: Path, **results: Any) -> FinishedRun:
         call={"num_inference_steps": 3},
         manifest={"inputs": {"store": HOSTILE}, "created": HOSTILE},
         environment={"packages": {"torch": HOSTILE}, "devices": [HOSTILE], "commit": HOSTILE},
-        results={**RESULTS, **told, **results},
+        results={**RESULTS, **more, **results},
     )
 
 
-# -- nothing is markup ------------------------------------------------------------------------------------------------
+# -- no text becomes markup -------------------------------------------------------------------------------------------
 
 
 def refuse_markup(page: str) -> None:
-    """No tag of the hostile text is one, and no template in it was filled."""
+    """No tag in the hostile text stays a tag, and no template in it is filled."""
     assert SCRIPT not in page and "<script" not in page
     assert "<img src=x" not in page and " 49 " not in page
     assert not re.search(r'(?:src|href)="(?!#|data:)', page)
@@ -254,7 +254,7 @@ def test_a_report_escapes_prompts_and_recognised_text(tmp_path: Path) -> None:
     refuse_markup(page)
 
 
-def test_a_comparison_escapes_what_its_runs_say(tmp_path: Path) -> None:
+def test_a_comparison_escapes_the_texts_of_its_runs(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_run(tmp_path / "runs" / f"{name} {SCRIPT.replace('/', '')} $\\frac$", results=hostile_results())
     names = [path.name for path in (tmp_path / "runs").iterdir()]
@@ -264,21 +264,21 @@ def test_a_comparison_escapes_what_its_runs_say(tmp_path: Path) -> None:
 
 
 def test_an_ablation_escapes_its_labels() -> None:
-    """Its page is filled as the others are; what is put in as it is are charts, whose labels are text."""
+    """Its page escapes like the others. Only charts are inserted unescaped, and their labels are text."""
     points = (CurvePoint(0, Spread(0.1, 0.1, 0.1, 1)), CurvePoint(4, Spread(0.2, 0.2, 0.2, 1)))
     chart = sweep_chart({"reward": {f"path {HOSTILE}": points}}, {"reward": HOSTILE})
     assert chart is not None
     refuse_markup(chart)
     templates = PACKAGE / "stages" / "reporting" / "templates"
     unescaped = [
-        (path.name, found)
+        (path.name, match)
         for path in templates.iterdir()
-        for found in re.findall(r"\|\s*safe|autoescape", path.read_text())
+        for match in re.findall(r"\|\s*safe|autoescape", path.read_text())
     ]
     assert unescaped == [("parts.html.j2", "|safe")]  # the SVG of a chart
 
 
-def test_a_model_card_escapes_what_a_run_says(tmp_path: Path) -> None:
+def test_a_model_card_escapes_the_texts_of_a_run(tmp_path: Path) -> None:
     run = replace(finished_run(tmp_path), results={**hostile_results()})
     for place in (Place(), Place("adapter", HOSTILE), Place("merged", HOSTILE, 0.1)):
         text = card(run, place).decode()
@@ -301,29 +301,29 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1")
 
 
-def test_a_judge_s_key_is_sent_and_told_to_nobody(
+def test_a_judges_key_is_sent_and_never_shown(
     secrets: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """An endpoint that says the key back in every way that it can."""
+    """Even if an endpoint repeats the key in every way that it can."""
     server = JudgeServer()
     caplog.set_level(logging.DEBUG)
-    said: list[str] = []
+    texts: list[str] = []
     try:
         judge = UnifiedRewardJudge(server.url, MODEL, api_key_env="GDRO_TEST_KEY", timeout=20.0, retries=0)
         for reply in (fails(401, message=f"wrong key {SECRET}"), fails(400, message=SECRET), Reply(b"{}", 599)):
             server.otherwise = lambda text, reply=reply: reply  # type: ignore[misc]
-            said.append(outcome(lambda: said.append(str(judge.judge([Image.new("RGB", (8, 8))], ["a"])))).message)
+            texts.append(outcome(lambda: texts.append(str(judge.judge([Image.new("RGB", (8, 8))], ["a"])))).message)
         server.models = fails(403, message=SECRET)
-        said.append(outcome(UnifiedRewardJudge(server.url, MODEL, api_key_env="GDRO_TEST_KEY").load).message)
-        assert {seen.authorization for seen in server.seen} == {f"Bearer {SECRET}"}
-        said += [json.dumps(judge.version), repr(judge), repr(vars(judge)), pickle.dumps(judge).decode("latin-1")]
+        texts.append(outcome(UnifiedRewardJudge(server.url, MODEL, api_key_env="GDRO_TEST_KEY").load).message)
+        assert {request.authorization for request in server.seen} == {f"Bearer {SECRET}"}
+        texts += [json.dumps(judge.version), repr(judge), repr(vars(judge)), pickle.dumps(judge).decode("latin-1")]
     finally:
         server.close()
-    said += [caplog.text, *capfd.readouterr()]
-    assert not any(SECRET in text for text in said)
+    texts += [caplog.text, *capfd.readouterr()]
+    assert not any(SECRET in text for text in texts)
 
 
-def test_no_secret_of_the_environment_is_written_down(secrets: None, tmp_path: Path) -> None:
+def test_no_secret_of_the_environment_is_written(secrets: None, tmp_path: Path) -> None:
     settings = ["judge.kind=unified-reward", "judge.model=m", "judge.base_url=http://inner.host:8000/v1"]
     recipe = load_recipe("smoke", overrides=[*settings, "judge.api_key_env=GDRO_TEST_KEY"])
     folder = RunFolder.create_or_open(tmp_path, recipe=recipe.resolved(), inputs={}, environment=environment())
@@ -333,7 +333,7 @@ def test_no_secret_of_the_environment_is_written_down(secrets: None, tmp_path: P
             main(arguments)
     written = "".join(path.read_text() for path in folder.path.iterdir() if path.is_file()) + out.getvalue()
     assert SECRET not in written and TOKEN not in written
-    assert "GDRO_TEST_KEY" in written  # the name of the variable, which is what the recipe holds
+    assert "GDRO_TEST_KEY" in written  # the name of the variable, which the recipe has
     public = recipe_yaml(recipe)
     assert "inner.host" not in public and ADDRESS in public
 
@@ -341,13 +341,11 @@ def test_no_secret_of_the_environment_is_written_down(secrets: None, tmp_path: P
 @pytest.mark.parametrize("address", [f"http://user:{SECRET}@h/v1", f"http://h/v1?key={SECRET}", f"http://{SECRET}@h"])
 def test_a_key_in_an_address_is_refused_without_showing_it(address: str, tmp_path: Path) -> None:
     settings = ["judge.kind=unified-reward", "judge.model=m", f"judge.base_url={address}"]
-    found = outcome(lambda: load_recipe("smoke", overrides=settings))
-    check(found, 2, "judge.base_url")
-    assert SECRET not in found.message
-    found = outcome(lambda: load_recipe("smoke", overrides=[*settings, "sede=1"]))
-    assert SECRET not in found.message
-    found = outcome(lambda: load_recipe("smoke", overrides=[f"judge.base_url=[{address}]"]))
-    assert SECRET not in found.message
+    result = outcome(lambda: load_recipe("smoke", overrides=settings))
+    check(result, 2, "judge.base_url")
+    assert SECRET not in result.message
+    for others in ([*settings, "sede=1"], [f"judge.base_url=[{address}]"]):
+        assert SECRET not in outcome(lambda others=others: load_recipe("smoke", overrides=others)).message
 
 
 def test_an_unexpected_error_does_not_show_the_environment(secrets: None) -> None:

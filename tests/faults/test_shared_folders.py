@@ -1,4 +1,4 @@
-"""Two jobs in one folder, full disks and folders that nobody may write to: one sentence, and nothing half-written."""
+"""Two jobs in one folder, full disks and read-only folders: one sentence, and nothing half written."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.support.jobs import finish, start, stop, wait_for, write_recipe
 
 @pytest.mark.timeout(900)
 def test_a_second_job_is_refused_and_names_the_first(tmp_path: Path) -> None:
-    """The first continues as if nothing had happened, and ends cleanly when it is asked to."""
+    """The first continues undisturbed, and a signal ends it cleanly."""
     prompts = {"train": {"builtin": "ocr-train", "count": 150}}
     recipe = write_recipe(tmp_path / "small.yaml", prompts=prompts, sample={"images_per_prompt": 64})
     workspace = tmp_path / "out"
@@ -45,14 +45,14 @@ def test_a_second_job_is_refused_and_names_the_first(tmp_path: Path) -> None:
     assert not list(workspace.rglob("lock.owner"))
 
 
-def test_a_run_is_held_for_one_job(tmp_path: Path) -> None:
+def test_a_run_is_locked_for_one_job(tmp_path: Path) -> None:
     run = RunFolder.create_or_open(tmp_path / "run", recipe={}, inputs={}, environment={})
     with run.lock():
         check(outcome(lambda: run.lock().__enter__()), 4, f"{run.path} is in use by process {os.getpid()} on")
 
 
-def test_images_are_exported_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Also when a stop comes in between."""
+def test_an_export_is_complete_or_absent(tmp_path: Path) -> None:
+    """Also after a stop during the export."""
     store = small_store.open_store(small_store.make(tmp_path / "store"))
     tables = {"base": small_store.open_table(store)}
     calls: list[None] = []
@@ -75,7 +75,7 @@ def test_images_are_exported_whole_or_not_at_all(tmp_path: Path) -> None:
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory; skips where this user may not mount one."""
+    """A file system in memory; skips the test if this user may not mount one."""
     folder.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True)
     if done.returncode:
@@ -91,8 +91,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def large_group(index: int) -> Group:
-    pictures = [Image.new("RGB", (8, 8))] * 2
-    return Group(small_store.PROMPTS.records[index], torch.ones(2, 100_000), {}, pictures, [1, 2])
+    images = [Image.new("RGB", (8, 8))] * 2
+    return Group(small_store.PROMPTS.records[index], torch.ones(2, 100_000), {}, images, [1, 2])
 
 
 def weights(size: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -129,25 +129,24 @@ def test_a_full_disk(tmp_path: Path) -> None:
 def test_a_full_disk_through_the_command_line(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=16k") as disk:
         recipe = write_recipe(tmp_path / "small.yaml")
-        found = command("sample", "--recipe", str(recipe), "--out", str(disk / "out"))
-        check(found, 4, "the disk is full")
+        check(command("sample", "--recipe", str(recipe), "--out", str(disk / "out")), 4, "the disk is full")
         assert not list(disk.rglob("*.partial")) and not list(disk.rglob("lock.owner"))
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path) -> None:
-    """Whoever writes the tensors, the refusal is one sentence."""
+def test_a_checkpoint_that_does_not_fit_leaves_the_older_one(tmp_path: Path) -> None:
+    """The failure inside the tensor writer is one sentence."""
     save_checkpoint(tmp_path, 1, tensors=weights(10), state={}, keep=1)
     before = tree(tmp_path)
     with largest_file(2000):
-        found = outcome(lambda: save_checkpoint(tmp_path, 2, tensors=weights(10_000), state={}, keep=1))
-    check(found, 4, "cannot write")
+        result = outcome(lambda: save_checkpoint(tmp_path, 2, tensors=weights(10_000), state={}, keep=1))
+    check(result, 4, "cannot write")
     assert tree(tmp_path) == before and [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
-# -- folders that are closed ------------------------------------------------------------------------------------------
+# -- read-only folders -----------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
+def test_a_read_only_disk(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=1m") as disk:
         small_store.make(disk / "store")
         save_checkpoint(disk / "run", 1, tensors=weights(10), state={}, keep=1)
@@ -156,7 +155,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         store = small_store.open_store(disk / "store")
         run = RunFolder(disk / "run")
-        closed = "no permission to write there"
+        refused = "no permission to write there"
         check(outcome(lambda: refuse_used(disk / "deep" / "export")), 2, "no permission to write in")
         for attempt in (
             lambda: store.write_shard(0, [large_group(0), large_group(1)]),
@@ -165,9 +164,7 @@ def test_a_disk_that_can_only_be_read(tmp_path: Path) -> None:
             lambda: write_json(disk / "x.json", {}),
             lambda: folder_lock(disk / "lock").__enter__(),
         ):
-            check(outcome(attempt), 4, closed)
-        found = command("sample", "--recipe", "smoke", "--out", str(disk))
-        check(found, 2, "cannot be written")
-        found = command("sample", "--recipe", "smoke", "--out", str(disk / "new"))
-        check(found, 2, "cannot be made")
+            check(outcome(attempt), 4, refused)
+        check(command("sample", "--recipe", "smoke", "--out", str(disk)), 2, "cannot be written")
+        check(command("sample", "--recipe", "smoke", "--out", str(disk / "new")), 2, "cannot be made")
         assert tree(disk) == before

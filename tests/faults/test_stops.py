@@ -1,4 +1,4 @@
-"""A stop is heard wherever a job is: while workers start, and while they hang."""
+"""A stop ends a job also while workers start and while they hang."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ QUIET = Reporter(quiet=True)
 
 
 @pytest.mark.timeout(600)
-def test_workers_that_start_leave_a_stop_of_the_whole_group_to_the_parent(tmp_path: Path) -> None:
-    """As a terminal, a container or a batch system stops a job: all its processes get the signal."""
+def test_starting_workers_leave_a_signal_to_their_parent(tmp_path: Path) -> None:
+    """A terminal, a container or a batch system sends a signal to all processes of a job."""
     recipe, workspace = write_recipe(tmp_path / "small.yaml", reward={"workers": 2}), tmp_path / "out"
     process = start(["score"], recipe=recipe, workspace=workspace, own_group=True)
     wait_for(process, workspace, "stores/*/scores/*/lock.owner")
@@ -48,11 +48,11 @@ def test_workers_that_start_leave_a_stop_of_the_whole_group_to_the_parent(tmp_pa
 
 
 def left_in_group(number: int) -> list[str]:
-    """The processes that are in the group, after a while for those that see that the others are gone."""
+    """The processes in the group, after some time for those that end once the others are gone."""
     deadline = time.monotonic() + 20
     while True:
-        found = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
-        rows = [line.split(maxsplit=2) for line in found.splitlines()]
+        output = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+        rows = [line.split(maxsplit=2) for line in output.splitlines()]
         left = [row[2] for row in rows if int(row[0]) == number and not row[1].startswith("Z")]
         if not left or time.monotonic() > deadline:
             return left
@@ -60,7 +60,7 @@ def left_in_group(number: int) -> list[str]:
 
 
 def stop_when(path: Path) -> threading.Thread:
-    """Send this process SIGTERM once ``path`` is there."""
+    """Send this process SIGTERM once ``path`` exists."""
 
     def wait() -> None:
         while not path.exists():
@@ -72,14 +72,14 @@ def stop_when(path: Path) -> threading.Thread:
     return thread
 
 
-def test_scoring_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The finished shard is kept, the one that hangs is not; a later call scores it."""
+def test_a_stop_ends_scoring_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished shard is kept; a later call scores the one that hangs."""
     monkeypatch.setattr(pool_module, "STOP_GRACE", 0.1)
     store = small_store.open_store(tmp_path / "store")
     for number, width in enumerate((8, HANGS)):
-        pictures = [Image.new("RGB", (width, 8))] * 2
+        images = [Image.new("RGB", (width, 8))] * 2
         store.write_shard(
-            number, [Group(each, torch.ones(2, 3), {}, pictures, [1, 2]) for each in store.shards[number]]
+            number, [Group(prompt, torch.ones(2, 3), {}, images, [1, 2]) for prompt in store.shards[number]]
         )
     table = ScoreTable.create_or_open(store, "width", provenance={"reward": "width"})
     waiting = stop_when(tmp_path / "hangs")
@@ -92,9 +92,9 @@ def test_scoring_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, monkeypatc
     assert not (table.path / "lock.owner").exists()
 
 
-def test_scoring_a_folder_that_hangs_ends_where_it_is_asked_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_ends_the_scoring_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "STOP_GRACE", 0.0)
-    recipe, folder = load_recipe(str(write_recipe(tmp_path / "small.yaml"))), tmp_path / "pictures"
+    recipe, folder = load_recipe(str(write_recipe(tmp_path / "small.yaml"))), tmp_path / "images"
     (tmp_path / "0000.png").write_bytes(b"")
     write_image_folder(folder, [PromptImages(small_store.PROMPTS.records[0], (tmp_path / "0000.png",))])
     with StopFlag(), pytest.raises(Interrupted, match="stopped while scoring; what is done is kept in"):

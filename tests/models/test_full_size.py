@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gdro_cli.core.footprint import Weights
-from gdro_cli.models.adapters import attach_lora, reference
+from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.meta_model import count_weights, meta_model
@@ -137,7 +137,7 @@ class Grounded:
     """A model whose transformer has no numbers, for a loss that needs some: it sorts and checks rewards."""
 
     def __init__(self, model: FlowModel) -> None:
-        self.model, self.sizes = model, list[int]()
+        self.model, self.transformer, self.sizes = model, model.transformer, list[int]()
 
     def velocity(self, latents: torch.Tensor, sigma: torch.Tensor, text: Any, **options: Any) -> torch.Tensor:
         self.sizes.append(len(latents))
@@ -168,7 +168,6 @@ def training_step(model: FlowModel, parameters: list[torch.nn.Parameter]) -> Non
         size=(512, 512),
         micro_batch=4,
         one_pass=False,
-        reference=lambda: reference(model),
         autocast=nullcontext,
         backward=torch.autograd.backward,
     )

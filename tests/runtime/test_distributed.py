@@ -1,4 +1,4 @@
-"""The engine in one process, and in two on the CPU: same sums, same gradients."""
+"""The engine in one process, and in two on the CPU, with the same sums and gradients."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ engine.end()
 
 
 def run_two(folder: Path) -> list[dict[str, Any]]:
-    """Start WORK twice, as a launcher would, and read what each process found."""
+    """Start WORK twice, as a launcher would, and read the result of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -65,8 +65,8 @@ def run_two(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in (0, 1)]
 
 
-def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
-    """Against torch alone: the mean over five groups, of which one process had three and the other two."""
+def test_two_processes_take_the_step_of_one(tmp_path: Path) -> None:
+    """Against torch alone: the mean over five groups, three in one process and two in the other."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         layer = nn.Linear(3, 2)
@@ -84,7 +84,7 @@ def test_two_processes_make_the_step_of_one(tmp_path: Path) -> None:
         assert result["unused"] == [0.0, 0.0]
 
 
-def test_one_process_shares_everything_with_itself() -> None:
+def test_one_process_works_alone() -> None:
     engine = make_engine(cpu=True)
     assert engine.gather_objects(["a"]) == ["a"]
     assert (engine.rank, engine.world, engine.is_main) == (0, 1, True) and engine.device.type == "cpu"
@@ -101,18 +101,18 @@ def test_one_process_shares_everything_with_itself() -> None:
     assert layer.bias.item() == pytest.approx(before - 0.5)
 
 
-def test_a_stop_that_comes_while_processes_agree_is_heard_the_next_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A flag that a signal raises in the meantime is not taken down, and the answer is the one that all have."""
+def test_a_stop_during_an_agreement_counts_at_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that comes while the processes agree sets the flag, but does not change the answer that all have."""
     engine = make_engine(cpu=True)
-    agree, before = engine.any, []
+    agree, flags = engine.any, []
 
-    def talks(flag: bool) -> bool:
-        if not before:
-            before.append(flag)
-            os.kill(os.getpid(), signal.SIGTERM)  # heard as soon as this returns
+    def agree_with_signal(flag: bool) -> bool:
+        if not flags:
+            flags.append(flag)
+            os.kill(os.getpid(), signal.SIGTERM)  # handled as soon as this returns
         return agree(flag)
 
-    monkeypatch.setattr(engine, "any", talks)
+    monkeypatch.setattr(engine, "any", agree_with_signal)
     with StopFlag() as stop:
         assert not engine.hear(stop)
         assert stop.requested
@@ -131,7 +131,7 @@ def test_trackers_are_checked_by_name() -> None:
         make_engine(trackers=missing[:1], cpu=True)
 
 
-def test_a_launchers_configuration_changes_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launchers_settings_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     engine = make_engine(cpu=True)
     weight = nn.Parameter(torch.ones(1))
@@ -139,10 +139,10 @@ def test_a_launchers_configuration_changes_no_gradient(monkeypatch: pytest.Monke
     assert weight.grad is not None and weight.grad.item() == 3
 
 
-def test_what_is_left_of_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_left_over_from_a_launcher_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("MASTER_ADDR", "a")
-    with pytest.raises(UserError, match="WORLD_SIZE is 2, but RANK, MASTER_PORT of .* `unset WORLD_SIZE`"):
+    with pytest.raises(UserError, match="WORLD_SIZE is 2, but .* did not set RANK, MASTER_PORT: `unset WORLD_SIZE`"):
         make_engine(cpu=True)
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert make_engine(cpu=True).world == 1
@@ -151,5 +151,5 @@ def test_what_is_left_of_a_launcher_is_named(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(("variable", "what"), [("FSDP", "FSDP"), ("DEEPSPEED", "DeepSpeed")])
 def test_a_launcher_that_shares_the_model_is_refused(variable: str, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
-    with pytest.raises(UserError, match=f"the launcher asks for {what} .*model.sharding=fsdp"):
+    with pytest.raises(UserError, match=f"the launcher requests {what} .*model.sharding=fsdp"):
         make_engine(cpu=True)

@@ -22,7 +22,7 @@ import sys, time
 from gdro_cli.errors import Interrupted
 from gdro_cli.runtime.interrupt import StopFlag
 
-with StopFlag(lambda: print("asked", flush=True)) as stop:
+with StopFlag(lambda: print("requested", flush=True)) as stop:
     print("ready", flush=True)
     try:
         for _ in range(600):
@@ -49,7 +49,7 @@ def test_first_signal_stops_at_the_next_safe_point(number: signal.Signals) -> No
     child = start("checks")
     child.send_signal(number)
     out, _ = child.communicate(timeout=30)
-    assert out == "asked\nstopped: kept; run the same command again\n"
+    assert out == "requested\nstopped: kept; run the same command again\n"
     assert child.returncode == 130
 
 
@@ -57,7 +57,7 @@ def test_second_ctrl_c_stops_at_once_but_a_second_sigterm_does_not() -> None:
     child = start("never checks")
     assert child.stdout is not None
     child.send_signal(signal.SIGTERM)
-    assert child.stdout.readline() == "asked\n"
+    assert child.stdout.readline() == "requested\n"
     child.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert child.poll() is None
@@ -70,11 +70,11 @@ def test_handlers_come_back() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with StopFlag() as stop:
         assert signal.getsignal(signal.SIGINT) != before[0]
-        stop.check("nothing was asked")
+        stop.check("no stop was requested")
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.requested
-        with pytest.raises(Interrupted, match="go on with"):
-            stop.check("go on with --resume")
+        with pytest.raises(Interrupted, match="run the same command"):
+            stop.check("run the same command again")
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
@@ -96,7 +96,7 @@ def test_outside_the_main_thread_it_is_a_plain_flag() -> None:
 
 
 def test_a_stop_reaches_the_blocks_around_and_inside() -> None:
-    """Asked for inside, it stops the work around; asked for outside, it stops what begins inside; and so on."""
+    """A stop in an inner block also stops the outer work, and one in an outer block also stops later inner work."""
     with StopFlag() as outer:
         with StopFlag() as inner:
             signal.raise_signal(signal.SIGTERM)
@@ -128,7 +128,7 @@ def test_at_work_a_signal_releases_what_is_held(number: signal.Signals, tmp_path
     with pytest.raises(KeyboardInterrupt, match=number.name), ended_by_signals():
         work_begins()
         with StopFlag():
-            pass  # and puts back what was there
+            pass  # puts back the handlers that it met
         with folder_lock(tmp_path / "lock"):
             assert (tmp_path / "lock.owner").exists()
             signal.raise_signal(number)
@@ -141,7 +141,7 @@ import sys, time
 from gdro_cli.errors import Interrupted
 from gdro_cli.runtime.interrupt import StopFlag
 
-with StopFlag(lambda: print("asked", flush=True)) as stop:
+with StopFlag(lambda: print("requested", flush=True)) as stop:
     print("ready", flush=True)
     deadline = time.monotonic() + 60
     while not stop.requested and time.monotonic() < deadline:
@@ -158,13 +158,13 @@ with StopFlag(lambda: print("asked", flush=True)) as stop:
 def test_a_closed_terminal_stops_at_the_next_safe_point(tmp_path: Path) -> None:
     child, terminal = pty.fork()
     if child == 0:
-        os.execv(sys.executable, [sys.executable, "-c", IN_TERMINAL, str(tmp_path / "told")])
+        os.execv(sys.executable, [sys.executable, "-c", IN_TERMINAL, str(tmp_path / "message")])
     shown = b""
     while b"ready" not in shown:
         shown += os.read(terminal, 1000)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert (tmp_path / "told").read_text() == "stopped: kept"
+    assert (tmp_path / "message").read_text() == "stopped: kept"
 
 
 LAUNCHING = """
@@ -183,12 +183,14 @@ def test_a_killed_launcher_stops_its_processes() -> None:
     launcher = subprocess.Popen([sys.executable, "-c", LAUNCHING, child, LAUNCHER], stdout=subprocess.PIPE, text=True)
     assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
     launcher.kill()
-    assert launcher.stdout.read() == "asked\nstopped: kept; run the same command again\n"  # ends when the child does
+    assert (
+        launcher.stdout.read() == "requested\nstopped: kept; run the same command again\n"
+    )  # ends when the child does
     launcher.wait()
 
 
-def test_a_process_whose_launcher_is_gone_before_it_could_look_does_not_begin(tmp_path: Path) -> None:
-    """Else it would go on unseen and hold locks, with a parent that it has inherited."""
+def test_a_process_whose_launcher_is_already_gone_does_not_begin(tmp_path: Path) -> None:
+    """Otherwise it would continue unseen and hold locks, as the child of another process."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     ended = subprocess.run(

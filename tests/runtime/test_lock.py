@@ -1,4 +1,4 @@
-"""One writer per folder, of processes that run, end and are killed."""
+"""One writer per folder, among processes that run, end and are killed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_lock_is_released_after_an_error_and_names_its_owner_until_then(tmp_
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:
-    """In a folder that somebody else has prepared."""
+    """In a folder that another user has prepared."""
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "run").mkdir()

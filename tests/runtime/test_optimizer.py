@@ -28,7 +28,7 @@ def step(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter],
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw8bit"])
-def test_saved_and_restored_it_goes_on_exactly(kind: OptimizerKind) -> None:
+def test_a_restored_optimizer_continues_exactly(kind: OptimizerKind) -> None:
     if kind == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     straight, resumed = weights(), weights()
@@ -55,7 +55,7 @@ def test_8_bit_moments_follow_the_exact_ones() -> None:
             step(optimizer, parameters, number)
     moved = (exact[0] - weights()[0]).norm()
     assert (exact[0] - small[0]).norm() < 0.1 * moved
-    torch.testing.assert_close(exact[1], small[1])  # too small for 8 bits
+    torch.testing.assert_close(exact[1], small[1])  # too few values for 8 bits
 
 
 def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Processes that fail, stop and wait as one; here two threads whose messages are a barrier, so that a hang is seen."""
+"""Processes that fail, stop and wait as one; here threads that meet at a barrier, so that a test detects a hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PATIENCE = 10.0
 
 
 class Post:
-    """What the threads give each other: lists joined in the order of their ranks."""
+    """The lists that the threads send each other."""
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -50,7 +50,7 @@ class Member(ProcessGroup):
 
 
 def carry_out(work: Callable[[Member], object], world: int = 2) -> list[Exception | None]:
-    """Do ``work`` in every member; how each ended."""
+    """Do ``work`` in every member; returns how each ended."""
     post = Post(world)
     members = [Member(post, rank) for rank in range(world)]
     ends: list[Exception | None] = [None] * world
@@ -58,7 +58,7 @@ def carry_out(work: Callable[[Member], object], world: int = 2) -> list[Exceptio
     def run(member: Member) -> None:
         try:
             work(member)
-        except Exception as error:  # noqa: BLE001 (how a member ends is what is asked)
+        except Exception as error:  # noqa: BLE001 (the test checks how a member ends)
             ends[member.rank] = error
 
     threads = [threading.Thread(target=run, args=[member]) for member in members]
@@ -71,36 +71,36 @@ def carry_out(work: Callable[[Member], object], world: int = 2) -> list[Exceptio
     return ends
 
 
-def told(ends: Sequence[Exception | None]) -> list[tuple[str, int]]:
-    """What each process says, and its exit code."""
+def messages(ends: Sequence[Exception | None]) -> list[tuple[str, int]]:
+    """The message and exit code of each process."""
     assert all(isinstance(end, GdroError) for end in ends)
     return [(str(end), end.exit_code) for end in ends if isinstance(end, GdroError)]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_what_fails_in_one_fails_in_all(failing: int) -> None:
+def test_a_failure_in_one_process_ends_all(failing: int) -> None:
     def work(group: Member) -> None:
         with group.together():
             if group.rank == failing:
                 raise StoreError("the disk is full")
 
-    words = told(carry_out(work))
+    words = messages(carry_out(work))
     assert words[failing] == ("the disk is full", 4)
-    assert words[1 - failing] == ("", 4)  # the other process has said why
+    assert words[1 - failing] == ("", 4)  # the failing process gives the reason
 
 
-def test_one_of_several_processes_says_what_fails_in_all() -> None:
+def test_one_process_reports_what_fails_in_all() -> None:
     def work(group: Member) -> None:
         with group.together():
             raise UserError("no such model")
 
-    assert told(carry_out(work, world=3)) == [("no such model", 2), ("", 2), ("", 2)]
+    assert messages(carry_out(work, world=3)) == [("no such model", 2), ("", 2), ("", 2)]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("moment", ["before", "inside", "after", "none"])
 def test_blocks_inside_blocks(moment: str, failing: int) -> None:
-    """Wherever one process fails, all leave both blocks, with as many messages each."""
+    """Wherever one process fails, all leave both blocks after the same number of messages."""
 
     def work(group: Member) -> None:
         def fail(now: str) -> None:
@@ -118,11 +118,11 @@ def test_blocks_inside_blocks(moment: str, failing: int) -> None:
     if moment == "none":
         assert ends == [None, None]
         return
-    words = told(ends)
+    words = messages(ends)
     assert words[failing] == (moment, 4) and words[1 - failing] == ("", 4)
 
 
-def test_turns_end_where_one_fails() -> None:
+def test_turns_end_after_a_failure() -> None:
     done: list[tuple[int, int]] = []
 
     def work(group: Member) -> None:
@@ -133,7 +133,7 @@ def test_turns_end_where_one_fails() -> None:
 
         group.take_turns(range(5), do)
 
-    assert told(carry_out(work)) == [("", 4), ("item 3", 4)]
+    assert messages(carry_out(work)) == [("", 4), ("item 3", 4)]
     assert sorted(done) == [(0, 0), (0, 2), (1, 1)]  # the last turn, of one item alone, was not begun
 
 
@@ -160,7 +160,7 @@ def test_a_lock_is_held_by_the_main_process_for_all() -> None:
             if group.rank == 1:
                 raise StoreError("damaged")
 
-    assert told(carry_out(work)) == [("", 4), ("damaged", 4)]
+    assert messages(carry_out(work)) == [("", 4), ("damaged", 4)]
     assert held == ["taken", "left"]
 
     @contextmanager
@@ -172,10 +172,10 @@ def test_a_lock_is_held_by_the_main_process_for_all() -> None:
         with group.held_by_main(busy()):
             raise AssertionError("not reached")
 
-    assert told(carry_out(never)) == [("in use", 4), ("", 4)]
+    assert messages(carry_out(never)) == [("in use", 4), ("", 4)]
 
 
-def test_those_who_are_gone_do_not_hide_the_error() -> None:
+def test_lost_processes_do_not_hide_the_error() -> None:
     class Alone(Member):
         def gather_objects(self, items: list[Any]) -> list[Any]:
             raise EndedElsewhere("lost the others")

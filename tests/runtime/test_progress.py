@@ -1,4 +1,4 @@
-"""Progress: plain lines without a terminal, bars on one; rates and times left worked out by hand."""
+"""Progress: plain lines without a terminal, bars on one; rates and times left calculated by hand."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_earlier_units_count_as_done_but_not_in_the_rate() -> None:
     assert out.getvalue() == "training: 20/30 steps, 2 steps/s, 0:05 left\n"
 
 
-def test_the_end_is_told_after_an_error_too() -> None:
+def test_the_end_is_also_reported_after_an_error() -> None:
     reporter, out, _ = plain()
     with pytest.raises(KeyError), reporter.track("scoring", 5, "images") as work:
         work.advance(2)
@@ -62,7 +62,7 @@ def test_said_text_is_neither_wrapped_nor_read_as_markup() -> None:
     assert out.getvalue() == "the [red] folder " + "x" * 60 + "\n"
 
 
-def test_quiet_says_nothing() -> None:
+def test_a_quiet_reporter_prints_nothing() -> None:
     out = io.StringIO()
     reporter = Reporter(Console(file=out), quiet=True)
     reporter.say("hello")

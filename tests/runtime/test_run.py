@@ -1,4 +1,4 @@
-"""The run folder: identity, metrics that survive a kill, and one writer at a time."""
+"""The run folder: what it was made from, and metrics that survive a kill."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from gdro_cli.errors import StoreError
 from gdro_cli.runtime.run import RunFolder
 
-RECIPE = {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": (0.9, 0.999)}}
+RECIPE = {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": [0.9, 0.999]}}
 INPUTS = {"store": "abc"}
 ENVIRONMENT = {"python": "3.11"}
 
@@ -21,12 +21,12 @@ def open_run(path: Path, *, recipe: Any = None, inputs: Any = None, environment:
     )
 
 
-def test_run_is_made_once_and_opened_again(tmp_path: Path) -> None:
+def test_a_run_is_made_once_and_opened_again(tmp_path: Path) -> None:
     run = open_run(tmp_path / "a" / "run")
     created = run.read_json("manifest.json")["created"]
     again = open_run(tmp_path / "a" / "run")
     assert again.read_json("manifest.json")["created"] == created
-    assert again.recipe == {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": [0.9, 0.999]}}
+    assert again.recipe == RECIPE
     assert again.read_json("environment.json") == ENVIRONMENT
     assert sorted(p.name for p in run.path.iterdir()) == ["environment.json", "manifest.json", "recipe.json"]
 
@@ -49,14 +49,14 @@ def test_other_environments_are_kept_beside_the_first(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("environment*.json"))) == 3
 
 
-def test_half_made_run_is_made_again(tmp_path: Path) -> None:
+def test_a_half_made_run_is_made_again(tmp_path: Path) -> None:
     open_run(tmp_path)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "recipe.json").write_text("{")
     assert open_run(tmp_path).recipe["name"] == "ocr"
 
 
-def test_a_run_that_cannot_be_made_says_so(tmp_path: Path) -> None:
+def test_a_run_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="cannot write .*file/run"):
         open_run(tmp_path / "file" / "run")
@@ -76,13 +76,9 @@ def test_metrics_are_cut_at_a_step(tmp_path: Path) -> None:
         {"kind": "train", "step": 3, "loss": 0.1 * 3},
         {"kind": "other", "step": 3, "reward": 0.5},
     ]
-    with pytest.raises(ValueError, match="integer 'step'"):
-        run.append_metrics({"kind": "train", "loss": 1.0})
-    with pytest.raises(ValueError, match="'kind'"):
-        run.append_metrics({"step": 4, "loss": 1.0})
 
 
-def test_torn_last_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
     run = open_run(tmp_path)
     run.append_metrics({"kind": "train", "step": 1})
     with run.metrics_path.open("a") as stream:

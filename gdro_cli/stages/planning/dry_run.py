@@ -1,7 +1,6 @@
-"""What a command would do, for ``--dry-run``: counts, batches, disk, memory, time, and what is there. Makes nothing.
+"""What a command would do, for ``--dry-run``: counts, batches, disk, memory, time, what exists. It makes nothing.
 
-Without the model's weights it tells the same of models whose configurations are known, all but the names of store and
-run, which depend on the weights.
+It needs no weights of models with a published configuration; only the names of store and run depend on the weights.
 """
 
 from __future__ import annotations
@@ -27,14 +26,15 @@ from gdro_cli.stages.training.batch_sizes import check_shares, images_per_proces
 from gdro_cli.stages.training.rollout import policy_guidance
 from gdro_cli.stages.training.rounds import steps_per_round
 
-PIXEL_BYTES = 1.6  # a PNG of a generated picture, per pixel: measured on a store of the embedded model
+PIXEL_BYTES = 1.6
+"""A PNG of a generated image, per pixel: measured on a store of the embedded model."""
 
 
 def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> list[tuple[str, str]]:
-    """Lines about ``stage`` (sample, score, train or eval) as (what, how much), carried out by ``world`` processes.
+    """Lines about ``stage`` (sample, score, train or eval) in ``world`` processes, as (what, how much).
 
     Raises:
-        UserError: prompts cannot be used, or the processes cannot share a training step.
+        UserError: the reward cannot use the prompts, or the processes cannot share a training step.
         PrerequisiteError: the model is missing.
     """
     session = Session(recipe, workspace, planning=True)
@@ -67,22 +67,20 @@ def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> 
 
 
 def describe_store(session: Session, *, has_weights: bool = True) -> list[tuple[str, str]]:
-    """Lines about the training store: its path, counts, what it holds already, what it costs.
+    """Lines about the training store: its path, its counts, its finished shards, its cost.
 
     ``has_weights``: whether the model's weights are on this machine; without them the store has no name.
     """
     recipe, model, plan = session.recipe, session.model, training_plan(session)
     prompts = len(session.prompts("train"))
     images = prompts * plan.images_per_prompt
-    path = stores_folder(session.workspace) / "(named once the weights are here)"
+    path, state = stores_folder(session.workspace) / "(named once the weights are here)", "none is made yet"
     if has_weights:
         path = store_path(session, stores_folder(session.workspace), training_identity(session))
     if path.exists():
         store = GroupStore.open(path)
-        missing = len(store.missing_shards())
-        state = f"{len(store.shards) - missing} of {len(store.shards)} shards are made"
-    else:
-        state = "none is made yet"
+        shards = len(store.shards)
+        state = f"{shards - len(store.missing_shards())} of {shards} shards are made"
     latent_bytes = images * math.prod(model.latent_shape(height=plan.height, width=plan.width)) * model.dtype.itemsize
     twice = ", 2 passes each" if takes_two_passes(model, plan.guidance) else ""
     disk = latent_bytes + images * plan.height * plan.width * PIXEL_BYTES
@@ -97,15 +95,15 @@ def describe_store(session: Session, *, has_weights: bool = True) -> list[tuple[
 
 
 def _guidance(model: FlowModel, scale: float, *, online: bool = False) -> str:
-    """What the guidance scale will do."""
+    """The effect of the guidance scale."""
     if model.guidance_kind == "embedded":
-        return f"{scale:g}, an input of the model, in training, too"
+        return f"{scale:g}, an input of the model, also in training"
     if model.guidance_kind == "none":
         return "this model has none" + ("" if scale == 1.0 else f": {scale:g} is ignored")
     if takes_two_passes(model, scale):
         where = "in rounds and updates" if online else "in sampling only; training uses the conditional velocity"
         return f"{scale:g}, classifier-free, {where}"
-    return f"{scale:g}, so none: classifier-free guidance begins above 1"
+    return f"{scale:g}, so none, since classifier-free guidance begins above 1"
 
 
 def _online(session: Session, method: OnlineMethod, has_weights: bool) -> list[tuple[str, str]]:
@@ -172,15 +170,9 @@ def _rounds(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _evaluation(session: Session) -> list[tuple[str, str]]:
-    recipe, prompts = session.recipe, session.prompts("eval")
-    images = len(prompts) * recipe.eval.images_per_prompt
+    recipe, prompts = session.recipe, len(session.prompts("eval"))
+    count = recipe.eval.images_per_prompt
     return [
-        (
-            "held-out prompts",
-            f"{len(prompts)} x {recipe.eval.images_per_prompt} = {images} images of each model",
-        ),
-        (
-            "sampling",
-            f"{recipe.eval_steps} steps, guidance {recipe.eval_guidance:g}, seed {recipe.eval.seed}",
-        ),
+        ("held-out prompts", f"{prompts} x {count} = {prompts * count} images of each model"),
+        ("sampling", f"{recipe.eval_steps} steps, guidance {recipe.eval_guidance:g}, seed {recipe.eval.seed}"),
     ]

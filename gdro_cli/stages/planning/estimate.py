@@ -1,7 +1,7 @@
-"""What a job would need of a GPU, by shapes alone: memory of sampling and training, operations, GPU hours.
+"""What a job needs of a GPU, from shapes alone: memory of sampling and training, operations, GPU hours.
 
 Weights are counted on the real classes at full size, activations and operations on their real forward and backward
-passes, all without numbers (``models.trace``); the arithmetic is ``core.footprint``. docs/hardware.md says what is
+passes, all without numbers (``models.trace``); ``core.footprint`` has the arithmetic. docs/hardware.md says what is
 counted and what is not.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from gdro_cli.core.footprint import (
     weight_bytes,
 )
 from gdro_cli.models.adapters import attach_lora
-from gdro_cli.models.base import takes_two_passes
+from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.diffusers_flow import DtypeName
 from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
@@ -36,92 +36,82 @@ from gdro_cli.stages.training.rollout import policy_guidance
 Targets = tuple[str, ...] | Literal["auto", "all-linear"]
 
 _MASKED_TOKENS = 60
-"""Text tokens of a prompt for models that store each prompt at its own length."""
+"""Text tokens of a prompt, for models that store each prompt at its own length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What the traces depend on; recipes that share it share them."""
+    """What the traces depend on. Recipes of the same shape share them, since a trace takes seconds."""
 
-    path: str
-    dtype: DtypeName
-    tokens: int | None
+    model: tuple[str, DtypeName, int | None]
+    """Path, dtype and longest prompt in tokens."""
     size: tuple[int, int]
+    """Height and width in pixels."""
     guidance: float
 
+    def text(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's conditioning."""
+        flow = without_adapter(*self.model).flow
+        own_length = flow.family in ("qwen-image", "z-image")
+        return flow.conditioning_shapes(_MASKED_TOKENS if own_length else flow.max_sequence_length)
 
-@lru_cache(maxsize=8)
-def blank(path: str, dtype: DtypeName, tokens: int | None) -> MetaModel:
-    """The model on the meta device, without an adapter."""
+
+@cache
+def without_adapter(path: str, dtype: DtypeName, tokens: int | None) -> MetaModel:
+    """The model on the meta device."""
     return meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
 
 
-@lru_cache(maxsize=32)
+@cache
+def with_adapter(
+    path: str, dtype: DtypeName, tokens: int | None, rank: int, targets: Targets
+) -> tuple[tuple[ShallowModel, list[torch.nn.Parameter]], ...]:
+    """Other shallow models of it, with the parameters of their adapters, whose scale does not matter here."""
+    model = meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    return tuple((part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
+
+
+@cache
 def forward_work(shape: Shape, images: int) -> Work:
     """A sampling pass."""
-    text, parts = _text(shape), blank(shape.path, shape.dtype, shape.tokens).parts
+    text, parts = shape.text(), without_adapter(*shape.model).parts
     return whole_work(
         (part.times, trace_forward(part.flow, images, text, guidance=shape.guidance, size=shape.size)) for part in parts
     )
 
 
-@lru_cache(maxsize=32)
+@cache
 def decoding_work(shape: Shape, images: int) -> Work | None:
     """A pass through the autoencoder's decoder."""
-    model = blank(shape.path, shape.dtype, shape.tokens)
-    return trace_decoding(model, images, height=shape.size[0], width=shape.size[1])
+    return trace_decoding(without_adapter(*shape.model), images, height=shape.size[0], width=shape.size[1])
 
 
-@dataclass(frozen=True, slots=True)
-class Adapted:
-    """A shallow model with its adapter."""
-
-    part: ShallowModel
-    parameters: list[torch.nn.Parameter]
-
-
-@lru_cache(maxsize=8)
-def adapted(path: str, dtype: DtypeName, tokens: int | None, rank: int, targets: Targets) -> tuple[Adapted, ...]:
-    """The shallow models again, with an adapter; its scale counts for nothing here."""
-    model = meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
-    return tuple(Adapted(part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
-
-
-@lru_cache(maxsize=32)
+@cache
 def update_work(shape: Shape, rank: int, targets: Targets, images: int, checkpointing: bool) -> Update:
     """A forward and backward pass of one micro-batch."""
-    text = _text(shape)
-    return whole_update(
-        (
-            each.part.times,
-            trace_update(
-                each.part.flow,
-                each.parameters,
-                images,
-                text,
-                guidance=shape.guidance,
-                size=shape.size,
-                checkpointing=checkpointing,
-                # as stages.workspace.precision
-                autocast=torch.bfloat16 if each.part.flow.dtype == torch.bfloat16 else None,
-            ),
+
+    def traced(flow: FlowModel, parameters: list[torch.nn.Parameter]) -> Update:
+        return trace_update(
+            flow,
+            parameters,
+            images,
+            shape.text(),
+            guidance=shape.guidance,
+            size=shape.size,
+            checkpointing=checkpointing,
+            autocast=torch.bfloat16 if flow.dtype == torch.bfloat16 else None,  # as stages.setup.model.precision
         )
-        for each in adapted(shape.path, shape.dtype, shape.tokens, rank, targets)
-    )
 
-
-def _text(shape: Shape) -> dict[str, tuple[int, ...]]:
-    flow = blank(shape.path, shape.dtype, shape.tokens).flow
-    own_length = flow.family in ("qwen-image", "z-image")
-    return flow.conditioning_shapes(_MASKED_TOKENS if own_length else flow.max_sequence_length)
+    parts = with_adapter(*shape.model, rank, targets)
+    return whole_update((part.times, traced(part.flow, parameters)) for part, parameters in parts)
 
 
 class Estimate:
-    """The needs of a recipe: memory of one GPU, operations of the whole job. All is counted when it is asked for.
+    """The needs of a recipe: memory of one GPU, operations of the whole job. Each is counted at its first use.
 
     Args:
         recipe: of the job.
-        world: how many processes share it, each with a GPU.
+        world: number of processes that share it, each with a GPU.
     """
 
     def __init__(self, recipe: Recipe, *, world: int = 1) -> None:
@@ -130,12 +120,13 @@ class Estimate:
         dtype: DtypeName = section.dtype
         if dtype == "auto" and (torch.cuda.is_available() or section.path != EMBEDDED):
             dtype = "bfloat16"
-        path, tokens = model_folder(recipe), section.max_sequence_length
-        self.model = blank(path, dtype, tokens)
-        size = (recipe.sample.height, recipe.sample.width)
-        self.size = self.model.flow.default_size if size[0] is None or size[1] is None else (size[0], size[1])
-        self.shape = Shape(path, dtype, tokens, self.size, recipe.sample.guidance)
+        model = model_folder(recipe), dtype, section.max_sequence_length
+        self.model = without_adapter(*model)
+        height, width = recipe.sample.height, recipe.sample.width
+        size = self.model.flow.default_size if height is None or width is None else (height, width)
+        self.shape = Shape(model, size, recipe.sample.guidance)
         self.width = self.model.flow.dtype.itemsize
+        """Bytes of a number that is not quantised."""
 
     # -- weights ------------------------------------------------------------------------------------------------
 
@@ -151,22 +142,20 @@ class Estimate:
 
     @property
     def text_bytes(self) -> int:
-        """The text encoders; 0 where they are not known."""
+        """The text encoders; 0 if they are not known."""
         return weight_bytes(self.model.text or Weights(0), width=self.width)
 
     @property
     def vae_bytes(self) -> int:
-        """The autoencoder; 0 where it is not known."""
+        """The autoencoder; 0 if it is not known."""
         return weight_bytes(self.model.vae or Weights(0), width=self.width)
 
     @cached_property
     def adapter_values(self) -> int:
         """Numbers of the adapter."""
-        lora, shape = self.recipe.train.lora, self.shape
-        return sum(
-            each.part.times * sum(parameter.numel() for parameter in each.parameters)
-            for each in adapted(shape.path, shape.dtype, shape.tokens, lora.rank, lora.targets)
-        )
+        lora = self.recipe.train.lora
+        parts = with_adapter(*self.shape.model, lora.rank, lora.targets)
+        return sum(part.times * sum(value.numel() for value in parameters) for part, parameters in parts)
 
     @property
     def adapter(self) -> AdapterBytes:
@@ -176,7 +165,7 @@ class Estimate:
     @cached_property
     def text_per_prompt(self) -> int:
         """Bytes of one prompt's encoding."""
-        return sum(math.prod(each) for each in _text(self.shape).values()) * self.width
+        return sum(math.prod(shape) for shape in self.shape.text().values()) * self.width
 
     # -- memory -------------------------------------------------------------------------------------------------
 
@@ -184,8 +173,8 @@ class Estimate:
     def at_work(self) -> int:
         """Bytes that sampling needs beside weights: a pass of the transformer, or of the decoder."""
         forward = forward_work(self.shape, self.recipe.sample.batch_size)
-        pictures = 1 if self.recipe.model.vae_slicing else decoded_at_once(*self.size)
-        decoding = decoding_work(self.shape, min(pictures, self.recipe.sample.batch_size))
+        images = 1 if self.recipe.model.vae_slicing else decoded_at_once(*self.shape.size)
+        decoding = decoding_work(self.shape, min(images, self.recipe.sample.batch_size))
         return max(forward.peak, 0 if decoding is None else decoding.peak) + self.unpacked_bytes
 
     @property
@@ -196,7 +185,7 @@ class Estimate:
 
     @property
     def images_at_once(self) -> int:
-        """Images whose activations training keeps at once, in one process."""
+        """Images whose activations one process keeps at once in training."""
         train, online = self.recipe.train, self.recipe.online_method
         if online is not None:
             part = math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round / self.world)
@@ -206,31 +195,31 @@ class Estimate:
 
     @property
     def two_pass(self) -> bool:
-        """Whether training computes the images' weights first (stored groups only)."""
+        """Whether training first computes the images' weights (stored groups only)."""
         return not takes_one_pass(self.recipe, self.world)
 
     def update(self, *, checkpointing: bool | None = None) -> Update:
-        """A micro-batch's forward and backward pass, with the recipe's gradient checkpointing unless it is given."""
+        """A micro-batch's forward and backward pass; ``checkpointing`` replaces the recipe's."""
         train = self.recipe.train
         wanted = train.gradient_checkpointing if checkpointing is None else checkpointing
         return update_work(self.shape, train.lora.rank, train.lora.targets, self.images_at_once, wanted)
 
     def activation_bytes(self, *, checkpointing: bool | None = None) -> int:
-        """What a micro-batch needs beside weights; twice that where online training takes two passes."""
+        """What a micro-batch needs beside weights; twice that if online training takes two passes."""
         return self.update(checkpointing=checkpointing).peak * (self.passes if self.recipe.online_method else 1)
 
     @property
     def training_bytes(self) -> int:
         """Memory of training: the transformer, the adapter and all that belongs to it, and a micro-batch at work.
 
-        Where there are evaluation points (or rollouts) the autoencoder stays, and at the start the text encoders are
-        there beside the transformer, unless ``model.offload`` moves them away.
+        With evaluation points or rollouts the autoencoder stays, and at the start the text encoders are beside the
+        transformer, unless ``model.offload`` moves them away.
         """
-        recipe, held = self.recipe, self.transformer_bytes + self.adapter.total
-        work = held + self.unpacked_bytes + self.activation_bytes()
+        recipe, weights = self.recipe, self.transformer_bytes + self.adapter.total
+        work = weights + self.unpacked_bytes + self.activation_bytes()
         if recipe.model.offload or not (recipe.train.eval_every or recipe.online_method):
             return work
-        return max(work + self.vae_bytes, held + self.text_bytes)
+        return max(work + self.vae_bytes, weights + self.text_bytes)
 
     # -- operations ---------------------------------------------------------------------------------------------
 
@@ -243,7 +232,7 @@ class Estimate:
 
     @cached_property
     def reference_flops(self) -> float:
-        """Operations of one image's forward pass without adapter."""
+        """Operations of one image's forward pass without the adapter."""
         images = self.recipe.sample.batch_size
         return forward_work(self.shape, images).flops / images
 
@@ -254,7 +243,7 @@ class Estimate:
         return drawn + (0 if decoding is None else images * decoding.flops)
 
     def store_flops(self, prompts: int) -> float:
-        """Operations to sample the groups of so many prompts, in all rounds."""
+        """Operations to sample the groups of this number of prompts, in all rounds."""
         sample = self.recipe.sample
         images = prompts * sample.images_per_prompt
         return self.recipe.train.rounds * self.drawing_flops(images, steps=sample.steps, passes=self.passes)
@@ -276,9 +265,9 @@ class Estimate:
         """Operations of an online training: of its rollouts and of its updates."""
         method = self.recipe.online_method
         if method is None:
-            raise TypeError(f"{self.recipe.method.name} is no online method")
+            raise TypeError(f"{self.recipe.method.name} is not an online method")
         rounds = math.ceil(self.recipe.train.steps / method.steps_per_round)
         images = rounds * method.prompts_per_round * method.group_size
-        each = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
-        drawn = self.drawing_flops(images, steps=method.train_sample_steps, passes=self.passes)
-        return drawn, images * method.inner_epochs * method.trained_sample_steps * self.passes * each
+        step = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
+        drawing = self.drawing_flops(images, steps=method.train_sample_steps, passes=self.passes)
+        return drawing, images * method.inner_epochs * method.trained_sample_steps * self.passes * step

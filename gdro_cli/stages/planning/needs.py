@@ -30,7 +30,7 @@ def sampling_needs(estimate: Estimate) -> Rows:
 
 
 def training_needs(estimate: Estimate, session: Session) -> Rows:
-    """Adapter, memory of training, operations and GPU hours of the whole job."""
+    """Adapter, memory of training, and operations and GPU hours of the whole job."""
     recipe, adapter = estimate.recipe, estimate.adapter
     train = recipe.train
     own = estimate.activation_bytes()
@@ -71,7 +71,7 @@ def _time(estimate: Estimate, session: Session) -> Rows:
 
 
 def evaluation_time(estimate: Estimate, session: Session) -> Rows:
-    """GPU hours of drawing the held-out prompts with both models."""
+    """GPU hours of sampling the held-out prompts with both models."""
     recipe = estimate.recipe
     images = 2 * len(session.prompts("eval")) * recipe.eval.images_per_prompt
     flops = estimate.drawing_flops(images, steps=recipe.eval_steps, passes=estimate.passes)
@@ -90,13 +90,13 @@ def hours(flops: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Bytes in GB of 1e9: to a tenth, and finer where there is less than one."""
+    """Bytes in GB of 1e9: to a tenth, and finer below one."""
     value = size / 1e9
     return f"{value:.1f}" if value >= 1 else f"{value:.2f}" if value >= 0.1 else f"{value:.3f}"
 
 
 def cards(needed: float) -> str:
-    """Which cards hold it, with a tenth of each to spare."""
+    """Which cards have room for it, with a tenth of each to spare."""
     names = [str(card) for card in fits(needed)]
     return f"fits cards of {', '.join(names)} GB" if names else f"too much for a card of {max(CARDS)} GB"
 
@@ -106,8 +106,8 @@ def _count(values: int) -> str:
 
 
 def _parameters(transformer: Weights, text: Weights | None, vae: Weights | None) -> str:
-    known = {"transformer": transformer, "text encoders": text, "autoencoder": vae}
+    counts = {"transformer": transformer, "text encoders": text, "autoencoder": vae}
     return ", ".join(
         f"{name} not known without its files" if weights is None else f"{name} {_count(weights.values)}"
-        for name, weights in known.items()
+        for name, weights in counts.items()
     )

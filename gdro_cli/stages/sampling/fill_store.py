@@ -1,14 +1,15 @@
-"""Filling a store: images of the groups that it lacks, drawn by the model as it is now.
+"""Fill a store: the model samples the groups that it lacks.
 
-Image i of prompt p depends only on (seed, p, i): batches, shards, restarts and processes change nothing but rounding.
-Several processes share the shards. Each shard is made by one process, in the batches that a single process would make.
-A sharded model runs in all processes at once: they share the images of every shard, and the main process writes it.
+Image i of prompt p depends only on (seed, p, i): batches, shards, restarts and processes change only the rounding.
+Several processes share the shards. One process makes each shard, in the batches that a single process would make. A
+sharded model runs in all processes at once: they share the images of every shard, and the main process writes it.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from PIL import Image
@@ -50,13 +51,12 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
         progress.advance(min(image_steps // plan.steps, total) - progress.done)
         if not sharded:
             stop.check(stopped)
-        elif engine.hear(
-            stop
-        ):  # a process that stopped alone would leave the others waiting in the middle of the model
+        elif engine.hear(stop):  # a process that stopped alone would leave the others waiting inside the model
             engine.stop_together(stopped)
 
-    def draw(number: int) -> list[Group]:
-        return sample_groups(
+    def make(number: int) -> None:
+        start = time.perf_counter()
+        groups = sample_groups(
             session.model,
             store.shards[number],
             plan,
@@ -64,31 +64,26 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
             on_step=advance,
             split=engine if sharded else None,
         )
-
-    def make(number: int) -> None:
-        start = time.perf_counter()
-        store.write_shard(number, draw(number))
-        add_time(store.path, number, time.perf_counter() - start, processes=engine.world)
+        with engine.together() if sharded else nullcontext():
+            if groups:
+                store.write_shard(number, groups)
+                processes = 1 if sharded else engine.world
+                add_time(store.path, number, time.perf_counter() - start, processes=processes)
 
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
         session.reporter.track(label + own_part(engine, sharded), total=total, unit="images") as progress,
     ):
-        if not sharded:
+        if sharded:
+            for number in missing:
+                make(number)
+        else:
             engine.take_turns(missing, make)
-            return len(missing)
-        for number in missing:
-            start = time.perf_counter()
-            groups = draw(number)
-            with engine.together():
-                if engine.is_main:
-                    store.write_shard(number, groups)
-                    add_time(store.path, number, time.perf_counter() - start)
     return len(missing)
 
 
 def own_part(engine: Engine, sharded: bool = False) -> str:
-    """Suffix of a progress label where the progress is that of one process of several."""
+    """Suffix of a progress label that shows the progress of one process of several."""
     return "" if sharded or engine.world == 1 else f" (process {engine.rank + 1} of {engine.world})"
 
 
@@ -101,15 +96,15 @@ def sample_groups(
     on_step: Callable[[int], None] | None = None,
     split: Engine | None = None,
 ) -> list[Group]:
-    """Sample one group per prompt; each prompt is encoded once, and batches run across groups.
+    """Sample one group per prompt. Each prompt is encoded once; a batch may have images of several groups.
 
     Args:
         model: the model, with or without an adapter.
         prompts: B prompts.
         plan: K images per prompt, and the settings.
         batch_size: images per forward pass.
-        on_step: passed to ``sample_latents``.
-        split: see ``sample_images``. The main process then makes the groups, and the others get none.
+        on_step: see ``sample_latents``.
+        split: see ``sample_images``. The main process then gets the groups, and the others get an empty list.
 
     Returns:
         B groups with latents [K, ...] in the model's dtype.
@@ -144,7 +139,7 @@ def _all_finite(prompt: PromptRecord, images: Sequence[Image.Image | None]) -> l
 def decode_images(
     model: FlowModel, latents: torch.Tensor, plan: SamplingPlan, *, batch_size: int
 ) -> list[Image.Image | None]:
-    """Images of clean latents [N, ...]; None stands for one that is not finite."""
+    """Images of clean latents [N, ...]; None for an image that is not finite."""
     return [
         image
         for part in latents.split(batch_size)
@@ -162,17 +157,17 @@ def sample_images(
     on_step: Callable[[int], None] | None = None,
     split: Engine | None = None,
 ) -> torch.Tensor:
-    """Clean latents [sum of seeds, ...]: prompt p has one image for each of ``seeds[p]``.
+    """Clean latents [number of seeds, ...]: prompt p has one image for each of ``seeds[p]``.
 
-    ``split`` shares the images equally among the processes and gives all of them to all; every process must ask for the
-    same images. The batches then differ from those of a single process, which changes rounding.
+    With ``split`` the processes share the images equally, and each gets all of them; all must call this with the same
+    images. The batches then differ from those of a single process, which changes the rounding.
     """
     flat = [seed for group in seeds for seed in group]
     texts = [text for text, group in zip(conditioning, seeds, strict=True) for _ in group]
     whole = len(flat)
     if split is not None and split.world > 1:
         count = -(-whole // split.world)
-        own = [min(split.rank * count + offset, whole - 1) for offset in range(count)]  # the last image fills up
+        own = [min(split.rank * count + offset, whole - 1) for offset in range(count)]  # repeats the last image
         flat, texts = [flat[i] for i in own], [texts[i] for i in own]
     latents = sample_latents(
         model,

@@ -1,4 +1,4 @@
-"""Stage ``sample``: make groups of images per prompt, once, with the untrained model."""
+"""Stage ``sample``: the untrained model makes a group of images for each prompt, once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class SampleResult:
 
     @property
     def summary(self) -> dict[str, str]:
-        """What the command line shows."""
+        """What the command line prints."""
         prompts = len(self.store.prompts)
         return {
             "store": str(self.store.path),
@@ -33,9 +33,9 @@ def run(session: Session) -> SampleResult:
     """Make the missing shards of the recipe's training store.
 
     Raises:
-        UserError: prompts cannot be used, or the recipe's method keeps no store.
+        UserError: the reward cannot use the prompts, or the recipe's method has no store.
         PrerequisiteError: the model is missing.
-        StoreError: the store is damaged or the disk refuses.
+        StoreError: the store is damaged or cannot be written to.
         Interrupted: stopped by the user; finished shards are kept.
     """
     session.require_store("sample")

@@ -1,4 +1,4 @@
-"""Filling a score table: the stored images that it lacks, scored by a pool of processes."""
+"""Fill a score table: a pool of processes scores the stored images that it lacks."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def score_missing(
 ) -> int:
     """Score the shards that ``table`` lacks, all processes together, and return their number.
 
-    Each process has a ``pool`` of its own, which starts only if the process has shards to score. ``refuse_empty`` takes
-    a shard without a single score for an outage: the shard is not kept, and the next start scores it again.
+    Each process has its own ``pool``, which starts only if the process has shards to score. With ``refuse_empty`` a
+    shard without a single score counts as an outage: it is not kept, and the next start scores it again.
 
     Raises:
-        Interrupted: a stop was asked for; finished shards are kept, and the one at work if it is done within
+        Interrupted: a stop was requested; finished shards are kept, and also the present one if it is done within
             ``STOP_GRACE`` seconds.
-        StoreError: another job is filling the table.
-        EndedElsewhere: one of these was raised in another process.
+        StoreError: another job is filling the table, or an outage.
+        EndedElsewhere: another process raised one of these.
     """
     engine, stop = session.engine, session.stop
     missing = engine.from_main(table.missing_shards)

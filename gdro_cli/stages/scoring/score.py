@@ -1,4 +1,4 @@
-"""Stage ``score``: give each stored image its reward. Scores are a side table; scoring again never samples again.
+"""Stage ``score``: give each stored image its reward. Scores are a table of their own; scoring again samples nothing.
 
 An image that cannot be scored is missing with a reason, never zero; too many missing images stop the stage.
 """
@@ -27,7 +27,7 @@ class ScoreResult:
 
     @property
     def summary(self) -> dict[str, str]:
-        """What the command line shows."""
+        """What the command line prints."""
         mean = "none" if self.totals.mean is None else f"{self.totals.mean:.3f}"
         return {
             "scores": str(self.table.path),
@@ -39,12 +39,12 @@ class ScoreResult:
 
 
 def run(session: Session) -> ScoreResult:
-    """Score the recipe's training store; samples what is missing of it first.
+    """Score the recipe's training store, after sampling what is missing.
 
     Raises:
-        UserError: the recipe's method keeps no store.
+        UserError: the recipe's method has no store.
         PrerequisiteError: the model or the reward engine is missing.
-        StoreError: damaged files, or more failed images than ``reward.max_failed_share``.
+        StoreError: files are damaged, or more images failed than ``reward.max_failed_share``.
         Interrupted: stopped by the user; finished shards are kept.
     """
     session.require_store("score")
@@ -62,7 +62,7 @@ def make_scored_store(session: Session) -> tuple[ScoreTable, int]:
     Raises:
         StoreError: too many images could not be scored, or another job is at work on them.
         Interrupted: stopped by the user; finished shards are kept.
-        EndedElsewhere: one of these was raised in another process.
+        EndedElsewhere: another process raised one of these.
     """
     store = open_training_store(session)
     table = session.engine.from_main(lambda: open_reward_table(session, store))
@@ -70,7 +70,7 @@ def make_scored_store(session: Session) -> tuple[ScoreTable, int]:
 
 
 def fill_and_score(session: Session, table: ScoreTable, plan: SamplingPlan, *, suffix: str = "") -> int:
-    """Sample what the store of ``table`` lacks, and score what the table lacks; returns the number of shards scored.
+    """Fill the store of ``table``, then the table; returns the number of shards scored.
 
     ``suffix`` is added to the labels of the progress lines. Raises what ``make_scored_store`` raises.
     """

@@ -1,4 +1,4 @@
-"""From images to score rows, and images that come straight from the model, which no store has checked."""
+"""Score rows, and the scoring of images that come straight from the model, which no store has checked."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.interrupt import StopFlag
 
 Slot = tuple[PromptRecord, int]
-"""Which image: its prompt, and its index in the prompt's group."""
+"""Names an image: its prompt, and its index in the prompt's group."""
 
 
 def score_rows(slots: Iterable[Slot], scores: Iterable[Score]) -> list[ScoreRow]:
-    """The scores of images as rows. Raises ValueError when there are not as many scores as slots."""
+    """The scores of images as rows. Raises ValueError if the numbers of slots and scores differ."""
     return [
         ScoreRow(prompt.id, index, score.value, score.reason, score.details)
         for (prompt, index), score in zip(slots, scores, strict=True)
@@ -28,19 +28,19 @@ def score_rows(slots: Iterable[Slot], scores: Iterable[Score]) -> list[ScoreRow]
 def score_images(
     pool: ScoringPool, images: Sequence[Image.Image | None], slots: Sequence[Slot], *, stop: StopFlag
 ) -> list[ScoreRow]:
-    """Score ``images[i]``, the one of ``slots[i]``; one that is not finite (None) is not scored, but missing.
+    """Score ``images[i]``, which ``slots[i]`` names; an image that is not finite (None) is missing.
 
     Raises:
         ScoringStopped: after a request to stop.
     """
-    finite = [(image, prompt) for image, (prompt, _) in zip(images, slots, strict=True) if image is not None]
-    shown, prompts = [image for image, _ in finite], [prompt for _, prompt in finite]
-    scores = iter(pool.score(shown, prompts, stop=lambda: stop.requested))
+    finite = [image for image in images if image is not None]
+    prompts = [prompt for image, (prompt, _) in zip(images, slots, strict=True) if image is not None]
+    scores = iter(pool.score(finite, prompts, stop=lambda: stop.requested))
     return score_rows(slots, [Score(None, NOT_FINITE) if image is None else next(scores) for image in images])
 
 
 def why_none(reasons: Iterable[str | None]) -> str:
-    """Of images none of which has a score: the reason of the first, and what to do."""
+    """For images none of which has a score: the first reason, and what to do."""
     first, *others = reasons
     if all(reason == NOT_FINITE for reason in (first, *others)):
         return f"({NOT_FINITE}): lower train.lr or take another model.dtype"

@@ -1,4 +1,4 @@
-"""The recipe's judge, opened: quality of pictures, seen by someone who knows nothing of the reward."""
+"""The recipe's judge, which rates the quality of images and knows nothing of the reward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gdro_cli.stages.setup.reward import open_reward
 
 
 def open_judge(recipe: Recipe) -> JudgeReward | None:
-    """The recipe's judge with the axes that go with the reward; None where it has none.
+    """The recipe's judge, with the axes that suit the reward; None if the recipe has no judge.
 
     Raises:
         PrerequisiteError: its weights are missing.

@@ -1,4 +1,4 @@
-"""The recipe's model: where it lies, how it is opened, and its adapter."""
+"""The recipe's model: where it is, how it is opened, and its adapter."""
 
 from __future__ import annotations
 
@@ -28,33 +28,28 @@ def model_folder(recipe: Recipe) -> str:
     return str(tiny_model_path()) if recipe.model.path == EMBEDDED else recipe.model.path
 
 
-def memory_options(recipe: Recipe) -> MemoryOptions:
-    """What the recipe's model gives up for less memory."""
-    model = recipe.model
-    return MemoryOptions(model.quantization, model.offload, model.vae_slicing, model.vae_tiling)
-
-
 def open_model(recipe: Recipe, *, engine: Engine | None = None, folder: PipelineFolder | None = None) -> FlowModel:
     """Open the recipe's model; its components are loaded when they are first used.
 
     Args:
         recipe: names the model.
-        engine: the job's processes. The model runs on this process's device, sharded where the recipe says so.
-            Without one it runs on the GPU if there is one.
-        folder: the model's folder, where the caller has opened it already.
+        engine: the job's processes. The model runs on this process's device, sharded if the recipe says so. Default:
+            the GPU if there is one.
+        folder: the model's folder, if the caller has already opened it.
 
     Raises:
         PrerequisiteError: the model is missing.
     """
+    section = recipe.model
     model = load_flow_model(
         folder or PipelineFolder(model_folder(recipe)),
-        dtype=recipe.model.dtype,
+        dtype=section.dtype,
         device=str(engine.device) if engine else "cuda" if torch.cuda.is_available() else "cpu",
-        max_sequence_length=recipe.model.max_sequence_length,
-        memory=memory_options(recipe),
-        compute=ComputeOptions(recipe.model.compile, recipe.model.attention),
+        max_sequence_length=section.max_sequence_length,
+        memory=MemoryOptions(section.quantization, section.offload, section.vae_slicing, section.vae_tiling),
+        compute=ComputeOptions(section.compile, section.attention),
     )
-    if engine and recipe.model.sharding == "fsdp":
+    if engine and section.sharding == "fsdp":
         model.place_transformer = engine.shard
     return model
 

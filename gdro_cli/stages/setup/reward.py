@@ -9,11 +9,11 @@ from gdro_cli.rewards.registry import reward_class
 
 
 def open_reward(recipe: Recipe) -> Reward:
-    """The recipe's reward; nothing is looked for or loaded yet."""
+    """The recipe's reward; its files are neither looked for nor loaded yet."""
     kind = recipe.reward.kind
     return reward_class(kind)(getattr(recipe.reward, kind, None))
 
 
 def missing_limits(recipe: Recipe) -> MissingLimits:
-    """How much may be missing of an evaluation point that is compared with others."""
+    """Shares of missing rewards and judgements up to which an evaluation point is compared with others."""
     return MissingLimits(recipe.reward.max_failed_share, recipe.judge.max_failed_share)

@@ -9,9 +9,9 @@ from gdro_cli.stages.setup.session import Session
 
 
 def open_reward_pool(session: Session, *, sharing: int | None = None) -> ScoringPool:
-    """Processes that score; a context manager.
+    """Processes that score.
 
-    ``sharing``: how many processes of this machine have a pool each and share its cores. Default: all of the job's.
+    ``sharing``: how many processes on this machine, each with a pool, share its cores. Default: all of the job's.
     """
     reward, workers = session.reward, session.recipe.reward.workers
     if workers == "auto":
@@ -20,16 +20,16 @@ def open_reward_pool(session: Session, *, sharing: int | None = None) -> Scoring
 
 
 def open_reward_table(session: Session, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:
-    """Make or open the table of the reward beside ``store``; ``command`` makes the scores, for error messages."""
+    """Make or open the reward's table beside ``store``; error messages name ``command``, which makes the scores."""
     return ScoreTable.create_or_open(
         store, session.recipe.reward.kind, provenance=session.reward.version, command=command
     )
 
 
 def open_judge_pool(session: Session, *, sharing: int | None = None) -> ScoringPool | None:
-    """Processes that judge, or None where there is no judge.
+    """Processes that judge, or None without a judge.
 
-    One process sends an endpoint several requests at a time, and one loads a large model.
+    One process is enough for an endpoint, to which it sends several requests at a time, and for a large local model.
     """
     judge = session.judge
     if judge is None:
@@ -40,7 +40,7 @@ def open_judge_pool(session: Session, *, sharing: int | None = None) -> ScoringP
 
 
 def open_judge_table(session: Session, store: GroupStore) -> ScoreTable | None:
-    """Make or open the table of the judge beside ``store``, or None where there is no judge."""
+    """Make or open the judge's table beside ``store``; None without a judge."""
     judge = session.judge
     if judge is None:
         return None

@@ -24,17 +24,17 @@ Split = Literal["train", "validation", "eval"]
 
 
 class Session:
-    """One command at work: its recipe, its folder, and what the recipe names, opened when first used and then kept.
+    """One command at work: its recipe, its folder, and what the recipe names, opened at the first use.
 
-    Inside ``with session:`` the first Ctrl-C, SIGTERM or SIGHUP only sets ``stop``, for which the stages look at their
+    Inside ``with session:`` the first Ctrl-C, SIGTERM or SIGHUP only sets ``stop``, which the stages check at their
     safe points.
 
     Args:
-        recipe: what is to be done.
+        recipe: what to do.
         workspace: folder of stores and runs (``--out``).
         reporter: where progress goes. Default: nowhere.
-        parent: the session that this one is a part of, such as the ablation of a trial. It lends its processes.
-        model: the recipe's model, where the caller has opened it already.
+        parent: the session that this one is a part of, such as the ablation of a trial. Its processes do the work.
+        model: the recipe's model, if the caller has already opened it.
         planning: only describe the work. The session then joins no other processes.
     """
 
@@ -72,7 +72,7 @@ class Session:
     def part(self, recipe: Recipe, *, model: FlowModel | None = None) -> Session:
         """A session on another recipe in the same processes. What both recipes name is opened once.
 
-        ``model``: the recipe's model, where it is only asked what it is; a part that works opens its own.
+        ``model``: the recipe's model, if only its identity is needed; a part that works opens its own.
         """
         part = Session(recipe, self.workspace, self.reporter, parent=self, model=model, planning=self._planning)
         if recipe.reward == self.recipe.reward:
@@ -84,7 +84,7 @@ class Session:
         return part
 
     def track(self) -> None:
-        """Let the engine send metrics to the recipe's trackers. Must come before the engine is first used."""
+        """Let the engine send metrics to the recipe's trackers. Call it before the first use of the engine."""
         self._tracked = bool(self.recipe.train.trackers)
 
     @cached_property
@@ -102,7 +102,7 @@ class Session:
 
     @cached_property
     def reward(self) -> Reward:
-        """The recipe's reward; nothing is looked for or loaded yet."""
+        """The recipe's reward; its files are neither looked for nor loaded yet."""
         return open_reward(self.recipe)
 
     @cached_property
@@ -119,13 +119,13 @@ class Session:
         return sample.height, sample.width
 
     def prompts(self, split: Split) -> PromptSet:
-        """The recipe's training, validation or held-out prompts. Raises UserError for prompts that do not fit it."""
+        """The recipe's training, validation or held-out prompts. Raises UserError if the reward cannot use them."""
         if split not in self._prompts:
             self._prompts[split] = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
         return self._prompts[split]
 
     def require_store(self, stage: str) -> None:
-        """Raise UserError if the recipe keeps no store: ``gdro sample`` and ``gdro score`` have nothing to do."""
+        """Raise UserError if the recipe has no store: ``gdro sample`` and ``gdro score`` then have nothing to do."""
         if self.recipe.online_method is not None:
             raise UserError(
                 f"the recipe {self.recipe.name} has nothing to {stage}: {self.recipe.method.name} makes and scores its"

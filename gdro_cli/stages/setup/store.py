@@ -1,9 +1,9 @@
-"""The stores of a workspace: how their images are sampled, what they are named by, and how they are opened.
+"""The stores of a workspace: how their images are sampled, how they are named and how they are opened.
 
     <out>/stores/<task>-<digest>/    groups of images, named by what the images depend on
     <out>/runs/<recipe>-<digest>/    one training run, named by what the training depends on
 
-So recipes that sample the same images share one store, and a recipe never meets the store of another.
+So recipes that sample the same images share one store, and other recipes never use it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from gdro_cli.stages.setup.session import Session
 
 @dataclass(frozen=True, slots=True)
 class SamplingPlan:
-    """What the images of a store depend on, beside the model and the prompts."""
+    """What the images of a store depend on, apart from the model and the prompts."""
 
     seed: int
     images_per_prompt: int
@@ -32,7 +32,7 @@ class SamplingPlan:
     width: int
 
     def image_seed(self, prompt_id: str, index: int) -> int:
-        """Seed of the noise of image ``index`` of a prompt. It depends on no batch, shard or process."""
+        """Seed of the noise of image ``index`` of a prompt, whatever the batch, shard or process."""
         return seed_for(self.seed, "image", prompt_id, index)
 
 
@@ -57,7 +57,7 @@ def store_identity(
 ) -> dict[str, Any]:
     """What a store's images depend on, as JSON; ``weights`` names the adapter, if there is one.
 
-    The model and its number format count as they are, wherever the model lies and whatever ``auto`` stands for.
+    It has the model's own digests and dtype, not the model's path or ``auto``.
     """
     model, settings = session.model, values_that_affect(session.recipe, "images")["model"]
     return {
@@ -89,15 +89,9 @@ def open_store(
     weights: str = "base",
     command: str = "gdro sample",
 ) -> GroupStore:
-    """Make or open a store below ``folder``; it may still be empty.
+    """Make or open a store below ``folder``, with a group for each prompt; it may still be empty.
 
-    Args:
-        session: gives the model.
-        folder: holds the store.
-        plan: how its images are sampled.
-        prompts: one group each.
-        weights: names the adapter, if there is one.
-        command: makes its shards, for error messages.
+    ``weights`` names the adapter, if there is one. Error messages name ``command``, which makes the shards.
     """
     identity = store_identity(session, plan, prompts, weights=weights)
     sample = session.recipe.sample
@@ -113,14 +107,14 @@ def open_store(
 
 
 def open_training_store(session: Session) -> GroupStore:
-    """Make or open the training store; the main process does it for all."""
+    """Make or open the training store, in the main process for all."""
     return session.engine.from_main(
         lambda: open_store(session, stores_folder(session.workspace), training_plan(session), session.prompts("train"))
     )
 
 
 def stores_folder(workspace: Path) -> Path:
-    """Folder of the stores that base models made."""
+    """Folder of the stores that base models fill."""
     return workspace / "stores"
 
 

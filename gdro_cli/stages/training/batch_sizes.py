@@ -1,4 +1,4 @@
-"""How the processes of a job share a training step on stored groups, and whether each takes it in one pass."""
+"""How the processes of a job share a training step, and whether each takes its part in one pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gdro_cli.errors import UserError
 
 
 def check_shares(recipe: Recipe, world: int) -> None:
-    """Raises UserError where ``world`` processes cannot have as many groups (online: prompts of a round) each."""
+    """Raise UserError unless ``world`` processes can share the groups of a step, or the prompts of a round, equally."""
     online = recipe.online_method
     key, count = (
         ("train.groups_per_step", recipe.train.groups_per_step)
@@ -19,7 +19,7 @@ def check_shares(recipe: Recipe, world: int) -> None:
 
 
 def images_per_process(recipe: Recipe, world: int) -> int:
-    """Images of an optimizer step that each of ``world`` processes learns from."""
+    """Images of an optimizer step in each of ``world`` processes."""
     return recipe.train.groups_per_step // world * recipe.group_method.k
 
 

@@ -14,31 +14,32 @@ import torch
 from torch import Tensor
 
 from gdro_cli.config.methods import GroupMethod
-from gdro_cli.core.flow import interpolate, velocity_error, velocity_target
+from gdro_cli.core.flow import Reduction, interpolate, velocity_error, velocity_target
 from gdro_cli.core.losses import LossOutput, group_loss, image_weights
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.dataset import GroupBatch
+from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import Conditioning, FlowModel
 
 
 def loss_arguments(method: GroupMethod) -> dict[str, Any]:
-    """What ``group_loss`` and ``image_weights`` take from a recipe's method section."""
+    """The arguments that ``group_loss`` and ``image_weights`` take from a recipe's method section."""
     settings = {key: getattr(method, key) for key in method.loss_settings}
     return {"method": method.name, "beta": method.beta, "gamma": method.gamma, **settings}
 
 
 @dataclass(frozen=True, slots=True)
 class NoisyGroups:
-    """A batch of groups and the noise drawn for it, on the model's device; images of a group lie side by side.
+    """A batch of groups and its noise, on the model's device; the images of a group are next to each other.
 
-    Noisy latents and targets are made part by part: whole, they would be most of what a step holds beside the
-    activations of its micro-batch.
+    ``at`` makes noisy latents and targets part by part: whole, they would take most of a step's memory beside the
+    activations of a micro-batch.
     """
 
     clean: Tensor
     """x0 [N, ...] in float32."""
     noise: Tensor
-    """[N, ...] in float32, or [B, ...] where the images of a group share theirs."""
+    """[N, ...] in float32, or [B, ...] if the images of a group share it."""
     sigma: Tensor
     """[N] float32."""
     conditioning: Conditioning
@@ -58,49 +59,39 @@ class NoisyGroups:
 
 
 def noise_draw(method: GroupMethod, visit: int) -> int:
-    """Number of the draw of noise that a group's visit uses: its own, or one of the bank's."""
+    """The number of the draw of noise for a group's visit: the visit's own, or one of the bank's."""
     return visit if method.noise_bank is None else visit % method.noise_bank
 
 
 def draw_noise(batch: GroupBatch, method: GroupMethod, *, seed: int) -> tuple[Tensor, Tensor]:
     """Noise levels [B, K], uniform in [sigma_min, sigma_max), and noise [B, K or 1, ...], both float32 on the CPU.
 
-    With ``share_sigma`` and ``share_noise`` a group has one of each (that lowers the variance of the differences of
-    implicit rewards, which are all that the losses see). They depend on (seed, prompt, draw, image), where the draw is
-    the group's visit (``noise_draw``), not on the place of the group in the batch or on the number of processes.
+    With ``share_sigma`` and ``share_noise`` a group has one of each. (The losses see only differences of implicit
+    rewards, and sharing lowers their variance.) Both depend on (seed, prompt, draw, image), where ``noise_draw`` gives
+    the draw, not on the group's position in the batch or the number of processes.
     """
     shape = batch.latents.shape
     sigma = torch.empty(shape[:2])
     noise = torch.empty(shape[0], 1 if method.share_noise else shape[1], *shape[2:])
-    for place, (prompt, visit) in enumerate(zip(batch.prompts, batch.visits, strict=True)):
-        own = (prompt.id, noise_draw(method, visit))
-        for k, image in enumerate(batch.image_indices[place].tolist()):
-            level = own if method.share_sigma else (*own, image)
-            sigma[place, k] = torch.rand((), generator=generator(seed, "training sigma", *level))
+    for b, (prompt, visit) in enumerate(zip(batch.prompts, batch.visits, strict=True)):
+        group = (prompt.id, noise_draw(method, visit))
+        for k, image in enumerate(batch.image_indices[b].tolist()):
+            level = group if method.share_sigma else (*group, image)
+            sigma[b, k] = torch.rand((), generator=generator(seed, "training sigma", *level))
             if k < noise.shape[1]:
-                name = own if method.share_noise else (*own, image)
-                noise[place, k] = torch.randn(shape[2:], generator=generator(seed, "training noise", *name))
+                name = group if method.share_noise else (*group, image)
+                noise[b, k] = torch.randn(shape[2:], generator=generator(seed, "training noise", *name))
     return method.sigma_min + (method.sigma_max - method.sigma_min) * sigma, noise
 
 
-def noisy_groups(
-    model: FlowModel, batch: GroupBatch, method: GroupMethod, *, seed: int, drawn: tuple[Tensor, Tensor] | None = None
-) -> NoisyGroups:
-    """Bring a batch and its noise to the model's device.
-
-    Args:
-        model: whose device and conditioning it is.
-        batch: groups on the CPU; copied without waiting where they lie in pinned memory.
-        method: how noise is drawn.
-        seed: of the noise.
-        drawn: what ``draw_noise`` has made of all this already.
-    """
-    sigma, noise = draw_noise(batch, method, seed=seed) if drawn is None else drawn
+def noisy_groups(model: FlowModel, batch: GroupBatch, noise: tuple[Tensor, Tensor]) -> NoisyGroups:
+    """Move a batch and what ``draw_noise`` drew for it to the model's device, from pinned memory without waiting."""
+    levels, draws = noise
     b, k = batch.rewards.shape
     return NoisyGroups(
         clean=batch.latents.flatten(0, 1).to(model.device, non_blocking=True).float(),
-        noise=noise.flatten(0, 1).to(model.device, non_blocking=True),
-        sigma=sigma.flatten().to(model.device, non_blocking=True),
+        noise=draws.flatten(0, 1).to(model.device, non_blocking=True),
+        sigma=levels.flatten().to(model.device, non_blocking=True),
         conditioning=model.batch_conditioning(list(batch.conditioning)),
         group=torch.arange(b, device=model.device).repeat_interleave(k),
         rewards=batch.rewards.to(model.device),
@@ -110,68 +101,59 @@ def noisy_groups(
 
 @dataclass(frozen=True, slots=True)
 class GroupGradient:
-    """Computes the gradient of the group loss into the adapter's parameters.
+    """Adds the gradient of the group loss to that of the adapter's parameters.
 
     The reference is the same transformer with its adapter off, on the same x_sigma.
     """
 
     model: FlowModel
     loss: dict[str, Any]
-    """Arguments of ``group_loss`` beside the errors, from ``loss_arguments``."""
-    reduction: str
+    """From ``loss_arguments``."""
+    reduction: Reduction
     guidance: float
     size: tuple[int, int]
+    """Height and width in pixels."""
     micro_batch: int | None
     """Images per forward; None = all."""
     one_pass: bool
-    reference: Callable[[], AbstractContextManager[None]]
-    """Context manager that turns the adapter off."""
     autocast: Callable[[], AbstractContextManager[None]]
     backward: Callable[[Tensor], None]
 
     def reference_errors(self, groups: NoisyGroups, known: Tensor | None = None) -> Tensor:
-        """Velocity errors [B, K] of the untrained model.
-
-        Args:
-            groups: the batch.
-            known: errors [B, K] that need no computing, nan where one does; None = none is known.
-        """
-        with torch.no_grad(), self.reference():
+        """Velocity errors [B, K] of the untrained model; only those that are nan in ``known`` [B, K] are computed."""
+        with torch.no_grad(), reference(self.model):
             if known is None:
                 return self._errors(groups)
             errors = known.to(groups.rewards.device, copy=True)
             unknown = errors.flatten().isnan().nonzero().flatten()
-            if len(unknown) == errors.numel():
-                return self._errors(groups)
-            if len(unknown):
-                for part in unknown.split(self.micro_batch or len(unknown)):
-                    errors.view(-1)[part] = self._part_errors(groups, part)
+            for part in unknown.split(self.micro_batch or len(unknown)) if len(unknown) else ():
+                errors.view(-1)[part] = self._part_errors(groups, part)
             return errors
 
     def __call__(self, groups: NoisyGroups, reference_errors: Tensor | None = None) -> LossOutput:
         """Add the gradient of the mean loss over B groups to the parameters; the output is detached.
 
-        ``reference_errors`` [B, K] are computed unless they are given.
+        ``reference_errors`` [B, K] are computed if they are not given.
         """
-        rewards: dict[str, Any] = {"rewards": groups.rewards, "mask": groups.mask}
         if reference_errors is None:
             reference_errors = self.reference_errors(groups)
+        given: dict[str, Any] = {"reference_errors": reference_errors, "rewards": groups.rewards, "mask": groups.mask}
         if self.one_pass:
-            output = group_loss(errors=self._errors(groups), reference_errors=reference_errors, **rewards, **self.loss)
+            output = group_loss(errors=self._errors(groups), **given, **self.loss)
             self.backward(output.loss)
             return LossOutput(output.loss.detach(), output.per_group.detach(), output.metrics)
-        # Two passes: the weight of each image's error first, then the images again, one micro-batch at a time.
+        # Two passes: first the weight of each image's error, then the images again, one micro-batch at a time.
         with torch.no_grad():
             errors = self._errors(groups)
-            output = group_loss(errors=errors, reference_errors=reference_errors, **rewards, **self.loss)
-            weights = image_weights(errors=errors, reference_errors=reference_errors, **rewards, **self.loss)
+            output = group_loss(errors=errors, **given, **self.loss)
+            weights = image_weights(errors=errors, **given, **self.loss)
         for part in self._parts(weights.numel()):
             self.backward((weights.flatten()[part] * self._part_errors(groups, part)).sum())
         return output
 
     def _parts(self, count: int) -> list[slice]:
         size = self.micro_batch or count
-        return [slice(first, min(first + size, count)) for first in range(0, count, size)]
+        return [slice(first, first + size) for first in range(0, count, size)]
 
     def _errors(self, groups: NoisyGroups) -> Tensor:
         """Velocity errors [B, K]."""
@@ -192,4 +174,4 @@ class GroupGradient:
                 height=self.size[0],
                 width=self.size[1],
             )
-        return velocity_error(velocity, target, reduction=self.reduction)  # type: ignore[arg-type]
+        return velocity_error(velocity, target, reduction=self.reduction)

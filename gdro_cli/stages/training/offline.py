@@ -3,12 +3,12 @@
 What differs from the GDRO paper (arXiv 2601.02036):
 
 - The reference is the same transformer with its adapter off, never a second copy.
-- The group gradient may be computed in two passes, which is exact and needs the memory of one micro-batch.
-- Sigma and noise are drawn from named streams, so a resumed run continues bit-exactly on the CPU.
+- The group gradient may take two passes, which is exact and needs the memory of one micro-batch.
+- Sigma and noise come from named streams, so a resumed run continues bit-exactly on the CPU.
 - The K images of a group are drawn again until their rewards differ (``GroupDataset.draw``).
-- Sigma and noise are shared within a group.
+- The images of a group share sigma and noise.
 
-Everything else follows the recipe, and the recipe's header says where its numbers come from.
+Everything else follows the recipe, whose header says where its numbers come from.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from gdro_cli.data.dataset import GroupBatch, GroupDataset
-from gdro_cli.data.references import ErrorKey, ReferenceErrors
+from gdro_cli.data.references import ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
-from gdro_cli.models.adapters import Ema, reference
+from gdro_cli.models.adapters import Ema
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
@@ -41,16 +41,6 @@ from gdro_cli.stages.training.group_gradient import (
 )
 from gdro_cli.stages.training.prefetch import Prefetch
 from gdro_cli.stages.training.step_source import ResumePoint, StepGradient
-
-
-def training_set(session: Session, table: ScoreTable) -> GroupDataset:
-    """Load the training groups of a complete store and its scores into memory."""
-    recipe = session.recipe
-    method, detail = recipe.group_method, session.reward.trained_on
-    dataset = GroupDataset.load(table.store, table, k=method.k, min_spread=method.min_spread, detail=detail)
-    if recipe.train.shuffle_rewards:
-        dataset = dataset.with_shuffled_rewards(recipe.train_seed)
-    return dataset
 
 
 class GroupSteps:
@@ -70,7 +60,10 @@ class GroupSteps:
         model.release_encoders()
         model.release_decoder()
         self.session, self.table, self.method = session, table, method
-        self.dataset = training_set(session, table)
+        detail = session.reward.trained_on
+        self.dataset = GroupDataset.load(table.store, table, k=method.k, min_spread=method.min_spread, detail=detail)
+        if recipe.train.shuffle_rewards:
+            self.dataset = self.dataset.with_shuffled_rewards(recipe.train_seed)
         if self.dataset.counts.dropped_share:
             session.reporter.say(_left_out(self.dataset))
         self._gradient = GroupGradient(
@@ -81,34 +74,33 @@ class GroupSteps:
             size=session.image_size,
             micro_batch=recipe.train.micro_batch,
             one_pass=takes_one_pass(recipe, engine.world),
-            reference=lambda: reference(model),
             autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
         )
         self._prefetch = Prefetch(self._draw, steps=recipe.train.steps if recipe.train.prefetch else 0)
-        # All processes take part in a sharded model's passes, so none may skip the passes whose errors it has.
+        # A sharded model's passes take all processes, so none may skip a pass because it already has the errors.
         cached = recipe.train.cache_reference and recipe.model.sharding == "none"
         self._cache = ReferenceErrors(table.store, self._reference_settings()) if cached else None
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
-        """Only notes what the store has cost."""
+        """Note the time that the store took."""
         stack.callback(self.close)
         with self.session.engine.together():
             if self.session.engine.is_main:
                 note_batch(folder, batch_of(self.table, step=0), step=0)
 
     def prepare(self, step: int) -> bool:
-        """There is nothing to make: the store is complete."""
+        """True: the store is complete."""
         return True
 
     def resume_point(self, steps: int) -> ResumePoint:
-        """Every step is a function of its number."""
+        """Always possible: each step is a function of its number."""
         return ResumePoint.POSSIBLE
 
     def gradient(self, step: int) -> StepGradient:
         """The gradient of this process's share of the step's groups."""
         batch, noise = self._prefetch.take(step)
-        groups = noisy_groups(self.session.model, batch, self.method, seed=self.session.recipe.train_seed, drawn=noise)
+        groups = noisy_groups(self.session.model, batch, noise)
         output = self._gradient(groups, self._reference_errors(batch, groups))
         metrics = averages(self.session.engine, {"loss": output.loss, **output.metrics})
         return StepGradient({**metrics, "dropped_groups_share": self.dataset.counts.dropped_share})
@@ -118,7 +110,7 @@ class GroupSteps:
         self._prefetch.close()
 
     def _draw(self, step: int) -> tuple[GroupBatch, tuple[Tensor, Tensor]]:
-        """This process's share of the step's groups, with its noise, where copying it to the device is fast."""
+        """This process's share of the step's groups and its noise, in memory that is fast to copy to the device."""
         train, engine, seed = self.session.recipe.train, self.session.engine, self.session.recipe.train_seed
         batch = self.dataset.draw(step, groups=train.groups_per_step, seed=seed).share(engine.rank, engine.world)
         sigma, noise = draw_noise(batch, self.method, seed=seed)
@@ -131,26 +123,22 @@ class GroupSteps:
     def _reference_errors(self, batch: GroupBatch, groups: NoisyGroups) -> Tensor:
         if self._cache is None:
             return self._gradient.reference_errors(groups)
-        keys = self._error_keys(batch)
+        keys = [
+            (prompt.id, noise_draw(self.method, visit), image)
+            for prompt, visit, images in zip(batch.prompts, batch.visits, batch.image_indices.tolist(), strict=True)
+            for image in images
+        ]
         cached = self._cache.lookup(keys).view(groups.rewards.shape)
         errors = self._gradient.reference_errors(groups, cached)
         if cached.isnan().any():
             self._cache.add(keys, errors.flatten())
         return errors
 
-    def _error_keys(self, batch: GroupBatch) -> list[ErrorKey]:
-        """The keys under which the reference errors of the N images are cached."""
-        return [
-            (prompt.id, noise_draw(self.method, visit), image)
-            for prompt, visit, images in zip(batch.prompts, batch.visits, batch.image_indices.tolist(), strict=True)
-            for image in images
-        ]
-
     def _reference_settings(self) -> dict[str, Any]:
-        """What reference errors depend on beside the store.
+        """What reference errors depend on, apart from the store.
 
-        Also which images are computed together, so that cached errors are the same bit for bit. With a bank of noise,
-        though, an image meets its draws in changing company, and they are the same up to rounding.
+        It includes what decides which images are computed together, so that cached errors are equal bit for bit. With a
+        bank of noise, though, an image meets the same draw in other batches, and its errors are equal up to rounding.
         """
         recipe, method, engine = self.session.recipe, self.method, self.session.engine
         keys = ("reduction", "share_noise", "share_sigma", "sigma_min", "sigma_max", "noise_bank")
@@ -167,7 +155,7 @@ class GroupSteps:
 
 
 def _left_out(dataset: GroupDataset) -> str:
-    """How many groups cannot be trained on, and why."""
+    """How many groups the training leaves out, and why."""
     counts = dataset.counts
     reasons = {
         f"with no spread of rewards above {dataset.min_spread:g}": counts.no_spread,
@@ -180,8 +168,8 @@ def _left_out(dataset: GroupDataset) -> str:
 def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:
     """Means over the processes, in one message.
 
-    Exact for everything that is a mean over groups; a share of pairs (``implicit_accuracy``) becomes the mean of the
-    processes' shares.
+    They are exact for means over groups; a share of pairs (``implicit_accuracy``) becomes the mean of the processes'
+    shares.
     """
     values = torch.stack([value.detach().float() for value in metrics.values()])
     means = (engine.sum(values) / engine.world if engine.world > 1 else values).tolist()

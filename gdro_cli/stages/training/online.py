@@ -2,10 +2,10 @@
 
 A round draws groups of images with the current policy, scores them, and turns the rewards into advantages. Its
 optimizer steps then raise the likelihood of the sampling steps that led to better images of a group, and lower that of
-the others. A round is a function of its number and the weights it began with, so a run resumes bit-exactly from the end
+the others. A round is a function of its number and the weights at its start, so a run resumes bit-exactly from the end
 of any round.
 
-What differs from the public code is listed in docs/baselines.md.
+docs/baselines.md lists what differs from the public code.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,7 @@ _SUMS = ("loss", "ratio_mean", "clip_fraction", "approx_kl", "kl")
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A scored rollout: this process's images, and what all processes know of all images."""
+    """A scored rollout: this process's images, and the advantages of the images of all processes."""
 
     number: int
     rollout: Rollout
@@ -59,15 +59,18 @@ class Round:
     conditioning: Conditioning
     """Batched by prompt."""
     advantages: Tensor
-    """Of all images of all processes, in the order of the prompts [B * K]."""
+    """[B * K] of the images of all processes, in the order of the prompts."""
     first: int
-    """Index of this process's first image among them."""
+    """Index of this process's first image in ``advantages``."""
     metrics: Mapping[str, float]
     seconds: Mapping[str, float]
 
 
 class OnlineSteps:
-    """Each step learns from a part of the images of the present round; a ``StepSource``."""
+    """Each step learns from a part of the current round's images; a ``StepSource``."""
+
+    pool: ScoringPool
+    """From ``open`` on."""
 
     progress_metrics: Mapping[str, str] = {"reward": "reward", "clip_fraction": "clipped", "ratio_mean": "ratio"}
     remedy = "lower train.lr"
@@ -88,7 +91,6 @@ class OnlineSteps:
             autocast=session.engine.autocast,
         )
         self.conditioning: dict[str, Conditioning] = {}
-        self.pool: ScoringPool | None = None
         self.round: Round | None = None
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> ScoringPool:
@@ -96,40 +98,37 @@ class OnlineSteps:
         texts = self.model.encode([prompt.prompt for prompt in self.prompts])
         self.conditioning = {prompt.id: text for prompt, text in zip(self.prompts, texts, strict=True)}
         if takes_two_passes(self.model, self.policy.guidance):
-            self.model.unconditional()  # kept by the model
+            self.model.unconditional()  # the model keeps it
         self.model.release_encoders()
         self.pool = stack.enter_context(open_reward_pool(self.session))
         return self.pool
 
     def resume_point(self, steps: int) -> ResumePoint:
-        """Only the end of a round: its images were drawn with weights that are gone later."""
+        """Possible at the end of a round only: later the weights that drew its images are gone."""
         return ResumePoint.NONE if steps % self.method.steps_per_round else ResumePoint.POSSIBLE
 
     def prepare(self, step: int) -> bool:
-        """Draw and score a round where one begins; False if a stop was asked for meanwhile."""
+        """Draw and score a round if one begins here; False if a stop was requested before it was complete."""
         number = step // self.method.steps_per_round
         if self.round is None or self.round.number != number:
-            self.round = None  # frees its memory before the next is made
-            self.round = self._make_round(number)
+            self.round = None  # frees its memory before the next round is made
+            with suppress(ScoringStopped):
+                self.round = self._make_round(number)
         return self.round is not None
 
     # -- a round ------------------------------------------------------------------------------------------------
 
-    def _make_round(self, number: int) -> Round | None:
+    def _make_round(self, number: int) -> Round:
+        """Draw and score a round. Raises ScoringStopped, in all processes, if a stop was requested in any."""
         method, engine = self.method, self.engine
         start = time.perf_counter()
         visits = prompts_of_round(self.prompts, number, count=method.prompts_per_round, seed=self.seed)
         share = len(visits) // engine.world
         own = visits[engine.rank * share : (engine.rank + 1) * share]
         names = [RolloutImage(prompt, visit, image) for prompt, visit in own for image in range(method.group_size)]
-        drawn = self._draw(names)
-        if drawn is None:
-            return None
-        rollout, images = drawn
+        rollout, images = self._draw(names)
         sampled = time.perf_counter()
         rewards = self._rewards(names, images, number)
-        if rewards is None:
-            return None
         seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
         advantages = group_advantages(rewards, scale=method.advantage_std, clip=method.advantage_clip)
         first = number * method.steps_per_round
@@ -145,36 +144,30 @@ class OnlineSteps:
             seconds={name: value / updates for name, value in seconds.items()},
         )
 
-    def _draw(self, names: list[RolloutImage]) -> tuple[Rollout, list[Image.Image | None]] | None:
-        """Latents and images of this process; None if a stop was asked for in any process."""
+    def _draw(self, names: list[RolloutImage]) -> tuple[Rollout, list[Image.Image | None]]:
+        """Latents and images of this process."""
         size = self.session.recipe.sample.batch_size
         height, width = self.policy.size
         parts: list[Rollout] = []
         images: list[Image.Image | None] = []
         for start in range(0, len(names), size):
-            if self.engine.hear(self.session.stop):  # all processes have as many batches
-                return None
+            if self.engine.hear(self.session.stop):  # all processes have the same number of batches
+                raise ScoringStopped
             batch = names[start : start + size]
             texts = [self.conditioning[name.prompt.id] for name in batch]
             parts.append(roll_out(self.policy, batch, texts, seed=self.seed))
             images += self.model.decode(parts[-1].clean, height=height, width=width)
         return Rollout.joined(parts), images
 
-    def _rewards(self, names: list[RolloutImage], images: list[Image.Image | None], number: int) -> Tensor | None:
-        """Rewards [B, K] of the images of all processes, nan where missing; None if any was asked to stop."""
-        if self.pool is None:
-            raise RuntimeError("open() comes before the first step")
+    def _rewards(self, names: list[RolloutImage], images: list[Image.Image | None], number: int) -> Tensor:
+        """Rewards [B, K] of the images of all processes, nan where missing."""
         detail = self.session.reward.trained_on
         rows: list[ScoreRow] = []
-        stopped = False
-        with self.engine.together():
-            try:
-                slots = [(name.prompt, name.image) for name in names]
-                rows = score_images(self.pool, images, slots, stop=self.session.stop)
-            except ScoringStopped:
-                stopped = True
-        if self.engine.any(stopped):
-            return None
+        slots = [(name.prompt, name.image) for name in names]
+        with self.engine.together(), suppress(ScoringStopped):
+            rows = score_images(self.pool, images, slots, stop=self.session.stop)
+        if self.engine.any(not rows):
+            raise ScoringStopped
         values = [row.measured(detail) for row in rows]
         own = [(math.nan if value is None else value, row.reason) for value, row in zip(values, rows, strict=True)]
         gathered = self.engine.gather_objects(own)
@@ -202,7 +195,7 @@ class OnlineSteps:
         """The gradient of this process's images of the step's part of the round."""
         current = self.round
         if current is None:
-            raise RuntimeError("prepare() comes before gradient()")
+            raise RuntimeError("call prepare() before gradient()")
         epoch, part = divmod(step % self.method.steps_per_round, self.method.updates_per_round)
         chosen = self._part(current, epoch, part)
         own = chosen[(chosen >= current.first) & (chosen < current.first + len(current.steps))] - current.first
@@ -226,14 +219,14 @@ class OnlineSteps:
         return StepGradient(metrics, learns=total > 0, seconds=current.seconds)
 
     def _part(self, current: Round, epoch: int, part: int) -> Tensor:
-        """The images of one update, of all processes: a random part of those whose advantage is not 0."""
+        """The images of one update in all processes: a random part of those whose advantage is not 0."""
         kept = current.advantages.nonzero().flatten()
         order = torch.randperm(len(kept), generator=generator(self.seed, "parts of a round", current.number, epoch))
         return kept[order].tensor_split(self.method.updates_per_round)[part]
 
     def _idle_passes(self, passes: int) -> int:
-        """How many more passes than its own a process must make: a sharded model's are made by all together."""
-        if self.session.recipe.model.sharding == "none" or self.engine.world == 1:
+        """How many passes a process must add to its own: the passes of a sharded model take all processes."""
+        if self.session.recipe.model.sharding == "none":
             return 0
         return self.engine.largest(passes) - passes
 
@@ -260,10 +253,9 @@ class OnlineSteps:
 
 
 def _reward_metrics(rewards: Tensor, advantages: Tensor) -> dict[str, float]:
-    """What a round's rewards [B, K] were like."""
-    known = rewards[~rewards.isnan()]
+    """Metrics of a round's rewards [B, K]."""
     return {
-        "reward": float(known.mean()),
+        "reward": float(rewards[~rewards.isnan()].mean()),
         "reward_group_std": float(group_std(rewards).nanmean()),
         "no_advantage": float((advantages == 0)[~rewards.isnan()].float().mean()),
         "failed": int(rewards.isnan().sum()),

@@ -1,4 +1,4 @@
-"""What a step needs is made while the step before it is computed."""
+"""Make what a step needs while the step before it is computed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Prefetch(Generic[_T]):
 
     Args:
         make: gives the item of a step, from the step's number alone; called in another thread.
-        steps: how many steps there are.
+        steps: number of steps.
     """
 
     def __init__(self, make: Callable[[int], _T], *, steps: int) -> None:
@@ -23,7 +23,7 @@ class Prefetch(Generic[_T]):
         self._next: tuple[int, Future[_T]] | None = None
 
     def take(self, step: int) -> _T:
-        """The item of ``step``, and begin with the next; raises what making it raised."""
+        """The item of ``step``; begins with the next one. Raises what ``make`` raised."""
         if self._next is not None and self._next[0] == step:
             future = self._next[1]
         else:
@@ -32,5 +32,5 @@ class Prefetch(Generic[_T]):
         return future.result()
 
     def close(self) -> None:
-        """Drop what has not been taken."""
+        """Drop the items that were not taken."""
         self._pool.shutdown(wait=True, cancel_futures=True)

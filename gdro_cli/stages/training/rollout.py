@@ -1,7 +1,7 @@
-"""Rollouts: images drawn with the current policy by a stochastic sampler, and the steps that led to them.
+"""Rollouts: images that the current policy draws with a stochastic sampler, and the steps that led to them.
 
-Image k of a visit to a prompt depends on the policy's weights and on (seed, prompt, visit, k) only: batches, processes
-and restarts change nothing but rounding.
+Image k of a visit to a prompt depends only on the policy's weights and on (seed, prompt, visit, k): batches, processes
+and restarts change only the rounding.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class RolloutImage(NamedTuple):
 
     prompt: PromptRecord
     visit: int
-    """How often the prompt has been visited before."""
+    """How often the prompt was visited before."""
     image: int
     """0 .. group_size - 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The model as the online methods see it; the only place where they ask it for a velocity."""
+    """The model as the online methods see it; they get every velocity here."""
 
     model: FlowModel
     method: OnlineMethod
@@ -59,10 +59,10 @@ class Policy:
                 self.model, latents, sigma, conditioning, away, guidance=guidance, height=height, width=width
             )
 
-    def step(self, latents: Tensor, places: Tensor, conditioning: Conditioning) -> SdeStep:
-        """The distribution of the latents after stochastic steps ``places`` [N] of the schedule, 0 .. T - 2."""
+    def step(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> SdeStep:
+        """The distribution of the latents after stochastic steps ``steps`` [N] of the schedule, 0 .. T - 2."""
         sigmas = self.schedule().to(latents.device)
-        sigma, following = sigmas[places], sigmas[places + 1]
+        sigma, following = sigmas[steps], sigmas[steps + 1]
         coefficient = diffusion_coefficient(self.method, sigma, sigma_second=float(sigmas[1]))
         velocity = self.velocity(latents, sigma, conditioning)
         return sde_step(latents, velocity, sigma, following, coefficient=coefficient)
@@ -87,7 +87,7 @@ class Rollout:
     """N images of this process; float32, on the model's device."""
 
     states: Tensor
-    """Latents [N, T, ...] at the first T noise levels, from the initial noise on."""
+    """Latents [N, T, ...] at the first T noise levels, beginning with the initial noise."""
     log_probs: Tensor
     """Log-probability [N, T - 1] of each stochastic step under the policy that took it."""
     clean: Tensor
@@ -96,40 +96,31 @@ class Rollout:
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
         """Several rollouts as one."""
-        if len(parts) == 1:
-            return parts[0]
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in ("states", "log_probs", "clean")))
 
 
 def roll_out(
     policy: Policy, names: Sequence[RolloutImage], conditioning: Sequence[Conditioning], *, seed: int
 ) -> Rollout:
-    """Draw one batch of images.
+    """Draw the batch of N images with these names and conditionings; ``seed`` is that of all their noise.
 
     The last step goes to sigma 0 without noise, so that the reward sees a finished image.
-
-    Args:
-        policy: the model and its sampler.
-        names: of the N images.
-        conditioning: of each.
-        seed: of initial noise and steps.
     """
-    model, height, width = policy.model, policy.size[0], policy.size[1]
+    model, (height, width) = policy.model, policy.size
     stochastic = policy.method.train_sample_steps - 1
     sigmas = policy.schedule().tolist()
     start = model.noise([_start_seed(policy.method, name, seed) for name in names], height=height, width=width)
     noise = torch.stack([_step_noise(name, (stochastic, *start.shape[1:]), seed) for name in names])
-    # Made outside of inference mode, so that the updates may differentiate through functions of them.
+    # Made outside inference mode, so that the updates can differentiate through functions of them.
     states = torch.empty((len(names), stochastic + 1, *start.shape[1:]), device=model.device)
     log_probs, clean = states.new_empty(len(names), stochastic), states.new_empty(start.shape)
     with torch.inference_mode():
         text = model.batch_conditioning(list(conditioning))
         states[:, 0] = start.to(model.device)
-        for place in range(stochastic):
-            places = torch.full((len(names),), place, device=model.device)
-            step = policy.step(states[:, place], places, text)
-            states[:, place + 1] = step.draw(noise[:, place].to(model.device))
-            log_probs[:, place] = log_prob(states[:, place + 1], step)
+        for i in range(stochastic):
+            step = policy.step(states[:, i], torch.full((len(names),), i, device=model.device), text)
+            states[:, i + 1] = step.draw(noise[:, i].to(model.device))
+            log_probs[:, i] = log_prob(states[:, i + 1], step)
         level = torch.full((len(names),), sigmas[stochastic], device=model.device)
         velocity = policy.velocity(states[:, -1], level, text)
         clean.copy_(euler_step(states[:, -1], velocity, sigmas[stochastic], sigmas[-1]))
@@ -137,7 +128,7 @@ def roll_out(
 
 
 def trained_steps(method: OnlineMethod, names: Sequence[RolloutImage], *, seed: int) -> Tensor:
-    """Which stochastic steps of each image are trained, in random order [N, M]."""
+    """The stochastic steps of each image that are trained, in random order [N, M]."""
     stochastic = method.train_sample_steps - 1
     orders = [
         torch.randperm(stochastic, generator=generator(seed, "trained steps", name.prompt.id, name.visit, name.image))
@@ -151,10 +142,10 @@ def prompts_of_round(
 ) -> list[tuple[PromptRecord, int]]:
     """The prompts of a round and how often each was visited before.
 
-    Rounds walk through one endless sequence of epochs; each epoch is a fresh permutation of the prompts.
+    Rounds walk through one endless sequence of epochs; each epoch is a new permutation of the prompts.
     """
-    visits = [divmod(number * count + place, len(prompts)) for place in range(count)]
-    return [(prompts[_permutation(len(prompts), seed, epoch)[place]], epoch) for epoch, place in visits]
+    visits = [divmod(number * count + i, len(prompts)) for i in range(count)]
+    return [(prompts[_permutation(len(prompts), seed, epoch)[i]], epoch) for epoch, i in visits]
 
 
 @lru_cache(maxsize=4)

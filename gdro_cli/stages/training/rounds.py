@@ -1,12 +1,12 @@
-"""Semi-online training: groups that are sampled anew from the trained model, round after round.
+"""Semi-online training: each round samples new groups from the trained model.
 
-The first round learns from the store of the base model. Each later round begins with a store of its own in the run's
-folder ``rounds``, sampled with the adapter's average as it is then and scored; the reference stays the base model. This
-answers a limitation that the GDRO paper (arXiv 2601.02036) states of offline groups: they show what the base model
-draws, however far the policy has come.
+The first round learns from the base model's store. Each later round samples and scores a store of its own in the run's
+folder ``rounds``, with the adapter's average at the start of the round; the reference stays the base model. This
+answers a limitation of offline groups that the GDRO paper (arXiv 2601.02036) states: they show what the base model
+draws, however far the policy has moved.
 
 A round's store depends on the weights at its first step, which a checkpoint of that step keeps. A run that resumes
-later in the round finds the store by name.
+later in the round looks the store up by name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from safetensors.torch import save
 
@@ -44,13 +43,6 @@ _COMMAND = "gdro train"
 """Makes the rounds' stores and scores."""
 
 
-class _Run(NamedTuple):
-    """The run that the rounds belong to."""
-
-    folder: RunFolder
-    ema: Ema
-
-
 def steps_per_round(recipe: Recipe) -> int:
     """Optimizer steps of a round; the last may have fewer."""
     return math.ceil(recipe.train.steps / recipe.train.rounds)
@@ -61,27 +53,29 @@ class RoundSteps:
 
     progress_metrics: Mapping[str, str] = GroupSteps.progress_metrics
     remedy = GroupSteps.remedy
+    _folder: RunFolder
+    _ema: Ema
 
     def __init__(self, session: Session, table: ScoreTable) -> None:
         self.session = session
+        self._round_steps = steps_per_round(session.recipe)
         self._number = 0
         self._steps: GroupSteps | None = GroupSteps(session, table)
-        self._run: _Run | None = None
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
-        """Remembers the folder of the rounds and the average that draws them."""
-        self._run = _Run(folder, ema)
+        """Take the folder of the rounds and the average that draws their images."""
+        self._folder, self._ema = folder, ema
         stack.callback(self._close)
         if self._steps is not None:
             self._steps.open(stack, folder, ema)
 
     def resume_point(self, steps: int) -> ResumePoint:
-        """Every step is a function of its number and its round's store, which the weights at the round's start draw."""
-        return ResumePoint.POSSIBLE if steps % steps_per_round(self.session.recipe) else ResumePoint.NEEDED
+        """Needed where a round begins: the weights of that step draw the images of all its steps."""
+        return ResumePoint.POSSIBLE if steps % self._round_steps else ResumePoint.NEEDED
 
     def prepare(self, step: int) -> bool:
-        """Sample and score where a round begins. A stop raises Interrupted: this step already has its checkpoint."""
-        number = step // steps_per_round(self.session.recipe)
+        """Sample and score if a round begins here. A stop raises Interrupted: this step already has its checkpoint."""
+        number = step // self._round_steps
         if number != self._number or self._steps is None:
             self._close()
             self._steps = None  # frees its images before others are loaded
@@ -92,7 +86,7 @@ class RoundSteps:
     def gradient(self, step: int) -> StepGradient:
         """The gradient of the round's groups."""
         if self._steps is None:
-            raise RuntimeError("prepare() comes before gradient()")
+            raise RuntimeError("call prepare() before gradient()")
         return self._steps.gradient(step)
 
     def _close(self) -> None:
@@ -103,41 +97,33 @@ class RoundSteps:
 
     def _table(self, number: int, step: int) -> ScoreTable:
         """The complete store and scores of round ``number`` (from 0)."""
-        if self._run is None:
-            raise RuntimeError("open() comes before prepare()")
-        (folder, ema), engine = self._run, self.session.engine
-        first = number * steps_per_round(self.session.recipe)
-        name = f"round-{number + 1:02d}.json"
+        engine, first, name = self.session.engine, number * self._round_steps, f"round-{number + 1:02d}.json"
         if step > first:  # the weights that drew the store are gone, but it was complete
-            return engine.from_main(lambda: self._finished_table(folder, name))
-        plan = self._plan(number)
-        table = engine.from_main(lambda: self._open_table(self._open_store(plan, folder, ema)))
-        with ema.applied():
+            return engine.from_main(lambda: self._finished_table(name))
+        plan = training_plan(self.session)
+        plan = replace(plan, seed=seed_for(plan.seed, "round", number))  # other noise in every round
+        table = engine.from_main(lambda: self._open_table(self._open_store(plan)))
+        with self._ema.applied():
             rounds = self.session.recipe.train.rounds
             fill_and_score(self.session, table, plan, suffix=f", round {number + 1} of {rounds}")
         with engine.together():
             if engine.is_main:
                 about = {"round": number + 1, "step": first, "store": table.store.path.name}
-                folder.write_json(f"{ROUNDS}/{name}", about | {"reward": table.summary().mean})
-                note_batch(folder, batch_of(table, step=first), step=first)
+                self._folder.write_json(f"{ROUNDS}/{name}", about | {"reward": table.summary().mean})
+                note_batch(self._folder, batch_of(table, step=first), step=first)
         return table
 
-    def _plan(self, number: int) -> SamplingPlan:
-        """That of the training store, with other noise in every round."""
-        plan = training_plan(self.session)
-        return replace(plan, seed=seed_for(plan.seed, "round", number))
-
-    def _open_store(self, plan: SamplingPlan, folder: RunFolder, ema: Ema) -> GroupStore:
-        weights = f"ema {sha256(save(ema.state()))}"
-        prompts = self.session.prompts("train")
-        return open_store(self.session, folder.path / ROUNDS, plan, prompts, weights=weights, command=_COMMAND)
+    def _open_store(self, plan: SamplingPlan) -> GroupStore:
+        weights = f"ema {sha256(save(self._ema.state()))}"
+        folder, prompts = self._folder.path / ROUNDS, self.session.prompts("train")
+        return open_store(self.session, folder, plan, prompts, weights=weights, command=_COMMAND)
 
     def _open_table(self, store: GroupStore) -> ScoreTable:
         return open_reward_table(self.session, store, command=_COMMAND)
 
-    def _finished_table(self, folder: RunFolder, name: str) -> ScoreTable:
+    def _finished_table(self, name: str) -> ScoreTable:
         """The scores of a round that has begun, which nothing can make again."""
-        table = self._open_table(GroupStore.open(_store_of(folder, name), command=_COMMAND))
+        table = self._open_table(GroupStore.open(_store_of(self._folder, name), command=_COMMAND))
         if table.store.missing_shards() or table.missing_shards():
             raise StoreError(
                 f"the store {table.store.path} of a round of this run is not complete, and the weights that drew it"
@@ -147,7 +133,7 @@ class RoundSteps:
 
 
 def _store_of(folder: RunFolder, name: str) -> Path:
-    """Path of a round's store. Raises StoreError where the note is missing, damaged, or names a path out of the run."""
+    """A round's store. Raises StoreError if the round's file is missing or damaged, or names no store of this run."""
     store = str(folder.read_object(f"{ROUNDS}/{name}").get("store"))
     path = folder.path / ROUNDS / store
     if not _STORE.fullmatch(store) or path.is_symlink():

@@ -1,4 +1,4 @@
-"""What a training run changes: adapter, optimizer, average and step; how it is saved, restored and exported."""
+"""What a training changes: adapter, optimizer, average and step. It can be saved, restored and exported."""
 
 from __future__ import annotations
 
@@ -18,13 +18,7 @@ from gdro_cli.runtime.checkpoint import (
 from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.finished_run import describe_adapter
-from gdro_cli.stages.runs.weights import (
-    STOPPED,
-    UNMEASURED,
-    early_end,
-    evaluated_weights,
-    forget_best_after,
-)
+from gdro_cli.stages.runs.weights import STOPPED, UNMEASURED, early_end, evaluated_weights, forget_best_after
 from gdro_cli.stages.setup.model import attach_adapter
 from gdro_cli.stages.setup.session import Session
 
@@ -45,13 +39,13 @@ class TrainingState:
         self.ema = Ema(self.parameters, train.ema.rate, train.ema.max_decay)
         self.step = 0
         self.collapse: dict[str, Any] | None = None
-        """Step and reasons of an early end; only the main process knows them."""
+        """Step and reasons of an early end, in the main process only."""
         self.unmeasured = False
-        """Whether the evaluation point of this step, which has a checkpoint, still has to be measured."""
+        """Whether the evaluation point of this step, which has a checkpoint, must still be measured."""
         self.saved = -1
         """Step of the newest checkpoint."""
         self.finished = False
-        """Whether ``resume`` found nothing left to do."""
+        """Whether nothing was left to do after ``resume``."""
 
     def evaluated(self) -> AbstractContextManager[object]:
         """Inside the block the adapter has the weights that the recipe evaluates."""
@@ -72,7 +66,7 @@ class TrainingState:
     # -- checkpoints --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write a checkpoint of this step unless it has one; all processes wait for it."""
+        """Write a checkpoint of this step unless it has one. All processes must call it."""
         if self.saved == self.step:
             return
         with self.session.engine.together():
@@ -102,7 +96,7 @@ class TrainingState:
     def resume(self) -> int:
         """Restore the newest checkpoint, if there is one, in all processes, and return its step."""
         engine = self.session.engine
-        # Only the main process looks: on a shared disk another might not see yet what the main one sees.
+        # Only the main process looks: another may not see the newest files of a shared disk yet.
         path = engine.from_main(lambda: latest_checkpoint(self.folder.path))
         with engine.together():
             if path is not None:
@@ -127,7 +121,7 @@ class TrainingState:
     # -- the end ------------------------------------------------------------------------------------------------
 
     def end_early(self) -> None:
-        """Note that the training ends at this step, and why; all processes wait for it."""
+        """Note that the training ends at this step, and why. All processes must call it."""
         with self.session.engine.together():
             if self.session.engine.is_main:
                 self._write_early_end()
@@ -141,7 +135,7 @@ class TrainingState:
                 (self.folder.path / STOPPED).unlink(missing_ok=True)
 
     def export(self) -> None:
-        """Put the evaluated adapter where ``pipe.load_lora_weights(run)`` finds it, and describe it."""
+        """Write the evaluated adapter where ``pipe.load_lora_weights(run)`` looks for it, and its description."""
         weights = evaluated_weights(self.folder, self.session.recipe)
         if weights is None:
             return

@@ -1,4 +1,4 @@
-"""Where the gradients of a training come from: what a trainer asks of stored groups or fresh images."""
+"""What a trainer needs of stored groups or fresh images: the gradients of its steps."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class ResumePoint(Enum):
     POSSIBLE = "possible"
     """It can, from a checkpoint of that step."""
     NEEDED = "needed"
-    """It can, and what comes next is made with the weights of this step, so a checkpoint must keep them."""
+    """It can, and later steps depend on the weights of this one, so a checkpoint must keep them."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepGradient:
-    """A gradient that now lies in the parameters."""
+    """What a step's gradient was like; the gradient itself is in the parameters."""
 
     metrics: Mapping[str, float]
-    """Over all processes; ``loss`` is among them."""
+    """Over all processes, with ``loss``."""
     learns: bool = True
-    """Whether there is a gradient at all; without one the weights, their average and the optimizer stay."""
+    """Whether there is a gradient; without one the weights, their average and the optimizer stay the same."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time spent before the step began, by purpose: its share of work that several steps have in common."""
+    """Wall time before the step, by purpose: its share of the work that several steps have in common."""
 
 
 class StepSource(Protocol):
@@ -48,7 +48,7 @@ class StepSource(Protocol):
         """What the user can do when the loss is no longer finite."""
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> ScoringPool | None:
-        """Begin or continue; whatever is started ends with ``stack``.
+        """Begin or continue; what this starts ends with ``stack``.
 
         Args:
             stack: of the training.
@@ -56,11 +56,11 @@ class StepSource(Protocol):
             ema: the adapter's average.
 
         Returns:
-            The source's own scoring processes, which others may use, or None.
+            Scoring processes that others may also use, if the source has any.
         """
 
     def prepare(self, step: int) -> bool:
-        """Make what optimizer step ``step`` (from 0) needs; False if a stop was asked for before it was complete."""
+        """Make what optimizer step ``step`` (from 0) needs; False if a stop was requested before it was complete."""
 
     def gradient(self, step: int) -> StepGradient:
         """Add this process's part of the gradient of the step to the parameters; the parts are summed later."""

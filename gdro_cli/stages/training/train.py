@@ -1,7 +1,7 @@
-"""Stage ``train``: make or find what a recipe's method learns from, train its adapter, and export it.
+"""Stage ``train``: make or open what a recipe's method learns from, train its adapter, and export it.
 
-The gradients come from ``offline`` (stored groups), ``rounds`` (stored groups, made anew now and then) or ``online``
-(fresh images); ``trainer`` is the loop that uses them.
+The gradients come from ``offline`` (stored groups), ``rounds`` (a new store now and then) or ``online`` (fresh images);
+``trainer`` is the loop that uses them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
+from gdro_cli.stages.reporting.evaluation_report import validation_rows
 from gdro_cli.stages.reporting.model_card import write_card
 from gdro_cli.stages.runs.identity import find_run, open_run
 from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end, is_finished, refuse_repetition
@@ -39,14 +40,14 @@ class TrainResult:
 
     @property
     def summary(self) -> dict[str, str]:
-        """What the command line shows."""
+        """What the command line prints."""
         last = latest_checkpoint(self.run.path)
         rows = {"run": str(self.run.path), "steps": str(self.steps if last is None else checkpoint_step(last))}
         if self.was_finished:
             rows["training"] = "was already finished"
         elif self.resumed_from:
             rows["training"] = f"continued from step {self.resumed_from}"
-        points = [row for row in self.run.metrics() if row.get("kind") == "validation"]
+        points = validation_rows(self.run.metrics())
         points = [row for row in points if row["protocol"] == points[-1]["protocol"]]
         for name in ("reward", "corrected"):
             if len(points) > 1 and name in points[-1]:
@@ -63,7 +64,7 @@ def run(session: Session) -> TrainResult:
     """Train the recipe's adapter; makes missing samples and scores first and resumes an interrupted run.
 
     Raises:
-        UserError: the recipe cannot be trained as it is.
+        UserError: the recipe cannot be trained on these prompts or in these processes.
         PrerequisiteError: the model or the reward engine is missing.
         StoreError: a store, score table, checkpoint or run is damaged or belongs to something else.
         Interrupted: stopped by the user after a checkpoint.
@@ -108,7 +109,7 @@ def _finished_run(session: Session) -> RunFolder | None:
 
 
 def open_source(session: Session) -> StepSource:
-    """The source of the gradients of the recipe's method; makes missing samples and scores."""
+    """The source of the gradients, by the recipe's method; makes missing samples and scores."""
     with session.engine.together():
         if session.recipe.online_method is not None:
             return OnlineSteps(session)

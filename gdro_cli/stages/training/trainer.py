@@ -1,7 +1,7 @@
-"""The training loop, the same for every method: a ``StepSource`` gives the gradients, everything else is here.
+"""The training loop, the same for every method. A ``StepSource`` gives the gradients; everything else is here.
 
-Stored groups (``offline.GroupSteps``), rounds of stored groups (``rounds.RoundSteps``) and rounds of fresh images
-(``online.OnlineSteps``) are the sources.
+The sources are stored groups (``offline.GroupSteps``), rounds of stored groups (``rounds.RoundSteps``) and rounds of
+fresh images (``online.OnlineSteps``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Trainer:
         session: the job.
         state: adapter, optimizer and average, restored from the newest checkpoint.
         source: gives the gradients.
-        validation: measures the evaluation points, or None where the recipe asks for none.
+        validation: measures the evaluation points; None if the recipe has none.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class Trainer:
         self.session, self.state, self.source, self.validation = session, state, source, validation
         self._checkpoint_due = False
         self._best = -1
-        """Step of the evaluation point whose weights the main process kept last."""
+        """Step of the best evaluation point, in the main process only."""
 
     def train(self) -> None:
         """Take all remaining steps.
 
         Raises:
-            StoreError: the loss is no longer finite, or the disk refuses.
+            StoreError: the loss is no longer finite, or the run cannot be written to.
             Interrupted: stopped by the user after a checkpoint.
             EndedElsewhere: another process raised one of these.
         """
@@ -67,7 +67,7 @@ class Trainer:
     # -- one step -----------------------------------------------------------------------------------------------
 
     def _update(self) -> StepGradient:
-        """One optimizer step from a gradient of the source, checked and logged."""
+        """Take one optimizer step, check it and log it."""
         start, state = time.perf_counter(), self.state
         gradient = self.source.gradient(state.step)
         norm = state.update(learning_rate(self.session.recipe.train, state.step)) if gradient.learns else 0.0
@@ -80,14 +80,14 @@ class Trainer:
     def _refuse_not_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        with self.session.engine.together():  # so that one process says it
+        with self.session.engine.together():  # so that only one process reports it
             raise StoreError(
                 f"the loss became {loss} at step {self.state.step} of {self.state.folder.path}: {self.source.remedy};"
                 " the last checkpoint is kept"
             )
 
     def _log(self, gradient: StepGradient, norm: float, *, seconds: float) -> None:
-        """Write the metrics of the step that was just taken."""
+        """Write the metrics of the last step."""
         numbers = {**gradient.metrics, "grad_norm": norm, "lr": self.state.optimizer.param_groups[0]["lr"]}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         times = {f"seconds_{name}": value for name, value in gradient.seconds.items()}
@@ -102,7 +102,7 @@ class Trainer:
     # -- checkpoints and stops ----------------------------------------------------------------------------------
 
     def _save_and_stop(self, *, measured: bool, collapsed: bool) -> None:
-        """Write a checkpoint where one is due, and end where the images have collapsed or the user asks to stop.
+        """Write a checkpoint if one is due, and end if the images have collapsed or the user requests a stop.
 
         A checkpoint that is due waits for the next step from which a run can continue.
         """
@@ -123,7 +123,7 @@ class Trainer:
             self._stop()
 
     def _stop_unprepared(self) -> Never:
-        """Stop before a step whose images were not complete."""
+        """Stop before a step whose images are not complete."""
         if self.state.step:
             self.state.save()
         self._stop()
@@ -138,7 +138,7 @@ class Trainer:
     # -- evaluation points --------------------------------------------------------------------------------------
 
     def _first_point(self) -> bool:
-        """Measure the untrained model, or the point that a stop cut off; returns whether the training ends there."""
+        """Measure the untrained model, or the point that a stop interrupted; returns whether the training ends."""
         state = self.state
         if state.step == 0 and self.validation is not None:
             self._measure_point()
@@ -158,11 +158,11 @@ class Trainer:
     def _measure_point(self) -> bool:
         """Measure an evaluation point, all processes together; the main one logs it and keeps the best weights.
 
-        Returns whether the training ends here: the recipe asks for it, and the images have collapsed. A point that a
-        stop cuts off is left to the next start, if a run can continue from this step.
+        Returns whether the training ends here: the images have collapsed, and the recipe then ends it. If a stop
+        interrupts the point and a run can continue from this step, the next start measures it.
 
         Raises:
-            Interrupted: a stop cut the point off.
+            Interrupted: a stop interrupted the point.
             EndedElsewhere: the same, in the other processes.
         """
         validation, state = self.validation, self.state
@@ -187,7 +187,7 @@ class Trainer:
     def _conclude_point(
         self, row: dict[str, float | int | str], verdict: Verdict | None, validation: Validation
     ) -> bool:
-        """What the main process does with a measured point; returns whether the training ends here."""
+        """Log a measured point, in the main process; returns whether the training ends here."""
         state, step = self.state, self.state.step
         state.folder.append_metrics({"kind": "validation", "step": step, **row})
         numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}

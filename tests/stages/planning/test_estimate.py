@@ -1,4 +1,4 @@
-"""Every shipped recipe described without weights and without a network, and what the description says."""
+"""Every shipped recipe described without weights and without a network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REAL = ("flux-geneval", "flux-ocr", "sd35-geneval", "sd35-ocr")
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing is in the Hub's cache, and whoever opens a connection fails the test."""
+    """The Hub's cache is empty, and opening a connection fails the test."""
 
     def refuse(*arguments: Any, **options: Any) -> None:
         raise AssertionError("a connection was opened")
@@ -45,7 +45,7 @@ def test_every_shipped_recipe_is_described_and_makes_nothing(name: str, tmp_path
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_recipes_of_real_models_are_the_papers(name: str) -> None:
+def test_recipes_of_real_models_follow_the_paper(name: str) -> None:
     recipe = load_recipe(name)
     method, train, lora = recipe.group_method, recipe.train, recipe.train.lora
     assert published_name(recipe.model.path) is not None
@@ -59,8 +59,8 @@ def test_recipes_of_real_models_are_the_papers(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_headers_say_how_to_run_on_other_machines(name: str) -> None:
-    """Every change that a header names can be made, and the file says that it was never run."""
+def test_headers_describe_other_machines(name: str) -> None:
+    """Every change in a header is valid, and the file says that it was never run."""
     text = shipped_recipes()[name].read_text(encoding="utf-8")
     assert "Never run as it is" in text and "not measured" in text and "not ours" in text
     header = text.split("\n\n")[0].replace("\n#  ", " ").replace("\n# ", "\n")
@@ -74,7 +74,7 @@ def test_headers_say_how_to_run_on_other_machines(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_sampling_says_what_to_download(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sampling_names_what_to_download(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence: accept the licence, fetch, or name a folder."""
 
     def unreachable(*arguments: Any, **options: Any) -> None:
@@ -91,19 +91,19 @@ def test_sampling_says_what_to_download(name: str, tmp_path: Path, monkeypatch: 
 
 
 def test_an_estimate_adds_up() -> None:
-    """The parts by the pure functions, from the counts; quantisation and offload change what they should."""
+    """The parts follow from the counts by the pure functions; quantisation and offload change only their own parts."""
     recipe = load_recipe("sd35-ocr")
     estimate = Estimate(recipe)
     transformer = estimate.model.transformer
     assert estimate.transformer_bytes == weight_bytes(transformer, width=2)
     assert 4.9e9 < estimate.transformer_bytes < 5.0e9
     assert estimate.adapter == adapter_bytes(18776064)
-    held = estimate.transformer_bytes + estimate.adapter.total
+    weights = estimate.transformer_bytes + estimate.adapter.total
     assert estimate.training_bytes == max(
-        held + estimate.update().peak + estimate.vae_bytes, held + estimate.text_bytes
+        weights + estimate.update().peak + estimate.vae_bytes, weights + estimate.text_bytes
     )
-    sampled = estimate.text_bytes + estimate.transformer_bytes + estimate.vae_bytes + estimate.at_work
-    assert estimate.sampling_bytes == sampled
+    parts = estimate.text_bytes + estimate.transformer_bytes + estimate.vae_bytes
+    assert estimate.sampling_bytes == parts + estimate.at_work
     assert estimate.passes == 2 and estimate.two_pass and estimate.images_at_once == recipe.train.micro_batch
 
     update, images = estimate.update(), estimate.images_at_once
@@ -127,7 +127,7 @@ def test_online_estimates_count_rollouts_and_updates() -> None:
     estimate = Estimate(load_recipe("ocr-flow-grpo"))
     rollouts, updates = estimate.online_flops
     assert 0 < rollouts < updates
-    with pytest.raises(TypeError, match="gdro is no online method"):
+    with pytest.raises(TypeError, match="gdro is not an online method"):
         _ = Estimate(load_recipe("ocr")).online_flops
 
 

@@ -1,4 +1,4 @@
-"""Bad input as a user meets it: through the command line, one sentence and a fixed exit code, nothing half done."""
+"""Bad input on the command line: one sentence, a fixed exit code, and nothing half done."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 
 @pytest.fixture
 def job(finished: Finished, make_recipe: Callable[..., Recipe], tmp_path: Path) -> Iterator[tuple[Path, list[str]]]:
-    """A copy of a finished workspace, and the arguments that go with it."""
+    """A copy of a finished workspace, and its arguments."""
     workspace = tmp_path / "out"
     shutil.copytree(finished[0], workspace)
     path = tmp_path / "small.yaml"
@@ -64,7 +64,7 @@ def test_a_corrupt_checkpoint_is_named(job: tuple[Path, list[str]], capsys: pyte
 
 
 def test_a_store_of_another_recipe_is_refused(job: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
-    """A store that somebody renamed into another's place."""
+    """A store that a user renamed to another's name."""
     workspace, arguments = job
     shutil.rmtree(workspace / "runs")
     stores = sorted((workspace / "stores").iterdir(), key=lambda path: len(list(path.glob("shards/*/images/*"))))
@@ -92,8 +92,8 @@ def test_bad_settings(
     job: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], settings: list[str], code: int, words: str
 ) -> None:
     _, arguments = job
-    found, message = fails(["train", *arguments, *(part for one in settings for part in ("--set", one))], capsys)
-    assert found == code
+    status, message = fails(["train", *arguments, *(part for one in settings for part in ("--set", one))], capsys)
+    assert status == code
     assert words in message
 
 

@@ -1,4 +1,4 @@
-"""The whole job with the GenEval reward on the embedded model: sample, score, train, evaluate, exchange pictures."""
+"""The whole job with the GenEval reward on the embedded model: sample, score, train, evaluate, export images."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def small(make_recipe: MakeRecipe, **reward: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, quiet: Reporter) -> Job:
-    """Workspace, training, evaluation and exported pictures of the small recipe."""
-    workspace, export = tmp_path_factory.mktemp("geneval"), tmp_path_factory.mktemp("pictures")
+    """Workspace, training, evaluation and exported images of the small recipe."""
+    workspace, export = tmp_path_factory.mktemp("geneval"), tmp_path_factory.mktemp("images")
     trained = train.run(Session(small(make_recipe), workspace, quiet))
     return workspace, trained, evaluate.run(Session(small(make_recipe), workspace, quiet), export=export), export
 
@@ -92,7 +92,7 @@ def test_all_three_rewards_are_stored(job: Job, make_recipe: MakeRecipe) -> None
 
 
 def test_another_objective_is_trained_on_without_new_scores(job: Job, make_recipe: MakeRecipe, quiet: Reporter) -> None:
-    """Rewards of each objective, taken by hand from the rows; store and table are the same, the runs are not."""
+    """The rewards of each objective are in the rows; store and table are the same, the runs are not."""
     store, table = training_table(job, small(make_recipe))
     rows = list(table.rows())
     paths = set()
@@ -119,7 +119,7 @@ def test_validation_reports_the_objective_and_the_overall_score(job: Job) -> Non
     assert [row["step"] for row in points] == [0, 2]
     for row in points:
         assert 0 <= row["low"] <= row["reward"] <= row["high"] <= 1
-        assert row["overall"] in (0.0, 0.5, 1.0)  # the verdicts on two pictures of two tags
+        assert row["overall"] in (0.0, 0.5, 1.0)  # the verdicts on two images of two tags
         assert (row["prompts"], row["images"], row["failed"]) == (2, 2, 0)
         assert not {"u", "corrected", "unjudged"} & row.keys()  # the recipe has no judge
     best = json.loads((job[1].run.path / "best" / "best.json").read_text())
@@ -154,7 +154,7 @@ def test_the_overall_score_is_the_mean_of_the_tags_means_of_the_rows(job: Job, s
 
 
 def test_unequal_tags_weigh_alike() -> None:
-    """Three right counting pictures and one wrong colour: overall 1/2, over the pictures 3/4."""
+    """Three correct counting images and one wrong colour: overall 1/2, over the images 3/4."""
     prompts = [
         PromptRecord.of(name, metadata={"tag": tag})
         for name, tag in [("a", "counting"), ("b", "counting"), ("c", "counting"), ("d", "colors")]
@@ -184,33 +184,33 @@ def test_the_grid_shows_what_was_seen(job: Job) -> None:
     assert caption(ScoreRow("p", 0, None, "cut off"), GenEvalReward) == ("no score", "cut off")
 
 
-def test_exported_pictures_score_as_in_the_evaluation(
+def test_exported_images_score_as_in_the_evaluation(
     job: Job, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
 ) -> None:
     results, export = results_of(job), job[3]
     assert sorted(path.name for path in export.iterdir()) == ["base", "trained"]
     recipe = small(make_recipe)
     for side in ("base", "trained"):
-        found = image_folder.run(Session(recipe, tmp_path, quiet), folder=export / side)
-        folder = json.loads(found.results.read_text())
+        scored = image_folder.run(Session(recipe, tmp_path, quiet), folder=export / side)
+        folder = json.loads(scored.results.read_text())
         for again, row in zip(folder["images"], results["images"][side], strict=True):
-            kept = {key: row[key] for key in again}  # the evaluation may say more of a picture
-            kept["details"] = {key: row["details"][key] for key in again["details"]}
-            assert again == kept
+            expected = {key: row[key] for key in again}  # the evaluation may have more details
+            expected["details"] = {key: row["details"][key] for key in again["details"]}
+            assert again == expected
             assert {"accuracy", "strict", "soft", "detections"} <= set(again["details"])
-        assert {"overall", *TAGS, "strict reward", "soft reward"} <= dict(found.measures).keys()
-        for name, interval in found.measures:
+        assert {"overall", *TAGS, "strict reward", "soft reward"} <= dict(scored.measures).keys()
+        for name, interval in scored.measures:
             evaluated = results["measures"][name][side]
             assert (interval.mean, interval.low, interval.high) == (
                 evaluated["mean"],
                 evaluated["low"],
                 evaluated["high"],
             )
-        assert (found.failed, found.summary["prompts"], found.summary["pictures"]) == (0, "12", "24")
+        assert (scored.failed, scored.summary["prompts"], scored.summary["pictures"]) == (0, "12", "24")
     assert len(list((tmp_path / "folders").iterdir())) == 2
 
 
-def test_scoring_a_folder_goes_on_after_the_parts_that_are_there(
+def test_scoring_a_folder_continues_after_the_finished_parts(
     job: Job, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
 ) -> None:
     """12 prompts are two parts of 8 and 4: the first stays as it is, the lost one is made again."""
@@ -218,39 +218,39 @@ def test_scoring_a_folder_goes_on_after_the_parts_that_are_there(
     first = image_folder.run(Session(recipe, tmp_path, quiet), folder=folder)
     parts = sorted(first.results.parent.glob("*.jsonl"))
     assert [path.name for path in parts] == ["00000.jsonl", "00008.jsonl"]
-    kept, made = (path.stat().st_mtime_ns for path in parts)
+    kept_at, made_at = (path.stat().st_mtime_ns for path in parts)
     parts[1].unlink()
     assert image_folder.run(Session(recipe, tmp_path, quiet), folder=folder) == first
-    assert parts[0].stat().st_mtime_ns == kept and parts[1].stat().st_mtime_ns > made
+    assert parts[0].stat().st_mtime_ns == kept_at and parts[1].stat().st_mtime_ns > made_at
     parts[1].write_bytes(parts[1].read_bytes()[:-20])
     with pytest.raises(StoreError, match=r"00008\.jsonl is damaged \(its SHA-256 differs\): delete it"):
         image_folder.run(Session(recipe, tmp_path, quiet), folder=folder)
 
 
 def copied(job: Job, tmp_path: Path, prompts: int) -> Path:
-    """The first prompts of the exported base pictures."""
+    """The first prompts of the exported base images."""
     for number in range(prompts):
         shutil.copytree(job[3] / "base" / f"{number:05d}", tmp_path / "copy" / f"{number:05d}")
     return tmp_path / "copy"
 
 
-def test_a_truncated_picture_is_missing_with_a_reason(
+def test_a_truncated_image_is_missing_with_a_reason(
     job: Job, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
 ) -> None:
     folder = copied(job, tmp_path, 2)
     cut = folder / "00001" / "samples" / "0000.png"
     cut.write_bytes(cut.read_bytes()[:60])
-    found = image_folder.run(Session(small(make_recipe), tmp_path / "out", quiet), folder=folder)
-    images = json.loads(found.results.read_text())["images"]
-    assert found.failed == 1 and found.summary["pictures without a score"] == "1"
+    scored = image_folder.run(Session(small(make_recipe), tmp_path / "out", quiet), folder=folder)
+    images = json.loads(scored.results.read_text())["images"]
+    assert scored.failed == 1 and scored.summary["pictures without a score"] == "1"
     assert [row["value"] is None for row in images] == [False, False, True, False]
     assert "cannot be decoded" in images[2]["reason"] and str(cut) in images[2]["reason"]
-    soft = dict(found.measures)["soft reward"]
+    soft = dict(scored.measures)["soft reward"]
     assert soft.images == 3
     assert soft.mean == pytest.approx(math.fsum(row["value"] for row in images if row["value"] is not None) / 3)
 
 
-def test_a_folder_without_a_single_score_says_why_and_what_to_delete(
+def test_a_folder_without_a_single_score_has_a_reason_and_a_remedy(
     job: Job, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
 ) -> None:
     folder = copied(job, tmp_path, 1)
@@ -260,8 +260,8 @@ def test_a_folder_without_a_single_score_says_why_and_what_to_delete(
         image_folder.run(Session(small(make_recipe), tmp_path / "out", quiet), folder=folder)
 
 
-def test_nothing_scored_of_one_tag_is_one_sentence(job: Job, make_recipe: MakeRecipe) -> None:
-    """Two tables of one store whose colour rows are missing on different images: paired, none is left."""
+def test_a_tag_without_any_score_is_reported(job: Job, make_recipe: MakeRecipe) -> None:
+    """In two tables of one store different colour images have no score, so no pair is left."""
     store, table = training_table(job, small(make_recipe))
 
     def without(name: str, lost: tuple[int, ...]) -> ScoreTable:
@@ -319,7 +319,7 @@ def options(job: Job, make_recipe: MakeRecipe, tmp_path: Path) -> list[str]:
     return ["--recipe", str(path), "--out", str(job[0])]
 
 
-def test_eval_images_prints_each_measure_and_makes_no_model_s_store(
+def test_score_images_prints_each_measure_and_makes_no_store(
     job: Job, options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -329,12 +329,12 @@ def test_eval_images_prints_each_measure_and_makes_no_model_s_store(
     lines = [line.split() for line in shown.splitlines()]
     for tag in TAGS:
         (line,) = [line for line in lines if line[:1] == [tag]]
-        assert line[-2:] == ["1", "2"]  # prompts, pictures
+        assert line[-2:] == ["1", "2"]  # prompts, images
     assert any(line[:1] == ["overall"] and line[-2:] == ["6", "12"] for line in lines)
     assert [path.name for path in out.iterdir()] == ["folders"]
 
 
-def test_eval_export_writes_both_models_pictures(
+def test_eval_export_writes_both_models_images(
     options: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     export = tmp_path / "export"

@@ -1,4 +1,4 @@
-"""Noise of a step, and the gradient of a group in one pass and in two, on the embedded transformer."""
+"""The noise of a step, and the gradient of groups in one pass and in two, on the embedded transformer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.models.adapters import reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
@@ -45,7 +44,7 @@ def test_a_group_shares_sigma_and_noise_by_default() -> None:
     assert not torch.equal(noise[0, 0], noise[1, 0])
 
 
-def test_each_image_has_its_own_when_asked() -> None:
+def test_each_image_can_have_its_own_sigma_and_noise() -> None:
     method = GdroMethod(name="gdro", share_noise=False, share_sigma=False)
     sigma, noise = draw_noise(batch_of(None), method, seed=0)
     assert len(set(sigma.flatten().tolist())) == 6
@@ -58,18 +57,18 @@ def test_noisy_latents_and_targets_part_by_part(shared: bool, make_recipe: Calla
     model = open_model(make_recipe())
     batch = batch_of(model)
     sigma, noise = draw_noise(batch, method, seed=0)
-    groups = noisy_groups(model, batch, method, seed=0)
+    groups = noisy_groups(model, batch, (sigma, noise))
     for part in (slice(1, 5), torch.tensor([5, 0])):
         latents, target = groups.at(part)
-        for place, image in enumerate(torch.arange(6)[part].tolist()):
+        for position, image in enumerate(torch.arange(6)[part].tolist()):
             group, k = divmod(image, 3)
             clean, own = batch.latents[group, k], noise[group, 0 if shared else k]
-            torch.testing.assert_close(latents[place], (1 - sigma[group, k]) * clean + sigma[group, k] * own)
-            torch.testing.assert_close(target[place], own - clean)
+            torch.testing.assert_close(latents[position], (1 - sigma[group, k]) * clean + sigma[group, k] * own)
+            torch.testing.assert_close(target[position], own - clean)
 
 
-def test_noise_follows_the_prompt_not_the_place_in_the_batch() -> None:
-    """A process that holds only the second group draws what the whole batch drew for it."""
+def test_noise_depends_on_the_prompt_not_on_its_position_in_the_batch() -> None:
+    """A process with only the second group draws the same noise for it as the whole batch."""
     method = GdroMethod(name="gdro")
     sigma, noise = draw_noise(batch_of(None), method, seed=3)
     part = batch_of(None).share(1, 2)
@@ -88,14 +87,15 @@ def test_sigma_stays_in_the_recipes_range() -> None:
 
 @pytest.mark.parametrize("method", ["gdro", "rank", "top1", "dpo"])
 def test_two_passes_give_the_gradient_of_one(make_recipe: Callable[..., Recipe], method: str) -> None:
-    """Micro-batches of 4, 2 and 1 cut through the groups of 3."""
+    """Micro-batches of 4, 2 and 1 split groups of 3."""
     recipe = make_recipe(method={"name": method})
     model = open_model(recipe)
     parameters = attach_adapter(recipe, model)
     with torch.no_grad():
         for parameter in parameters:  # away from the reference, where all s are 0
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
-    groups = noisy_groups(model, batch_of(model), recipe.method, seed=0)
+    batch = batch_of(model)
+    groups = noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0))
 
     def gradient(*, one_pass: bool, micro_batch: int | None) -> tuple[torch.Tensor, float]:
         compute = GroupGradient(
@@ -106,7 +106,6 @@ def test_two_passes_give_the_gradient_of_one(make_recipe: Callable[..., Recipe],
             size=(64, 64),
             micro_batch=micro_batch,
             one_pass=one_pass,
-            reference=lambda: reference(model),
             autocast=nullcontext,
             backward=lambda loss: loss.backward(),
         )

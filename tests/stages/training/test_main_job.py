@@ -36,7 +36,7 @@ Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]
 
 
-def test_the_job_leaves_what_it_promises(finished: Finished) -> None:
+def test_the_files_of_a_whole_job(finished: Finished) -> None:
     workspace, trained, evaluated = finished
     images = sorted(len(list(store.glob("shards/*/images/*.png"))) for store in (workspace / "stores").iterdir())
     assert images == [8, 16]  # the base model's evaluation, and the training groups
@@ -49,12 +49,12 @@ def test_the_job_leaves_what_it_promises(finished: Finished) -> None:
     assert kinds == [("validation", 0), *(("train", step) for step in (1, 2, 3, 4)), ("validation", 4)]
     assert evaluated.grid is not None
     card = (run / "README.md").read_text()
-    assert f"({evaluated.grid.relative_to(run)})" in card and f"# {run.name}" in card  # written again by the evaluation
+    assert f"({evaluated.grid.relative_to(run)})" in card and f"# {run.name}" in card  # the evaluation writes it again
     with Image.open(evaluated.grid) as grid:
         assert grid.width > 2 * 160
 
 
-def test_results_hold_intervals_protocol_and_every_image(finished: Finished) -> None:
+def test_results_have_intervals_protocol_and_every_image(finished: Finished) -> None:
     _, _, evaluated = finished
     results = json.loads(evaluated.results.read_text())
     assert results["measures"]["reward"]["base"]["images"] == 8
@@ -96,7 +96,9 @@ def test_changed_settings_get_their_own_store_or_run(
     assert run_path(Session(shown, workspace)) == trained.run.path
 
 
-def test_the_same_image_whatever_batch_and_shard(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_images_do_not_depend_on_batches_and_shards(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
     """Batches of 3 and shards of one prompt against batches of 32 and shards of two."""
     workspace, _, _ = finished
     recipe = make_recipe(sample={"batch_size": 3, "prompts_per_shard": 1})
@@ -110,13 +112,13 @@ def test_the_same_image_whatever_batch_and_shard(finished: Finished, make_recipe
         with Image.open(one.path) as left, Image.open(other.path) as right:
             assert np.abs(np.asarray(left).astype(int) - np.asarray(right)).max() <= 1
     for number in range(len(first.shards)):
-        for place, group in enumerate(first.read_shard(number)):
-            (again,) = second.read_shard(2 * number + place)
+        for position, group in enumerate(first.read_shard(number)):
+            (again,) = second.read_shard(2 * number + position)
             torch.testing.assert_close(group.latents, again.latents, rtol=1e-4, atol=1e-4)
 
 
 def test_resumed_training_equals_straight_training(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """A run whose last two checkpoints are lost continues from step 2 to the same bits."""
+    """A run that has lost its last two checkpoints continues from step 2 and ends with the same bits."""
     workspace, trained, _ = finished
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     copy = tmp_path / "runs" / trained.run.path.name
@@ -138,7 +140,7 @@ def test_resumed_training_equals_straight_training(finished: Finished, make_reci
 def test_a_run_that_ran_out_of_memory_continues_with_smaller_batches(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    """Half of the steps at once, the other half as the messages about memory advise: the same run, the same adapter."""
+    """The second half with the settings that the message about memory advises: the same run, the same adapter."""
     workspace, trained, _ = finished
     shutil.copytree(workspace, tmp_path, dirs_exist_ok=True)
     copy = tmp_path / "runs" / trained.run.path.name
@@ -153,10 +155,8 @@ def test_a_run_that_ran_out_of_memory_continues_with_smaller_batches(
         torch.testing.assert_close(resumed.tensors["adapter"][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_the_pipeline_with_the_adapter_draws_the_evaluated_pictures(
-    finished: Finished, make_recipe: MakeRecipe
-) -> None:
-    """``pipe.load_lora_weights(run)`` on the untouched pipeline folder gives the pictures that were evaluated."""
+def test_the_pipeline_with_the_adapter_draws_the_evaluated_images(finished: Finished, make_recipe: MakeRecipe) -> None:
+    """``pipe.load_lora_weights(run)`` on the untouched pipeline folder gives the evaluated images."""
     workspace, trained, _ = finished
     session = Session(make_recipe(), workspace)
     settings = evaluation_plan(session, images_per_prompt=1)
@@ -168,7 +168,7 @@ def test_the_pipeline_with_the_adapter_draws_the_evaluated_pictures(
     pipe = FluxPipeline.from_pretrained(tiny_model_path(), dtype=torch.float32)
     pipe.load_lora_weights(trained.run.path)
     pipe.set_progress_bar_config(disable=True)
-    (picture,) = pipe(
+    (image,) = pipe(
         prompt.prompt,
         height=64,
         width=64,
@@ -176,7 +176,7 @@ def test_the_pipeline_with_the_adapter_draws_the_evaluated_pictures(
         max_sequence_length=pipe.tokenizer_2.model_max_length,
         generator=torch.Generator().manual_seed(group.seeds[0]),
     ).images
-    assert np.abs(np.asarray(picture).astype(int) - np.asarray(group.images[0])).max() <= 1
+    assert np.abs(np.asarray(image).astype(int) - np.asarray(group.images[0])).max() <= 1
 
 
 def test_one_pass_and_two_passes_train_the_same(finished: Finished, make_recipe: MakeRecipe, tmp_path: Path) -> None:
@@ -196,8 +196,6 @@ def test_training_starts_at_the_reference(finished: Finished) -> None:
 
     For K = 3 the sum over ranks of log(images left) is log 3 + log 2, whatever the rewards.
     """
-    import math
-
     _, trained, _ = finished
     first = next(row for row in trained.run.metrics() if row["kind"] == "train")
     assert first["loss_method"] == pytest.approx(math.log(3) + math.log(2), abs=1e-4)
@@ -207,14 +205,14 @@ def test_training_starts_at_the_reference(finished: Finished) -> None:
     assert float(uniform.loss) == pytest.approx(math.log(6), abs=1e-6)
 
 
-def test_evaluating_before_training_says_what_to_do(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
+def test_evaluation_before_training_names_the_remedy(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
     with pytest.raises(PrerequisiteError, match="run `gdro train`"):
         evaluate.run(Session(make_recipe(), tmp_path, quiet))
     assert not list(tmp_path.iterdir())
 
 
 def test_too_many_failed_images_are_refused(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
-    """One of 16 pictures is no picture: missing with a reason, and 6 % is more than the 2 % allowed."""
+    """One of 16 files is not an image, so its score is missing with a reason; 6 % is more than the 2 % allowed."""
     recipe = make_recipe()
     store = sample.run(Session(recipe, tmp_path, quiet)).store
     path = store.images(0)[0].path
@@ -242,7 +240,7 @@ def test_dry_run_counts_and_makes_nothing(make_recipe: MakeRecipe, tmp_path: Pat
     assert not list(tmp_path.iterdir())
 
 
-def test_dry_run_tells_what_each_of_several_processes_does(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_dry_run_reports_the_share_of_each_process(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Six images in micro-batches of three take two passes; three images of two processes each take one."""
     recipe = make_recipe(train={"micro_batch": 3})
     alone, shared = (dict(plan.describe(recipe, "train", tmp_path, world=world)) for world in (1, 2))
@@ -252,16 +250,16 @@ def test_dry_run_tells_what_each_of_several_processes_does(make_recipe: MakeReci
         plan.describe(recipe, "train", tmp_path, world=3)
 
 
-def test_dry_run_tells_beta_in_the_other_convention(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """The beta of a sum is smaller by the count of the latent values."""
+def test_dry_run_reports_beta_in_the_other_convention(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    """For a sum, beta is divided by the number of latent values."""
     recipe = make_recipe(method={"beta": 12.0})
     dims = math.prod(Session(recipe, tmp_path).model.latent_shape(height=64, width=64))
-    told = dict(plan.describe(recipe, "train", tmp_path))["method"]
-    assert f"beta 12 (errors are a mean over {dims} numbers; for a sum it would be {12 / dims:.3g})" in told
+    method = dict(plan.describe(recipe, "train", tmp_path))["method"]
+    assert f"beta 12 (errors are a mean over {dims} numbers; for a sum it would be {12 / dims:.3g})" in method
 
 
 def test_a_stop_while_sampling_keeps_finished_shards(make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
-    """The flag goes up as soon as the first of two shards is whole: the second is not begun, the first stays."""
+    """The flag is set when the first of two shards is finished: the first stays, and the second is not begun."""
     session = Session(make_recipe(), tmp_path, quiet)
     store = open_training_store(session)
 

@@ -45,7 +45,7 @@ MakeRecipe = Callable[..., Recipe]
 
 
 class Brightness:
-    """Scores a picture by its mean brightness; ``missing`` are the calls' images that cannot be scored."""
+    """Scores an image by its mean brightness; those at the positions ``missing`` of a call cannot be scored."""
 
     def __init__(self, missing: Sequence[int] = (), constant: float | None = None) -> None:
         self.missing, self.constant = missing, constant
@@ -59,9 +59,9 @@ class Brightness:
         values = [float(np.asarray(image).mean()) / 255 for image in images]
         return [
             Score(None, "a reason")
-            if place in self.missing
+            if position in self.missing
             else Score(value if self.constant is None else self.constant)
-            for place, value in enumerate(values)
+            for position, value in enumerate(values)
         ]
 
 
@@ -122,7 +122,7 @@ def test_rounds_train_and_change_the_adapter(trained: Trained) -> None:
     tensors = tensors_of(run)
     changed = [name for name, value in tensors.items() if "lora_B" in name and value.abs().max() > 0]
     assert changed and all(value.isfinite().all() for value in tensors.values())
-    assert not (workspace / "stores").exists()  # nothing is stored
+    assert not (workspace / "stores").exists()  # online methods have no store
     assert (run / "pytorch_lora_weights.safetensors").is_file()
 
 
@@ -161,7 +161,7 @@ def test_a_finished_run_starts_nothing(trained: Trained, make_online: MakeRecipe
 
 
 def test_two_processes_equal_one(trained: Trained, make_online: MakeRecipe, tmp_path: Path) -> None:
-    """With a sharded base, whose passes all processes make together, however uneven their parts of a round are."""
+    """With a sharded base, whose passes take both processes, however uneven their parts of a round are."""
     recipe = tmp_path / "online.yaml"
     recipe.write_text(yaml.safe_dump(make_online(model={"sharding": "fsdp"}).resolved()))
     command = [sys.executable, "-m", "gdro_cli", "train", "--recipe", str(recipe), "--out", str(tmp_path / "out")]
@@ -189,14 +189,14 @@ def test_evaluation_takes_the_run(trained: Trained, make_online: MakeRecipe, qui
 
 
 def test_images_that_fail_are_left_out(make_online: MakeRecipe) -> None:
-    """Image 1 of group 0 has no score: the group's advantages are those of its other two, and no update draws it."""
+    """Image 1 of group 0 has no score: its group's advantages come from the other two, and no update uses it."""
     source = steps_of(make_online(method={"advantage_std": "group"}), Brightness(missing=[1]))
     assert source.prepare(0)
-    made = source.round
-    assert made is not None and made.metrics["failed"] == 1
-    assert made.advantages[1] == 0
-    assert made.advantages[[0, 2]].sum().item() == pytest.approx(0, abs=1e-6)
-    parts = [source._part(made, 0, part).tolist() for part in (0, 1)]
+    current = source.round
+    assert current is not None and current.metrics["failed"] == 1
+    assert current.advantages[1] == 0
+    assert current.advantages[[0, 2]].sum().item() == pytest.approx(0, abs=1e-6)
+    parts = [source._part(current, 0, part).tolist() for part in (0, 1)]
     assert sorted(parts[0] + parts[1]) == [0, 2, 3, 4, 5]
 
 
@@ -209,16 +209,16 @@ def test_equal_rewards_change_nothing(make_online: MakeRecipe, tmp_path: Path) -
     trainer = trainer_of(make_online(), tmp_path, Brightness(constant=0.5))
     before = [p.detach().clone() for p in trainer.state.parameters]
     assert trainer.source.prepare(0)
-    found = trainer._update()
-    assert (found.learns, found.metrics["loss"], found.metrics["images"]) == (False, 0.0, 0)
+    gradient = trainer._update()
+    assert (gradient.learns, gradient.metrics["loss"], gradient.metrics["images"]) == (False, 0.0, 0)
     assert trainer.state.folder.metrics()[-1]["grad_norm"] == 0.0
-    assert found.metrics["no_advantage"] == 1
+    assert gradient.metrics["no_advantage"] == 1
     assert (trainer.state.step, trainer.state.ema.updates) == (1, 0)
     assert all(torch.equal(p, old) for p, old in zip(trainer.state.parameters, before, strict=True))
 
 
 def test_the_first_gradient_of_a_round_is_the_policy_gradient(make_online: MakeRecipe) -> None:
-    """d/dtheta of -mean(A log p) over the part's images and their trained steps, worked out one by one."""
+    """d/dtheta of -mean(A log p) over the part's images and their trained steps, calculated one by one."""
     recipe = make_online(method={"beta_kl": 0.0, "timestep_fraction": 0.7})
     source = steps_of(recipe, Brightness())
     parameters = attach_adapter(recipe, source.model)
@@ -226,19 +226,19 @@ def test_the_first_gradient_of_a_round_is_the_policy_gradient(make_online: MakeR
         for parameter in parameters:  # B is zero at the start, and then A has no gradient
             parameter.add_(0.01)
     assert source.prepare(0)
-    made = source.round
-    assert made is not None
-    found = gradient_of(source, parameters, 1)
-    part = source._part(made, 0, 1)
-    assert len(part) == 3 and made.steps.shape == (6, 2)
+    current = source.round
+    assert current is not None
+    gradient = gradient_of(source, parameters, 1)
+    part = source._part(current, 0, 1)
+    assert len(part) == 3 and current.steps.shape == (6, 2)
     terms = []
     for image in part.tolist():
-        text = {key: value[[image // 3]] for key, value in made.conditioning.items()}
-        for place in made.steps[image].tolist():
-            step = source.policy.step(made.rollout.states[[image], place], torch.tensor([place]), text)
-            terms.append(-made.advantages[image] * log_prob(made.rollout.states[[image], place + 1], step))
+        text = {key: value[[image // 3]] for key, value in current.conditioning.items()}
+        for i in current.steps[image].tolist():
+            step = source.policy.step(current.rollout.states[[image], i], torch.tensor([i]), text)
+            terms.append(-current.advantages[image] * log_prob(current.rollout.states[[image], i + 1], step))
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(torch.cat(terms).mean(), parameters)])
-    assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (gradient - expected).norm() < 1e-4 * expected.norm()
 
 
 def test_micro_batches_give_the_same_gradient(make_online: MakeRecipe) -> None:
@@ -249,17 +249,17 @@ def test_micro_batches_give_the_same_gradient(make_online: MakeRecipe) -> None:
         for parameter in parameters:
             parameter.add_(0.01)
     assert source.prepare(0)
-    together = gradient_of(source, parameters, 0)
+    at_once = gradient_of(source, parameters, 0)
     source.session.recipe = small
-    assert (gradient_of(source, parameters, 0) - together).norm() < 1e-4 * together.norm()
+    assert (gradient_of(source, parameters, 0) - at_once).norm() < 1e-4 * at_once.norm()
 
 
 def test_epochs_and_parts_visit_every_image_once(make_online: MakeRecipe) -> None:
     source = steps_of(make_online(method={"inner_epochs": 2, "updates_per_round": 3}), Brightness())
     assert source.prepare(5)
-    made = source.round
-    assert made is not None and made.number == 0
-    orders = [torch.cat([source._part(made, epoch, part) for part in range(3)]).tolist() for epoch in range(2)]
+    current = source.round
+    assert current is not None and current.number == 0
+    orders = [torch.cat([source._part(current, epoch, part) for part in range(3)]).tolist() for epoch in range(2)]
     assert [sorted(order) for order in orders] == [list(range(6))] * 2
     assert orders[0] != orders[1]
     points = [source.resume_point(steps) for steps in (5, 6, 7, 12)]
@@ -269,8 +269,8 @@ def test_epochs_and_parts_visit_every_image_once(make_online: MakeRecipe) -> Non
 def test_shuffled_rewards_stay_in_their_group(make_online: MakeRecipe) -> None:
     rewards = torch.tensor([[0.1, 0.2, 0.3], [0.4, math.nan, 0.6]])
     source = steps_of(make_online(), Brightness())
-    found = {tuple(source._shuffled(rewards, number)[0].tolist()) for number in range(20)}
-    assert len(found) > 1 and all(sorted(row) == pytest.approx([0.1, 0.2, 0.3]) for row in found)
+    shuffles = {tuple(source._shuffled(rewards, number)[0].tolist()) for number in range(20)}
+    assert len(shuffles) > 1 and all(sorted(row) == pytest.approx([0.1, 0.2, 0.3]) for row in shuffles)
     assert source._shuffled(rewards, 0).isnan().tolist() == rewards.isnan().tolist()
 
 
@@ -281,7 +281,7 @@ def test_shuffled_rewards_stay_in_their_group(make_online: MakeRecipe) -> None:
 def test_a_stop_in_the_middle_of_a_round_changes_nothing(
     method: dict[str, Any], make_online: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
-    """Asked to stop while round 1 is scored, a run stops after its last update, step 2, and goes on from there."""
+    """A stop while round 1 is scored ends the run after the round's last update, step 2, where it resumes."""
     recipe = make_online(method=method, train={"eval_every": 0, "checkpoint_every": 100})
     whole = trainer_of(recipe, tmp_path / "whole", Brightness())
     whole.train()
@@ -298,7 +298,7 @@ def test_a_stop_in_the_middle_of_a_round_changes_nothing(
     assert timeless(rest.state.folder.metrics()) == timeless(whole.state.folder.metrics())
 
 
-def test_a_stop_while_a_round_is_drawn_keeps_the_rounds_before(
+def test_a_stop_while_a_round_is_drawn_keeps_the_earlier_rounds(
     make_online: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
     recipe = make_online(train={"eval_every": 0, "checkpoint_every": 100})
@@ -322,11 +322,11 @@ def test_a_stop_while_a_round_is_drawn_keeps_the_rounds_before(
     again.session.stop.requested = True
     with pytest.raises(Interrupted, match="stopped after step 2 of 4"):
         again.train()
-    assert path.stat() == written  # not replaced by itself
+    assert path.stat() == written  # not written again
 
 
 class Hanging(Brightness):
-    """A stop is asked for during the second call, which is given up then, as that of a reward that hangs."""
+    """A stop is requested during the second call, which then gives up, like a reward that hangs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,8 +343,8 @@ class Hanging(Brightness):
         raise ScoringStopped("given up")
 
 
-def test_a_reward_that_hangs_does_not_hold_a_stop_up(make_online: MakeRecipe, tmp_path: Path, quiet: Reporter) -> None:
-    """The round is dropped; what was learnt before it is kept, and the run goes on from there."""
+def test_a_reward_that_hangs_does_not_delay_a_stop(make_online: MakeRecipe, tmp_path: Path, quiet: Reporter) -> None:
+    """The round is dropped; the checkpoint has the steps before it, where the run can resume."""
     recipe = make_online(train={"eval_every": 0, "checkpoint_every": 100})
     trainer = trainer_of(recipe, tmp_path, scorer := Hanging())
     trainer.session.stop = scorer.stop
@@ -355,7 +355,7 @@ def test_a_reward_that_hangs_does_not_hold_a_stop_up(make_online: MakeRecipe, tm
     assert path is not None and load_checkpoint(path).step == 2
 
 
-# --- around it -------------------------------------------------------------------------------------------------
+# --- the commands -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("stage", "name"), [(sample, "sample"), (score, "score")])
@@ -370,7 +370,7 @@ def test_there_is_nothing_to_sample_or_score(
 
 
 def test_dry_run_counts_rounds(make_online: MakeRecipe, tmp_path: Path) -> None:
-    """5 steps are 3 rounds, the last one cut short; trajectories: 6 images x 4 states x 16 x 128 numbers x 4 bytes."""
+    """5 steps are 3 rounds, the last one shorter; trajectories: 6 images x 4 states x 16 x 128 numbers x 4 bytes."""
     rows = dict(plan.describe(make_online(train={"steps": 5}), "train", tmp_path))
     assert rows["round"] == "2 prompts x 3 = 6 images, sampled and scored"
     assert rows["sampling"] == "4 steps, of which 3 are trained in each image"
@@ -382,25 +382,25 @@ def test_dry_run_counts_rounds(make_online: MakeRecipe, tmp_path: Path) -> None:
 def test_a_run_is_named_by_what_it_learns_from(make_online: MakeRecipe, tmp_path: Path) -> None:
     model = open_model(make_online())
 
-    def place(**changes: Any) -> Path:
+    def path_of(**changes: Any) -> Path:
         recipe = make_online(**changes)
         return run_path(Session(recipe, tmp_path, model=model))
 
-    plain = place()
-    assert place(sample={"steps": 7}) == plain  # of the evaluation alone
-    assert place(train={"checkpoint_every": 2}) == plain
+    plain = path_of()
+    assert path_of(sample={"steps": 7}) == plain  # for the evaluation only
+    assert path_of(train={"checkpoint_every": 2}) == plain
     others = [
-        place(method={"noise_level": 0.9}),
-        place(train={"lr": 1e-3}),
-        place(train={"seed": 5}),
-        place(prompts={"train": {"count": 5}}),
-        place(reward={"ocr": {"recognition_width": 320}}),
+        path_of(method={"noise_level": 0.9}),
+        path_of(train={"lr": 1e-3}),
+        path_of(train={"seed": 5}),
+        path_of(prompts={"train": {"count": 5}}),
+        path_of(reward={"ocr": {"recognition_width": 320}}),
     ]
     assert len({plain, *others}) == 6
 
 
 def test_an_ablation_of_methods_has_one_store(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """GDRO's cell needs the store, Flow-GRPO's does not; keys of the store alone are let go of."""
+    """GDRO's cell needs the store, Flow-GRPO's does not and drops the keys that only the store uses."""
     recipe = make_recipe()
     sweep = plan_sweep(recipe, ["method"], ["gdro,flow-grpo"])
     rows, cells = ablate.describe(Session(recipe, tmp_path, planning=True), sweep)

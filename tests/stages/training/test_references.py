@@ -1,4 +1,4 @@
-"""A training whose reference errors are known already is the same training; so is one that draws ahead."""
+"""Cached reference errors and prefetched noise do not change a training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many images each computation of reference errors had to pass through the model."""
+    """The number of images that each computation of reference errors passes through the model."""
     counts: list[int] = []
     compute = GroupGradient.reference_errors
 
@@ -52,15 +52,15 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-def test_kept_reference_errors_and_drawing_ahead_change_no_bit(
+def test_cached_reference_errors_and_prefetch_change_no_bit(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter, passes: list[int]
 ) -> None:
     out = fresh_workspace(finished, tmp_path)
     plain = adapter(train.run(Session(make_recipe(train=PLAIN), out, quiet)))
     assert passes == [6, 6, 6, 6] and not [*out.glob("stores/*/references")]
     shutil.rmtree(out / "runs")
-    kept = adapter(train.run(Session(make_recipe(train={"eval_every": 0}), out, quiet)))
-    assert passes[4:] == [6, 6, 6, 6] and same(plain, kept)
+    cached = adapter(train.run(Session(make_recipe(train={"eval_every": 0}), out, quiet)))
+    assert passes[4:] == [6, 6, 6, 6] and same(plain, cached)
     shutil.rmtree(out / "runs")
     reused = adapter(train.run(Session(make_recipe(train={"eval_every": 0}), out, quiet)))
     assert passes[8:] == [0, 0, 0, 0] and same(plain, reused)
@@ -81,32 +81,32 @@ def test_other_draws_of_the_same_images_share_no_errors(
     passes: list[int],
     other: dict[str, dict[str, Any]],
 ) -> None:
-    """Images in other company have errors that differ by rounding, so a training that met them before is no help."""
+    """In other batches an image's errors differ by rounding, so errors of an earlier training are not used."""
     out = fresh_workspace(finished, tmp_path)
     train.run(Session(make_recipe(train={"eval_every": 0}), out, quiet))
     del passes[:]
     method, section = other.get("method", {}), other.get("train", {})
-    kept = adapter(train.run(Session(make_recipe(method=method, train={"eval_every": 0} | section), out, quiet)))
+    cached = adapter(train.run(Session(make_recipe(method=method, train={"eval_every": 0} | section), out, quiet)))
     assert passes == [6, 6, 6, 6]
     shutil.rmtree(out / "runs")
-    assert same(kept, adapter(train.run(Session(make_recipe(method=method, train=PLAIN | section), out, quiet))))
+    assert same(cached, adapter(train.run(Session(make_recipe(method=method, train=PLAIN | section), out, quiet))))
 
 
 def test_a_bank_of_noise_repeats_its_draws(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter, passes: list[int]
 ) -> None:
-    """Four groups of four images, three drawn at a time: with one draw, 4 steps of 2 groups meet at most 16 images."""
+    """Four groups of four images, three in a step: with one draw, 4 steps of 2 groups meet at most 16 images."""
     out = fresh_workspace(finished, tmp_path)
     bank = {"noise_bank": 1, "min_spread": 0.0}
-    kept = adapter(train.run(Session(make_recipe(method=bank, train={"eval_every": 0}), out, quiet)))
+    cached = adapter(train.run(Session(make_recipe(method=bank, train={"eval_every": 0}), out, quiet)))
     assert sum(passes) <= 16 < 24 and min(passes) < 6
     shutil.rmtree(out / "runs")
     plain = adapter(train.run(Session(make_recipe(method=bank, train=PLAIN), out, quiet)))
     for key in plain:
-        torch.testing.assert_close(kept[key], plain[key], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(cached[key], plain[key], rtol=1e-3, atol=1e-6)
 
 
-def test_ahead_gives_each_step_its_own_and_passes_errors_on() -> None:
+def test_prefetch_gives_each_step_its_item_and_passes_errors_on() -> None:
     made: list[int] = []
 
     def make(step: int) -> int:
@@ -115,10 +115,10 @@ def test_ahead_gives_each_step_its_own_and_passes_errors_on() -> None:
             raise ValueError("no third")
         return step * 10
 
-    ahead = Prefetch(make, steps=5)
-    assert [ahead.take(0), ahead.take(1), ahead.take(2)] == [0, 10, 20]
+    prefetch = Prefetch(make, steps=5)
+    assert [prefetch.take(0), prefetch.take(1), prefetch.take(2)] == [0, 10, 20]
     with pytest.raises(ValueError, match="no third"):
-        ahead.take(3)
-    assert ahead.take(1) == 10  # going back makes it anew
-    ahead.close()
+        prefetch.take(3)
+    assert prefetch.take(1) == 10  # an earlier step is made again
+    prefetch.close()
     assert made[:4] == [0, 1, 2, 3] and 5 not in made

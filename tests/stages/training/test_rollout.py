@@ -1,4 +1,4 @@
-"""Rollouts: what they depend on, and what they hand to the updates."""
+"""Rollouts: what they depend on, and what the updates get from them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def drawn_by(policy: Policy, names: list[RolloutImage]) -> Rollout:
     return roll_out(policy, names, policy.model.encode([name.prompt.prompt for name in names]), seed=3)
 
 
-def test_an_image_is_the_same_whatever_the_batch_and_another_on_the_next_visit(
-    make_online: MakeRecipe, model: FlowModel
-) -> None:
+def test_an_image_depends_on_the_visit_but_not_on_the_batch(make_online: MakeRecipe, model: FlowModel) -> None:
     recipe = make_online()
     policy, names = policy_of(recipe, model), images_of(recipe)
     whole = drawn_by(policy, names)
@@ -58,19 +56,19 @@ def test_log_probs_belong_to_the_states_and_the_last_step_has_no_noise(
 ) -> None:
     recipe = make_online(method={"name": name})
     policy, names = policy_of(recipe, model), images_of(recipe)
-    found = drawn_by(policy, names)
-    assert found.states.shape == (4, 4, *model.latent_shape(height=64, width=64))
+    rollout = drawn_by(policy, names)
+    assert rollout.states.shape == (4, 4, *model.latent_shape(height=64, width=64))
     text = model.batch_conditioning(model.encode([name.prompt.prompt for name in names]))
     with torch.no_grad():
-        for place in range(3):
-            step = policy.step(found.states[:, place], torch.full((4,), place), text)
-            torch.testing.assert_close(log_prob(found.states[:, place + 1], step), found.log_probs[:, place])
+        for i in range(3):
+            step = policy.step(rollout.states[:, i], torch.full((4,), i), text)
+            torch.testing.assert_close(log_prob(rollout.states[:, i + 1], step), rollout.log_probs[:, i])
         sigma = policy.schedule()[3]
-        velocity = policy.velocity(found.states[:, 3], sigma.expand(4), text)
-        torch.testing.assert_close(euler_step(found.states[:, 3], velocity, sigma, 0.0), found.clean)
+        velocity = policy.velocity(rollout.states[:, 3], sigma.expand(4), text)
+        torch.testing.assert_close(euler_step(rollout.states[:, 3], velocity, sigma, 0.0), rollout.clean)
 
 
-def test_a_group_shares_its_initial_noise_where_asked(make_online: MakeRecipe, model: FlowModel) -> None:
+def test_a_group_shares_its_initial_noise_if_the_recipe_says_so(make_online: MakeRecipe, model: FlowModel) -> None:
     for shared in (True, False):
         recipe = make_online(method={"share_initial_noise": shared})
         start = drawn_by(policy_of(recipe, model), images_of(recipe)).states[:, 0]
@@ -91,10 +89,10 @@ def test_trained_steps_are_a_random_share_of_the_stochastic_ones(make_online: Ma
     recipe = make_online(method={"train_sample_steps": 6, "timestep_fraction": 0.6})
     assert recipe.online_method is not None
     names = [RolloutImage(record, 0, image) for record, _, _ in images_of(recipe) for image in range(8)]
-    found = trained_steps(recipe.online_method, names, seed=0)
-    assert found.shape == (32, 3)
-    assert all(len(set(row)) == 3 and set(row) <= set(range(5)) for row in found.tolist())
-    assert len({frozenset(row) for row in found.tolist()}) > 3
+    steps = trained_steps(recipe.online_method, names, seed=0)
+    assert steps.shape == (32, 3)
+    assert all(len(set(row)) == 3 and set(row) <= set(range(5)) for row in steps.tolist())
+    assert len({frozenset(row) for row in steps.tolist()}) > 3
     least = make_online(method={"timestep_fraction": 0.01}).online_method
     assert least is not None and trained_steps(least, names, seed=0).shape == (32, 1)
 

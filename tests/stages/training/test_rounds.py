@@ -1,4 +1,4 @@
-"""Rounds of fresh groups: what they are sampled with, and that stops change nothing."""
+"""Rounds of new groups: their noise and weights, and stops that change nothing."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def straight(
     return out, train.run(Session(make_recipe(**ROUNDS), out, quiet))
 
 
-def pictures(store: GroupStore) -> list[bytes]:
+def image_bytes(store: GroupStore) -> list[bytes]:
     return [image.path.read_bytes() for shard in range(len(store.shards)) for image in store.images(shard)]
 
 
-def test_the_second_round_learns_from_pictures_of_its_own(straight: tuple[Path, train.TrainResult]) -> None:
+def test_the_second_round_learns_from_its_own_images(straight: tuple[Path, train.TrainResult]) -> None:
     out, trained = straight
     (round_file,) = trained.run.path.glob("rounds/*.json")
     about = json.loads(round_file.read_text())
@@ -55,14 +55,14 @@ def test_the_second_round_learns_from_pictures_of_its_own(straight: tuple[Path, 
     learnt_from = trained.run.read_json("manifest.json")["inputs"]["store"]
     (base,) = (store for store in stores if digest(dict(store.identity)) == learnt_from)
     assert fresh.identity["weights"].startswith("ema ") and base.identity["weights"] == "base"
-    assert not set(pictures(fresh)) & set(pictures(base))
+    assert not set(image_bytes(fresh)) & set(image_bytes(base))
     batches = read_batches(trained.run)
     assert batches is not None and [batch.step for batch in batches] == [0, 2]
     assert all(batch.sampling > 0 and batch.scoring > 0 for batch in batches)
 
 
 class Impatient(Reporter):
-    """Presses Ctrl-C when work of a certain label begins, or after so many units of it."""
+    """Presses Ctrl-C when the work with a certain label begins."""
 
     def __init__(self, label: str) -> None:
         super().__init__(Console(quiet=True))
@@ -102,7 +102,7 @@ def test_a_stop_changes_nothing(
     assert len(list(again.run.path.glob("rounds/*.json"))) == 1
 
 
-def test_a_lost_store_of_a_round_is_one_sentence(
+def test_a_lost_store_of_a_round_is_reported(
     straight: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
     shutil.copytree(straight[0], tmp_path / "out")
@@ -114,15 +114,15 @@ def test_a_lost_store_of_a_round_is_one_sentence(
 
 
 @pytest.mark.parametrize("lost", ["shards/00000", "scores/*/00000.jsonl"])
-def test_a_lost_part_of_a_round_that_has_begun_is_one_sentence(
+def test_a_lost_part_of_a_round_that_has_begun_is_reported(
     lost: str, straight: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
     shutil.copytree(straight[0], tmp_path / "out")
     run = tmp_path / "out" / "runs" / straight[1].run.path.name
     shutil.rmtree(run / "checkpoints" / "step-000004")
     store = next(path for path in (run / "rounds").iterdir() if path.is_dir())
-    (found,) = store.glob(lost)
-    shutil.rmtree(found) if found.is_dir() else found.unlink()
+    (part,) = store.glob(lost)
+    shutil.rmtree(part) if part.is_dir() else part.unlink()
     with pytest.raises(StoreError, match="is not complete, .*: delete the run and train it again"):
         train.run(Session(make_recipe(**ROUNDS), tmp_path / "out", quiet))
 
@@ -130,14 +130,14 @@ def test_a_lost_part_of_a_round_that_has_begun_is_one_sentence(
 def test_a_damaged_part_of_a_round_names_the_command_that_makes_it(
     straight: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
-    """Before the round has begun it is made again."""
+    """A round that has not begun can be made again."""
     shutil.copytree(straight[0], tmp_path / "out")
     run = tmp_path / "out" / "runs" / straight[1].run.path.name
     for step in (3, 4):
         shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
     store = next(path for path in (run / "rounds").iterdir() if path.is_dir())
-    (picture, *_) = sorted((store / "shards" / "00000").rglob("*.png"))
-    picture.write_bytes(b"")
+    (image, *_) = sorted((store / "shards" / "00000").rglob("*.png"))
+    image.write_bytes(b"")
     with pytest.raises(StoreError, match=r"delete the folder .*/rounds/.*/shards/00000 and run `gdro train`") as caught:
         train.run(Session(make_recipe(**ROUNDS), tmp_path / "out", quiet))
     shutil.rmtree(store / "shards" / "00000")
@@ -146,7 +146,7 @@ def test_a_damaged_part_of_a_round_names_the_command_that_makes_it(
 
 
 @pytest.mark.parametrize("name", ["../../../elsewhere", "/", ".", "", None, "a\x00b"])
-def test_a_round_names_no_store_outside_of_its_run(
+def test_a_round_cannot_name_a_store_outside_its_run(
     name: str | None,
     straight: tuple[Path, train.TrainResult],
     make_recipe: MakeRecipe,
@@ -165,7 +165,7 @@ def test_a_round_names_no_store_outside_of_its_run(
     assert not (tmp_path / "elsewhere" / "scores").exists()
 
 
-def test_one_round_is_the_training_that_it_always_was(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+def test_the_dry_run_mentions_rounds_only_if_there_are_several(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     assert "rounds" not in dict(plan.describe(make_recipe(), "train", tmp_path))
     rows = dict(plan.describe(make_recipe(train={"rounds": 3}), "train", tmp_path))
     assert rows["rounds"] == "of 2 steps; 1 times as many images as in the store are sampled and scored on the way"

@@ -1,4 +1,4 @@
-"""Two processes through accelerate make the samples, scores, steps and results of one; killed, one goes on alone."""
+"""Two processes through accelerate make the samples, scores, steps and results of one, which can also resume them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
-PATIENCE = 240  # seconds until a moment must have come; starting processes takes most of it on a busy machine
+PATIENCE = 240
+"""Seconds that a test waits; starting processes takes most of them on a busy machine."""
 
 
 @contextmanager
 def launched(stage: str, recipe: Recipe, workspace: Path) -> Iterator[subprocess.Popen[str]]:
-    """A stage in two processes of one thread each; whatever is left of them at the end is killed."""
+    """A stage in two processes of one thread each; at the end those that still run are killed."""
     workspace.mkdir(parents=True, exist_ok=True)
     path = workspace.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe.resolved()))
@@ -53,27 +54,27 @@ def launched(stage: str, recipe: Recipe, workspace: Path) -> Iterator[subprocess
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a launcher and all that it has started, at once."""
+    """Kill a launcher and all processes that it has started."""
     if process.poll() is not None:
         return
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for each in family:
-        each.kill()
+    for member in family:
+        member.kill()
     process.wait()
     psutil.wait_procs(family, timeout=PATIENCE)
 
 
 def carried_out(stage: str, recipe: Recipe, workspace: Path) -> str:
-    """What a stage in two processes says."""
+    """The output of a stage in two processes."""
     with launched(stage, recipe, workspace) as process:
         output, _ = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, output
     return output
 
 
-def same_stores(found: Path, expected: Path, *, exact: bool) -> None:
+def same_stores(stores: Path, expected: Path, *, exact: bool) -> None:
     """The same groups and scores, bit by bit, or up to the rounding of batches of another size."""
-    for path in found.iterdir():
+    for path in stores.iterdir():
         one, other = GroupStore.open(path), GroupStore.open(expected / path.name)
         assert one.missing_shards() == [] and len(one.shards) == len(other.shards)
         for number in range(len(one.shards)):
@@ -89,7 +90,7 @@ def same_shard(one: GroupStore, other: GroupStore, number: int, **tolerance: flo
         assert (group.prompt, group.seeds) == (expected.prompt, expected.seeds)
         torch.testing.assert_close(group.latents, expected.latents, **tolerance)
     for image, drawn in zip(one.images(number), other.images(number), strict=True):
-        pixels, others = (np.asarray(Image.open(each.path)).astype(int) for each in (image, drawn))
+        pixels, others = (np.asarray(Image.open(side.path)).astype(int) for side in (image, drawn))
         assert np.abs(pixels - others).max() <= (1 if tolerance["atol"] else 0)
 
 
@@ -107,18 +108,18 @@ def same_training(run: Path, expected: Path) -> None:
 
 
 def distance(run: Path, other: Path, step: str, name: str) -> float:
-    """Norm of the difference of two runs' tensors, as a share of the norm of the one's."""
+    """Norm of the difference of two runs' tensors, as a share of the second's norm."""
     one, two = (load_file(folder / "checkpoints" / step / f"{name}.safetensors") for folder in (run, other))
     assert one.keys() == two.keys()
     wanted = [key for key in one if "exp_avg" in key or name != "optimizer"]
-    flat = [torch.cat([held[key].flatten() for key in wanted]) for held in (one, two)]
+    flat = [torch.cat([tensors[key].flatten() for key in wanted]) for tensors in (one, two)]
     return float((flat[0] - flat[1]).norm() / flat[1].norm())
 
 
-def test_a_job_killed_in_two_processes_goes_on_in_one(
+def test_a_job_killed_in_two_processes_continues_in_one(
     finished: Finished, make_recipe: Callable[..., Recipe], tmp_path: Path, quiet: Reporter
 ) -> None:
-    """Samples and scores of two processes have the bits of one; a training ends as if it had been one all along."""
+    """Samples and scores of two processes have the bits of one, and the training ends like that of one."""
     workspace, trained, _ = finished
     name = trained.run.path.name
     with launched("train", make_recipe(), tmp_path / "out") as process:
@@ -139,7 +140,7 @@ def test_a_sharded_base_trains_and_is_evaluated_like_a_whole_one(
     workspace, trained, _ = finished
     recipe = make_recipe(model={"sharding": "fsdp"})
     output = carried_out("train", recipe, tmp_path / "out")
-    assert "process 1 of 2" not in output.split("scoring")[0]  # they share every image, so one bar tells of all
+    assert "process 1 of 2" not in output.split("scoring")[0]  # they share every image, so one bar is for all
     run = tmp_path / "out" / "runs" / trained.run.path.name
     same_training(run, trained.run.path)
     carried_out("eval", recipe, tmp_path / "out")
