@@ -1,16 +1,23 @@
 """Evaluation points of a training, and which of them may be compared.
 
-A point is a mapping with ``step`` and measures by name, as metrics hold them. Where the reward or the judge failed on
-many pictures, means over the rest say something about the failures, too.
+A point has ``step`` and measures by name. Where the reward or the judge failed on many images, means over the rest
+also say something about the failures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-Point = Mapping[str, Any]
+
+class Point(Protocol):
+    """A row of metrics: a mapping, or what is read like one."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+    def get(self, name: str, default: Any = None, /) -> Any:
+        """The value of that name; ``default`` where it is missing."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from gdro_cli.files import json_bytes, parse_json, sha256, write_bytes, write_js
 from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
+from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.stages.evaluation.measures import GROUP_SIGNALS, quality_measures
 from gdro_cli.stages.evaluation.quality import Rated, joined, pair_verdict, rate
 from gdro_cli.stages.reporting.image_sheet import draw_sheet
@@ -166,7 +167,7 @@ class Validation:
         _write_base(self.shared / _BASE, self.shared.name, base)
         _write_base(self.folder / _BASE, self.protocol, base)
 
-    def measure(self, step: int) -> tuple[dict[str, float | int | str], Verdict | None] | None:
+    def measure(self, step: int) -> tuple[ValidationRow, Verdict | None] | None:
         """The row of an evaluation point for the adapter as it is now, and the verdict on it.
 
         All processes together; None in all but the main one.
@@ -180,31 +181,33 @@ class Validation:
         known = self.session.engine.from_main(lambda: self._base_serves(step))
         rated = self.base if known else self.look(step=step)
         with self.session.engine.together():
-            return None if rated is None else self._row(rated, known, began)
+            return None if rated is None else self._row(step, rated, known, began)
 
     def _base_serves(self, step: int) -> bool:
         """Whether the base model's images are the adapter's: at step 0 it has not learnt and changes nothing."""
         drawn = self._sheet(0).is_file() or not self.session.recipe.eval.grid_prompts
         return step == 0 and drawn and self.base is not None
 
-    def _row(self, rated: Rated, known: bool, began: float) -> tuple[dict[str, float | int | str], Verdict | None]:
+    def _row(self, step: int, rated: Rated, known: bool, began: float) -> tuple[ValidationRow, Verdict | None]:
         samples, reward = self.session.recipe.eval.bootstrap, self.session.reward
         interval = rated.values(Measure("reward", reward.trained_on)).interval(samples=samples)
-        row: dict[str, float | int | str] = {
+        measures = [m for m in (reward.measures[0], *quality_measures(reward)) if m.name != "reward" and rated.has(m)]
+        verdict = None if self.base is None else pair_verdict(reward, self.base, rated, samples=samples)
+        row = {
+            "step": step,
             "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
+            **{measure.name: rated.values(measure).interval(samples=samples).mean for measure in measures},
+            "verdict": None if verdict is None else verdict.level,
+            "prompts": interval.prompts,
+            "images": interval.images,
+            "failed": rated.failed,
+            "unjudged": rated.unjudged if rated.judged else None,
+            "seconds": time.perf_counter() - began + (self.base_seconds if known else 0.0),
         }
-        for measure in (reward.measures[0], *quality_measures(reward)):
-            if rated.has(measure):
-                row[measure.name] = rated.values(measure).interval(samples=samples).mean
-        found = None if self.base is None else pair_verdict(reward, self.base, rated, samples=samples)
-        row |= {} if found is None else {"verdict": found.level}
-        row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
-        row |= {"unjudged": rated.unjudged} if rated.judged else {}
-        seconds = time.perf_counter() - began + (self.base_seconds if known else 0.0)
-        return row | {"seconds": seconds}, found
+        return ValidationRow.model_validate(row), verdict
 
     def look(self, *, step: int) -> Rated | None:
         """Sample, all processes together, and score and judge in the main one; None in the others."""

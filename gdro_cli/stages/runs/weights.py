@@ -16,6 +16,7 @@ from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import sha256_file, storage_errors
 from gdro_cli.models.adapters import Ema, load_lora_state
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
+from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.identity import find_run
 from gdro_cli.stages.setup.model import attach_adapter
@@ -56,7 +57,7 @@ def early_end(run: Path) -> int | None:
 
 
 def keep_if_best(
-    folder: RunFolder, row: Mapping[str, Any], *, measure: str, tensors: Mapping[str, Mapping[str, Tensor]]
+    folder: RunFolder, row: ValidationRow, *, measure: str, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> bool:
     """Keep the weights of an evaluation point if no earlier point of the same protocol was better.
 
@@ -64,24 +65,23 @@ def keep_if_best(
 
     Args:
         folder: the run.
-        row: the point's metrics, with ``step`` and ``protocol``.
+        row: the point.
         measure: what points are compared by: ``corrected``, without a judge the task's headline measure.
         tensors: ``adapter`` and ``ema``.
     """
-    if measure not in row:
+    score = row.get(measure)
+    if score is None:
         return False
-    score = float(row[measure])
-    state = {"measure": measure, "score": score, "protocol": row["protocol"]}
-    place = best_folder(folder)
-    path = latest_checkpoint(place)
+    state = {"measure": measure, "score": score, "protocol": row.protocol}
+    path = latest_checkpoint(best_folder(folder))
     if path is not None:
-        held = load_checkpoint(path)
-        comparable = all(held.state.get(key) == state[key] for key in ("measure", "protocol"))
-        comparable = comparable and isinstance(held.state.get("score"), int | float)
-        if comparable and (held.state["score"] > score or (held.state["score"] == score and held.step <= row["step"])):
+        best = load_checkpoint(path)
+        comparable = all(best.state.get(key) == state[key] for key in ("measure", "protocol"))
+        comparable = comparable and isinstance(best.state.get("score"), int | float)
+        if comparable and (best.state["score"] > score or (best.state["score"] == score and best.step <= row.step)):
             return False
-    save_checkpoint(place, int(row["step"]), tensors=tensors, state=state, keep=1)
-    folder.write_json("best/best.json", {"step": int(row["step"]), measure: score})
+    save_checkpoint(best_folder(folder), row.step, tensors=tensors, state=state, keep=1)
+    folder.write_json("best/best.json", {"step": row.step, measure: score})
     return True
 
 
