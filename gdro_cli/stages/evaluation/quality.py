@@ -48,13 +48,6 @@ class Rated:
             return Measured([[self.groups[prompt.id][measure.detail]] for prompt in self.prompts], None)
         return measured(measure, self.prompts, self.rows)
 
-    def has(self, measure: Measure) -> bool:
-        """Whether there is a prompt of the measure's tag and at least one value in every stratum."""
-        values = self.values(measure)
-        strata = values.strata or [""] * len(values.values)
-        present = {name for name, row in zip(strata, values.values, strict=True) if any(v is not None for v in row)}
-        return bool(strata) and present == set(strata)
-
     @property
     def failed(self) -> int:
         """Images without a reward."""
@@ -129,38 +122,23 @@ def joined(reward: Reward, row: ScoreRow, judgement: ScoreRow | None) -> ScoreRo
     return replace(row, details=details)
 
 
-def change_between(measure: Measure, base: Rated, trained: Rated, *, samples: int) -> Change:
-    """Both models' intervals of one measure and the paired difference."""
-    before, after = base.values(measure), trained.values(measure)
-    return Change(
-        before.interval(samples=samples), after.interval(samples=samples), after.gain(before, samples=samples)
-    )
+def changes(measures: Iterable[Measure], base: Rated, trained: Rated, *, samples: int) -> dict[str, Change]:
+    """Both models' intervals and the paired difference of each measure that both models' images have, by name."""
+    sides = [(measure.name, base.values(measure), trained.values(measure)) for measure in measures]
+    return {
+        name: Change(
+            before.interval(samples=samples), after.interval(samples=samples), after.gain(before, samples=samples)
+        )
+        for name, before, after in sides
+        if after.comparable(before)
+    }
 
 
 def pair_verdict(reward: Reward, base: Rated, trained: Rated, *, samples: int) -> Verdict:
     """The verdict on a model against its base, on the same prompts and noise."""
-    judged = {"reward": reward.measures[0]}
-    judged |= {measure.name: measure for measure in (*quality_measures(reward), *signal_measures(reward))}
-    changes = {
-        name: change_between(measure, base, trained, samples=samples)
-        for name, measure in judged.items()
-        if comparable(measure, base, trained)
-    }
-    return verdict(changes)
-
-
-def comparable(measure: Measure, base: Rated, trained: Rated) -> bool:
-    """Whether some image has the measure on both sides (in every stratum)."""
-    if not (base.has(measure) and trained.has(measure)):
-        return False
-    before, after = base.values(measure), trained.values(measure)
-    strata = before.strata or [""] * len(before.values)
-    both = {
-        name
-        for name, one, other in zip(strata, before.values, after.values, strict=True)
-        if any(a is not None and b is not None for a, b in zip(one, other, strict=True))
-    }
-    return both == set(strata)
+    headline = replace(reward.measures[0], name="reward")
+    judged = (headline, *quality_measures(reward), *signal_measures(reward))
+    return verdict(changes(judged, base, trained, samples=samples))
 
 
 def _decoded(path: Path) -> Image.Image | None:

@@ -191,15 +191,15 @@ class Validation:
     def _row(self, step: int, rated: Rated, known: bool, began: float) -> tuple[ValidationRow, Verdict | None]:
         samples, reward = self.session.recipe.eval.bootstrap, self.session.reward
         interval = rated.values(Measure("reward", reward.trained_on)).interval(samples=samples)
-        measures = [m for m in (reward.measures[0], *quality_measures(reward)) if m.name != "reward" and rated.has(m)]
+        measures = {measure.name: rated.values(measure) for measure in (reward.measures[0], *quality_measures(reward))}
         verdict = None if self.base is None else pair_verdict(reward, self.base, rated, samples=samples)
         row = {
+            **{name: values.interval(samples=samples).mean for name, values in measures.items() if values.complete},
             "step": step,
             "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
-            **{measure.name: rated.values(measure).interval(samples=samples).mean for measure in measures},
             "verdict": None if verdict is None else verdict.level,
             "prompts": interval.prompts,
             "images": interval.images,
