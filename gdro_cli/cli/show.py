@@ -174,17 +174,17 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _last_step(path: Path) -> str:
     """The step of the last whole row of a metrics file; 0 if it has none."""
+    from gdro_cli.runtime.metrics import read_row
+
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return "0"
     for line in reversed(lines):
         try:
-            row = parse_json(line)
+            return str(read_row(line).step)
         except ValueError:
             continue
-        if isinstance(row, dict) and "step" in row:
-            return str(row["step"])
     return "0"
 
 

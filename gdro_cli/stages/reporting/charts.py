@@ -1,6 +1,7 @@
 """Charts as SVG text that goes straight into a page: same numbers, same bytes.
 
-The colours are Okabe and Ito's, which colour-blind people can distinguish; every line also has its own dashes or markers.
+The colours are Okabe and Ito's, which colour-blind people can distinguish. Every line also has its own dashes or
+markers.
 """
 
 from __future__ import annotations
@@ -114,14 +115,11 @@ def validation_chart(
         headline: the task's headline measure, drawn beside the reward where it is another.
         marked: a step to mark, that of the evaluated weights.
     """
-    if not rows:
-        return None
     low, high = [row.low for row in rows], [row.high for row in rows]
     reward = replace(_line(rows, "reward", STYLES[0]), low=low, high=high, band_label="95 % interval")
     others = [_line(rows, headline, STYLES[2])] if headline != "reward" else []
     corrected = _line(rows, "corrected", STYLES[1])
-    panels = [_panel([reward, *others], "validation reward", legend=1)]
-    panels += [_panel([corrected], "corrected score")] if corrected.x else []
+    panels = [_panel([reward, *others], "validation reward", legend=1), _panel([corrected], "corrected score")]
     return _stacked("validation", panels, label="Validation reward and corrected score over steps", marked=marked)
 
 
@@ -129,18 +127,13 @@ def axes_chart(rows: Sequence[ValidationRow], *, marked: int | None = None) -> s
     """The judge's axes and u over steps; None where nothing was judged."""
     styles = {"u": STYLES[6], "alignment": STYLES[0], "coherence": STYLES[2], "style": STYLES[1]}
     lines = [_line(rows, name, style) for name, style in styles.items()]
-    if not any(line.x for line in lines):
-        return None
     panel = _panel(lines, "judge's scale, 1 to 5", legend=2)
     return _stacked("axes", [panel], label="Quality axes and u over steps", marked=marked)
 
 
 def order_chart(rows: Sequence[TrainRow], *, marked: int | None = None) -> str | None:
     """Implicit order accuracy over the steps of a training; None without it."""
-    accuracy = _binned(rows, "implicit_accuracy", STYLES[0])
-    if not accuracy.x:
-        return None
-    panel = _panel([accuracy], "order accuracy", level=0.5)
+    panel = _panel([_binned(rows, "implicit_accuracy", STYLES[0])], "order accuracy", level=0.5)
     return _stacked("order", [panel], label="Implicit order accuracy over steps", marked=marked)
 
 
@@ -150,22 +143,18 @@ def gap_chart(rows: Sequence[TrainRow], *, marked: int | None = None) -> str | N
         _binned(rows, "top1_error_gap", STYLES[0], "best image"),
         _binned(rows, "bottom1_error_gap", STYLES[1], "worst image"),
     ]
-    if not any(line.x for line in lines):
-        return None
     panel = _panel(lines, "error minus reference", level=0, legend=1)
     return _stacked("gaps", [panel], label="Error minus the reference's error over steps", marked=marked)
 
 
 def rounds_chart(rows: Sequence[TrainRow], *, marked: int | None = None) -> str | None:
     """Rewards of the rounds of an online training, and how many ratios were clipped; None for an offline one."""
-    clipped = _binned(rows, "clip_fraction", STYLES[2])
-    if not clipped.x:
-        return None
+    clipped = [_binned(rows, "clip_fraction", STYLES[2])]
     rewards = [
         _binned(rows, "reward", STYLES[0], "mean"),
         _binned(rows, "reward_group_std", STYLES[1], "deviation in a group"),
     ]
-    panels = [_panel(rewards, "reward of the rounds", legend=1), _panel([clipped], "clipped ratios")]
+    panels = [_panel(rewards, "reward of the rounds", legend=1), _panel(clipped, "clipped ratios")]
     return _stacked("rounds", panels, label="Rewards of the rounds and share of clipped ratios", marked=marked)
 
 
@@ -175,10 +164,7 @@ def runs_chart(runs: Runs, *, level: float | None = None) -> str | None:
         [_line(rows, measure, _style(number), name) for number, (name, rows) in enumerate(runs.items())]
         for measure in ("reward", "corrected")
     )
-    if not any(line.x for line in rewards):
-        return None
-    panels = [_panel(rewards, "validation reward", level=level, legend=1)]
-    panels += [_panel(corrected, "corrected score")] if any(line.x for line in corrected) else []
+    panels = [_panel(rewards, "validation reward", level=level, legend=1), _panel(corrected, "corrected score")]
     return _stacked("runs", panels, label="Validation reward and corrected score of the runs over steps")
 
 
@@ -186,19 +172,12 @@ def tradeoff_chart(runs: Runs, *, level: float | None = None) -> str | None:
     """Corrected score against reward, a line per run through its evaluation points; ``level`` marks a reward."""
     lines = []
     for number, (name, rows) in enumerate(runs.items()):
-        points = [(row.reward, row.corrected) for row in rows if row.corrected is not None]
-        if points:
-            lines.append(_Line(*zip(*points, strict=True), _style(number), name))
-    if not lines:
-        return None
-
-    def draw(axes: Axes) -> None:
-        _panel(lines, "corrected score", legend=1)(axes)
-        if level is not None:
-            axes.axvline(level, color=GREY, linewidth=1, linestyle=":")
-        axes.set_xlabel("validation reward")
-
-    return _stacked("tradeoff", [draw], label="Corrected score against reward", height=1.6 * PANEL, across=None)
+        judged = [row for row in rows if row.corrected is not None]
+        x, y = [row.reward for row in judged], [row["corrected"] for row in judged]
+        lines.append(_Line(x, y, _style(number), name))
+    panel = _panel(lines, "corrected score", legend=1)
+    label = "Corrected score against reward"
+    return _stacked("tradeoff", [panel], label=label, height=1.6 * PANEL, across="validation reward", level=level)
 
 
 def sweep_chart(curves: Mapping[str, Mapping[str, Sequence[CurvePoint]]], panels: Mapping[str, str]) -> str | None:
@@ -208,8 +187,6 @@ def sweep_chart(curves: Mapping[str, Mapping[str, Sequence[CurvePoint]]], panels
         curves: by measure and setting.
         panels: the measures in their order, each with the text at its axis.
     """
-    if not any(points for settings in curves.values() for points in settings.values()):
-        return None
     drawn = []
     for number, (measure, label) in enumerate(panels.items()):
         points = {
@@ -229,10 +206,10 @@ def time_chart(curves: Mapping[str, Mapping[str, Sequence[Banded]]], *, level: f
     rewards, corrected = (
         _banded({name: own.get(measure, ()) for name, own in curves.items()}) for measure in ("reward", "corrected")
     )
-    panels = [_panel(rewards, "validation reward", level=level, legend=2)] if rewards else []
-    panels += [_panel(corrected, "corrected score", legend=0 if rewards else 2)] if corrected else []
-    if not panels:
-        return None
+    panels = [
+        _panel(rewards, "validation reward", level=level, legend=2),
+        _panel(corrected, "corrected score", legend=0 if any(line.x for line in rewards) else 2),
+    ]
     label = "Validation reward and corrected score against time, a line per method"
     return _stacked("time", panels, label=label, across="minutes")
 
@@ -261,14 +238,14 @@ def _binned(rows: Iterable[MetricsRow], name: str, style: Style, label: str = ""
 
 
 def _banded(curves: Mapping[str, Sequence[Banded]]) -> list[_Line]:
-    """A line per curve that has points, with a band where there are several seeds."""
+    """A line per curve, with a band where there are several seeds."""
     lines = []
     for number, (name, points) in enumerate(curves.items()):
         spreads = [point.over_seeds for point in points]
         several = any(spread.seeds > 1 for spread in spreads)
         low, high = ([getattr(spread, end) for spread in spreads] if several else [] for end in ("low", "high"))
         x, y = [point.at for point in points], [spread.mean for spread in spreads]
-        lines += [_Line(x, y, _style(number), name, low, high)] if points else []
+        lines.append(_Line(x, y, _style(number), name, low, high))
     return lines
 
 
@@ -279,45 +256,52 @@ def _style(number: int) -> Style:
     return STYLES[place][0], marker, dashes
 
 
-def _panel(lines: Sequence[_Line], label: str, *, legend: int = 0, level: float | None = None) -> Panel:
-    """A panel of lines; ``legend`` has so many columns, and ``level`` is a dotted horizontal line."""
+def _panel(lines: Sequence[_Line], label: str, *, legend: int = 0, level: float | None = None) -> Panel | None:
+    """A panel of lines, None if none has points. ``legend`` has so many columns; ``level`` is a dotted horizontal."""
+    drawn = [line for line in lines if line.x]
 
     def draw(axes: Axes) -> None:
-        for line in lines:
-            if line.x:
-                line.draw(axes)
+        for line in drawn:
+            line.draw(axes)
         if level is not None:
             axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
         axes.set_ylabel(label)
         if legend:
             axes.legend(ncols=legend)
 
-    return draw
+    return draw if drawn else None
 
 
 def _stacked(
     name: str,
-    panels: Sequence[Panel],
+    panels: Sequence[Panel | None],
     *,
     label: str,
     marked: int | None = None,
     height: float = PANEL,
-    across: str | None = "step",
-) -> str:
-    """Draw panels above each other, with one horizontal axis, and return the SVG element; ``across`` names the axis."""
+    across: str = "step",
+    level: float | None = None,
+) -> str | None:
+    """Draw panels above each other and return the SVG element; None without a panel.
+
+    ``across`` names their horizontal axis; on it ``marked`` is a dashed line and ``level`` a dotted one.
+    """
+    drawn = [panel for panel in panels if panel is not None]
+    if not drawn:
+        return None
     own_settings = {**_SETTINGS, "svg.hashsalt": f"gdro {name}"}
     with matplotlib.style.context(["default", own_settings]):  # not the user's
-        figure = Figure(figsize=(WIDTH, height * len(panels) + 0.35), layout="constrained")
+        figure = Figure(figsize=(WIDTH, height * len(drawn) + 0.35), layout="constrained")
         FigureCanvasSVG(figure)
-        grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)
-        for (axes,), draw in zip(grid, panels, strict=True):
+        grid = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)
+        for (axes,), draw in zip(grid, drawn, strict=True):
             draw(axes)
             axes.yaxis.set_major_locator(MaxNLocator(5))
-            if marked is not None:
-                axes.axvline(marked, color=GREY, linewidth=1, linestyle="--")
-        if across is not None:
-            grid[-1][0].set_xlabel(across)
-            grid[-1][0].xaxis.set_major_locator(MaxNLocator(6, integer=across == "step"))
+            for x, dashes in ((marked, "--"), (level, ":")):
+                if x is not None:
+                    axes.axvline(x, color=GREY, linewidth=1, linestyle=dashes)
+        grid[-1][0].set_xlabel(across)
+        grid[-1][0].xaxis.set_major_locator(MaxNLocator(6, integer=across == "step"))
         text = io.StringIO()
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     return _element(text.getvalue(), label)

@@ -17,7 +17,7 @@ from gdro_cli.runtime.checkpoint import (
 )
 from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.runs.finished_run import describe_adapter
+from gdro_cli.stages.runs.finished_run import write_adapter_note
 from gdro_cli.stages.runs.weights import (
     STOPPED,
     UNMEASURED,
@@ -149,4 +149,4 @@ class TrainingState:
         self.ema.load(weights.ema)
         with self.evaluated():
             save_lora(self.session.model, self.folder.path)
-        describe_adapter(self.session, self.folder, weights)
+        write_adapter_note(self.session, self.folder, weights)
