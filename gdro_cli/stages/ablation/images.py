@@ -34,21 +34,21 @@ class ImageRow:
 
     label: str
     about: str
-    """Which weights, or why there are none."""
+    """Which weights drew them, or why there are none."""
     files: tuple[Path, ...]
     """One per prompt; empty where there are no weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What the report shows: a row per setting (its first seed), a column per prompt."""
+    """The images of a report: a row per setting (its first seed), a column per prompt."""
 
     prompts: tuple[PromptRecord, ...]
     rows: tuple[ImageRow, ...]
 
 
 def draw_images(session: Session, ablation: Ablation, folder: Path) -> Images:
-    """Sample what is not there yet; images are named by the weights that drew them.
+    """Sample the images that are missing; they are named by the weights that drew them.
 
     Raises:
         Interrupted: stopped by the user; finished images are kept.
@@ -82,7 +82,7 @@ def _wanted(ablation: Ablation) -> Iterator[tuple[str, str, Recipe, RunWeights |
 
 
 class _Painter:
-    """Draws the prompts' first images; they are encoded once, and only if something is to be drawn."""
+    """Draws the prompts' first images. The prompts are encoded once, and only if an image is missing."""
 
     def __init__(self, session: Session, prompts: Sequence[PromptRecord], folder: Path) -> None:
         self.session, self.prompts, self.folder = session, prompts, folder
@@ -90,8 +90,8 @@ class _Painter:
 
     def draw(self, recipe: Recipe, weights: RunWeights | None, protocol: str) -> tuple[Path, ...]:
         """One file per prompt, of the base model where there are no weights."""
-        who = digest([protocol, "base" if weights is None else weights.identity])
-        files = tuple(self.folder / f"{who}-{prompt.id}.png" for prompt in self.prompts)
+        name = digest([protocol, "base" if weights is None else weights.identity])
+        files = tuple(self.folder / f"{name}-{prompt.id}.png" for prompt in self.prompts)
         if all(_whole(file) for file in files):
             return files
         part = self.session.part(recipe)
@@ -115,7 +115,7 @@ class _Painter:
 
 
 def _whole(file: Path) -> bool:
-    """Whether there is a image in it; what a crash or somebody has left is drawn anew."""
+    """Whether the file is an image; anything else that a crash or a user left there is drawn again."""
     try:
         return file.is_file() and not file.is_symlink() and bool(read_rgb(file))
     except UnreadableImageError:

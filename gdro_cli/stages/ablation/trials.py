@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -21,10 +21,10 @@ from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import make_folder, storage_errors, write_json
 from gdro_cli.models.adapters import reference
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
+from gdro_cli.runtime.metrics import ValidationRow, validation_rows
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.evaluation.validation import Protocol, Validation, validation_protocol
-from gdro_cli.stages.reporting.evaluation_report import validation_rows
 from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.runs.weights import applied, early_end, evaluated_weights
 from gdro_cli.stages.setup.session import Session
@@ -57,18 +57,17 @@ class TrialRun:
         return over and (self.run / "pytorch_lora_weights.safetensors").is_file()
 
     @property
-    def points(self) -> tuple[dict[str, Any], ...]:
+    def points(self) -> tuple[ValidationRow, ...]:
         """The run's evaluation points of the cell's own protocol."""
         if not (self.run / "manifest.json").is_file():
             return ()
-        rows = validation_rows(RunFolder(self.run).metrics())
-        own = (dict(row) for row in rows if row["protocol"] == self.protocol.points)
-        return tuple({row["step"]: row for row in own}.values())
+        points = validation_rows(RunFolder(self.run).metrics())
+        return tuple({point.step: point for point in points if point.protocol == self.protocol.points}.values())
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.trained and any(point["step"] > 0 for point in self.points)
+        return self.trained and any(point.step > 0 for point in self.points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +172,7 @@ def _run(session: Session, trial: TrialRun) -> TrialOutcome:
         if not trial.finished:
             measure_end(session, trial)
     except StoreError as error:
-        return TrialOutcome("failed", printable(str(error)))  # it may name a folder whose name is not text
+        return TrialOutcome("failed", printable(str(error)))  # a folder's name in it may not be text
     except torch.OutOfMemoryError:
         return TrialOutcome("failed", "the device's memory was not enough: set train.micro_batch, or lower k")
     return TrialOutcome("finished")
@@ -196,4 +195,4 @@ def measure_end(session: Session, trial: TrialRun) -> None:
             with adapter:
                 measured = validation.measure(step)
             if measured is not None:
-                folder.append_metrics({"kind": "validation", "step": step, **measured[0]})
+                folder.append_metrics(measured[0])
