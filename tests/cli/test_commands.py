@@ -129,7 +129,9 @@ def test_runs_lists_runs_even_damaged_ones(capsys: pytest.CaptureFixture[str], t
         folder.mkdir(parents=True)
     resolved = load_recipe("ocr", overrides=["train.steps=30"]).resolved()
     (whole / "recipe.json").write_text(json.dumps(resolved), encoding="utf-8")
-    (whole / "metrics.jsonl").write_text('{"step": 1}\n{"step": 20}\n{"st', encoding="utf-8")
+    (whole / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1}\n{"kind": "train", "step": 20}\n{"ki', encoding="utf-8"
+    )
     (damaged / "recipe.json").write_text("{", encoding="utf-8")
     assert run("runs", str(tmp_path)) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]

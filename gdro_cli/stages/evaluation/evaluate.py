@@ -48,6 +48,11 @@ class EvalResult:
         return self.run / "report.html"
 
     @property
+    def grid(self) -> Path | None:
+        """The image grid; None where the recipe asks for none."""
+        return None if self.results.grid is None else self.run / self.results.grid
+
+    @property
     def summary(self) -> dict[str, str]:
         """What the command line shows beside the tables."""
         results = self.results
@@ -65,7 +70,7 @@ class EvalResult:
         if results.unjudged:
             rows["images without a judgement"] = str(results.unjudged)
         rows |= {"results": str(self.file), "report": str(self.page)}
-        return rows | ({"images": str(self.run / results.grid)} if results.grid else {})
+        return rows | ({"images": str(self.grid)} if self.grid else {})
 
 
 def run(session: Session, *, export: Path | None = None) -> EvalResult:
@@ -153,7 +158,7 @@ def write_results(
         recipe=recipe.resolved(),
         environment=environment(),
     )
-    if (folder.path / ADAPTER_NOTE).is_file():  # an earlier version's run has none before its next `gdro train`
+    if (folder.path / ADAPTER_NOTE).is_file():  # a training that was killed at its very end has none
         write_card(folder.path)
     return EvalResult(results, folder.path)
 
