@@ -360,12 +360,15 @@ def test_an_evaluation_writes_its_report(finished: Finished) -> None:
     workspace, trained, evaluated = finished
     run = trained.run.path
     results = json_of(run / "results.json")
-    assert evaluated.results == run / "results.json" and evaluated.page == run / "report.html"
+    assert evaluated.file == run / "results.json" and evaluated.page == run / "report.html"
     assert (results["kind"], results["schema"], results["task"]) == ("gdro results", 2, "ocr")
     point = points_of(run)[-1]
     chosen = {"measure": "corrected", "score": point["corrected"], "protocol": point["protocol"]}
     assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4, "chosen_by": chosen}
-    assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area", *AXES, "u", "corrected"}
+    assert set(results["measures"]) == {
+        *("reward", "exact match", "similarity", "text area"),
+        *(*AXES, "u", "corrected", "corrected of the means"),
+    }
     signals = {"dark_share", "edge_density", "colour_entropy", "high_frequency", "stripe_peak", "diversity"}
     assert signals | {"text_area"} <= set(results["signals"]) <= signals | {"text_area", "rank_disagreement"}
     assert results["verdict"]["level"] in LEVELS and results["verdict"]["reasons"]
@@ -483,10 +486,9 @@ def test_a_destroyed_model_can_be_evaluated(
     workspace, trained = destroyed
     recipe = make_recipe(**DESTROYED, eval={"checkpoint": "last"})
     found = evaluate.run(Session(recipe, workspace, quiet))
-    assert found.step == json_of(trained.run.path / STOPPED)["step"]
-    results = json_of(found.results)
-    assert results["measures"]["u"]["difference"]["mean"] < -0.5
-    assert found.verdict.level == "collapsed"
+    assert found.results.weights.step == json_of(trained.run.path / STOPPED)["step"]
+    assert found.results.measures["u"].difference.mean < -0.5
+    assert found.results.verdict.level == "collapsed"
 
 
 def test_where_it_ends_is_learnt_from_only_if_points_decide_it(make_recipe: MakeRecipe) -> None:
@@ -527,10 +529,10 @@ def test_without_a_judge_there_is_no_quality_and_the_best_point_goes_by_the_rewa
     assert points[0]["protocol"] != points_of(finished[1].run.path)[0]["protocol"]
     assert json_of(trained.run.path / "best" / "best.json") == {"step": 4, "reward": points[-1]["reward"]}
     found = evaluate.run(Session(recipe, tmp_path, quiet))
-    results = json_of(found.results)
+    results = json_of(found.file)
     assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area"}
     assert "rank_disagreement" not in results["signals"] and "dark_share" in results["signals"]
-    assert results["protocol"]["judge"] is None and results["unjudged"] == found.unjudged == 0
+    assert results["protocol"]["judge"] is None and results["unjudged"] == found.results.unjudged == 0
     assert results["verdict"] is not None
     for side in ("base", "trained"):
         assert all(not QUALITY & row["details"].keys() for row in results["images"][side])

@@ -15,6 +15,7 @@ from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end, evaluated_weights, keep_if_best
+from tests.support.rows import point
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -31,7 +32,7 @@ def weights(step: int, *, place: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def offer(run: RunFolder, step: int, score: float, **changes: Any) -> bool:
-    row = {"step": step, "protocol": "p", "reward": 0.5, "corrected": score, **changes}
+    row = point(step, 0.5, corrected=score, **changes)
     return keep_if_best(run, row, measure="corrected", tensors=weights(step))
 
 
@@ -81,18 +82,17 @@ def test_the_same_point_again_replaces_nothing(run: RunFolder) -> None:
 def test_another_protocol_or_measure_begins_anew(run: RunFolder, protocol: str, measure: str) -> None:
     """What was best by other prompts, or by another number, says nothing here, however high it was."""
     offer(run, 30, 0.9)
-    row = {"step": 20, "protocol": protocol, "reward": 0.1, "corrected": 0.1}
+    row = point(20, 0.1, protocol=protocol, corrected=0.1)
     assert keep_if_best(run, row, measure=measure, tensors=weights(20))
     assert kept(run) == (20, 0.1)
 
 
 def test_a_point_without_the_measure_is_no_candidate(run: RunFolder) -> None:
     """Neither first nor instead of another: the judge gave no answer there."""
-    row = {"step": 10, "protocol": "p", "reward": 0.9, "unjudged": 2}
-    assert not keep_if_best(run, row, measure="corrected", tensors=weights(10))
+    assert not keep_if_best(run, point(10, 0.9, unjudged=2), measure="corrected", tensors=weights(10))
     assert latest_checkpoint(best_folder(run)) is None
     assert offer(run, 20, 0.5)
-    assert not keep_if_best(run, {**row, "step": 30}, measure="corrected", tensors=weights(30))
+    assert not keep_if_best(run, point(30, 0.9, unjudged=2), measure="corrected", tensors=weights(30))
     assert kept(run) == (20, 0.5)
 
 
