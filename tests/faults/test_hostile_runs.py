@@ -11,7 +11,7 @@ from PIL import Image
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.rewards.base import MOST_PIXELS, UnreadableImageError, read_rgb
-from gdro_cli.stages.reporting.model_card import Place, card
+from gdro_cli.stages.reporting.model_card import CardFolder, card
 from gdro_cli.stages.reporting.redaction import public_recipe
 from tests.faults.test_security import finished_run
 from tests.support.faulty import check, outcome
@@ -62,21 +62,21 @@ def test_a_base_model_s_name_is_a_link_only_where_it_is_a_hub_id(tmp_path: Path)
     recipe = load_recipe("smoke", overrides=["model.path=/nowhere/x"])
     evil = "x) <script>alert(1)</script> [y](javascript:alert(1)"
     run = replace(finished_run(tmp_path), recipe=recipe)
-    page = card(replace(run, model={**run.model, "path": evil, "commit": "abc"}), Place()).decode()
+    page = card(replace(run, model={**run.model, "path": evil, "commit": "abc"}), CardFolder()).decode()
     prose = page.partition("## How to load it")[0]
     assert "](https://huggingface.co" not in prose and "<script" not in prose.replace("\\<script", "")
     assert "](javascript" not in prose and "base_model" not in page
 
 
-def test_a_grid_is_a_picture_in_the_run(tmp_path: Path) -> None:
+def test_a_grid_is_an_image_in_the_run(tmp_path: Path) -> None:
     """Not an address, not a file that is missing."""
-    (tmp_path / "a.png").write_bytes(b"picture")
+    (tmp_path / "a.png").write_bytes(b"image")
     assert finished_run(tmp_path, grid="a.png").grid == "a.png"
     for name in ("https://evil.example/track.png", "missing.png", "x" * 9999 + ".png"):
         assert finished_run(tmp_path, grid=name).grid is None
 
 
-def test_a_picture_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
+def test_an_image_of_too_many_pixels_is_not_decoded(tmp_path: Path) -> None:
     """It has no score, with the reason."""
     side = int(MOST_PIXELS**0.5) + 1
     Image.new("1", (side, side)).save(tmp_path / "large.png")

@@ -35,6 +35,7 @@ from gdro_cli.stages.ablation.trials import trial_runs
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.runs.identity import learnt_from
+from gdro_cli.stages.runs.results import read_results
 from gdro_cli.stages.runs.weights import STOPPED, best_folder
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
@@ -106,7 +107,7 @@ def test_the_best_point_is_kept_and_exported(finished: Finished, make_recipe: Ma
     run = trained.run.path
     assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": points_of(run)[-1]["corrected"]}
     assert trained.summary["weights kept"] == "those of step 4, the best evaluation point"
-    assert evaluated.step == 4
+    assert evaluated.results.weights.step == 4
     best, last = latest_checkpoint(best_folder(trained.run)), latest_checkpoint(run)
     assert best is not None and last is not None
     for name in ("adapter.safetensors", "ema.safetensors"):
@@ -372,11 +373,14 @@ def test_an_evaluation_writes_its_report(finished: Finished) -> None:
     signals = {"dark_share", "edge_density", "colour_entropy", "high_frequency", "stripe_peak", "diversity"}
     assert signals | {"text_area"} <= set(results["signals"]) <= signals | {"text_area", "rank_disagreement"}
     assert results["verdict"]["level"] in LEVELS and results["verdict"]["reasons"]
-    assert results["verdict"] == {"level": evaluated.verdict.level, "reasons": list(evaluated.verdict.reasons)}
+    assert read_results(run) == evaluated.results
     assert (results["failed"], results["unjudged"]) == (0, 0)
     assert results["protocol"]["judge"]["axes"] == list(AXES)
     for side in ("base", "trained"):
         rows = results["images"][side]
+        change = results["measures"]["corrected of the means"][side]
+        reward = sum(row["value"] for row in rows) / len(rows)
+        assert change["mean"] == pytest.approx(reward * (mean(rows, "u") - 3) + 0.2)
         assert len(rows) == 8 and all((workspace / row["file"]).is_file() for row in rows)
         for name in ("u", "corrected", "dark_share"):
             interval = (results["measures"] | results["signals"])[name][side]
