@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from gdro_cli.embedded import tiny_model_path
 from safetensors.torch import load_file, save_file
 
+from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder

@@ -34,7 +34,7 @@ def image_row(prompt: int, index: int, value: float | None = 0.5, **details: Any
 
 
 def results(
-    *, prompts: int = 2, base: Sequence[Mapping[str, Any]], trained: Sequence[Mapping[str, Any]], **changes: Any
+    *, count: int = 2, base: Sequence[Mapping[str, Any]], trained: Sequence[Mapping[str, Any]], **changes: Any
 ) -> dict[str, Any]:
     """What results.json says of an evaluation of OCR without a judge."""
     half = interval(0.5, 0.4, 0.6)
@@ -56,9 +56,7 @@ def results(
         "seen": 0,
         "bootstrap": 100,
         "grid": None,
-        "prompts": [
-            {"id": f"{n:012x}", "prompt": f"prompt {n}", "target": None, "metadata": {}} for n in range(prompts)
-        ],
+        "prompts": [{"id": f"{n:012x}", "prompt": f"prompt {n}", "target": None, "metadata": {}} for n in range(count)],
         "images": {"base": list(base), "trained": list(trained)},
         **changes,
     }

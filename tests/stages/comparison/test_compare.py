@@ -46,7 +46,7 @@ def make_results(
     names += [] if us is None else ["corrected", "corrected of the means", "u"]
     scored = sum(value is not None for values in rewards for value in values)
     sides = dict.fromkeys(("base", "trained", "difference"), interval(0.5, 0.4, 0.6, images=scored))
-    made = results(prompts=len(rewards), base=rows, trained=rows, measures=dict.fromkeys(names, sides), bootstrap=200)
+    made = results(count=len(rewards), base=rows, trained=rows, measures=dict.fromkeys(names, sides), bootstrap=200)
     for prompt, tag in zip(made["prompts"], tags, strict=False):
         prompt["metadata"] = {"tag": tag}
     protocol = PROTOCOL if us is None else PROTOCOL | {"judge": {"judge": "embedded"}}
@@ -164,7 +164,7 @@ def test_every_difference_of_the_protocols_is_named(make_run: Callable[..., Path
     ]
     assert compare.differing_protocol(read(a), read(b)) == told
     assert compare.differing_protocol(read(a), read(a)) == []
-    for name, made in (("a", a), ("b", b), ("c", make_made(FIRST, protocol=PROTOCOL | {"seed": 8}))):
+    for name, made in (("a", a), ("b", b), ("c", make_results(FIRST, protocol=PROTOCOL | {"seed": 8}))):
         make_run(name, made)
     with pytest.raises(UserError) as refused:
         compare.run(["a", "b", "c"], workspace=tmp_path)
