@@ -77,8 +77,7 @@ def _wanted(ablation: Ablation) -> Iterator[tuple[str, str, Recipe, RunWeights |
             yield label, f"{first.outcome.state}, no images", recipe, None
             continue
         weights = evaluated_weights(RunFolder(first.run), recipe)
-        about = "" if weights is None else f"step {weights.step} ({weights.checkpoint}), seed {first.cell.seed}"
-        yield label, about, recipe, weights
+        yield label, f"step {weights.step} ({weights.checkpoint}), seed {first.cell.seed}", recipe, weights
 
 
 class _Painter:

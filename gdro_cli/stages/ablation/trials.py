@@ -1,7 +1,7 @@
 """The trials of an ablation: ordinary runs, how far each is, and carrying them out.
 
-Several processes may work on the trials of one ablation: each takes the next trial that no other process has taken. The
-outcome of a trial is left in a small file, so that nothing passes between the processes but files.
+Several processes may work on the trials of one ablation: each takes the next trial that no other process has taken. A
+process leaves the outcome of a trial in a small file; the processes share nothing but files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ State = Literal["finished", "ended early", "failed", "unfinished"]
 
 @dataclass(frozen=True, slots=True)
 class TrialRun:
-    """A cell with the run that it is, or will be."""
+    """A cell with its run, whether or not that exists yet."""
 
     cell: Cell
     run: Path
@@ -93,14 +93,14 @@ def trial_runs(session: Session, sweep: Sweep) -> tuple[TrialRun, ...]:
         label = labels.setdefault(trial.run, trial.cell.label)
         if label != trial.cell.label:
             raise UserError(
-                f"{label} and {trial.cell.label} are one and the same training: they differ in nothing that the recipe"
-                f" {sweep.recipe.name} learns from"
+                f"{label} and {trial.cell.label} are the same training of the recipe {sweep.recipe.name}: they differ"
+                " only in keys that it does not learn from"
             )
     odd = [trial.cell.label for trial in trials if trial.protocol.measures != trials[0].protocol.measures]
     if odd:
         raise UserError(
-            f"the validation images of {odd[0]} are sampled or scored otherwise than those of {trials[0].cell.label},"
-            " so the cells could not be compared: sweep another key"
+            f"the validation images of {odd[0]} are not sampled and scored like those of {trials[0].cell.label}, so the"
+            " cells could not be compared: sweep another key"
         )
     return trials
 
@@ -179,14 +179,12 @@ def _run(session: Session, trial: TrialRun) -> TrialOutcome:
 
 
 def measure_end(session: Session, trial: TrialRun) -> None:
-    """Measure the last step of a run that was trained without evaluation points of the cell's protocol."""
+    """Measure the last step of a run that has no evaluation points of the cell's protocol."""
     recipe = trial.cell.recipe
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"checkpoint": "last"})})
     session.reporter.say("the run has no evaluation points of this protocol: its last step is measured now")
     folder = RunFolder(trial.run)
     weights = evaluated_weights(folder, recipe)
-    if weights is None:
-        raise StoreError(f"the run {trial.run} has no checkpoint: delete it and run the same command again")
     with session.part(recipe) as part, folder.lock(), ExitStack() as stack:
         validation = Validation.open(part, trial.run, stack)
         stack.enter_context(applied(part, weights))

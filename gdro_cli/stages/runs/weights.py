@@ -1,4 +1,4 @@
-"""Which weights a run stands for: those of its best evaluation point, or its last ones."""
+"""Which weights of a run are evaluated and exported: those of its best evaluation point, or its last ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ STOPPED = "stopped.json"
 """Says at which step and why a run ended before its last one; see ``early_end``."""
 
 UNMEASURED = "unmeasured"
-"""In the state of a checkpoint whose step's evaluation point is still to be measured."""
+"""In the state of a checkpoint whose step's evaluation point must still be measured."""
+_SAME = "with the same recipe, --set and --out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class RunWeights:
 def early_end(run: Path) -> int | None:
     """The step at which a run ended before its last one; None if it did not.
 
-    A note of a step whose checkpoint is no longer the newest says nothing: the run goes on from the newest.
+    A note of a step whose checkpoint is no longer the newest does not count: the run continues from the newest.
     """
     newest = latest_checkpoint(run)
     if newest is None or not (run / STOPPED).is_file():
@@ -66,7 +67,7 @@ def keep_if_best(
     Args:
         folder: the run.
         row: the point.
-        measure: what points are compared by: ``corrected``, without a judge the task's headline measure.
+        measure: points are compared by it: ``corrected``, or without a judge the task's headline measure.
         tensors: ``adapter`` and ``ema``.
     """
     score = row.get(measure)
@@ -86,7 +87,7 @@ def keep_if_best(
 
 
 def forget_best_after(folder: RunFolder, step: int) -> None:
-    """Delete the kept weights of an evaluation point that a run which goes on from ``step`` has not come to.
+    """Delete the weights of the best point if it comes after ``step``, from which the run continues.
 
     Raises:
         StoreError: the disk refuses.
@@ -97,8 +98,8 @@ def forget_best_after(folder: RunFolder, step: int) -> None:
             shutil.rmtree(best_folder(folder))
 
 
-def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
-    """The weights of a finished run that the recipe evaluates; None when it has no checkpoint.
+def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights:
+    """The weights of a finished run that the recipe evaluates.
 
     Raises:
         PrerequisiteError: the run is not finished.
@@ -106,42 +107,41 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     """
     path = latest_checkpoint(folder.path)
     if path is None:
-        return None
-    kept = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
+        raise PrerequisiteError(f"the run {folder.path} has no checkpoint: run `gdro train` {_SAME} first")
+    best = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
     needed = ("adapter", "ema")
     last = load_checkpoint(path, needed=needed)
     unfinished = last.step != recipe.train.steps or UNMEASURED in last.state
     if unfinished and early_end(folder.path) is None:
         raise PrerequisiteError(
-            f"the run {folder.path} stands at step {last.step} of {recipe.train.steps}: run `gdro train` with the"
-            " same recipe, --set and --out to finish it"
+            f"the run {folder.path} is at step {last.step} of {recipe.train.steps}: run `gdro train` {_SAME} to"
+            " finish it"
         )
-    chosen = last if kept is None else load_checkpoint(kept, needed=needed)
-    file = (kept or path) / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
+    chosen = last if best is None else load_checkpoint(best, needed=needed)
+    file = (best or path) / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
     return RunWeights(
         step=chosen.step,
-        checkpoint="last" if kept is None else "best",
+        checkpoint="last" if best is None else "best",
         adapter=chosen.tensors["adapter"],
         ema=chosen.tensors["ema"],
-        chosen_by=None if kept is None else chosen.state,
+        chosen_by=None if best is None else chosen.state,
         identity=f"{recipe.eval.weights} {sha256_file(file)}",
     )
 
 
 def trained_run(session: Session) -> tuple[RunFolder, RunWeights]:
-    """The run that ``gdro train`` made of the recipe, and the weights of it that the recipe evaluates.
+    """The run that ``gdro train`` made of the recipe, and its weights that the recipe evaluates.
 
     Raises:
         PrerequisiteError: there is no run, or it is not finished.
     """
     folder = find_run(session)
-    weights = None if folder is None else evaluated_weights(folder, session.recipe)
-    if folder is None or weights is None:
+    if folder is None:
         raise PrerequisiteError(
             f"there is no trained model of the recipe {session.recipe.name} in {session.workspace}: run `gdro train`"
-            " with the same recipe, --set and --out first"
+            f" {_SAME} first"
         )
-    return folder, weights
+    return folder, evaluated_weights(folder, session.recipe)
 
 
 @contextmanager
@@ -160,5 +160,5 @@ def applied(session: Session, weights: RunWeights) -> Iterator[None]:
 
 
 def best_folder(folder: RunFolder) -> Path:
-    """Where the best evaluation point's weights lie."""
+    """Folder of the best evaluation point's weights."""
     return folder.path / "best"

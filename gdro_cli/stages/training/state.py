@@ -143,8 +143,6 @@ class TrainingState:
     def export(self) -> None:
         """Put the evaluated adapter where ``pipe.load_lora_weights(run)`` finds it, and describe it."""
         weights = evaluated_weights(self.folder, self.session.recipe)
-        if weights is None:
-            return
         load_lora_state(self.session.model, weights.adapter)
         self.ema.load(weights.ema)
         with self.evaluated():
