@@ -14,10 +14,9 @@ from gdro_cli.files import write_bytes
 from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.models.latents import NOT_FINITE
-from gdro_cli.rewards.base import UnreadableImageError, read_rgb
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ablation.result import Ablation
-from gdro_cli.stages.reporting.image_sheet import blank
+from gdro_cli.stages.reporting.image_sheet import blank, decoded
 from gdro_cli.stages.runs.weights import RunWeights, applied, evaluated_weights
 from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
 from gdro_cli.stages.setup.session import Session
@@ -115,7 +114,4 @@ class _Painter:
 
 def _whole(file: Path) -> bool:
     """Whether the file is an image; anything else that a crash or a user left there is drawn again."""
-    try:
-        return file.is_file() and not file.is_symlink() and bool(read_rgb(file))
-    except UnreadableImageError:
-        return False
+    return file.is_file() and not file.is_symlink() and decoded(file) is not None

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from gdro_cli.rewards.base import UnreadableImageError, read_rgb
+from gdro_cli.stages.reporting.image_sheet import decoded
 from gdro_cli.stages.reporting.number_format import MISSING, VERDICTS, difference, ends, interval, number, signed
 
 IMAGE_SIDE = 256
@@ -54,9 +54,8 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 def data_uri(path: Path, *, side: int = IMAGE_SIDE) -> str | None:
     """An image as a PNG data URI, shrunk to at most ``side`` pixels; None when it is missing or damaged."""
-    try:
-        image = read_rgb(path)
-    except UnreadableImageError:
+    image = decoded(path)
+    if image is None:
         return None
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()

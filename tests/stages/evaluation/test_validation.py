@@ -93,7 +93,7 @@ def test_the_point_at_step_0_is_the_base_model(finished: Finished) -> None:
         assert row["details"]["corrected"] == corrected_score(row["value"], row["details"]["u"])
 
 
-def test_each_point_has_its_sheet_of_pictures(finished: Finished) -> None:
+def test_each_point_has_its_sheet_of_images(finished: Finished) -> None:
     folder = finished[1].run.path / "validation"
     assert sorted(path.name for path in folder.glob("*.png")) == ["step-000000.png", "step-000004.png"]
     for path in folder.glob("*.png"):
@@ -158,7 +158,7 @@ def _first(held: dict[str, Any]) -> dict[str, Any]:
 
 
 HARMS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no digest, as earlier versions wrote it": lambda held: held.pop("sha256"),
+    "no digest, as if it was cut out": lambda held: held.pop("sha256"),
     "another digest": lambda held: held.update(sha256="0" * 64),
     "a digest of another kind": lambda held: held.update(sha256=3),
     "a value edited": lambda held: held["rows"][0].update(value=1.0),
@@ -170,7 +170,7 @@ HARMS: dict[str, Callable[[dict[str, Any]], object]] = {
     "rows a number": _resealed(lambda held: held.update(rows=3)),
     "rows in another order": _resealed(lambda held: held["rows"].reverse()),
     "a row twice": _resealed(lambda held: held["rows"].append(held["rows"][0])),
-    "another picture": _resealed(lambda held: held["rows"][0].update(index=1)),
+    "another image": _resealed(lambda held: held["rows"][0].update(index=1)),
     "groups a list": _resealed(lambda held: held.update(groups=list(held["groups"]))),
     "a group a number": _resealed(lambda held: held["groups"].update(dict.fromkeys(held["groups"], 3))),
     "a signal too few": _resealed(lambda held: _first(held).pop("diversity")),
@@ -312,7 +312,7 @@ def test_a_judge_that_hangs_does_not_hold_a_stop_up(
         assert time.monotonic() - began < PATIENCE / 2
         (run,) = (disturbed / "runs").iterdir()
         assert not (run / "lock.owner").exists() and [row["step"] for row in points_of(run)] == list(range(0, point, 2))
-        with pytest.raises(PrerequisiteError, match=f"stands at step {point} of 4: run `gdro train`"):
+        with pytest.raises(PrerequisiteError, match=f"is at step {point} of 4: run `gdro train`"):
             evaluate.run(Session(recipe, disturbed, Listener()))
         with (run / "metrics.jsonl").open("ab") as file:  # as a kill does that comes before the checkpoint says so
             rows = (whole / "metrics.jsonl").read_bytes().splitlines(keepends=True)
