@@ -34,10 +34,15 @@ class Difference:
     before_present: bool = True
     after_present: bool = True
 
+    @property
+    def texts(self) -> tuple[str, str]:
+        """Both values as JSON; ``(absent)`` for a side that lacks the key."""
+        sides = ((self.before, self.before_present), (self.after, self.after_present))
+        before, after = (json.dumps(value, ensure_ascii=False) if present else "(absent)" for value, present in sides)
+        return before, after
+
     def __str__(self) -> str:
-        before = json.dumps(self.before, ensure_ascii=False) if self.before_present else "(absent)"
-        after = json.dumps(self.after, ensure_ascii=False) if self.after_present else "(absent)"
-        return f"{self.path}: {before} -> {after}"
+        return f"{self.path}: {' -> '.join(self.texts)}"
 
 
 def differences(before: BaseModel | Mapping[str, Any], after: BaseModel | Mapping[str, Any]) -> tuple[Difference, ...]:

@@ -181,9 +181,9 @@ def evaluate(
     from gdro_cli.stages.evaluation import evaluate as stage
 
     result = stage.run(launch.start(job), path=path, export=export)
-    tables.print_comparisons("Base against trained, held-out prompts (mean and 95 % interval)", result.comparisons)
-    tables.print_comparisons("Signals of reward hacking", result.signals)
-    tables.print_verdict(result.verdict)
+    tables.print_changes("Base against trained, held-out prompts (mean and 95 % interval)", result.results.measures)
+    tables.print_changes("Signals of reward hacking", result.results.signals)
+    tables.print_verdict(result.results.verdict)
     tables.print_result("Evaluation", result.summary)
 
 
@@ -201,7 +201,7 @@ def compare(
     result = stage.run(runs, at_reward=at_reward, workspace=out)
     tables.print_table("Held-out prompts (mean, and paired difference to the first run)", *result.measure_table)
     tables.print_table("At matched reward (validation prompts)", *result.matched_table)
-    tables.print_table("Methods: mean (lowest to highest) over training seeds", *result.arms_table)
+    tables.print_table("Methods: mean (lowest to highest) over training seeds", *result.seed_group_table)
     tables.print_table("Minutes, without evaluation points", *result.times_table)
     tables.print_result("Comparison", result.summary)
 

@@ -14,9 +14,8 @@ from gdro_cli.runtime.terminal import is_main_process, printable
 
 if TYPE_CHECKING:
     from gdro_cli.core.scores import Interval
-    from gdro_cli.core.verdict import Verdict
+    from gdro_cli.core.verdict import Change, Verdict
     from gdro_cli.stages.ablation.ablate import AblationResult
-    from gdro_cli.stages.evaluation.evaluate import Comparison
 
 WIDEST = 400
 """Characters of a line that need not fit into a terminal."""
@@ -28,10 +27,13 @@ def print_result(title: str, summary: Mapping[str, object]) -> None:
         print_pairs(title, [(name, str(value)) for name, value in summary.items()])
 
 
-def print_comparisons(title: str, comparisons: Iterable[Comparison]) -> None:
+def print_changes(title: str, changes: Mapping[str, Change]) -> None:
     """Print each measured quantity of both models with its interval, and the paired difference."""
     if is_main_process():
-        rows = [[c.name, _interval(c.base), _interval(c.trained), _interval(c.difference, "+.3f")] for c in comparisons]
+        rows = [
+            [name, _interval(change.base), _interval(change.trained), _interval(change.difference, "+.3f")]
+            for name, change in changes.items()
+        ]
         print_table(title, ["", "base", "trained", "difference"], rows)
 
 

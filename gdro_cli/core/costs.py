@@ -6,12 +6,11 @@ Evaluation points do not count: the observer chooses how many there are, not the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
-Row = Mapping[str, Any]
+from gdro_cli.core.evaluation_points import Point as Row
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,18 @@ images, a mean over the rest also reflects the failures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-Point = Mapping[str, Any]
+
+class Point(Protocol):
+    """A row of metrics: a mapping, or what is read like one."""
+
+    def __getitem__(self, name: str, /) -> Any: ...
+
+    def get(self, name: str, default: Any = None, /) -> Any:
+        """The value of that name; ``default`` where it is missing."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

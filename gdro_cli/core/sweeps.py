@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
 
 from gdro_cli.core.evaluation_points import MissingLimits, Point
 
@@ -89,7 +88,7 @@ def best(settings: Mapping[str, Spread | None], *, seeds: int) -> tuple[str, ...
     return tuple(name for name, mean in means.items() if mean == max(means.values()))
 
 
-def training_seconds(rows: Iterable[Mapping[str, Any]], *, steps: int) -> float | None:
+def training_seconds(rows: Iterable[Point], *, steps: int) -> float | None:
     """Return the wall time of a training run: the mean logged step times ``steps``, and the evaluation points.
 
     None without a logged step.

@@ -6,7 +6,6 @@ They are only reported: if a line is missing or damaged, the total is unknown.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from gdro_cli.files import append_bytes, json_lines, parse_json
 
@@ -36,8 +35,3 @@ def total_time(folder: Path, *, shards: int) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return sum(times.values()) if times.keys() >= set(range(shards)) else None
-
-
-def is_time(value: Any) -> bool:
-    """Whether a value of a JSON file is a number of seconds."""
-    return type(value) in (int, float) and value >= 0

@@ -9,7 +9,7 @@ lock              locked by the process that works in the folder, which lock.own
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,6 @@ from gdro_cli.files import (
     append_bytes,
     json_lines,
     make_folder,
-    parse_json,
     read_file,
     read_json,
     read_object,
@@ -30,6 +29,7 @@ from gdro_cli.files import (
 )
 from gdro_cli.identity import differences
 from gdro_cli.runtime.lock import folder_lock
+from gdro_cli.runtime.metrics import MetricsRow, ValidationRow, read_row
 
 SCHEMA = 1
 _REMEDY = "restore it, or start another run with --out"
@@ -133,32 +133,45 @@ class RunFolder:
         """The file of the metrics."""
         return self.path / "metrics.jsonl"
 
-    def append_metrics(self, row: Mapping[str, str | float | None]) -> None:
-        """Add one line to the metrics; once this returns, it survives a kill of the process.
-
-        Args:
-            row: with its ``kind`` (text) and ``step`` (integer), by which resuming cuts the file.
+    def append_metrics(self, row: MetricsRow) -> None:
+        """Add one row to the metrics; it survives a kill of the process as soon as this returns.
 
         Raises:
             StoreError: the file cannot be written to.
         """
-        append_bytes(self.metrics_path, json_lines([row]))
+        append_bytes(self.metrics_path, json_lines([row.to_json()]))
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """All rows but a last line that a crash cut off.
+    def metrics(self) -> list[MetricsRow]:
+        """Read all rows; a last line that was cut off by a crash is left out.
 
         Raises:
             StoreError: another line is damaged.
         """
-        rows = []
+        return [row for row, _ in self._rows()]
+
+    def truncate_metrics(self, after_step: int, *, unmeasured: bool = False) -> None:
+        """Drop every row of a step beyond ``after_step``: those steps will be run again.
+
+        With ``unmeasured`` the evaluation point of that step will be measured again as well.
+        """
+        if self.metrics_path.exists():
+            last_point = after_step - unmeasured
+            kept = [
+                line
+                for row, line in self._rows()
+                if row.step <= (last_point if isinstance(row, ValidationRow) else after_step)
+            ]
+            write_bytes(self.metrics_path, b"".join(line + b"\n" for line in kept))
+
+    def _rows(self) -> Iterator[tuple[MetricsRow, bytes]]:
+        """Each row with its line. Raises StoreError."""
         for number, line in enumerate(self._metrics_bytes().split(b"\n")[:-1], start=1):
             try:
-                rows.append(_row(parse_json(line)))
+                yield read_row(line), line
             except ValueError as error:
                 raise StoreError(
                     f"{self.metrics_path} line {number} is damaged: delete the line to continue"
                 ) from error
-        return rows
 
     def _drop_torn_line(self) -> None:
         """Cut off a last line that a crash left unfinished, so that the next row starts a line."""
@@ -170,28 +183,8 @@ class RunFolder:
         """The content of the file, empty if there is none. Raises StoreError."""
         return read_file(self.metrics_path, remedy=_REMEDY) if self.metrics_path.exists() else b""
 
-    def truncate_metrics(self, after_step: int, *, unmeasured: bool = False) -> None:
-        """Drop every row of a step after ``after_step``: those steps will run again.
-
-        With ``unmeasured`` the evaluation point of ``after_step`` will also be measured again.
-        """
-        if self.metrics_path.exists():
-            repeated = (after_step, "validation") if unmeasured else None
-            rows = [row for row in self.metrics() if row["step"] <= after_step]
-            valid = [row for row in rows if (row["step"], row["kind"]) != repeated]
-            write_bytes(self.metrics_path, json_lines(valid))
-
     # -- one writer ---------------------------------------------------------------------------------------------
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the folder for this process; see ``lock.folder_lock``."""
         return folder_lock(self.path / "lock")
-
-
-def _row(value: Any) -> dict[str, Any]:
-    """A row of metrics: a step, a kind, and further texts, numbers and nulls. Raises ValueError for anything else."""
-    if not isinstance(value, dict) or type(value.get("step")) is not int or not isinstance(value.get("kind"), str):
-        raise ValueError("a row of metrics needs an integer 'step' and a 'kind'")
-    if not all(isinstance(entry, str | int | float | None) for entry in value.values()):
-        raise ValueError("a row of metrics has only texts and numbers")
-    return value

@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from gdro_cli.rewards.base import UnreadableImageError, read_rgb
-from gdro_cli.stages.reporting.html import picture
+from gdro_cli.stages.reporting.html import data_uri
 from tests.support.faulty import Case, check, command, rows
 
 
@@ -68,10 +68,10 @@ def test_an_image(case: Case, tmp_path: Path) -> None:
     except UnreadableImageError as error:
         assert case.code == 1 and case.words in str(error) and str(path) in str(error)
         assert "\n" not in str(error) and len(str(error)) < 500
-        assert picture(path) is None
+        assert data_uri(path) is None
     else:
         assert case.code == 0 and image.mode == "RGB"
-        shown = picture(path)
+        shown = data_uri(path)
         assert shown is not None and shown.startswith("data:image/png;base64,")
 
 

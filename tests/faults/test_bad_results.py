@@ -10,33 +10,20 @@ from typing import Any
 
 import pytest
 
-from gdro_cli.runtime.run import RunFolder
+from gdro_cli.config.load import load_recipe
 from gdro_cli.stages.comparison import compare
-from gdro_cli.stages.runs.results import read_shown
 from tests.support.faulty import Case, check, command, outcome, rows
+from tests.support.rows import image_row, interval, point, results
 
-INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6, "prompts": 2, "images": 2, "level": 0.95}
+INTERVAL = interval(0.5, 0.4, 0.6, images=2)
 SIDES = {"base": INTERVAL, "trained": INTERVAL, "difference": INTERVAL}
-ROWS = [{"prompt_id": f"{n:012x}", "index": 0, "value": 0.5, "reason": None, "details": {"u": 3.0}} for n in range(2)]
-RESULTS: dict[str, Any] = {
-    "kind": "gdro results",
-    "schema": 2,
-    "recipe": "small",
-    "task": "ocr",
-    "method": {"name": "gdro"},
-    "run": "small",
-    "protocol": {"seed": 1000, "judge": None},
-    "weights": {"kind": "ema", "checkpoint": "best", "step": 4},
-    "measures": {"reward": SIDES, "u": SIDES},
-    "signals": {},
-    "verdict": {"level": "healthy", "reasons": []},
-    "failed": 0,
-    "unjudged": 0,
-    "bootstrap": 100,
-    "grid": None,
-    "prompts": [{"id": f"{n:012x}", "prompt": f"prompt {n}", "target": None, "metadata": {}} for n in range(2)],
-    "images": {"base": ROWS, "trained": copy.deepcopy(ROWS)},  # a copy, so that a test can change one
-}
+RESULTS = results(
+    base=[image_row(n, 0, u=3.0) for n in range(2)],
+    trained=[image_row(n, 0, u=3.0) for n in range(2)],
+    measures={"reward": SIDES, "u": SIDES},
+)
+ROWS = RESULTS["images"]["base"]
+RECIPE = load_recipe("smoke").resolved()
 
 
 @pytest.fixture
@@ -47,8 +34,8 @@ def pair(tmp_path: Path) -> Path:
         folder.mkdir(parents=True)
         (folder / "results.json").write_text(json.dumps(RESULTS))
         (folder / "recipe.json").write_text(json.dumps({"name": "small", "train": {"steps": 4}}))
-        point = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5, "prompts": 2, "images": 2}
-        (folder / "metrics.jsonl").write_text(json.dumps(point) + "\n")
+        (folder / "resolved.json").write_text(json.dumps(RECIPE))
+        (folder / "metrics.jsonl").write_text(json.dumps(point(4, 0.5).to_json()) + "\n")
     return tmp_path
 
 
@@ -74,28 +61,32 @@ def row(**changes: Any) -> Change:
 AGAIN = "run `gdro eval` with its recipe again"
 # The content of results.json: bytes, or a change of intact results.
 RESULT_FILES: list[Case] = [
-    Case("intact", with_(), 0),
-    Case("no verdict", with_(verdict=None), 0),
+    Case("sound", with_(), 0),
+    Case("an unknown key", with_(extra=1), 4, "damaged at extra"),
+    Case("no verdict", with_(verdict=None), 4, "damaged at verdict"),
+    Case("another verdict", with_(verdict={"level": "fine", "reasons": []}), 4, "damaged at verdict.level"),
     Case("cut", whole(RESULTS)[:-20], 4, "results.json is damaged"),
-    Case("NaN", whole(RESULTS).replace(b"0.95", b"NaN"), 4, "results.json is damaged"),
+    Case("NaN", whole(RESULTS).replace(b"0.95", b"NaN"), 4, "results.json is damaged at measures.reward"),
     Case("no UTF-8", whole(RESULTS).replace(b"small", b"\xff"), 4, "results.json is damaged"),
     Case("a list", b"[]", 4, "does not hold results"),
     Case("another kind", with_(kind="x"), 4, "does not hold results"),
     Case("another schema", with_(schema=1), 4, "has schema 1"),
     *(
         Case(f"no {key}", without(key), 4, f"damaged at {key}")
-        for key in ("task", "weights", "measures", "prompts", "images")
+        for key in ("task", "weights", "measures", "prompts", "images", "seen", "protocol_name")
     ),
     Case("no protocol", without("protocol"), 4, "damaged at protocol"),
     Case("another protocol", with_(protocol={"seed": 1, "judge": None}), 2, "seed: 1000 / 1"),
     Case("interval cut", with_(measures={"reward": SIDES | {"trained": {"mean": 1}}}), 4, "measures.reward.trained"),
     Case("mean a text", with_(measures={"reward": SIDES | {"base": INTERVAL | {"mean": "1"}}}), 4, "base.mean"),
     Case("bootstrap 0", with_(bootstrap=0), 4, "damaged at bootstrap"),
-    Case("other prompts", with_(prompts=RESULTS["prompts"][:1]), 4, "damaged at images"),
-    Case("geneval without tags", with_(task="geneval"), 4, "damaged at prompts"),
-    Case("fewer images", with_(images={"base": ROWS, "trained": ROWS[:1]}), 4, "other pictures than"),
-    Case("row of another prompt", row(prompt_id="../../x"), 4, "damaged at images"),
-    Case("value and reason", row(reason="x"), 4, "hold a damaged row"),
+    Case("other prompts", with_(prompts=RESULTS["prompts"][:1]), 4, "damaged (images of unknown prompts)"),
+    Case("geneval without tags", with_(task="geneval"), 4, "damaged (prompts without a tag)"),
+    Case("another reward", with_(task="beauty"), 2, "there is no reward 'beauty'"),
+    Case("fewer images", with_(images={"base": ROWS, "trained": ROWS[:1]}), 4, "other images than"),
+    Case("row of another prompt", row(prompt_id="../../x"), 4, "damaged (images of unknown prompts)"),
+    Case("value and reason", row(reason="x"), 4, "damaged at images.trained.0"),
+    Case("interval without a mean", with_(measures={"u": SIDES | {"base": INTERVAL | {"mean": None}}}), 4, "base.mean"),
     Case("detail a text", row(details={"u": "3"}), 4, "is not a number"),
 ]
 
@@ -105,9 +96,9 @@ def test_results(case: Case, pair: Path) -> None:
     """The first run is intact. A comparison that fails leaves no files."""
     given = case.given
     if not isinstance(given, bytes):
-        results = copy.deepcopy(RESULTS)
-        given(results)
-        given = json.dumps(results).encode()
+        changed = copy.deepcopy(RESULTS)
+        given(changed)
+        given = json.dumps(changed).encode()
     (pair / "runs" / "two" / "results.json").write_bytes(given)
     check(outcome(lambda: compare.run(["one", "two"], workspace=pair)), case.code, case.words)
     assert (pair / "comparisons").exists() == (case.code == 0)
@@ -116,6 +107,8 @@ def test_results(case: Case, pair: Path) -> None:
 BESIDE = [
     Case("metrics cut in the middle", ("metrics.jsonl", b'{"step"\n{"step": 1}\n'), 4, "line 1 is damaged"),
     Case("recipe cut", ("recipe.json", b"{"), 4, "recipe.json is damaged"),
+    Case("resolved recipe cut", ("resolved.json", b"{"), 4, "resolved.json is damaged"),
+    Case("resolved recipe of another version", ("resolved.json", b'{"x": 1}'), 2, "x"),
     Case("times cut", ("stores.json", b"{"), 4, "stores.json is damaged"),
 ]
 
@@ -130,26 +123,5 @@ def test_files_beside_results(case: Case, pair: Path) -> None:
 
 def test_the_command_line_reports_the_same(pair: Path) -> None:
     (pair / "runs" / "two" / "results.json").write_bytes(b"{}")
-    check(command("compare", "one", "two", "--out", str(pair)), 4, "does not hold results")
-
-
-def trained(*without: str, **changes: Any) -> Change:
-    """Another interval of the trained model."""
-    interval = {name: value for name, value in {**INTERVAL, **changes}.items() if name not in without}
-    return with_(measures={"reward": SIDES | {"trained": interval}})
-
-
-SHOWN = [
-    Case("intact", with_(), 0),
-    Case("nothing measured", trained(mean=None, low=None, high=None), 0),
-    *(Case(f"without {name}", trained(name), 4, f"reward.trained.{name}") for name in ("mean", "low", "high")),
-    Case("low a text", trained(low="0.4"), 4, "reward.trained.low"),
-]
-
-
-@rows(SHOWN)
-def test_what_a_card_shows(case: Case, tmp_path: Path) -> None:
-    results = copy.deepcopy(RESULTS | {"protocol_name": "p", "seen": 0})
-    case.given(results)
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    check(outcome(lambda: read_shown(RunFolder(tmp_path))), case.code, case.words)
+    found = command("compare", "one", "two", "--out", str(pair))
+    check(found, 4, "does not hold results")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gdro_cli.runtime.metrics import TrainRow
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import note_batch, read_batches
 from tests.support.faulty import Case, check, command, outcome, rows
@@ -26,7 +27,7 @@ def open_run(path: Path) -> RunFolder:
 def run(tmp_path: Path) -> Path:
     folder = open_run(tmp_path / "runs" / "small-1")
     for step in (1, 2, 3):
-        folder.append_metrics({"kind": "train", "step": step, "loss": 0.5})
+        folder.append_metrics(TrainRow(step=step, loss=0.5))
     folder.write_json("stores.json", [{"step": 0, "sampling": 1.0, "scoring": 2.0}])
     return folder.path
 
@@ -70,6 +71,7 @@ RUNS = [
     Case("loss NaN", line(b'{"kind": "train", "step": 1, "loss": NaN}'), 4, BAD_LINE),
     Case("loss a list", line(b'{"kind": "train", "step": 1, "loss": [1]}'), 4, BAD_LINE),
     Case("loss missing", line(b'{"kind": "train", "step": 1, "loss": null}'), 0),
+    Case("another kind", line(b'{"kind": "other", "step": 1}'), 4, BAD_LINE),
     Case("no kind", line(b'{"step": 1, "loss": 0.5, "seconds": 1.0}'), 4, BAD_LINE),
     Case("times a number", put("stores.json", b"3"), 4, "stores.json is damaged"),
     Case("a time of text", put("stores.json", b'[{"step": 0, "sampling": "x", "scoring": 1}]'), 4, "delete it"),

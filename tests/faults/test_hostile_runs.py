@@ -11,7 +11,7 @@ from PIL import Image
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.rewards.base import MOST_PIXELS, UnreadableImageError, read_rgb
-from gdro_cli.stages.reporting.model_card import Place, card
+from gdro_cli.stages.reporting.model_card import CardFolder, card
 from gdro_cli.stages.reporting.redaction import public_recipe
 from tests.faults.test_security import finished_run
 from tests.support.faulty import check, outcome
@@ -62,7 +62,7 @@ def test_a_base_models_name_is_a_link_only_if_it_is_a_hub_id(tmp_path: Path) -> 
     recipe = load_recipe("smoke", overrides=["model.path=/nowhere/x"])
     evil = "x) <script>alert(1)</script> [y](javascript:alert(1)"
     run = replace(finished_run(tmp_path), recipe=recipe)
-    page = card(replace(run, model={**run.model, "path": evil, "commit": "abc"}), Place()).decode()
+    page = card(replace(run, model={**run.model, "path": evil, "commit": "abc"}), CardFolder()).decode()
     prose = page.partition("## How to load it")[0]
     assert "](https://huggingface.co" not in prose and "<script" not in prose.replace("\\<script", "")
     assert "](javascript" not in prose and "base_model" not in page

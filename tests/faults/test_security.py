@@ -38,12 +38,13 @@ from gdro_cli.stages.comparison import compare
 from gdro_cli.stages.exporting.export import _grid
 from gdro_cli.stages.reporting.charts import sweep_chart
 from gdro_cli.stages.reporting.evaluation_report import write_report
-from gdro_cli.stages.reporting.model_card import Place, card
+from gdro_cli.stages.reporting.model_card import CardFolder, card
 from gdro_cli.stages.reporting.redaction import ADDRESS, recipe_yaml
-from gdro_cli.stages.runs.finished_run import FinishedRun
-from tests.faults.test_bad_results import RESULTS
+from gdro_cli.stages.runs.finished_run import AdapterWeights, FinishedRun
+from tests.faults.test_bad_results import RECIPE, RESULTS
 from tests.support.faulty import check, outcome
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails
+from tests.support.rows import point, read
 from tests.support.small_store import use
 
 PACKAGE = Path(gdro_cli.__file__).parent
@@ -163,10 +164,8 @@ def listing(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    "name", ["../secret.png", "../../secret.png", "/etc/passwd", "link.png", "a\0.png", "x.html", 7]
-)
-def test_results_cannot_name_an_image_outside_their_run(name: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../secret.png", "../../secret.png", "/etc/passwd", "link.png", "a\0.png", "x.html"])
+def test_results_cannot_name_an_image_outside_their_run(name: str, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "small"
     run.mkdir(parents=True)
     for path in (tmp_path / "secret.png", tmp_path / "runs" / "secret.png", run / "x.html"):
@@ -185,27 +184,25 @@ def test_a_comparison_reads_and_writes_only_in_its_own_folders(tmp_path: Path) -
     assert [name for name in listing(tmp_path) if not name.startswith("out/comparisons")] == before
 
 
-def write_run(path: Path, *, results: dict[str, Any], point: dict[str, Any] | None = None) -> Path:
+def write_run(path: Path, *, results: dict[str, Any]) -> Path:
     path.mkdir(parents=True)
     (path / "results.json").write_text(json.dumps(results))
     (path / "recipe.json").write_text(json.dumps({"name": path.name}))
-    row = {"kind": "validation", "step": 4, "protocol": "p", "reward": 0.5, "prompts": 2, "images": 2} | (point or {})
-    (path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    (path / "resolved.json").write_text(json.dumps(RECIPE))
+    (path / "metrics.jsonl").write_text(json.dumps(point(4, 0.5).to_json()) + "\n")
     return path
 
 
 def finished_run(path: Path, **results: Any) -> FinishedRun:
-    recipe = load_recipe("smoke")
-    more = {"seen": 0, "protocol_name": "p"}
     return FinishedRun(
         folder=RunFolder(path),
-        recipe=recipe,
+        recipe=load_recipe("smoke"),
         model={"path": "tiny", "pipeline": "FluxPipeline", "family": "flux", "dtype": "float32", "digest": "0"},
-        weights={"kind": "ema", "checkpoint": "best", "step": 4, "sha256": "0"},
+        weights=AdapterWeights(kind="ema", checkpoint="best", step=4, sha256="0"),
         call={"num_inference_steps": 3},
         manifest={"inputs": {"store": HOSTILE}, "created": HOSTILE},
         environment={"packages": {"torch": HOSTILE}, "devices": [HOSTILE], "commit": HOSTILE},
-        results={**RESULTS, **more, **results},
+        results=read({**RESULTS, **results}),
     )
 
 
@@ -232,22 +229,19 @@ def hostile_results() -> dict[str, Any]:
         "run": HOSTILE,
         "protocol": {HOSTILE: HOSTILE, "judge": {"judge": HOSTILE}},
         "protocol_name": HOSTILE,
-        "verdict": {"level": HOSTILE, "reasons": [HOSTILE]},
+        "verdict": {"level": "healthy", "reasons": [HOSTILE]},
         "prompts": prompts,
         "images": {"base": images, "trained": images},
-        "seen": 0,
     }
 
 
 def test_a_report_escapes_prompts_and_recognised_text(tmp_path: Path) -> None:
-    metrics = [{"kind": "validation", "step": 4, "protocol": HOSTILE, "reward": 0.5, "verdict": HOSTILE}]
-    metrics[0] |= {"low": 0.4, "high": 0.6, "prompts": 2, "images": 2}
     page = write_report(
         tmp_path / "report.html",
-        hostile_results(),
-        metrics,
+        read(hostile_results()),
+        [point(4, 0.5, protocol=HOSTILE)],
         workspace=tmp_path,
-        recipe={"name": HOSTILE, "eval": {}},
+        recipe={"name": HOSTILE, "eval": {"grid_prompts": 2}},
         environment={"python": HOSTILE},
     ).read_text()
     assert "&lt;script&gt;" in page
@@ -279,8 +273,8 @@ def test_an_ablation_escapes_its_labels() -> None:
 
 
 def test_a_model_card_escapes_the_texts_of_a_run(tmp_path: Path) -> None:
-    run = replace(finished_run(tmp_path), results={**hostile_results()})
-    for place in (Place(), Place("adapter", HOSTILE), Place("merged", HOSTILE, 0.1)):
+    run = replace(finished_run(tmp_path), results=read(hostile_results()))
+    for place in (CardFolder(), CardFolder("adapter", HOSTILE), CardFolder("merged", HOSTILE, 0.1)):
         text = card(run, place).decode()
         front = yaml.safe_load(text.split("---\n")[1])
         assert front["library_name"] == "diffusers"

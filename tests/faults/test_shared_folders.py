@@ -19,6 +19,7 @@ from gdro_cli.errors import Interrupted
 from gdro_cli.files import write_bytes, write_json, write_tensors
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.lock import folder_lock
+from gdro_cli.runtime.metrics import TrainRow
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.image_folder import write_images
 from tests.support import small_store
@@ -117,7 +118,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
         filler = disk / "filler"
         with pytest.raises(OSError, match="No space"):
             filler.write_bytes(bytes(2 * 10**6))
-        check(outcome(lambda: [run.append_metrics({"kind": "train", "step": n}) for n in range(10_000)]), 4, full)
+        check(outcome(lambda: [run.append_metrics(TrainRow(step=n)) for n in range(10_000)]), 4, full)
         check(outcome(lambda: folder_lock(disk / "lock").__enter__()), 4, full)
         filler.unlink()
         again = RunFolder.create_or_open(disk / "run", recipe={}, inputs={}, environment={})
@@ -160,7 +161,7 @@ def test_a_read_only_disk(tmp_path: Path) -> None:
         for attempt in (
             lambda: store.write_shard(0, [large_group(0), large_group(1)]),
             lambda: save_checkpoint(run.path, 2, tensors=weights(10), state={}, keep=1),
-            lambda: run.append_metrics({"kind": "train", "step": 1}),
+            lambda: run.append_metrics(TrainRow(step=1)),
             lambda: write_json(disk / "x.json", {}),
             lambda: folder_lock(disk / "lock").__enter__(),
         ):

@@ -113,7 +113,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     losses = [row["loss"] for row in trained.run.metrics() if row["kind"] == "train"]
     assert len(losses) == 3 and np.isfinite(losses).all() and losses[0] != losses[2]
     evaluated = evaluate.run(Session(recipe, tmp_path, quiet))  # with the real OCR
-    assert evaluated.comparisons[0].trained.images == 2
+    assert next(iter(evaluated.results.measures.values())).trained.images == 2
 
     session = Session(recipe, tmp_path)
     model: FlowModel = session.model

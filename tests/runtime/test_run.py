@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gdro_cli.errors import StoreError
+from gdro_cli.runtime.metrics import TrainRow, read_row, train_rows, validation_rows
 from gdro_cli.runtime.run import RunFolder
+from tests.support.rows import point
 
 RECIPE = {"name": "ocr", "train": {"lr": 3e-4, "steps": 10, "adam_betas": [0.9, 0.999]}}
 INPUTS = {"store": "abc"}
@@ -67,25 +71,47 @@ def test_metrics_are_cut_at_a_step(tmp_path: Path) -> None:
     assert run.metrics() == []
     run.truncate_metrics(0)
     for step in range(1, 6):
-        run.append_metrics({"kind": "train", "step": step, "loss": 0.1 * step})
-    run.append_metrics({"kind": "other", "step": 3, "reward": 0.5})
+        run.append_metrics(TrainRow(step=step, loss=0.1 * step))
+    run.append_metrics(point(3, 0.5, overall=0.25))
     run.truncate_metrics(3)
-    assert run.metrics() == [
-        {"kind": "train", "step": 1, "loss": 0.1},
-        {"kind": "train", "step": 2, "loss": 0.2},
-        {"kind": "train", "step": 3, "loss": 0.1 * 3},
-        {"kind": "other", "step": 3, "reward": 0.5},
-    ]
+    steps = [TrainRow(step=step, loss=0.1 * step) for step in (1, 2, 3)]
+    assert run.metrics() == [*steps, point(3, 0.5, overall=0.25)]
+    run.truncate_metrics(3, unmeasured=True)
+    assert run.metrics() == steps
+
+
+def test_a_row_has_its_fields_and_other_numbers_by_name(tmp_path: Path) -> None:
+    """What is missing is not written; the kind says which fields there are."""
+    row = point(4, 0.5, overall=0.25, u=3, verdict="healthy")
+    assert (row.get("overall"), row["u"], row.get("corrected"), row.get("copy", 7)) == (0.25, 3.0, None, 7)
+    assert row.numbers.keys() == {"reward", "low", "high", "u", "overall", "prompts", "images", "failed"}
+    assert read_row(json.dumps(row.to_json())) == row and "corrected" not in row.to_json()
+    steps = [TrainRow(step=1), row]
+    assert (train_rows(steps), validation_rows(steps)) == ([TrainRow(step=1)], [row])
+    for changes in ({"reward": None}, {"reward": "0.5"}, {"step": -1}, {"verdict": "bad"}, {"overall": "x"}):
+        with pytest.raises(ValueError):
+            read_row(json.dumps(row.to_json() | changes))
+
+
+def test_ten_thousand_rows_are_read_in_a_moment(tmp_path: Path) -> None:
+    """A long training; half a second would be felt at each start."""
+    run = open_run(tmp_path)
+    names = ("loss", "grad_norm", "lr", *(f"s_rank_{rank}" for rank in range(1, 13)))
+    line = json.dumps({"kind": "train", "step": 7, **dict.fromkeys(names, 0.123456789)}) + "\n"
+    run.metrics_path.write_text(line * 10_000)
+    start = time.process_time()
+    assert len(run.metrics()) == 10_000
+    assert time.process_time() - start < 0.5
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:
     run = open_run(tmp_path)
-    run.append_metrics({"kind": "train", "step": 1})
+    run.append_metrics(TrainRow(step=1))
     with run.metrics_path.open("a") as stream:
         stream.write('{"step": 2, "lo')
-    assert run.metrics() == [{"kind": "train", "step": 1}]
+    assert run.metrics() == [TrainRow(step=1)]
     run = open_run(tmp_path)
-    run.append_metrics({"kind": "train", "step": 2})
+    run.append_metrics(TrainRow(step=2))
     assert [row["step"] for row in run.metrics()] == [1, 2]
     run.metrics_path.write_text('{"kind": "train", "step": 1}\n{"ste\n{"kind": "train", "step": 3}\n')
     with pytest.raises(StoreError, match=r"metrics\.jsonl line 2 is damaged"):

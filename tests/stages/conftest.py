@@ -15,7 +15,7 @@ from gdro_cli.models.adapters import save_lora
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation import evaluate
-from gdro_cli.stages.runs.finished_run import describe_adapter
+from gdro_cli.stages.runs.finished_run import write_adapter_note
 from gdro_cli.stages.runs.weights import RunWeights
 from gdro_cli.stages.setup.model import attach_adapter
 from gdro_cli.stages.setup.session import Session
@@ -114,7 +114,7 @@ def make_run(make_recipe: Callable[..., Recipe]) -> Callable[..., Path]:
         save_lora(session.model, path)
         run.write_json("resolved.json", recipe.resolved())
         weights = RunWeights(4, "best", {}, {}, {"measure": "corrected", "score": 0.5}, "ema 0")
-        describe_adapter(session, run, weights)
+        write_adapter_note(session, run, weights)
         if results is not None:
             run.write_json("results.json", results)
         return path

@@ -80,12 +80,12 @@ def test_the_whole_job(brightness: str, make_recipe: MakeRecipe, quiet: Reporter
 
     run = train.run(Session(recipe, out, quiet)).run
     point = [row for row in run.metrics() if row["kind"] == "validation"][-1]
-    assert 0 < point["reward"] < 1 and {"u", "corrected"} <= point.keys()
+    assert 0 < point["reward"] < 1 and {"u", "corrected"} <= point.to_json().keys()
     result = evaluate.run(Session(recipe, out, quiet))
-    names = ["reward", "contrast", "alignment", "coherence", "style", "u", "corrected"]
-    assert [comparison.name for comparison in result.comparisons] == names
-    assert result.failed == result.unjudged == 0 and result.grid is not None
-    results = json.loads(result.results.read_text())
+    names = ["reward", "contrast", "alignment", "coherence", "style", "u", "corrected", "corrected of the means"]
+    assert list(result.results.measures) == names
+    assert result.results.failed == result.results.unjudged == 0 and result.grid is not None
+    results = json.loads(result.file.read_text())
     assert results["task"] == "brightness" and set(results["measures"]) == set(names)
 
     with (run.path / "results.csv").open(newline="", encoding="utf-8") as file:

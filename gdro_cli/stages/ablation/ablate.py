@@ -29,7 +29,7 @@ from gdro_cli.stages.setup.session import Session
 
 @dataclass(frozen=True, slots=True)
 class AblationResult:
-    """What ``gdro ablate`` found and where it lies."""
+    """What ``gdro ablate`` found, and the files that say so."""
 
     ablation: Ablation
     page: Path
@@ -83,7 +83,7 @@ def run(session: Session, sweep: Sweep, *, spread: Callable[[], None] | None = N
 
 
 def work(session: Session, sweep: Sweep) -> None:
-    """Carry out cells of an ablation that another process leads, until none is left to take."""
+    """Carry out cells of an ablation that another process leads, until all are taken."""
     trials = trial_runs(session, sweep)
     with session:
         carry_out(session, trials, ablation_folder(sweep, session.workspace), named=True)
@@ -124,7 +124,7 @@ def _state(trial: TrialRun) -> str:
     if trial.finished:
         return "finished"
     if trial.trained:
-        return "trained, its last point is to be measured"
+        return "trained, its last point must still be measured"
     return f"step {trial.step} of {trial.cell.recipe.train.steps}" if trial.step else "not begun"
 
 
@@ -153,7 +153,7 @@ def _make_stores(session: Session, sweep: Sweep, trials: Sequence[TrialRun]) -> 
 
 
 def _free_devices() -> None:
-    """Give back the memory of models that are no longer used: the cells may train elsewhere on the same device."""
+    """Free the memory of unused models: other processes may train the cells on the same device."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -14,10 +14,9 @@ from gdro_cli.files import write_bytes
 from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.models.latents import NOT_FINITE
-from gdro_cli.rewards.base import UnreadableImageError, read_rgb
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ablation.result import Ablation
-from gdro_cli.stages.reporting.image_sheet import blank
+from gdro_cli.stages.reporting.image_sheet import blank, decoded
 from gdro_cli.stages.runs.weights import RunWeights, applied, evaluated_weights
 from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
 from gdro_cli.stages.setup.session import Session
@@ -34,21 +33,21 @@ class ImageRow:
 
     label: str
     about: str
-    """Which weights, or why there are none."""
+    """Which weights drew them, or why there are none."""
     files: tuple[Path, ...]
     """One per prompt; empty where there are no weights."""
 
 
 @dataclass(frozen=True, slots=True)
 class Images:
-    """What the report shows: a row per setting (its first seed), a column per prompt."""
+    """The images of a report: a row per setting (its first seed), a column per prompt."""
 
     prompts: tuple[PromptRecord, ...]
     rows: tuple[ImageRow, ...]
 
 
 def draw_images(session: Session, ablation: Ablation, folder: Path) -> Images:
-    """Sample what is not there yet; images are named by the weights that drew them.
+    """Sample the images that are missing; they are named by the weights that drew them.
 
     Raises:
         Interrupted: stopped by the user; finished images are kept.
@@ -77,12 +76,11 @@ def _wanted(ablation: Ablation) -> Iterator[tuple[str, str, Recipe, RunWeights |
             yield label, f"{first.outcome.state}, no images", recipe, None
             continue
         weights = evaluated_weights(RunFolder(first.run), recipe)
-        about = "" if weights is None else f"step {weights.step} ({weights.checkpoint}), seed {first.cell.seed}"
-        yield label, about, recipe, weights
+        yield label, f"step {weights.step} ({weights.checkpoint}), seed {first.cell.seed}", recipe, weights
 
 
 class _Painter:
-    """Draws the prompts' first images; they are encoded once, and only if something is to be drawn."""
+    """Draws the prompts' first images. The prompts are encoded once, and only if an image is missing."""
 
     def __init__(self, session: Session, prompts: Sequence[PromptRecord], folder: Path) -> None:
         self.session, self.prompts, self.folder = session, prompts, folder
@@ -90,8 +88,8 @@ class _Painter:
 
     def draw(self, recipe: Recipe, weights: RunWeights | None, protocol: str) -> tuple[Path, ...]:
         """One file per prompt, of the base model where there are no weights."""
-        who = digest([protocol, "base" if weights is None else weights.identity])
-        files = tuple(self.folder / f"{who}-{prompt.id}.png" for prompt in self.prompts)
+        name = digest([protocol, "base" if weights is None else weights.identity])
+        files = tuple(self.folder / f"{name}-{prompt.id}.png" for prompt in self.prompts)
         if all(_whole(file) for file in files):
             return files
         part = self.session.part(recipe)
@@ -115,8 +113,5 @@ class _Painter:
 
 
 def _whole(file: Path) -> bool:
-    """Whether there is a image in it; what a crash or somebody has left is drawn anew."""
-    try:
-        return file.is_file() and not file.is_symlink() and bool(read_rgb(file))
-    except UnreadableImageError:
-        return False
+    """Whether the file is an image; anything else that a crash or a user left there is drawn again."""
+    return file.is_file() and not file.is_symlink() and decoded(file) is not None

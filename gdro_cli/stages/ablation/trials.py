@@ -1,7 +1,7 @@
 """The trials of an ablation: ordinary runs, how far each is, and carrying them out.
 
-Several processes may work on the trials of one ablation: each takes the next trial that no other process has taken. The
-outcome of a trial is left in a small file, so that nothing passes between the processes but files.
+Several processes may work on the trials of one ablation: each takes the next trial that no other process has taken. A
+process leaves the outcome of a trial in a small file; the processes share nothing but files.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -21,10 +21,10 @@ from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import make_folder, storage_errors, write_json
 from gdro_cli.models.adapters import reference
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
+from gdro_cli.runtime.metrics import ValidationRow, validation_rows
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.evaluation.validation import Protocol, Validation, validation_protocol
-from gdro_cli.stages.reporting.evaluation_report import validation_rows
 from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.runs.weights import applied, early_end, evaluated_weights
 from gdro_cli.stages.setup.session import Session
@@ -38,7 +38,7 @@ State = Literal["finished", "ended early", "failed", "unfinished"]
 
 @dataclass(frozen=True, slots=True)
 class TrialRun:
-    """A cell with the run that it is, or will be."""
+    """A cell with its run, whether or not that exists yet."""
 
     cell: Cell
     run: Path
@@ -57,18 +57,17 @@ class TrialRun:
         return over and (self.run / "pytorch_lora_weights.safetensors").is_file()
 
     @property
-    def points(self) -> tuple[dict[str, Any], ...]:
+    def points(self) -> tuple[ValidationRow, ...]:
         """The run's evaluation points of the cell's own protocol."""
         if not (self.run / "manifest.json").is_file():
             return ()
-        rows = validation_rows(RunFolder(self.run).metrics())
-        own = (dict(row) for row in rows if row["protocol"] == self.protocol.points)
-        return tuple({row["step"]: row for row in own}.values())
+        points = validation_rows(RunFolder(self.run).metrics())
+        return tuple({point.step: point for point in points if point.protocol == self.protocol.points}.values())
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.trained and any(point["step"] > 0 for point in self.points)
+        return self.trained and any(point.step > 0 for point in self.points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +93,14 @@ def trial_runs(session: Session, sweep: Sweep) -> tuple[TrialRun, ...]:
         label = labels.setdefault(trial.run, trial.cell.label)
         if label != trial.cell.label:
             raise UserError(
-                f"{label} and {trial.cell.label} are one and the same training: they differ in nothing that the recipe"
-                f" {sweep.recipe.name} learns from"
+                f"{label} and {trial.cell.label} are the same training of the recipe {sweep.recipe.name}: they differ"
+                " only in keys that it does not learn from"
             )
     odd = [trial.cell.label for trial in trials if trial.protocol.measures != trials[0].protocol.measures]
     if odd:
         raise UserError(
-            f"the validation images of {odd[0]} are sampled or scored otherwise than those of {trials[0].cell.label},"
-            " so the cells could not be compared: sweep another key"
+            f"the validation images of {odd[0]} are not sampled and scored like those of {trials[0].cell.label}, so the"
+            " cells could not be compared: sweep another key"
         )
     return trials
 
@@ -173,21 +172,19 @@ def _run(session: Session, trial: TrialRun) -> TrialOutcome:
         if not trial.finished:
             measure_end(session, trial)
     except StoreError as error:
-        return TrialOutcome("failed", printable(str(error)))  # it may name a folder whose name is not text
+        return TrialOutcome("failed", printable(str(error)))  # a folder's name in it may not be text
     except torch.OutOfMemoryError:
         return TrialOutcome("failed", "the device's memory was not enough: set train.micro_batch, or lower k")
     return TrialOutcome("finished")
 
 
 def measure_end(session: Session, trial: TrialRun) -> None:
-    """Measure the last step of a run that was trained without evaluation points of the cell's protocol."""
+    """Measure the last step of a run that has no evaluation points of the cell's protocol."""
     recipe = trial.cell.recipe
     recipe = recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"checkpoint": "last"})})
     session.reporter.say("the run has no evaluation points of this protocol: its last step is measured now")
     folder = RunFolder(trial.run)
     weights = evaluated_weights(folder, recipe)
-    if weights is None:
-        raise StoreError(f"the run {trial.run} has no checkpoint: delete it and run the same command again")
     with session.part(recipe) as part, folder.lock(), ExitStack() as stack:
         validation = Validation.open(part, trial.run, stack)
         stack.enter_context(applied(part, weights))
@@ -196,4 +193,4 @@ def measure_end(session: Session, trial: TrialRun) -> None:
             with adapter:
                 measured = validation.measure(step)
             if measured is not None:
-                folder.append_metrics({"kind": "validation", "step": step, **measured[0]})
+                folder.append_metrics(measured[0])

@@ -1,4 +1,4 @@
-"""Evaluated runs, what sets them apart, and where they stand at the same reward."""
+"""Evaluated runs, how they differ, and their evaluation points at the same reward."""
 
 from __future__ import annotations
 
@@ -8,11 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gdro_cli.core.corrected import corrected_score
 from gdro_cli.core.costs import Batch
 from gdro_cli.core.scores import Interval
+from gdro_cli.rewards.registry import reward_class
+from gdro_cli.runtime.metrics import TrainRow, ValidationRow
+from gdro_cli.stages.evaluation.measures import CORRECTED_OF_MEANS
+from gdro_cli.stages.runs.results import Results
 
-POINT_VALUES = ("reward", "u", "corrected")
-"""What is told of an evaluation point."""
+POINT_VALUES = ("reward", "u", "corrected", CORRECTED_OF_MEANS)
+"""The values shown of an evaluation point."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,22 +26,22 @@ class EvaluatedRun:
 
     name: str
     path: Path
-    results: Mapping[str, Any]
-    points: tuple[Mapping[str, Any], ...]
-    """Its evaluation points, as metrics hold them, but for those of which too much is missing."""
-    rows: tuple[Mapping[str, Any], ...]
-    """Its training steps, as metrics hold them."""
+    results: Results
+    points: tuple[ValidationRow, ...]
+    """Its evaluation points, without those that miss too much."""
+    steps: tuple[TrainRow, ...]
+    """Its training steps."""
     batches: tuple[Batch, ...] | None
-    """The stores it learnt from; None where their times are not known."""
+    """The stores that it learnt from; None where their times are unknown."""
     settings: Mapping[str, Any]
-    """The recipe it was made from; empty when it cannot be known."""
+    """The recipe that it was made from; empty where it is unknown."""
     left_out: tuple[int, ...] = ()
-    """Steps of the evaluation points of which too much is missing."""
+    """Steps of the evaluation points that miss too much."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """One measure of one run's trained model, and what sets it apart from the first run's."""
+    """One measure of one run's trained model, and its difference to the first run's."""
 
     measure: str
     run: str
@@ -55,7 +60,7 @@ class MatchedPoint:
     """By ``POINT_VALUES``."""
     verdict: str | None
     sheet: str | None
-    """The sheet of pictures, relative to the run's folder."""
+    """The sheet of images, relative to the run's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,36 +78,42 @@ class Matching:
 def match(runs: Sequence[EvaluatedRun], *, at_reward: float | None) -> Matching:
     """Find each run's evaluation point nearest to a reward, among points of one protocol, after its first step.
 
-    Of several protocols that one counts which most runs share, and of these the first run's latest. Of two points as
-    near the earlier is taken. By default the reward is the lowest of the runs' highest: all of them came that far.
+    Of several protocols the one counts that most runs share, and of these the first run's latest. Of two points that
+    are equally near the earlier is taken. By default the reward is the lowest of the runs' highest: all runs got that
+    far.
     """
-    measured = [[p for p in run.points if p.get("reward") is not None] for run in runs]
-    shared = Counter(name for own in measured for name in {str(p["protocol"]) for p in own})
-    order = [str(p["protocol"]) for own in measured for p in reversed(own)]
-    protocol = max(order, key=lambda name: shared[name], default=None)
+    shared = Counter(protocol for run in runs for protocol in {point.protocol for point in run.points})
+    latest_first = [point.protocol for run in runs for point in reversed(run.points)]
+    protocol = max(latest_first, key=lambda name: shared[name], default=None)
     if protocol is None or shared[protocol] < 2:
-        why = "no two runs have evaluation points of one protocol, so none are matched"
-        return Matching(None, None, tuple(_matched(run, None) for run in runs), why)
-    points = [[p for p in own if p["protocol"] == protocol] for own in measured]
-    # Not the untrained model, which is the same for all, unless a run has nothing else.
-    points = [[p for p in own if p["step"]] or own for own in points]
-    reward = min(max(float(p["reward"]) for p in own) for own in points if own) if at_reward is None else at_reward
-    nearest = [min(own, key=lambda p: abs(float(p["reward"]) - reward)) if own else None for own in points]
-    left = [run.name for run, own in zip(runs, points, strict=True) if not own]
-    notes = [f"no evaluation points of this protocol: {', '.join(left)}"] if left else []
-    notes += [
-        f"left out of {run.name}, since too many pictures have no reward or judgement:"
+        reason = "no two runs have evaluation points of one protocol, so none are matched"
+        return Matching(None, None, tuple(_matched(run, None) for run in runs), reason)
+    candidates = [[point for point in run.points if point.protocol == protocol] for run in runs]
+    # The untrained model is the same for all runs, so it counts only where a run has nothing else.
+    candidates = [[point for point in points if point.step] or points for points in candidates]
+    highest = [max(point.reward for point in points) for points in candidates if points]
+    reward = min(highest) if at_reward is None else at_reward
+    nearest = [min(points, key=lambda point: abs(point.reward - reward), default=None) for points in candidates]
+    return Matching(reward, protocol, tuple(map(_matched, runs, nearest)), "; ".join(_notes(runs, nearest)))
+
+
+def _notes(runs: Sequence[EvaluatedRun], nearest: Sequence[ValidationRow | None]) -> list[str]:
+    without = [run.name for run, point in zip(runs, nearest, strict=True) if point is None]
+    notes = [f"no evaluation points of this protocol: {', '.join(without)}"] if without else []
+    return notes + [
+        f"left out of {run.name}, since too many images have no reward or judgement:"
         f" {'step' if len(run.left_out) == 1 else 'steps'} {', '.join(map(str, run.left_out))}"
         for run in runs
         if run.left_out
     ]
-    return Matching(reward, protocol, tuple(map(_matched, runs, nearest)), "; ".join(notes))
 
 
-def _matched(run: EvaluatedRun, point: Mapping[str, Any] | None) -> MatchedPoint:
+def _matched(run: EvaluatedRun, point: ValidationRow | None) -> MatchedPoint:
     if point is None:
         return MatchedPoint(run.name, None, dict.fromkeys(POINT_VALUES), None, None)
-    sheet = f"validation/step-{point['step']:06d}.png"
+    headline = reward_class(run.results.task).measures[0].name
     values = {name: point.get(name) for name in POINT_VALUES}
-    there = (run.path / sheet).is_file() and (run.path / sheet).resolve().is_relative_to(run.path.resolve())
-    return MatchedPoint(run.name, point["step"], values, point.get("verdict"), sheet if there else None)
+    values[CORRECTED_OF_MEANS] = None if point.corrected is None else corrected_score(point.get(headline), point.u)
+    sheet = f"validation/step-{point.step:06d}.png"
+    inside = (run.path / sheet).is_file() and (run.path / sheet).resolve().is_relative_to(run.path.resolve())
+    return MatchedPoint(run.name, point.step, values, point.verdict, sheet if inside else None)

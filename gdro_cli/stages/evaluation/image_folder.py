@@ -1,4 +1,4 @@
-"""Score a folder of pictures that any tool made, and write an evaluation's pictures for other tools."""
+"""Score a folder of images that any tool made, and write an evaluation's images for other tools."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ from gdro_cli.stages.scoring.score_rows import score_rows
 from gdro_cli.stages.setup.scorers import open_reward_pool
 from gdro_cli.stages.setup.session import Session
 
-PART = 8  # prompts scored between two files; an interruption costs at most one part
+PART = 8
+"""Prompts scored between two files; an interruption costs at most one part."""
 RESULTS_SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True)
 class FolderResult:
-    """The scores of a picture folder."""
+    """The scores of an image folder."""
 
     measures: tuple[tuple[str, Interval], ...]
     failed: int
-    """Pictures without a score."""
+    """Images without a score."""
     results: Path
 
     @property
     def summary(self) -> dict[str, str]:
         """What the command line shows beside the table."""
         first = self.measures[0][1]
-        rows = {"prompts": str(first.prompts), "pictures": str(first.images)}
-        return rows | {"pictures without a score": str(self.failed), "results": str(self.results)}
+        rows = {"prompts": str(first.prompts), "images": str(first.images)}
+        return rows | {"images without a score": str(self.failed), "results": str(self.results)}
 
 
 def run(session: Session, *, folder: Path) -> FolderResult:
-    """Score the pictures in ``folder`` (the official layout) with the recipe's reward; no model is needed.
+    """Score the images in ``folder`` (the official layout) with the recipe's reward; no model is needed.
 
     Raises:
         UserError: the folder or its metadata cannot be used.
@@ -54,23 +55,23 @@ def run(session: Session, *, folder: Path) -> FolderResult:
     entries = read_image_folder(folder, reward=reward)
     version = dict(reward.version)
     content = [[entry.prompt.id, [sha256_file(path) for path in entry.images]] for entry in entries]
-    place = session.workspace / "folders" / f"{reward.name}-{digest([content, version])}"
-    make_folder(place)
-    with session, folder_lock(place / "lock"):
-        rows = score_parts(session, entries, place)
-        return report(session, folder, entries, rows, place)
+    out = session.workspace / "folders" / f"{reward.name}-{digest([content, version])}"
+    make_folder(out)
+    with session, folder_lock(out / "lock"):
+        rows = score_parts(session, entries, out)
+        return write_results(session, folder, entries, rows, out)
 
 
-def score_parts(session: Session, entries: tuple[PromptImages, ...], place: Path) -> list[ScoreRow]:
-    """The score of every picture, in order; parts that an earlier call has finished are read.
+def score_parts(session: Session, entries: tuple[PromptImages, ...], out: Path) -> list[ScoreRow]:
+    """The score of every image, in order; parts that an earlier call has finished are read.
 
     Raises:
-        Interrupted: a stop was asked for; finished parts are kept, and the one that is being scored if it is done
-            within ``STOP_GRACE`` seconds.
+        Interrupted: the user asked to stop. Finished parts are kept, and also the current one if it is done within
+            ``STOP_GRACE`` seconds.
     """
-    parts = {place / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
+    parts = {out / f"{start:05d}.jsonl": entries[start : start + PART] for start in range(0, len(entries), PART)}
     missing = [path for path in parts if not path.exists()]
-    stopped = f"stopped while scoring; what is done is kept in {place}: run the command again to continue"
+    stopped = f"stopped while scoring; finished scores are kept in {out}: run the command again to continue"
     if missing:
         total = sum(len(entry.images) for path in missing for entry in parts[path])
         with (
@@ -90,59 +91,59 @@ def score_parts(session: Session, entries: tuple[PromptImages, ...], place: Path
 
 
 def _read(path: Path, part: tuple[PromptImages, ...]) -> list[ScoreRow]:
-    """The scores of one part, which must be what was written and those of its images."""
+    """The scores of one part. Raises StoreError if the file was changed or is about other images."""
     images = [(entry.prompt.id, index) for entry in part for index in range(len(entry.images))]
     return read_scores(path, images, remedy="delete it and run the command again")
 
 
-def report(
-    session: Session, folder: Path, entries: tuple[PromptImages, ...], rows: list[ScoreRow], place: Path
+def write_results(
+    session: Session, folder: Path, entries: tuple[PromptImages, ...], rows: list[ScoreRow], out: Path
 ) -> FolderResult:
-    """Intervals of what the reward reports, also as results.json."""
+    """Write results.json with the intervals of what the reward reports."""
     reward, samples = session.reward, session.recipe.eval.bootstrap
     prompts = [entry.prompt for entry in entries]
     tags = {prompt.metadata.get("tag") for prompt in prompts}
     reasons = Counter(row.reason for row in rows if row.reason is not None)
     try:
-        found = tuple(
+        measures = tuple(
             (measure.name, measured(measure, prompts, rows).interval(samples=samples))
             for measure in reward.measures
             if measure.tag is None or measure.tag in tags
         )
     except StoreError as error:
         shown = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise StoreError(f"{error} (delete {place} first if the pictures stay the same): {shown}") from error
+        raise StoreError(f"{error} (delete {out} first if the images stay the same): {shown}") from error
     failed = reasons.total()
     results = {
         "kind": "gdro folder results",
         "schema": RESULTS_SCHEMA,
         "folder": str(folder.resolve()),
         "reward": dict(reward.version),
-        "measures": {name: asdict(interval) for name, interval in found},
+        "measures": {name: asdict(interval) for name, interval in measures},
         "failed": failed,
         "bootstrap": samples,
         "prompts": [entry.prompt.to_json() for entry in entries],
         "images": [row.to_json() for row in rows],
     }
-    path = place / "results.json"
+    path = out / "results.json"
     write_json(path, results)
-    return FolderResult(found, failed, path)
+    return FolderResult(measures, failed, path)
 
 
 def write_images(folder: Path, tables: dict[str, ScoreTable], *, check: Callable[[], None] = lambda: None) -> None:
-    """Write the pictures of each table's store in the official layout into a folder of its name; all or nothing.
+    """Write the images of each table's store in the official layout into a folder of its name; all or nothing.
 
-    ``check`` is called before each prompt; what it raises ends the writing.
+    ``check`` is called before each prompt; an error that it raises ends the writing.
 
     Raises:
-        UserError: ``folder`` is there already and not empty.
+        UserError: ``folder`` exists and is not empty.
         StoreError: the disk refuses.
     """
     folder = folder.resolve()  # also for a name like `.`
     refuse_used(folder)
-    with new_folder(folder) as unfinished:
+    with new_folder(folder) as partial:
         for name, table in tables.items():
-            write_image_folder(unfinished / name, _checked(_entries(table), check))
+            write_image_folder(partial / name, _checked(_entries(table), check))
 
 
 def _checked(entries: list[PromptImages], check: Callable[[], None]) -> Iterator[PromptImages]:
@@ -152,8 +153,8 @@ def _checked(entries: list[PromptImages], check: Callable[[], None]) -> Iterator
 
 
 def _entries(table: ScoreTable) -> list[PromptImages]:
-    pictures: dict[str, list[Path]] = {}
+    images: dict[str, list[Path]] = {}
     for number in range(len(table.store.shards)):
         for stored in table.store.images(number):
-            pictures.setdefault(stored.prompt.id, []).append(stored.path)
-    return [PromptImages(prompt, tuple(pictures[prompt.id])) for prompt in table.store.prompts]
+            images.setdefault(stored.prompt.id, []).append(stored.path)
+    return [PromptImages(prompt, tuple(images[prompt.id])) for prompt in table.store.prompts]

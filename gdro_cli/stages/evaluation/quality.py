@@ -1,6 +1,6 @@
-"""All that is known of a model's images in one place: reward, axes, u, corrected score, signals; and the verdict.
+"""Everything measured in a model's images, in one place: reward, axes, u, corrected score, signals; and the verdict.
 
-Rows are score rows whose details hold all numbers by name, so that one way leads from any number to its interval.
+Rows are score rows whose details have all numbers by name, so every number gets its interval in the same way.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +19,7 @@ from gdro_cli.core.signals import group_diversity, image_signals, rank_disagreem
 from gdro_cli.core.verdict import Change, Verdict, verdict
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow, ScoreTable
-from gdro_cli.rewards.base import UNIT, Reward, UnreadableImageError, read_rgb
+from gdro_cli.rewards.base import UNIT, Reward
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.stages.evaluation.measures import (
     GROUP_SIGNALS,
@@ -29,11 +28,12 @@ from gdro_cli.stages.evaluation.measures import (
     quality_measures,
     signal_measures,
 )
+from gdro_cli.stages.reporting.image_sheet import decoded
 
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """All that was measured of one model's images."""
+    """Everything measured in one model's images."""
 
     prompts: tuple[PromptRecord, ...]
     rows: tuple[ScoreRow, ...]
@@ -47,13 +47,6 @@ class Rated:
         if isinstance(measure.detail, str) and measure.detail in GROUP_SIGNALS:
             return Measured([[self.groups[prompt.id][measure.detail]] for prompt in self.prompts], None)
         return measured(measure, self.prompts, self.rows)
-
-    def has(self, measure: Measure) -> bool:
-        """Whether there is a prompt of the measure's tag and at least one value in every stratum."""
-        values = self.values(measure)
-        strata = values.strata or [""] * len(values.values)
-        present = {name for name, row in zip(strata, values.values, strict=True) if any(v is not None for v in row)}
-        return bool(strata) and present == set(strata)
 
     @property
     def failed(self) -> int:
@@ -74,7 +67,7 @@ def rate_tables(reward: Reward, rewards: ScoreTable, judgements: ScoreTable | No
         scored = rewards.read_shard(number)
         judged: Sequence[ScoreRow | None] = judgements.read_shard(number) if judgements else [None] * len(scored)
         rows += [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
-    images = (_decoded(stored.path) for number in shards for stored in rewards.store.images(number))
+    images = (decoded(stored.path) for number in shards for stored in rewards.store.images(number))
     return rate(reward, rewards.store.prompts, rows, images, judged=judgements is not None)
 
 
@@ -88,17 +81,17 @@ def rate(
 ) -> Rated:
     """Add the signals of the i-th image to ``rows[i]``; None is an image that cannot be decoded.
 
-    No more images than those of one prompt are held at a time.
+    Only the images of one prompt are in memory at a time.
 
     Raises:
-        ValueError: the rows of a prompt do not lie side by side, or there are not as many images as rows.
+        ValueError: the rows of a prompt are not side by side, or there are not as many images as rows.
     """
     all_rows: list[ScoreRow] = []
     groups: dict[str, dict[str, float | None]] = {}
     headline = reward.measures[0].detail
     for prompt_id, group in groupby(zip(rows, images, strict=True), key=lambda pair: pair[0].prompt_id):
         if prompt_id in groups:
-            raise ValueError(f"the rows of the prompt {prompt_id} do not lie side by side")
+            raise ValueError(f"the rows of the prompt {prompt_id} are not side by side")
         group_rows: list[ScoreRow] = []
         decoded: list[NDArray[np.uint8]] = []
         for row, image in group:
@@ -129,42 +122,20 @@ def joined(reward: Reward, row: ScoreRow, judgement: ScoreRow | None) -> ScoreRo
     return replace(row, details=details)
 
 
-def change_between(measure: Measure, base: Rated, trained: Rated, *, samples: int) -> Change:
-    """Both models' intervals of one measure and the paired difference."""
-    before, after = base.values(measure), trained.values(measure)
-    return Change(
-        before.interval(samples=samples), after.interval(samples=samples), after.gain(before, samples=samples)
-    )
+def changes(measures: Iterable[Measure], base: Rated, trained: Rated, *, samples: int) -> dict[str, Change]:
+    """Both models' intervals and the paired difference of each measure that both models' images have, by name."""
+    sides = [(measure.name, base.values(measure), trained.values(measure)) for measure in measures]
+    return {
+        name: Change(
+            before.interval(samples=samples), after.interval(samples=samples), after.gain(before, samples=samples)
+        )
+        for name, before, after in sides
+        if after.comparable(before)
+    }
 
 
 def pair_verdict(reward: Reward, base: Rated, trained: Rated, *, samples: int) -> Verdict:
     """The verdict on a model against its base, on the same prompts and noise."""
-    judged = {"reward": reward.measures[0]}
-    judged |= {measure.name: measure for measure in (*quality_measures(reward), *signal_measures(reward))}
-    changes = {
-        name: change_between(measure, base, trained, samples=samples)
-        for name, measure in judged.items()
-        if comparable(measure, base, trained)
-    }
-    return verdict(changes)
-
-
-def comparable(measure: Measure, base: Rated, trained: Rated) -> bool:
-    """Whether some image has the measure on both sides (in every stratum)."""
-    if not (base.has(measure) and trained.has(measure)):
-        return False
-    before, after = base.values(measure), trained.values(measure)
-    strata = before.strata or [""] * len(before.values)
-    both = {
-        name
-        for name, one, other in zip(strata, before.values, after.values, strict=True)
-        if any(a is not None and b is not None for a, b in zip(one, other, strict=True))
-    }
-    return both == set(strata)
-
-
-def _decoded(path: Path) -> Image.Image | None:
-    try:
-        return read_rgb(path)
-    except UnreadableImageError:
-        return None
+    headline = replace(reward.measures[0], name="reward")
+    judged = (headline, *quality_measures(reward), *signal_measures(reward))
+    return verdict(changes(judged, base, trained, samples=samples))

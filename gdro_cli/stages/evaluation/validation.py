@@ -11,25 +11,25 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from gdro_cli.core.measures import Measure
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.data.prompts import PromptSet
-from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import json_bytes, parse_json, sha256, write_bytes, write_json
 from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
+from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.stages.evaluation.measures import GROUP_SIGNALS, quality_measures
 from gdro_cli.stages.evaluation.quality import Rated, joined, pair_verdict, rate
 from gdro_cli.stages.reporting.image_sheet import draw_sheet
 from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
-from gdro_cli.stages.scoring.score_rows import score_images, why_none
+from gdro_cli.stages.scoring.score_rows import Slot, score_images, why_none
 from gdro_cli.stages.setup.scorers import open_judge_pool, open_reward_pool
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan, evaluation_plan
@@ -39,7 +39,7 @@ _BASE = "base.json"
 
 
 class PointGivenUp(Interrupted):
-    """A stop was asked for while the images of an evaluation point were scored, and the scores did not come soon.
+    """The user asked to stop while the images of an evaluation point were scored, and the scores did not come soon.
 
     All processes raise it.
     """
@@ -50,11 +50,11 @@ class Protocol:
     """Digests of what evaluation points must share."""
 
     points: str
-    """To be points of one curve."""
+    """Of points of one curve."""
     measures: str
-    """To be compared by everything but the reward that is trained on, which may be another."""
+    """Of points that can be compared, except by the reward that is trained on."""
     base: str
-    """For the untrained model to have the same rows and images."""
+    """Of points whose untrained model has the same rows and images."""
 
 
 def validation_plan(session: Session) -> SamplingPlan:
@@ -78,9 +78,9 @@ def validation_protocol(session: Session) -> Protocol:
 
 @dataclass(slots=True)
 class Validation:
-    """Samples, scores and judges the validation prompts; they are encoded once and the scoring processes stay up.
+    """Samples, scores and judges the validation prompts. They are encoded once, and the scoring processes stay up.
 
-    The job's processes share the sampling; the main one scores and judges, and only it knows the results.
+    The job's processes share the sampling. The main process scores and judges, and only it knows the results.
     """
 
     session: Session
@@ -98,10 +98,10 @@ class Validation:
     shared: Path
     """Folder of the base model's rows that all runs of the workspace share."""
     base: Rated | None = field(default=None)
-    """The untrained model's images, with which verdicts compare."""
+    """The untrained model's images, to which verdicts compare."""
     base_seconds: float = 0.0
     """Wall time of measuring or reading them."""
-    base_sought: bool = False
+    base_known: bool = False
     """Whether ``know_base`` has run."""
 
     @classmethod
@@ -134,10 +134,10 @@ class Validation:
 
         Once; all processes together.
         """
-        if self.base_sought:
+        if self.base_known:
             return
         began = time.perf_counter()
-        self.base_sought = True
+        self.base_known = True
         if not self.session.engine.from_main(self._recall_base):
             with without_adapter():
                 self.base = self.look(step=0)
@@ -148,10 +148,10 @@ class Validation:
 
     def _recall_base(self) -> bool:
         """Read the base model's rows of an earlier start or another run, if there are any."""
-        self.base = _read_base(self.folder / _BASE, self.protocol, self._asked)
+        self.base = _read_base(self.folder / _BASE, self.protocol, self._slots)
         if self.base is not None:
             return True
-        self.base = _read_base(self.shared / _BASE, self.shared.name, self._asked)
+        self.base = _read_base(self.shared / _BASE, self.shared.name, self._slots)
         if self.base is None:
             return False
         _copy(self._sheet(0, self.shared), self._sheet(0))
@@ -166,45 +166,47 @@ class Validation:
         _write_base(self.shared / _BASE, self.shared.name, base)
         _write_base(self.folder / _BASE, self.protocol, base)
 
-    def measure(self, step: int) -> tuple[dict[str, float | int | str], Verdict | None] | None:
-        """The row of an evaluation point for the adapter as it is now, and the verdict on it.
+    def measure(self, step: int) -> tuple[ValidationRow, Verdict | None] | None:
+        """The row of an evaluation point for the present adapter, and the verdict on it.
 
         All processes together; None in all but the main one.
 
         Raises:
             StoreError: no image could be scored.
-            PointGivenUp: a stop was asked for, and the scores were not there soon after.
+            PointGivenUp: the user asked to stop, and the scores did not come soon.
             EndedElsewhere: an error in another process.
         """
         began = time.perf_counter()
-        known = self.session.engine.from_main(lambda: self._base_serves(step))
-        rated = self.base if known else self.look(step=step)
+        is_base = self.session.engine.from_main(lambda: self._base_serves(step))
+        rated = self.base if is_base else self.look(step=step)
         with self.session.engine.together():
-            return None if rated is None else self._row(rated, known, began)
+            return None if rated is None else self._row(step, rated, is_base, began)
 
     def _base_serves(self, step: int) -> bool:
         """Whether the base model's images are the adapter's: at step 0 it has not learnt and changes nothing."""
         drawn = self._sheet(0).is_file() or not self.session.recipe.eval.grid_prompts
         return step == 0 and drawn and self.base is not None
 
-    def _row(self, rated: Rated, known: bool, began: float) -> tuple[dict[str, float | int | str], Verdict | None]:
+    def _row(self, step: int, rated: Rated, is_base: bool, began: float) -> tuple[ValidationRow, Verdict | None]:
         samples, reward = self.session.recipe.eval.bootstrap, self.session.reward
         interval = rated.values(Measure("reward", reward.trained_on)).interval(samples=samples)
-        row: dict[str, float | int | str] = {
+        measures = {measure.name: rated.values(measure) for measure in (reward.measures[0], *quality_measures(reward))}
+        verdict = None if self.base is None else pair_verdict(reward, self.base, rated, samples=samples)
+        row = {
+            **{name: values.interval(samples=samples).mean for name, values in measures.items() if values.complete},
+            "step": step,
             "protocol": self.protocol,
             "reward": interval.mean,
             "low": interval.low,
             "high": interval.high,
+            "verdict": None if verdict is None else verdict.level,
+            "prompts": interval.prompts,
+            "images": interval.images,
+            "failed": rated.failed,
+            "unjudged": rated.unjudged if rated.judged else None,
+            "seconds": time.perf_counter() - began + (self.base_seconds if is_base else 0.0),
         }
-        for measure in (reward.measures[0], *quality_measures(reward)):
-            if rated.has(measure):
-                row[measure.name] = rated.values(measure).interval(samples=samples).mean
-        found = None if self.base is None else pair_verdict(reward, self.base, rated, samples=samples)
-        row |= {} if found is None else {"verdict": found.level}
-        row |= {"prompts": interval.prompts, "images": interval.images, "failed": rated.failed}
-        row |= {"unjudged": rated.unjudged} if rated.judged else {}
-        seconds = time.perf_counter() - began + (self.base_seconds if known else 0.0)
-        return row | {"seconds": seconds}, found
+        return ValidationRow.model_validate(row), verdict
 
     def look(self, *, step: int) -> Rated | None:
         """Sample, all processes together, and score and judge in the main one; None in the others."""
@@ -235,7 +237,7 @@ class Validation:
         images = decode_images(session.model, latents, self.plan, batch_size=session.recipe.sample.batch_size)
 
         def rows(pool: ScoringPool) -> list[ScoreRow]:
-            return score_images(pool, images, self._asked, stop=session.stop)
+            return score_images(pool, images, self._slots, stop=session.stop)
 
         scored = rows(self.rewards)
         if all(row.value is None for row in scored):
@@ -249,8 +251,8 @@ class Validation:
         return rate(reward, self.prompts.records, full, images, judged=self.judges is not None)
 
     @property
-    def _asked(self) -> list[tuple[PromptRecord, int]]:
-        """The prompt of each image, and its place among the prompt's."""
+    def _slots(self) -> list[Slot]:
+        """The prompt of each image, and its index among the prompt's images."""
         count = self.plan.images_per_prompt
         return [(prompt, index) for prompt in self.prompts.records for index in range(count)]
 
@@ -264,39 +266,41 @@ def _copy(source: Path, target: Path) -> None:
         write_bytes(target, source.read_bytes())
 
 
+class _BaseFile(BaseModel):
+    """The base model's rows on the disk; the file also has the SHA-256 of all this."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    protocol: str
+    judged: bool
+    groups: dict[str, dict[str, float | None]]
+    rows: tuple[ScoreRow, ...]
+
+
 def _write_base(path: Path, protocol: str, base: Rated) -> None:
     rows = [row.to_json() for row in base.rows]
     content = {"protocol": protocol, "judged": base.judged, "groups": base.groups, "rows": rows}
     write_json(path, content | {"sha256": sha256(json_bytes(content))})
 
 
-def _read_base(path: Path, protocol: str, asked: Sequence[tuple[PromptRecord, int]]) -> Rated | None:
-    """The rows of a file, for these prompts and places; None where it is missing, another's, or not as it was written.
+def _read_base(path: Path, protocol: str, slots: Sequence[Slot]) -> Rated | None:
+    """The rows of a file, for these prompts and places; None where it is missing, of another protocol, or damaged.
 
-    Whatever is wrong with it, the base model is then measured again.
+    The base model is then measured again.
     """
     try:
-        held: dict[str, Any] = parse_json(path.read_bytes())
-        said = held.pop("sha256")
-        if held["protocol"] != protocol or sha256(json_bytes(held)) != said:
-            return None
-        rows = tuple(ScoreRow.from_json(row) for row in held["rows"])
-        pairs = [(row.prompt_id, row.index) for row in rows]
-        if pairs != [(prompt.id, index) for prompt, index in asked] or not isinstance(held["judged"], bool):
-            return None
-        prompts = tuple(dict.fromkeys(prompt for prompt, _ in asked))
-        return Rated(prompts, rows, _groups(held["groups"], prompts), held["judged"])
+        content = parse_json(path.read_bytes())
+        digest = content.pop("sha256")
+        saved = _BaseFile.model_validate_json(json_bytes(content))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def _groups(held: Any, prompts: Sequence[PromptRecord]) -> dict[str, dict[str, float | None]]:
-    """The group signals of each prompt. Raises ValueError for anything else."""
-    if not isinstance(held, dict) or held.keys() != {prompt.id for prompt in prompts}:
-        raise ValueError("there are signals of other prompts")
-    for signals in held.values():
-        if not isinstance(signals, dict) or signals.keys() != set(GROUP_SIGNALS):
-            raise ValueError("there are other signals")
-        if not all(value is None or type(value) in (int, float) for value in signals.values()):
-            raise ValueError("a signal is a number")
-    return held
+    prompts = tuple(dict.fromkeys(prompt for prompt, _ in slots))
+    valid = (
+        digest == sha256(json_bytes(content))
+        and content == saved.model_dump(mode="json")
+        and saved.protocol == protocol
+        and [(row.prompt_id, row.index) for row in saved.rows] == [(prompt.id, index) for prompt, index in slots]
+        and saved.groups.keys() == {prompt.id for prompt in prompts}
+        and all(signals.keys() == set(GROUP_SIGNALS) for signals in saved.groups.values())
+    )
+    return Rated(prompts, saved.rows, saved.groups, saved.judged) if valid else None

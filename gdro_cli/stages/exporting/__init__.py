@@ -1,1 +1,1 @@
-"""``gdro export``: folders for others, and the Hub."""
+"""``gdro export``: folders to share, and the Hub."""

@@ -16,7 +16,7 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
 
 def check_name(repo: str) -> None:
-    """Raise UserError if no repository can be called that."""
+    """Raise UserError if a repository cannot have that name."""
     if not _NAME.fullmatch(repo) or "--" in repo or ".." in repo:
         raise UserError(
             f"--push {repo} cannot be the name of a repository: write OWNER/NAME, in letters, digits, `-`, `_`, `.`"
@@ -54,7 +54,7 @@ def make_repository(repo: str, *, public: bool) -> bool:
     except (httpx2.HTTPError, OSError, ValueError) as error:
         raise _refused(repo, error) from error
     if is_public and not public:
-        raise UserError(f"the repository {repo} is public: push to another, or add --public")
+        raise UserError(f"the repository {repo} is public: push to another repository, or add --public")
     return is_public
 
 
@@ -74,7 +74,7 @@ def upload(folder: Path, repo: str, *, message: str, again: str) -> str:
 
 
 def _refused(repo: str, error: Exception, *, again: str = "run the command again") -> PrerequisiteError:
-    """What the Hub said, in one sentence; the token is in no message of the client's."""
+    """The Hub's answer in one sentence. The client's messages never have the token."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     reason = type(error).__name__ if status is None else f"{type(error).__name__}, status {status}"
     return PrerequisiteError(

@@ -1,6 +1,6 @@
-"""The report of an evaluation: one page that shows numbers, curves and pictures together, and a table of all pictures.
+"""The report of an evaluation: one page of numbers, curves and images together, and a table of all images.
 
-The page draws no conclusion of its own: the verdict and the intervals are those of results.json.
+The page draws no conclusion of its own: the verdict and the intervals are those of ``Results``.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gdro_cli.core.verdict import LIMITS
+from gdro_cli.core.verdict import LIMITS, Change
+from gdro_cli.data.records import PromptRecord
 from gdro_cli.files import write_bytes
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.registry import reward_class
+from gdro_cli.runtime.metrics import MetricsRow, train_rows, validation_rows
 from gdro_cli.stages.reporting import charts
 from gdro_cli.stages.reporting.csv_table import csv_bytes
-from gdro_cli.stages.reporting.html import MISSING, flat, number, picture, render, signed
+from gdro_cli.stages.reporting.html import data_uri, flat, render
+from gdro_cli.stages.reporting.number_format import MISSING, number, signed
+from gdro_cli.stages.runs.results import MODELS, ImageRow, Results
 
-MODELS = ("base", "trained")
-QUALITY = ("alignment", "coherence", "style", "u", "corrected")
+QUALITY = ("alignment", "coherence", "style", "u", "corrected", "corrected of the means")
 """What a judge adds to a reward's measures."""
-SHOWN_PROMPTS = 8
-"""Prompts whose pictures are shown where the recipe does not say."""
 SHOWN_IMAGES = 2
-"""Pictures shown of each prompt and model."""
+"""Images shown of each prompt and model."""
 SHOWN_CASES = 4
 """Largest losses, and as many gains."""
 WINDOW = 20
@@ -37,7 +38,7 @@ SIGNALS: Mapping[str, str] = {
     "colour_entropy": "variety of colours, in bits",
     "high_frequency": "share of the contrast in the finest details",
     "stripe_peak": "share of the contrast in the strongest stripes",
-    "diversity": "how far apart the pictures of a prompt are",
+    "diversity": "how far apart the images of a prompt are",
     "rank_disagreement": "share of pairs that reward and judge order differently",
 }
 """What every image or group of images has; a reward may add its own."""
@@ -56,29 +57,38 @@ DIAGNOSTICS: Mapping[str, str] = {
     "loss": "training loss",
 }
 
-Row = Mapping[str, Any]
-_Pair = tuple[float, Row, Row]
-
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """One line of a table of measures or signals."""
 
     name: str
-    base: Row | None
-    trained: Row | None
-    difference: Row | None
-    prompts: tuple[str, ...]
-    images: tuple[str, ...]
+    change: Change
     missing: tuple[str, ...] = ()
     note: str = ""
     relative: str = ""
     limits: str = ""
 
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """What was counted, one text if it is the same for both models and for the pairs."""
+        return self._counts("prompts")
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """As ``prompts``."""
+        return self._counts("images")
+
+    def _counts(self, key: str) -> tuple[str, ...]:
+        counts = [getattr(side, key) for side in (self.change.base, self.change.trained, self.change.difference)]
+        if len(set(counts)) == 1:
+            return (str(counts[0]),)
+        return tuple(f"{name} {count}" for name, count in zip((*MODELS, "pairs"), counts, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """A picture with what is known of it."""
+    """An image with what is known of it."""
 
     model: str
     index: int
@@ -90,17 +100,17 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A prompt with pictures of both models, and by how much they differ."""
+    """A prompt with images of both models, and by how much they differ."""
 
-    prompt: Row
+    prompt: PromptRecord
     shots: tuple[Shot, ...]
     change: float | None = None
 
 
 def write_report(
     path: Path,
-    results: Mapping[str, Any],
-    metrics: Sequence[Row],
+    results: Results,
+    metrics: Sequence[MetricsRow],
     *,
     workspace: Path,
     recipe: Mapping[str, Any],
@@ -109,42 +119,37 @@ def write_report(
     """Write the report of an evaluation as one HTML file that needs nothing else; returns ``path``.
 
     Args:
-        path: the file, replaced if it is there.
-        results: what results.json holds.
+        path: the file, replaced if it exists.
+        results: the evaluation.
         metrics: the rows of the run's metrics.jsonl.
-        workspace: the folder that the rows' ``file`` is relative to; a picture that is not there is said to be missing.
+        workspace: the folder that the rows' ``file`` is relative to. A missing image is said to be missing.
         recipe: the resolved recipe.
         environment: what the run ran on.
 
     Raises:
         StoreError: it cannot be written.
     """
-    reward = reward_class(results["task"])
-    names, tags = measure_names(results["measures"], reward), {m.name: m.tag for m in reward.measures}
+    reward = reward_class(results.task)
+    names, tags = measure_names(results.measures, reward), {m.name: m.tag for m in reward.measures}
     headline = next(iter(names), "reward")
-    judged = any(name in QUALITY for name in names)
-    has_judge = results["protocol"].get("judge") is not None
-    by = "corrected" if "corrected" in names else None
-    losses, gains = _extremes(results, by)
-    count = _shown_prompts(recipe)
+    ranked_by = "corrected" if "corrected" in names else None
+    losses, gains = _extremes(results, ranked_by)
     page = render(
         "report.html.j2",
         results=results,
-        judged=judged,
-        has_judge=has_judge,
-        weights=weights_text(results["weights"]),
-        pictures=len(results["images"]["base"]) + len(results["images"]["trained"]),
+        judged=any(name in QUALITY for name in names),
+        images=len(results.images.base) + len(results.images.trained),
         measures=[_measure_line(results, name, tags.get(name)) for name in names if name not in QUALITY],
-        quality=[_measure_line(results, name) for name in (headline, *QUALITY) if name in results["measures"]],
+        quality=[_measure_line(results, name) for name in (headline, *QUALITY) if name in results.measures],
         rewarded=reward.measures[0].detail or "reward",
-        signals=[_signal_line(*signal) for signal in signal_lines(results["signals"], reward)],
-        **_curves(metrics, headline=headline, marked=results["weights"]["step"]),
+        signals=[_signal_line(*signal) for signal in signal_rows(results.signals, reward)],
+        **_curves(metrics, headline=headline, marked=results.weights.step),
         diagnostics=_diagnostics(metrics),
-        cases=_prompt_cases(results, workspace, count=count),
-        losses=[_case(results, *each, workspace) for each in losses],
-        gains=[_case(results, *each, workspace) for each in gains],
-        ranked_by="corrected score" if by else "reward",
-        protocol=list(flat(results["protocol"])),
+        cases=_first_cases(results, workspace, count=recipe["eval"]["grid_prompts"]),
+        losses=[_case(results, *pair, workspace) for pair in losses],
+        gains=[_case(results, *pair, workspace) for pair in gains],
+        ranked_by="corrected score" if ranked_by else "reward",
+        protocol=list(flat(results.protocol)),
         recipe=list(flat(recipe)),
         environment=list(flat(environment)),
     )
@@ -152,20 +157,20 @@ def write_report(
     return path
 
 
-def write_csv(path: Path, results: Mapping[str, Any]) -> Path:
-    """Write one row per picture and model, with every number and text that is known of it; returns ``path``.
+def write_csv(path: Path, results: Results) -> Path:
+    """Write one row per image and model, with every number and text that is known of it; returns ``path``.
 
     A missing number is an empty cell, never 0; true and false are 1 and 0. Raises StoreError when it cannot be written.
     """
-    reward = reward_class(results["task"])
-    rows = [(model, row, reward.cells(row["details"])) for model in MODELS for row in results["images"][model]]
+    reward = reward_class(results.task)
+    rows = [(model, row, reward.cells(row.details)) for model in MODELS for row in results.rows(model)]
     first = (*reward.columns, *QUALITY, "unjudged", *SIGNALS, *reward.signals)
     columns = ordered({name for _, _, cells in rows for name in cells}, first)
-    prompts = {prompt["id"]: prompt["prompt"] for prompt in results["prompts"]}
+    prompts = {prompt.id: prompt.prompt for prompt in results.prompts}
     table: list[list[Any]] = [["model", "prompt_id", "index", "prompt", "value", *columns, "reason", "file"]]
     for model, row, cells in rows:
-        head = [model, row["prompt_id"], row["index"], prompts[row["prompt_id"]], row["value"]]
-        table.append([*head, *(cells.get(name) for name in columns), row["reason"], row.get("file")])
+        head = [model, row.prompt_id, row.index, prompts[row.prompt_id], row.value]
+        table.append([*head, *(cells.get(name) for name in columns), row.reason, row.file])
     write_bytes(path, csv_bytes(table))
     return path
 
@@ -175,62 +180,35 @@ def measure_names(names: Iterable[str], reward: type[Reward]) -> list[str]:
     return ordered(names, (*(measure.name for measure in reward.measures), *QUALITY))
 
 
-def signal_lines(signals: Mapping[str, Row], reward: type[Reward]) -> list[tuple[str, str, Row]]:
+def signal_rows(signals: Mapping[str, Change], reward: type[Reward]) -> list[tuple[str, str, Change]]:
     """Name, meaning and intervals of each signal, in the order of reports."""
     meanings = {**SIGNALS, **reward.signals}
     return [(name, meanings.get(name, ""), signals[name]) for name in ordered(signals, tuple(meanings))]
 
 
 def ordered(names: Iterable[str], order: Sequence[str]) -> list[str]:
-    """``names`` in the given order, those it does not know last."""
+    """``names`` in the given order, other names last."""
     return sorted(names, key=lambda name: (order.index(name) if name in order else len(order), name))
-
-
-def weights_text(weights: Row) -> str:
-    """Which weights were evaluated, as in ``ema weights of the best checkpoint, step 250``."""
-    return f"{weights['kind']} weights of the {weights['checkpoint']} checkpoint, step {weights['step']}"
-
-
-def _shown_prompts(recipe: Mapping[str, Any]) -> int:
-    return int(recipe.get("eval", {}).get("grid_prompts", SHOWN_PROMPTS))
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _measure_line(results: Mapping[str, Any], name: str, tag: str | None = None) -> Line:
+def _measure_line(results: Results, name: str, tag: str | None = None) -> Line:
     """A measure with its counts; a tag's measure is about the prompts of that tag only."""
-    prompts = {p["id"] for p in results["prompts"] if tag is None or p["metadata"].get("tag") == tag}
-    totals = [sum(row["prompt_id"] in prompts for row in results["images"][model]) for model in MODELS]
-    sides = results["measures"][name]
-    left = [total - _count(sides.get(model), "images") for model, total in zip(MODELS, totals, strict=True)]
-    missing = [f"{model} {count} of {total}" for model, count, total in zip(MODELS, left, totals, strict=True) if count]
-    return _line(name, sides, missing=tuple(missing) or ("none",))
+    prompts = {prompt.id for prompt in results.prompts if tag is None or prompt.metadata.get("tag") == tag}
+    change, missing = results.measures[name], []
+    for model in MODELS:
+        total = sum(row.prompt_id in prompts for row in results.rows(model))
+        count = total - getattr(change, model).images
+        missing += [f"{model} {count} of {total}"] if count else []
+    return Line(name, change, missing=tuple(missing) or ("none",))
 
 
-def _signal_line(name: str, meaning: str, found: Row) -> Line:
-    base, difference = found.get("base"), found.get("difference")
-    relative = ""
-    if base and difference and base["mean"] and difference["mean"] is not None:
-        relative = f"{round(100 * difference['mean'] / abs(base['mean'])):+d} %"
-    return _line(name, found, note=meaning, relative=relative or MISSING, limits=_limits(name))
-
-
-def _line(name: str, found: Row, **more: Any) -> Line:
-    base, trained, difference = sides = [found.get(key) for key in (*MODELS, "difference")]
-    prompts, images = (_counts([_count(side, key) for side in sides]) for key in ("prompts", "images"))
-    return Line(name, base, trained, difference, prompts, images, **more)
-
-
-def _count(side: Row | None, key: str) -> int:
-    return 0 if side is None else int(side[key])
-
-
-def _counts(sides: Sequence[int]) -> tuple[str, ...]:
-    """``256``, or what was counted for each model and for the pairs."""
-    if len(set(sides)) == 1:
-        return (str(sides[0]),)
-    return tuple(f"{name} {count}" for name, count in zip((*MODELS, "pairs"), sides, strict=True))
+def _signal_line(name: str, meaning: str, change: Change) -> Line:
+    base, difference = change.base.mean, change.difference.mean
+    relative = f"{round(100 * difference / abs(base)):+d} %" if base else MISSING
+    return Line(name, change, note=meaning, relative=relative, limits=_limits(name))
 
 
 def _limits(name: str) -> str:
@@ -246,115 +224,97 @@ def _limits(name: str) -> str:
 # -- the training -----------------------------------------------------------------------------------------------------
 
 
-def _curves(metrics: Sequence[Row], *, headline: str, marked: int) -> dict[str, Any]:
-    points = validation_rows(metrics)
-    latest = [row for row in points if row.get("protocol") == points[-1].get("protocol")]
-    training = training_rows(metrics)
+def _curves(metrics: Sequence[MetricsRow], *, headline: str, marked: int) -> dict[str, Any]:
+    points, steps = validation_rows(metrics), train_rows(metrics)
+    latest = [row for row in points if row.protocol == points[-1].protocol]
     return {
         "curves": {
             "validation": charts.validation_chart(latest, headline=headline, marked=marked),
             "axes": charts.axes_chart(latest, marked=marked),
-            "order": charts.order_chart(training, marked=marked),
-            "gaps": charts.gap_chart(training, marked=marked),
-            "rounds": charts.rounds_chart(training, marked=marked),
+            "order": charts.order_chart(steps, marked=marked),
+            "gaps": charts.gap_chart(steps, marked=marked),
+            "rounds": charts.rounds_chart(steps, marked=marked),
         },
         "points": latest,
         "other_points": len(points) - len(latest),
     }
 
 
-def validation_rows(metrics: Sequence[Row]) -> list[Row]:
-    """The evaluation points among a run's metrics."""
-    return [row for row in metrics if row.get("kind") == "validation"]
-
-
-def training_rows(metrics: Sequence[Row]) -> list[Row]:
-    """The training steps among a run's metrics."""
-    return [row for row in metrics if row.get("kind") == "train"]
-
-
-def _diagnostics(metrics: Sequence[Row]) -> list[tuple[str, str, str, str, int]]:
+def _diagnostics(metrics: Sequence[MetricsRow]) -> list[tuple[str, str, str, str, int]]:
     """Name, meaning, mean over the first and over the last steps, and how many steps each mean is of."""
-    found = []
-    rows = training_rows(metrics)
+    lines, rows = [], train_rows(metrics)
     for name, meaning in DIAGNOSTICS.items():
-        values = [float(row[name]) for row in rows if row.get(name) is not None]
+        values = [value for row in rows if (value := row.get(name)) is not None]
         if values:
             window = min(WINDOW, max(1, len(values) // 4))
-            first, last = fmean(values[:window]), fmean(values[-window:])
             show = signed if name.endswith("_gap") else number
-            found.append((name, meaning, show(first), show(last), window))
-    return found
+            lines.append((name, meaning, show(fmean(values[:window])), show(fmean(values[-window:])), window))
+    return lines
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images -----------------------------------------------------------------------------------------------------------
+
+_Pair = tuple[float, ImageRow, ImageRow]
+"""Trained - base, and the rows of base and trained."""
 
 
-def _prompt_cases(results: Mapping[str, Any], workspace: Path, *, count: int) -> list[Case]:
-    """The first prompts with the first pictures of both models, the same noise side by side."""
-    cases, reward = [], reward_class(results["task"])
-    rows = {model: _by_prompt(results["images"][model]) for model in MODELS}
-    for prompt in results["prompts"][:count]:
-        indices = sorted({row["index"] for model in MODELS for row in rows[model].get(prompt["id"], ())})
-        shots = [
-            _shot(row, prompt, model, workspace, reward)
-            for index in indices[:SHOWN_IMAGES]
-            for model in MODELS
-            for row in rows[model].get(prompt["id"], ())
-            if row["index"] == index
-        ]
-        cases.append(Case(prompt, tuple(shots)))
+def _first_cases(results: Results, workspace: Path, *, count: int) -> list[Case]:
+    """The first prompts with the first images of both models, the same noise side by side."""
+    cases = []
+    for prompt in results.prompts[:count]:
+        rows = [(model, row) for model in MODELS for row in results.rows(model) if row.prompt_id == prompt.id]
+        indices = sorted({row.index for _, row in rows})[:SHOWN_IMAGES]
+        cases.append(_shots(results, prompt, [pair for i in indices for pair in rows if pair[1].index == i], workspace))
     return cases
 
 
-def _by_prompt(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["prompt_id"], []).append(row)
-    return found
-
-
-def _extremes(results: Mapping[str, Any], detail: str | None) -> tuple[list[_Pair], list[_Pair]]:
-    """The pairs of pictures with the largest losses and gains (trained - base), equal ones in the order of the rows."""
-    trained = {(row["prompt_id"], row["index"]): row for row in results["images"]["trained"]}
+def _extremes(results: Results, detail: str | None) -> tuple[list[_Pair], list[_Pair]]:
+    """The pairs of images with the largest losses and gains (trained - base), equal ones in the order of the rows."""
+    trained = {(row.prompt_id, row.index): row for row in results.images.trained}
     pairs: list[_Pair] = []
-    for before in results["images"]["base"]:
-        after = trained.get((before["prompt_id"], before["index"]))
-        a, b = (None if row is None else _value(row, detail) for row in (before, after))
-        if after is not None and a is not None and b is not None:
-            pairs.append((b - a, before, after))
-    losses, gains = ([pair for pair in pairs if sign * pair[0] > 0] for sign in (-1, 1))
-    return sorted(losses, key=_change)[:SHOWN_CASES], sorted(gains, key=_change, reverse=True)[:SHOWN_CASES]
+    for before in results.images.base:
+        after = trained.get((before.prompt_id, before.index))
+        values = [None if row is None else row.measured(detail) for row in (before, after)]
+        if after is not None and values[0] is not None and values[1] is not None:
+            pairs.append((values[1] - values[0], before, after))
+    pairs.sort(key=lambda pair: pair[0])
+    losses = [pair for pair in pairs if pair[0] < 0]
+    gains = sorted((pair for pair in pairs if pair[0] > 0), key=lambda pair: pair[0], reverse=True)
+    return losses[:SHOWN_CASES], gains[:SHOWN_CASES]
 
 
-def _change(pair: _Pair) -> float:
-    return pair[0]
+def _case(results: Results, change: float, before: ImageRow, after: ImageRow, workspace: Path) -> Case:
+    (prompt,) = (prompt for prompt in results.prompts if prompt.id == before.prompt_id)
+    return _shots(results, prompt, zip(MODELS, (before, after), strict=True), workspace, change)
 
 
-def _value(row: Row, detail: str | None) -> float | None:
-    value = row["value"] if detail is None else row["details"].get(detail)
-    return None if value is None else float(value)
-
-
-def _case(results: Mapping[str, Any], change: float, before: Row, after: Row, workspace: Path) -> Case:
-    (prompt,) = (prompt for prompt in results["prompts"] if prompt["id"] == before["prompt_id"])
-    reward = reward_class(results["task"])
-    shots = (_shot(row, prompt, model, workspace, reward) for model, row in zip(MODELS, (before, after), strict=True))
+def _shots(
+    results: Results,
+    prompt: PromptRecord,
+    rows: Iterable[tuple[str, ImageRow]],
+    workspace: Path,
+    change: float | None = None,
+) -> Case:
+    reward = reward_class(results.task)
+    shots = (
+        Shot(
+            model=model,
+            index=row.index,
+            source=data_uri(workspace / row.file) if row.file else None,
+            alt=f"{model} model, image {row.index}: {prompt.prompt}",
+            facts=tuple(_facts(row, reward)),
+        )
+        for model, row in rows
+    )
     return Case(prompt, tuple(shots), change)
 
 
-def _shot(row: Row, prompt: Row, model: str, workspace: Path, reward: type[Reward]) -> Shot:
-    source = picture(workspace / row["file"]) if row.get("file") else None
-    alt = f"{model} model, image {row['index']}: {prompt['prompt']}"
-    return Shot(model, row["index"], source, alt, tuple(_facts(row, reward)))
-
-
-def _facts(row: Row, reward: type[Reward]) -> Iterator[tuple[str, str]]:
+def _facts(row: ImageRow, reward: type[Reward]) -> Iterator[tuple[str, str]]:
     """What stands below an image, name and value."""
-    details = row["details"]
-    yield "reward", number(row["value"])
-    if row["reason"]:
-        yield "no reward", str(row["reason"])
+    details = row.details
+    yield "reward", number(row.value)
+    if row.reason:
+        yield "no reward", row.reason
     yield from reward.facts(details)
     if "u" in details:
         yield "u", number(details["u"])

@@ -1,82 +1,43 @@
-"""Pages that are one file: no network, no script, pictures inside. Everything that was not written here is escaped."""
+"""Pages that are one file: no network, no script, images inside. Text from data is escaped."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from gdro_cli.rewards.base import UnreadableImageError, read_rgb
+from gdro_cli.stages.reporting.image_sheet import decoded
+from gdro_cli.stages.reporting.number_format import MISSING, VERDICTS, difference, ends, interval, number, signed
 
-MISSING: Final = "-"
-"""What stands for a number that is not there; a 0 is always a measured 0."""
-PICTURE_SIDE = 256
-"""Pixels; larger pictures are shrunk, or a page of fifty would weigh 100 MB."""
-SMALL, TINY = 0.01, 0.0001
-"""Below these a number has four decimals, or a power of ten."""
-
-VERDICTS: Mapping[str | None, str] = {
-    "healthy": "Healthy: nothing that was measured moved beyond its limit.",
-    "suspicious": "Suspicious: look at the pictures before you trust the reward.",
-    "collapsed": "Collapsed: the pictures have broken down. Do not trust the reward.",
-    None: "No verdict: neither quality nor picture signals were measured.",
-}
+IMAGE_SIDE = 256
+"""Pixels; larger images are shrunk, or a page of fifty would weigh 100 MB."""
 
 
-def render(template: str, **content: Any) -> bytes:
-    """Fill a template of this package and return the page."""
-    environment = Environment(
+def environment(**options: Any) -> Environment:
+    """The templates of this package, HTML's or Markdown's."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        **options,
     )
-    environment.filters.update(number=number, signed=signed, interval=interval, change=change, ends=ends)
-    environment.globals.update(verdict_text=lambda level: VERDICTS.get(level, str(level)))
-    return environment.get_template(template).render(**content).encode()
+    made.globals["verdicts"] = VERDICTS
+    return made
 
 
-def number(value: float | None, *, sign: str = "") -> str:
-    """Three decimals, four of what is small; a dash for what is missing."""
-    if value is None or math.isnan(value):
-        return MISSING
-    value += 0.0  # no -0
-    size = abs(value)
-    form = ".3f" if size >= SMALL or size == 0 else ".4f" if size >= TINY else ".0e"
-    return f"{value:{sign}{form}}"
-
-
-def signed(value: float | None) -> str:
-    """A difference: always with its sign."""
-    return number(value, sign="+")
-
-
-def interval(value: Mapping[str, Any] | None, *, sign: str = "") -> str:
-    """``mean [low, high]`` of an interval as results hold it."""
-    if value is None or value.get("mean") is None:
-        return MISSING
-    return f"{number(value['mean'], sign=sign)} {ends(value, sign=sign)}"
-
-
-def ends(value: Mapping[str, Any] | None, *, sign: str = "") -> str:
-    """``[low, high]``; nothing where the interval is missing."""
-    if value is None or value.get("mean") is None:
-        return ""
-    return f"[{number(value['low'], sign=sign)}, {number(value['high'], sign=sign)}]"
-
-
-def change(value: Mapping[str, Any] | None) -> str:
-    """The interval of a difference."""
-    return interval(value, sign="+")
+def render(template: str, **content: Any) -> bytes:
+    """Fill an HTML template and return the page."""
+    filling = environment(autoescape=True)
+    filling.filters.update(number=number, signed=signed, interval=interval, difference=difference, ends=ends)
+    return filling.get_template(template).render(**content).encode()
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -91,13 +52,12 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield path, MISSING if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def picture(path: Path, *, side: int = PICTURE_SIDE) -> str | None:
-    """A picture as a PNG data URI, shrunk to at most ``side`` pixels; None when it is missing or damaged."""
-    try:
-        shown = read_rgb(path)
-    except UnreadableImageError:
+def data_uri(path: Path, *, side: int = IMAGE_SIDE) -> str | None:
+    """An image as a PNG data URI, shrunk to at most ``side`` pixels; None when it is missing or damaged."""
+    image = decoded(path)
+    if image is None:
         return None
-    shown.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     data = io.BytesIO()
-    shown.save(data, "PNG")
+    image.save(data, "PNG")
     return f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode('ascii')}"

@@ -1,4 +1,4 @@
-"""The picture grid of an evaluation: the same prompts and seeds, base above trained."""
+"""Sheets of captioned images: an evaluation's grid, base above trained, and those of evaluation points."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from gdro_cli.files import write_bytes
 from gdro_cli.rewards.base import Reward, UnreadableImageError, read_rgb
 from gdro_cli.rewards.registry import reward_class
 
-CELL = 160  # pixels per picture on the sheet
+CELL = 160  # pixels per image on the sheet
 MARGIN = 8
 LINE = 15  # pixels per line of text
 TEXT_SIZE = 11
 INK, PAPER, FAINT = (24, 24, 28), (255, 255, 255), (110, 110, 118)
 
-
-Row = Sequence[tuple[Image.Image | None, ScoreRow]]
-"""None is a picture that is missing."""
+SheetRow = Sequence[tuple[Image.Image | None, ScoreRow]]
+"""Images with their scores; None is a missing image."""
 
 
 def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int) -> Path | None:
     """Draw the first image of the first ``prompts`` prompts of both models and write a PNG.
 
-    Below each image stands what its reward says of it. Returns None when no prompts are asked for.
+    The reward writes a caption below each image. Returns None for no prompts.
     """
     shown = base.store.prompts[:prompts]
     if not shown:
@@ -37,7 +36,9 @@ def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int
     return path
 
 
-def draw_sheet(path: Path, prompts: Sequence[str], rows: Mapping[str, Row], *, reward: Reward | type[Reward]) -> None:
+def draw_sheet(
+    path: Path, prompts: Sequence[str], rows: Mapping[str, SheetRow], *, reward: Reward | type[Reward]
+) -> None:
     """Write a PNG with one column per prompt and one named row per model; ``reward`` writes the captions."""
     row_height = CELL + 2 * LINE + MARGIN
     left, top = 60, 2 * LINE + MARGIN
@@ -45,45 +46,42 @@ def draw_sheet(path: Path, prompts: Sequence[str], rows: Mapping[str, Row], *, r
     pen = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(TEXT_SIZE)
     for column, prompt in enumerate(prompts):
-        for number, line in enumerate(wrapped(prompt, font, CELL)[:2]):
-            pen.text((left + column * (CELL + MARGIN), 2 + number * LINE), line, fill=INK, font=font)
-    for place, (name, images) in enumerate(rows.items()):
-        y = top + place * row_height
+        for number, text in enumerate(wrapped(prompt, font, CELL)[:2]):
+            pen.text((left + column * (CELL + MARGIN), 2 + number * LINE), text, fill=INK, font=font)
+    for line, (name, images) in enumerate(rows.items()):
+        y = top + line * row_height
         pen.text((MARGIN, y + CELL // 2), name, fill=INK, font=font)
         for column, (image, score) in enumerate(images):
             x = left + column * (CELL + MARGIN)
             shown = blank() if image is None else image
             sheet.paste(shown.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
             for number, text in enumerate(caption(score, reward)):
-                line = (wrapped(text, font, CELL) or [""])[0]
-                pen.text((x, y + CELL + 2 + number * LINE), line, fill=FAINT, font=font)
+                pen.text((x, y + CELL + 2 + number * LINE), wrapped(text, font, CELL)[0], fill=FAINT, font=font)
     data = io.BytesIO()
     sheet.save(data, "PNG")
     write_bytes(path, data.getvalue())
 
 
-def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image, ScoreRow]]:
-    """The first image of each of the first ``count`` prompts with its score."""
-    found: list[tuple[Image.Image, ScoreRow]] = []
+def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image | None, ScoreRow]]:
+    """The first image of each of the first ``count`` prompts with its score; None for one that cannot be decoded."""
+    images: list[tuple[Image.Image | None, ScoreRow]] = []
     for number in range(len(table.store.shards)):
-        for stored, row in zip(table.store.images(number), table.read_shard(number), strict=True):
-            if stored.index == 0:
-                found.append((_shown(stored.path), row))
-        if len(found) >= count:
-            break
-    return found[:count]
+        if len(images) < count:
+            rows = zip(table.store.images(number), table.read_shard(number), strict=True)
+            images += [(decoded(stored.path), row) for stored, row in rows if stored.index == 0]
+    return images[:count]
 
 
-def _shown(path: Path) -> Image.Image:
-    """The picture, or a grey field for one that cannot be decoded; its caption then says so."""
+def decoded(path: Path) -> Image.Image | None:
+    """The image in a file; None if it cannot be decoded."""
     try:
         return read_rgb(path)
     except UnreadableImageError:
-        return blank()
+        return None
 
 
 def blank(why: str = "") -> Image.Image:
-    """The grey field that stands for a picture that is missing."""
+    """The grey field in place of a missing image."""
     field = Image.new("RGB", (CELL, CELL), FAINT)
     ImageDraw.Draw(field).text((MARGIN, CELL // 2), why, fill=PAPER, font=ImageFont.load_default(TEXT_SIZE))
     return field

@@ -1,16 +1,14 @@
-"""Markdown pages from templates. Everything that was not written here is escaped: it shows as the text that it is."""
+"""Markdown pages from templates. Text from data is escaped: it shows as it is and is never markup."""
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from gdro_cli.stages.reporting.html import environment
+from gdro_cli.stages.reporting.number_format import difference, interval, number
 
-from gdro_cli.stages.reporting.html import VERDICTS, change, interval, number
-
-_MEANS_SOMETHING = re.compile(r"([\\`*_{}\[\]()<>#|~$&!@^=])")
+_MARKUP = re.compile(r"([\\`*_{}\[\]()<>#|~$&!@^=])")
 
 
 class Markdown(str):
@@ -24,7 +22,7 @@ def escape(text: object) -> Markdown:
     if isinstance(text, Markdown):
         return text
     line = " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
-    escaped = _MEANS_SOMETHING.sub(r"\\\1", line)
+    escaped = _MARKUP.sub(r"\\\1", line)
     return Markdown(re.sub(r"^([-+:]|\d+[.)])", lambda start: start[0][:-1] + "\\" + start[0][-1], escaped))
 
 
@@ -36,20 +34,11 @@ def fenced(text: str, language: str) -> Markdown:
 
 
 def render(template: str, **content: Any) -> bytes:
-    """Fill a Markdown template of this package and return the page."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
-        autoescape=False,  # that would be HTML's; finalize escapes for Markdown
-        finalize=escape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters.update(
+    """Fill a Markdown template and return the page."""
+    filling = environment(autoescape=False, finalize=escape)  # autoescape would be HTML's
+    filling.filters.update(
         number=lambda value: Markdown(number(value)),
         interval=lambda value: Markdown(interval(value)),
-        change=lambda value: Markdown(change(value)),
+        difference=lambda value: Markdown(difference(value)),
     )
-    environment.globals.update(verdict_text=lambda level: VERDICTS.get(level, str(level)))
-    return environment.get_template(template).render(**content).encode()
+    return filling.get_template(template).render(**content).encode()

@@ -1,6 +1,6 @@
 """The model card: README.md of a run and of what ``gdro export`` makes of it, as the Hugging Face Hub shows it.
 
-It holds what was trained, how, from what, with which results, and how to load it; no local path and no address.
+It says what was trained, how, from what, with which results, and how to load it. It has no local path and no address.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import gdro_cli
 from gdro_cli.files import write_bytes
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.rewards.registry import reward_class
-from gdro_cli.stages.reporting.evaluation_report import measure_names, signal_lines, weights_text
-from gdro_cli.stages.reporting.html import MISSING, flat
+from gdro_cli.stages.reporting.evaluation_report import measure_names, signal_rows
+from gdro_cli.stages.reporting.html import flat
 from gdro_cli.stages.reporting.markdown import Markdown, escape, fenced, render
+from gdro_cli.stages.reporting.number_format import MISSING
 from gdro_cli.stages.reporting.redaction import changed_keys, command, last_part
 from gdro_cli.stages.runs.finished_run import FinishedRun, open_finished
 from gdro_cli.stages.setup.model import EMBEDDED
 
 CARD = "README.md"
 EXPORTED_RECIPE = "recipe.yaml"
-EXPORTED_GRID = "pictures.png"
+EXPORTED_GRID = "images.png"
 _VERSIONS = ("gdro_cli", "torch", "diffusers", "transformers", "peft", "accelerate")
 _PROMPT = "a prompt"
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
@@ -41,12 +42,12 @@ _METHODS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where the card lies and what lies beside it."""
+class CardFolder:
+    """The folder that a card describes."""
 
     kind: Literal["run", "adapter", "merged"] = "run"
     name: str | None = None
-    """How users name the folder: a repository of the Hub. None: a folder of theirs."""
+    """The repository of the Hub that users load it from; None for a local folder."""
     rounding: float | None = None
     """Of a merge: the share of the update that the base's dtype rounds away."""
 
@@ -54,24 +55,21 @@ class Place:
 def write_card(run: Path) -> Path:
     """Write the card of a finished run into it, from its files alone. Raises as ``open_finished``."""
     path = run / CARD
-    write_bytes(path, card(open_finished(run), Place()))
+    write_bytes(path, card(open_finished(run), CardFolder()))
     return path
 
 
-def card(run: FinishedRun, place: Place) -> bytes:
+def card(run: FinishedRun, folder: CardFolder) -> bytes:
     """The card as a Markdown page with its metadata in front."""
-    results, recipe = run.results, run.recipe
+    results, recipe, grid = run.results, run.recipe, run.grid
     reward = reward_class(recipe.reward.kind)
-    measures = {} if results is None else results["measures"]
-    signals = {} if results is None else results["signals"]
-    own = {key: run.weights[key] for key in ("kind", "checkpoint", "step")}
-    exported = place.kind != "run"
+    measures = {} if results is None else results.measures
+    exported = folder.kind != "run"
     recipe_file = EXPORTED_RECIPE if exported else "resolved.json"
-    grid = run.grid
     return render(
         "card.md.j2",
-        front=Markdown(f"{front_matter(run, place).to_yaml()}\n"),
-        kind=place.kind,
+        front=Markdown(f"{front_matter(run, folder).to_yaml()}\n"),
+        kind=folder.kind,
         name=run.name,
         base=_base(run),
         method=_METHODS.get(recipe.method.name, recipe.method.name),
@@ -79,25 +77,23 @@ def card(run: FinishedRun, place: Place) -> bytes:
         version=gdro_cli.__version__,
         results=results,
         measures=[(name, measures[name]) for name in measure_names(measures, reward)],
-        signals=signal_lines(signals, reward),
+        signals=[] if results is None else signal_rows(results.signals, reward),
         grid=None if grid is None else EXPORTED_GRID if exported else grid,
-        measured=None if results is None else weights_text(results["weights"]),
-        weights=weights_text(own),
-        same_weights=results is None or {key: results["weights"].get(key) for key in own} == own,
-        load=fenced(loading_code(run, place), "python"),
-        changed=[(key, value) for key, value in flat(changed_keys(recipe))],
+        weights=run.weights,
+        same_weights=results is None or str(results.weights) == str(run.weights),
+        load=fenced(loading_code(run, folder), "python"),
+        changed=list(flat(changed_keys(recipe))),
         recipe_file=recipe_file,
         provenance=list(_provenance(run)),
         commands=fenced("\n".join(command(recipe, stage, file=recipe_file) for stage in ("train", "eval")), "sh"),
-        rounding=place.rounding,
-        judge=None if results is None else results["protocol"].get("judge"),
+        rounding=folder.rounding,
     )
 
 
-def front_matter(run: FinishedRun, place: Place) -> ModelCardData:
-    """The card's metadata. The licence is the base model's to name, so none is named here."""
+def front_matter(run: FinishedRun, folder: CardFolder) -> ModelCardData:
+    """The card's metadata. It names no licence: that is for the base model's authors."""
     tags = ["text-to-image", "diffusers", "gdro", run.recipe.method.name, run.recipe.prompts.task, run.model["family"]]
-    on_hub, merged = _on_hub(run), place.kind == "merged"
+    on_hub, merged = _on_hub(run), folder.kind == "merged"
     return ModelCardData(
         base_model=run.model["path"] if on_hub else None,
         base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
@@ -107,20 +103,23 @@ def front_matter(run: FinishedRun, place: Place) -> ModelCardData:
     )
 
 
-def loading_code(run: FinishedRun, place: Place) -> str:
-    """Python that loads and calls what lies beside the card."""
+def loading_code(run: FinishedRun, folder: CardFolder) -> str:
+    """Python that loads and calls the model of the card's folder."""
     pipeline, dtype = run.model["pipeline"], run.model["dtype"]
     lines = ["import torch", f"from diffusers import {pipeline}"]
     embedded = run.recipe.model.path == EMBEDDED
     if embedded:
         lines.insert(0, "import gdro_cli.tiny.autoencoder  # where diffusers finds the class of the autoencoder")
         lines.append("from gdro_cli.embedded import tiny_model_path")
-    here = repr(place.name or "path/to/this/folder")
+    here = repr(folder.name or "path/to/this/folder")
     base = "tiny_model_path()" if embedded else repr(_base_name(run))
-    prompt = _PROMPT if run.results is None or not run.results["prompts"] else run.results["prompts"][0]["prompt"]
+    prompt = _PROMPT if run.results is None else run.results.prompts[0].prompt
     arguments = ", ".join(f"{key}={value!r}" for key, value in run.call.items())
-    lines += ["", f"pipe = {pipeline}.from_pretrained({here if place.kind == 'merged' else base}, dtype=torch.{dtype})"]
-    if place.kind != "merged":
+    lines += [
+        "",
+        f"pipe = {pipeline}.from_pretrained({here if folder.kind == 'merged' else base}, dtype=torch.{dtype})",
+    ]
+    if folder.kind != "merged":
         lines.append(f"pipe.load_lora_weights({here})")
     lines.append(f"image = pipe({prompt!r}, {arguments}).images[0]")
     return "\n".join(lines)
@@ -128,8 +127,7 @@ def loading_code(run: FinishedRun, place: Place) -> str:
 
 def _on_hub(run: FinishedRun) -> bool:
     path = run.model["path"]
-    known = isinstance(path, str) and _HUB_ID.fullmatch(path) is not None
-    return known and "commit" in run.model and run.recipe.model.path != EMBEDDED
+    return _HUB_ID.fullmatch(path) is not None and "commit" in run.model and run.recipe.model.path != EMBEDDED
 
 
 def _base_name(run: FinishedRun) -> str:
@@ -147,7 +145,7 @@ def _base(run: FinishedRun) -> Markdown:
 
 
 def _provenance(run: FinishedRun) -> list[tuple[str, str]]:
-    """What it came from, name and value."""
+    """What the adapter came from, as (name, value)."""
     model, environment = run.model, run.environment
     state = f"commit {model['commit']}" if "commit" in model else f"SHA-256 {model.get('digest', MISSING)}"
     packages = environment.get("packages", {})
@@ -155,13 +153,13 @@ def _provenance(run: FinishedRun) -> list[tuple[str, str]]:
     return [
         ("run", run.name),
         ("begun", str(run.manifest.get("created", MISSING))),
-        ("adapter", f"{weights_text(run.weights)}; {LORA_FILE}, SHA-256 {run.weights['sha256']}"),
+        ("adapter", f"{run.weights}; {LORA_FILE}, SHA-256 {run.weights.sha256}"),
         ("base model", f"{_base_name(run)} ({model['pipeline']}), {state}, in {model['dtype']}"),
-        *((f"digest of the {name}", str(value)) for name, value in sorted(run.manifest["inputs"].items())),
+        *((f"digest of the {name}", str(value)) for name, value in sorted(run.manifest.get("inputs", {}).items())),
         ("recipe", f"{run.recipe.name}, digest {run.recipe.digest()}"),
         ("software", ", ".join(f"{name} {packages[name]}" for name in _VERSIONS if packages.get(name))),
         ("commit of gdro_cli", str(environment.get("commit") or MISSING)),
         ("Python", str(environment.get("python", MISSING))),
         ("machine", ", ".join(map(str, machine))),
-        *([] if run.results is None else [("evaluation protocol", str(run.results["protocol_name"]))]),
+        *([] if run.results is None else [("evaluation protocol", run.results.protocol_name)]),
     ]

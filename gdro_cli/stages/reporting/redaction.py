@@ -1,4 +1,4 @@
-"""What of a recipe may leave the machine: names instead of local paths, and no addresses."""
+"""The parts of a recipe that may leave the machine: names instead of local paths, and no addresses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gdro_cli.identity import differences
 from gdro_cli.stages.setup.model import EMBEDDED
 
 ADDRESS = "https://judge.invalid/v1"
-"""Stands for the address of a judge."""
+"""Replaces the address of a judge."""
 _FILES = ("prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir")
 _FILES_OR_IDS = ("model.path", "reward.geneval.detector_model", "reward.geneval.colour_model", "judge.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -33,8 +33,8 @@ _OWN = ("name", "description", "ablation")
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe without local paths and addresses; it is a recipe itself."""
-    found: dict[str, Any] = _public(recipe.resolved(), "")
-    return found
+    public: dict[str, Any] = _public(recipe.resolved(), "")
+    return public
 
 
 def recipe_yaml(recipe: Recipe) -> str:
@@ -43,22 +43,21 @@ def recipe_yaml(recipe: Recipe) -> str:
 
 
 def changed_keys(recipe: Recipe) -> dict[str, Any]:
-    """The keys whose values are not the defaults, nested, as they may leave the machine."""
+    """The keys whose values are not the defaults, nested, without local paths and addresses."""
     changed = recipe.model_dump(mode="json", exclude_defaults=True)
-    shown: dict[str, Any] = _public({key: value for key, value in changed.items() if key not in _OWN}, "")
-    return shown
+    public: dict[str, Any] = _public({key: value for key, value in changed.items() if key not in _OWN}, "")
+    return public
 
 
 def command(recipe: Recipe, stage: str, *, file: str) -> str:
     """The command line that does ``stage`` again: a shipped recipe with ``--set``, else with the recipe ``file``."""
     wanted = public_recipe(recipe)
     if recipe.name in shipped_recipes():
-        changes = [
-            each
-            for each in differences(load_recipe(recipe.name), wanted)
-            if each.after_present and each.path.split(".")[0] not in _OWN
+        sets = [
+            f"{key.path}={dump_yaml_line(key.after)}"
+            for key in differences(load_recipe(recipe.name), wanted)
+            if key.after_present and key.path.split(".")[0] not in _OWN
         ]
-        sets = [f"{each.path}={dump_yaml_line(each.after)}" for each in changes]
         if len(sets) <= _MOST_CHANGES and _gives(recipe.name, sets, wanted):
             return shlex.join(["gdro", stage, "--recipe", recipe.name, *(w for s in sets for w in ("--set", s))])
     return shlex.join(["gdro", stage, "--recipe", file])
@@ -66,10 +65,10 @@ def command(recipe: Recipe, stage: str, *, file: str) -> str:
 
 def _gives(name: str, sets: list[str], wanted: Mapping[str, Any]) -> bool:
     try:
-        found = load_recipe(name, overrides=sets).resolved()
+        resolved = load_recipe(name, overrides=sets).resolved()
     except UserError:
         return False
-    return all(found[key] == value for key, value in wanted.items() if key not in _OWN)
+    return all(resolved[key] == value for key, value in wanted.items() if key not in _OWN)
 
 
 def _public(value: Any, path: str) -> Any:
@@ -93,10 +92,10 @@ def is_hub_id(name: str) -> bool:
 
 
 def last_part(path: str) -> str:
-    """The name of a file or folder, without where it lies."""
+    """The name of a file or folder, without its path."""
     return PureWindowsPath(path.rstrip("/\\")).name or "root"
 
 
 def without_paths(text: str) -> str:
-    """A text in which the absolute paths are the names of what they lead to."""
-    return _PATHS_IN_TEXT.sub(lambda found: last_part(found[0]), text)
+    """A text in which absolute paths are replaced by the names of their files."""
+    return _PATHS_IN_TEXT.sub(lambda path: last_part(path[0]), text)

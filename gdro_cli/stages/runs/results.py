@@ -1,189 +1,144 @@
-"""results.json of a run as others read it: checked, so that a damaged file is one sentence and not a wrong number."""
+"""``results.json`` of a run: what one evaluation found. docs/evaluation.md explains its keys.
+
+A file is read as strictly as it is written, so that a damaged one is one sentence and not a wrong number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from gdro_cli.core.verdict import Change, Verdict
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
+from gdro_cli.files import read_file
 from gdro_cli.rewards.registry import reward_class
-from gdro_cli.runtime.run import RunFolder
 
-RESULTS_KIND = "gdro results"
-RESULTS_SCHEMA = 2
+RESULTS = "results.json"
+KIND: Literal["gdro results"] = "gdro results"
+SCHEMA: Literal[2] = 2
+MODELS: tuple[Literal["base", "trained"], ...] = ("base", "trained")
 _MOST_SAMPLES = 1_000_000
+_AGAIN = "run `gdro eval` with its recipe again"
 
-_LONGEST_NAME = 1000
-
-Name = Annotated[str, Field(max_length=_LONGEST_NAME)]
 Count = Annotated[int, Field(ge=0)]
 
 
+@dataclass(frozen=True, slots=True)
+class ImageRow(ScoreRow):
+    """All that was measured in one image."""
+
+    file: str | None = None
+    """The image, relative to the workspace."""
+
+
 class _Part(BaseModel):
-    """What must be there; what else is there is left alone."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class _Mean(_Part):
-    mean: float | None
-    low: float | None
-    high: float | None
+class Weights(_Part):
+    """Which weights of the run were evaluated."""
 
-
-class _Sides(_Part):
-    base: _Mean | None
-    trained: _Mean | None
-    difference: _Mean | None
-
-
-class _Verdict(_Part):
-    level: Name | None
-    reasons: list[str]
-
-
-class _Weights(_Part):
-    kind: Name
-    checkpoint: Name
+    kind: str
+    """``ema`` or ``raw``."""
+    checkpoint: str
+    """``best`` or ``last``."""
     step: Count
+    chosen_by: dict[str, Any] | None = None
+    """Measure, score and validation protocol by which the best point was chosen; None for the last step."""
+
+    def __str__(self) -> str:
+        return f"{self.kind} weights of the {self.checkpoint} checkpoint, step {self.step}"
 
 
-class _Text(_Part):
-    prompt: str
+class Images(_Part):
+    """The rows of both models' images."""
+
+    base: tuple[ImageRow, ...]
+    trained: tuple[ImageRow, ...]
 
 
-class _Pictures(_Part):
-    base: list[dict[str, Any]]
-    trained: list[dict[str, Any]]
+class Results(_Part):
+    """One evaluation of a run: base against trained model on the held-out prompts."""
 
-
-class _Shown(_Part):
-    """What a model card tells."""
-
-    measures: dict[Name, _Sides]
-    signals: dict[Name, _Sides]
-    verdict: _Verdict | None
-    weights: _Weights
+    kind: Literal["gdro results"]
+    schema_: Literal[2] = Field(alias="schema")
+    recipe: str
+    task: str
+    method: dict[str, Any]
+    """The method's section of the recipe."""
+    run: str
     protocol: dict[str, Any]
-    protocol_name: Name
+    """What two results must share to be compared."""
+    protocol_name: str
+    weights: Weights
+    measures: dict[str, Change]
+    """By name: those of the reward, then those of the judge. Read from a file they are sorted by name."""
+    signals: dict[str, Change]
+    verdict: Verdict
     failed: Count
+    """Images without a reward, base and trained together."""
     unjudged: Count
+    """Images without u, base and trained together, where there is a judge."""
     seen: Count
-    prompts: list[_Text]
-    images: _Pictures
-
-
-class _Interval(_Part):
-    model_config = ConfigDict(extra="forbid")
-
-    mean: float
-    low: float
-    high: float
-    prompts: Count
-    images: Count
-    level: float
-
-
-class _Measure(_Part):
-    base: _Interval | None
-    trained: _Interval | None
-    difference: _Interval | None
-
-
-class _Prompt(_Part):
-    id: str
-    prompt: str
-    target: str | None
-    metadata: dict[str, Any]
-
-
-class _Row(_Part):
-    prompt_id: str
-    index: Count
-    value: float | None
-    reason: str | None
-    details: dict[str, Any]
-
-
-class _Images(_Part):
-    base: list[_Row]
-    trained: list[_Row]
-
-
-class _Method(_Part):
-    name: Name
-
-
-class _Compared(_Part):
-    """What a comparison reads."""
-
-    recipe: Name
-    task: Name
-    run: Name
-    method: _Method
-    protocol: dict[str, Any]
-    measures: Annotated[dict[Name, _Measure], Field(min_length=1)]
-    verdict: _Verdict | None
-    weights: _Weights
-    failed: Count
-    unjudged: Count
+    """Prompts that are also in the training or validation prompts."""
     bootstrap: Annotated[int, Field(ge=1, le=_MOST_SAMPLES)]
-    prompts: Annotated[list[_Prompt], Field(min_length=1)]
-    images: _Images
+    grid: str | None
+    """The image grid, relative to the run."""
+    prompts: Annotated[tuple[PromptRecord, ...], Field(min_length=1)]
+    images: Images
+
+    @model_validator(mode="after")
+    def _check_rows(self) -> Self:
+        known = {prompt.id for prompt in self.prompts}
+        if any(row.prompt_id not in known for row in (*self.images.base, *self.images.trained)):
+            raise ValueError("images of unknown prompts")
+        by_tag = any(measure.by_tag for measure in reward_class(self.task).measures)
+        if by_tag and any("tag" not in prompt.metadata for prompt in self.prompts):
+            raise ValueError("prompts without a tag")
+        return self
+
+    @property
+    def judged(self) -> bool:
+        """Whether there was a judge."""
+        return self.protocol.get("judge") is not None
+
+    def rows(self, model: Literal["base", "trained"]) -> tuple[ImageRow, ...]:
+        """The rows of one model's images."""
+        return self.images.base if model == "base" else self.images.trained
+
+    def to_json(self) -> dict[str, Any]:
+        """The results as a JSON object."""
+        return self.model_dump(mode="json", by_alias=True)
 
 
-def read_shown(run: RunFolder) -> dict[str, Any]:
-    """The results of a finished run as far as its card tells them. Raises StoreError."""
-    return _read(run, _Shown)
-
-
-def read_results(run: RunFolder) -> dict[str, Any]:
-    """The results of a run as a comparison needs them.
+def read_results(run: Path) -> Results:
+    """The results of a run.
 
     Raises:
-        StoreError: the file is damaged, or another version wrote it.
+        StoreError: the file is missing or damaged, or another version wrote it.
+        UserError: its reward is not in this installation.
     """
-    return _read(run, _Compared, _refuse_other, _refuse_torn)
-
-
-def _read(run: RunFolder, form: type[_Part], *checks: Callable[[str, dict[str, Any]], None]) -> dict[str, Any]:
-    results: dict[str, Any] = run.read_json("results.json")  # if the first check says so
-    path = str(run.path / "results.json")
-    first, *others = checks or (_refuse_other_kind,)
-    first(path, results)
+    path = run / RESULTS
+    data = read_file(path, remedy=_AGAIN)
     try:
-        form.model_validate(results)
+        return Results.model_validate_json(data)
     except ValidationError as error:
-        where = ".".join(str(part)[:40] for part in error.errors()[0]["loc"])
-        raise StoreError(f"{path} is damaged at {where}: run `gdro eval` with its recipe again") from error
-    for check in others:
-        check(path, results)
-    return results
+        raise StoreError(f"{path} {_fault(error)}: {_AGAIN}") from error
 
 
-def _refuse_other_kind(path: str, results: Any) -> None:
-    if not isinstance(results, dict):
-        raise StoreError(f"{path} does not hold results of an evaluation: run `gdro eval` with its recipe again")
-
-
-def _refuse_other(path: str, results: Any) -> None:
-    if not isinstance(results, dict) or results.get("kind") != RESULTS_KIND:
-        raise StoreError(f"{path} does not hold results of an evaluation: run `gdro eval` with its recipe again")
-    if results.get("schema") != RESULTS_SCHEMA:
-        raise StoreError(
-            f"{path} has schema {str(results.get('schema'))[:40]}, this version reads {RESULTS_SCHEMA}: run `gdro eval`"
-            " with its recipe again"
-        )
-
-
-def _refuse_torn(path: str, results: dict[str, Any]) -> None:
-    """Rows of prompts that are not there, and prompts without a tag where the reward's measures need it."""
-    known = {prompt["id"] for prompt in results["prompts"]}
-    strange = [row for rows in results["images"].values() for row in rows if row["prompt_id"] not in known]
-    by_tag = any(measure.by_tag for measure in reward_class(results["task"]).measures)
-    untagged = by_tag and any("tag" not in prompt["metadata"] for prompt in results["prompts"])
-    if strange or untagged:
-        where = "images" if strange else "prompts"
-        raise StoreError(f"{path} is damaged at {where}: run `gdro eval` with its recipe again")
+def _fault(error: ValidationError) -> str:
+    faults = {fault["loc"]: fault for fault in error.errors(include_url=False)}
+    first = next(iter(faults.values()))
+    if ("kind",) in faults or first["type"] == "model_type":
+        return "does not hold results of an evaluation"
+    if ("schema",) in faults:
+        return f"has schema {str(faults['schema',]['input'])[:40]}, this version reads {SCHEMA}"
+    if first["type"] == "json_invalid":
+        return "is damaged (it is not JSON)"
+    where = ".".join(str(part)[:40] for part in first["loc"])
+    return f"is damaged at {where}" if where else f"is damaged ({first['ctx']['error']})"

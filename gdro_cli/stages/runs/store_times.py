@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from gdro_cli.core.costs import Batch
 from gdro_cli.data.scores import ScoreTable
-from gdro_cli.data.shard_times import is_time, total_time
+from gdro_cli.data.shard_times import total_time
 from gdro_cli.errors import StoreError
+from gdro_cli.files import read_file
+from gdro_cli.runtime.metrics import train_rows
 from gdro_cli.runtime.run import RunFolder
 
 _FILE = "stores.json"
-_TIMES = ("sampling", "scoring")
+_REMEDY = "delete it, and times are left out"
+
+
+class _StoreTimes(BaseModel):
+    """Seconds of one store, which the run learns from after ``step`` steps; None where they are unknown."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    step: int
+    sampling: Annotated[float, Field(ge=0)] | None
+    scoring: Annotated[float, Field(ge=0)] | None
+
+
+_STORES = TypeAdapter(tuple[_StoreTimes, ...])
 
 
 def batch_of(table: ScoreTable, *, step: int) -> Batch | None:
@@ -22,39 +39,38 @@ def batch_of(table: ScoreTable, *, step: int) -> Batch | None:
 
 
 def note_batch(folder: RunFolder, batch: Batch | None, *, step: int) -> None:
-    """Keep the times of the store that a run learns from after ``step`` steps, beside those of earlier steps."""
-    there = _rows(folder) if (folder.path / _FILE).is_file() else []
-    known = None if batch is None else (batch.sampling, batch.scoring)
-    row = {"step": step, "sampling": known and known[0], "scoring": known and known[1]}
-    rows = [*(each for each in there if each["step"] < step), row]
-    if rows != there:
-        folder.write_json(_FILE, rows)
+    """Add the times of the store that a run learns from after ``step`` steps to those of earlier steps."""
+    earlier = _read(folder) or ()
+    sampling, scoring = (None, None) if batch is None else (batch.sampling, batch.scoring)
+    times = _StoreTimes(step=step, sampling=sampling, scoring=scoring)
+    stores = (*(store for store in earlier if store.step < step), times)
+    if stores != earlier:
+        folder.write_json(_FILE, _STORES.dump_python(stores, mode="json"))
 
 
 def read_batches(folder: RunFolder) -> tuple[Batch, ...] | None:
-    """The times of all stores of a run; None where one is not known.
+    """The times of all stores of a run; None where one is unknown.
 
     Raises:
         StoreError: the file is damaged.
     """
-    if not (folder.path / _FILE).is_file():
-        # a training that samples as it goes has its times in the steps' rows
-        return () if any("seconds_sampling" in row for row in folder.metrics()) else None
-    rows = _rows(folder)
-    if any(row[name] is None for row in rows for name in _TIMES):
+    stores = _read(folder)
+    if stores is None:  # an online training has its times in the rows of its steps
+        return () if any(row.seconds_sampling is not None for row in train_rows(folder.metrics())) else None
+    batches = [
+        Batch(store.step, store.sampling, store.scoring)
+        for store in stores
+        if store.sampling is not None and store.scoring is not None
+    ]
+    return tuple(batches) if len(batches) == len(stores) else None
+
+
+def _read(folder: RunFolder) -> tuple[_StoreTimes, ...] | None:
+    """The content of the file; None where there is none."""
+    path = folder.path / _FILE
+    if not path.is_file():
         return None
-    return tuple(Batch(row["step"], *(float(row[name]) for name in _TIMES)) for row in rows)
-
-
-def _rows(folder: RunFolder) -> list[dict[str, Any]]:
-    """What the file holds. Raises StoreError for anything but steps and times."""
-    rows = folder.read_json(_FILE)
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
-        raise _damaged(folder)
-    if not all(row.get(name, "") is None or is_time(row.get(name)) for row in rows for name in _TIMES):
-        raise _damaged(folder)
-    return rows
-
-
-def _damaged(folder: RunFolder) -> StoreError:
-    return StoreError(f"{folder.path / _FILE} is damaged: delete it, and times are left out")
+    try:
+        return _STORES.validate_json(read_file(path, remedy=_REMEDY))
+    except ValidationError as error:
+        raise StoreError(f"{path} is damaged: {_REMEDY}") from error

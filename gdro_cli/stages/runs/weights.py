@@ -1,4 +1,4 @@
-"""Which weights a run stands for: those of its best evaluation point, or its last ones."""
+"""Which weights of a run are evaluated and exported: those of its best evaluation point, or its last ones."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.files import read_file, sha256_file, storage_errors
 from gdro_cli.models.adapters import LORA_FILE, Ema, load_lora_state
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
+from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.identity import find_run, similar_runs
 from gdro_cli.stages.setup.model import attach_adapter
@@ -32,7 +33,8 @@ _SHOWN = 3
 """Differences between two runs that a message names."""
 
 UNMEASURED = "unmeasured"
-"""In the state of a checkpoint whose step's evaluation point is still to be measured."""
+"""In the state of a checkpoint whose step's evaluation point must still be measured."""
+_SAME = "with the same recipe, --set and --out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ class RunWeights:
 def early_end(run: Path) -> int | None:
     """The step at which a run ended before its last one; None if it did not.
 
-    A note of a step whose checkpoint is no longer the newest says nothing: the run goes on from the newest.
+    A note of a step whose checkpoint is no longer the newest does not count: the run continues from the newest.
     """
     newest = latest_checkpoint(run)
     if newest is None or not (run / STOPPED).is_file():
@@ -64,7 +66,7 @@ def early_end(run: Path) -> int | None:
 
 
 def keep_if_best(
-    folder: RunFolder, row: Mapping[str, Any], *, measure: str, tensors: Mapping[str, Mapping[str, Tensor]]
+    folder: RunFolder, row: ValidationRow, *, measure: str, tensors: Mapping[str, Mapping[str, Tensor]]
 ) -> bool:
     """Keep the weights of an evaluation point if no earlier point of the same protocol was better.
 
@@ -72,29 +74,28 @@ def keep_if_best(
 
     Args:
         folder: the run.
-        row: the point's metrics, with ``step`` and ``protocol``.
-        measure: what points are compared by: ``corrected``, without a judge the task's headline measure.
+        row: the point.
+        measure: points are compared by it: ``corrected``, or without a judge the task's headline measure.
         tensors: ``adapter`` and ``ema``.
     """
-    if measure not in row:
+    score = row.get(measure)
+    if score is None:
         return False
-    score = float(row[measure])
-    state = {"measure": measure, "score": score, "protocol": row["protocol"]}
-    place = best_folder(folder)
-    path = latest_checkpoint(place)
+    state = {"measure": measure, "score": score, "protocol": row.protocol}
+    path = latest_checkpoint(best_folder(folder))
     if path is not None:
-        held = load_checkpoint(path)
-        comparable = all(held.state.get(key) == state[key] for key in ("measure", "protocol"))
-        comparable = comparable and isinstance(held.state.get("score"), int | float)
-        if comparable and (held.state["score"] > score or (held.state["score"] == score and held.step <= row["step"])):
+        best = load_checkpoint(path)
+        comparable = all(best.state.get(key) == state[key] for key in ("measure", "protocol"))
+        comparable = comparable and isinstance(best.state.get("score"), int | float)
+        if comparable and (best.state["score"] > score or (best.state["score"] == score and best.step <= row.step)):
             return False
-    save_checkpoint(place, int(row["step"]), tensors=tensors, state=state, keep=1)
-    folder.write_json("best/best.json", {"step": int(row["step"]), measure: score})
+    save_checkpoint(best_folder(folder), row.step, tensors=tensors, state=state, keep=1)
+    folder.write_json("best/best.json", {"step": row.step, measure: score})
     return True
 
 
 def forget_best_after(folder: RunFolder, step: int) -> None:
-    """Delete the kept weights of an evaluation point that a run which goes on from ``step`` has not come to.
+    """Delete the weights of the best point if it comes after ``step``, from which the run continues.
 
     Raises:
         StoreError: the disk refuses.
@@ -115,15 +116,15 @@ def is_finished(folder: RunFolder, recipe: Recipe) -> bool:
     return checkpoint_step(path) == recipe.train.steps and UNMEASURED not in load_checkpoint(path).state
 
 
-def _exported_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
-    """The adapter that a finished run has exported, where its checkpoints are gone; None if it has exported none.
+def _exported_weights(folder: RunFolder, recipe: Recipe) -> RunWeights:
+    """The adapter that a finished run has exported, for a run without checkpoints.
 
     Raises:
-        PrerequisiteError: the recipe evaluates other weights than those.
+        PrerequisiteError: the run has exported none, or the recipe evaluates other weights than those.
         StoreError: a file is damaged.
     """
     if not is_finished(folder, recipe):
-        return None
+        raise PrerequisiteError(f"the run {folder.path} has no checkpoint: run `gdro train` {_SAME} first")
     weights = folder.read_object(ADAPTER_NOTE).get("weights", {})
     if weights.get("kind") != recipe.eval.weights or weights.get("checkpoint") not in (recipe.eval.checkpoint, "last"):
         raise PrerequisiteError(
@@ -143,8 +144,8 @@ def _exported_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     )
 
 
-def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
-    """The weights of a finished run that the recipe evaluates; None when it has no checkpoint.
+def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights:
+    """The weights of a finished run that the recipe evaluates.
 
     Raises:
         PrerequisiteError: the run is not finished.
@@ -153,41 +154,40 @@ def evaluated_weights(folder: RunFolder, recipe: Recipe) -> RunWeights | None:
     path = latest_checkpoint(folder.path)
     if path is None:
         return _exported_weights(folder, recipe)
-    kept = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
+    best = latest_checkpoint(best_folder(folder)) if recipe.eval.checkpoint == "best" else None
     needed = ("adapter", "ema")
     last = load_checkpoint(path, needed=needed)
     unfinished = last.step != recipe.train.steps or UNMEASURED in last.state
     if unfinished and early_end(folder.path) is None:
         raise PrerequisiteError(
-            f"the run {folder.path} stands at step {last.step} of {recipe.train.steps}: run `gdro train` with the"
-            " same recipe, --set and --out to finish it"
+            f"the run {folder.path} is at step {last.step} of {recipe.train.steps}: run `gdro train` {_SAME} to"
+            " finish it"
         )
-    chosen = last if kept is None else load_checkpoint(kept, needed=needed)
-    file = (kept or path) / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
+    chosen = last if best is None else load_checkpoint(best, needed=needed)
+    file = (best or path) / ("ema.safetensors" if recipe.eval.weights == "ema" else "adapter.safetensors")
     return RunWeights(
         step=chosen.step,
-        checkpoint="last" if kept is None else "best",
+        checkpoint="last" if best is None else "best",
         adapter=chosen.tensors["adapter"],
         ema=chosen.tensors["ema"],
-        chosen_by=None if kept is None else chosen.state,
+        chosen_by=None if best is None else chosen.state,
         identity=f"{recipe.eval.weights} {sha256_file(file)}",
     )
 
 
 def trained_run(session: Session) -> tuple[RunFolder, RunWeights]:
-    """The run that ``gdro train`` made of the recipe, and the weights of it that the recipe evaluates.
+    """The run that ``gdro train`` made of the recipe, and its weights that the recipe evaluates.
 
     Raises:
         PrerequisiteError: there is no run, or it is not finished.
     """
     folder = find_run(session)
-    weights = None if folder is None else evaluated_weights(folder, session.recipe)
-    if folder is None or weights is None:
+    if folder is None:
         raise PrerequisiteError(
             f"there is no trained model of the recipe {session.recipe.name} in {session.workspace}"
-            f"{_finished_otherwise(session) or ': run `gdro train` with the same recipe, --set and --out first'}"
+            f"{_finished_otherwise(session) or f': run `gdro train` {_SAME} first'}"
         )
-    return folder, weights
+    return folder, evaluated_weights(folder, session.recipe)
 
 
 def _finished_otherwise(session: Session) -> str:
@@ -221,10 +221,7 @@ def named_run(session: Session, path: Path) -> tuple[RunFolder, RunWeights]:
     Raises:
         PrerequisiteError: it is not finished.
     """
-    weights = evaluated_weights(RunFolder(path), session.recipe)
-    if weights is None:
-        raise PrerequisiteError(f"the run {path} has neither a checkpoint nor an adapter: run `gdro train` again")
-    return RunFolder(path), weights
+    return RunFolder(path), evaluated_weights(RunFolder(path), session.recipe)
 
 
 @contextmanager
@@ -243,5 +240,5 @@ def applied(session: Session, weights: RunWeights) -> Iterator[None]:
 
 
 def best_folder(folder: RunFolder) -> Path:
-    """Where the best evaluation point's weights lie."""
+    """Folder of the best evaluation point's weights."""
     return folder.path / "best"

@@ -17,8 +17,14 @@ from gdro_cli.runtime.checkpoint import (
 )
 from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.runs.finished_run import describe_adapter
-from gdro_cli.stages.runs.weights import STOPPED, UNMEASURED, early_end, evaluated_weights, forget_best_after
+from gdro_cli.stages.runs.finished_run import write_adapter_note
+from gdro_cli.stages.runs.weights import (
+    STOPPED,
+    UNMEASURED,
+    early_end,
+    evaluated_weights,
+    forget_best_after,
+)
 from gdro_cli.stages.setup.model import attach_adapter
 from gdro_cli.stages.setup.session import Session
 
@@ -137,10 +143,8 @@ class TrainingState:
     def export(self) -> None:
         """Write the evaluated adapter where ``pipe.load_lora_weights(run)`` looks for it, and its description."""
         weights = evaluated_weights(self.folder, self.session.recipe)
-        if weights is None:
-            return
         load_lora_state(self.session.model, weights.adapter)
         self.ema.load(weights.ema)
         with self.evaluated():
             save_lora(self.session.model, self.folder.path)
-        describe_adapter(self.session, self.folder, weights)
+        write_adapter_note(self.session, self.folder, weights)

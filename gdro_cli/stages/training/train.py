@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
+from gdro_cli.runtime.metrics import validation_rows
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
-from gdro_cli.stages.reporting.evaluation_report import validation_rows
 from gdro_cli.stages.reporting.model_card import write_card
 from gdro_cli.stages.runs.identity import find_run, open_run
 from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end, is_finished, refuse_repetition
@@ -48,9 +48,9 @@ class TrainResult:
         elif self.resumed_from:
             rows["training"] = f"continued from step {self.resumed_from}"
         points = validation_rows(self.run.metrics())
-        points = [row for row in points if row["protocol"] == points[-1]["protocol"]]
+        points = [row for row in points if row.protocol == points[-1].protocol]
         for name in ("reward", "corrected"):
-            if len(points) > 1 and name in points[-1]:
+            if len(points) > 1 and points[-1].get(name) is not None:
                 rows[f"validation {name}"] = f"{points[0][name]:.3f} -> {points[-1][name]:.3f}"
         best = latest_checkpoint(best_folder(self.run))
         if best is not None:

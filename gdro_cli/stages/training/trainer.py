@@ -14,6 +14,7 @@ from gdro_cli.config.sections import TrainSection
 from gdro_cli.core.verdict import Verdict
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import lora_state, reference
+from gdro_cli.runtime.metrics import TrainRow, ValidationRow
 from gdro_cli.stages.evaluation.measures import deciding_measure
 from gdro_cli.stages.evaluation.validation import PointGivenUp, Validation
 from gdro_cli.stages.runs.weights import keep_if_best
@@ -93,7 +94,7 @@ class Trainer:
         times = {f"seconds_{name}": value for name, value in gradient.seconds.items()}
         times |= {"seconds_updates": seconds} if times else {}
         times["seconds"] = seconds + sum(gradient.seconds.values())
-        self.state.folder.append_metrics({"kind": "train", "step": self.state.step, **finite, **times})
+        self.state.folder.append_metrics(TrainRow.model_validate({"step": self.state.step, **finite, **times}))
         self.session.engine.log(finite, self.state.step)
 
     def _is_last(self) -> bool:
@@ -184,14 +185,11 @@ class Trainer:
                 collapsed = self._conclude_point(*measured, validation)
         return self.session.engine.any(collapsed)
 
-    def _conclude_point(
-        self, row: dict[str, float | int | str], verdict: Verdict | None, validation: Validation
-    ) -> bool:
+    def _conclude_point(self, row: ValidationRow, verdict: Verdict | None, validation: Validation) -> bool:
         """Log a measured point, in the main process; returns whether the training ends here."""
         state, step = self.state, self.state.step
-        state.folder.append_metrics({"kind": "validation", "step": step, **row})
-        numbers = {f"validation/{name}": value for name, value in row.items() if not isinstance(value, str)}
-        self.session.engine.log(numbers, step)
+        state.folder.append_metrics(row)
+        self.session.engine.log({f"validation/{name}": value for name, value in row.numbers.items()}, step)
         self.session.reporter.say(f"step {step}: {_point_text(self.session, row)}")
         if step:
             self._keep_if_best(row, validation)
@@ -203,28 +201,26 @@ class Trainer:
         )
         return True
 
-    def _keep_if_best(self, row: dict[str, float | int | str], validation: Validation) -> None:
+    def _keep_if_best(self, row: ValidationRow, validation: Validation) -> None:
         state, recipe = self.state, self.session.recipe
         if not missing_limits(recipe).allow(row):
             self.session.reporter.say(
-                f"step {state.step}: {row['failed']} images have no reward and {row.get('unjudged', 0)} no judgement,"
+                f"step {state.step}: {row.failed} images have no reward and {row.unjudged or 0} no judgement,"
                 " more than reward.max_failed_share or judge.max_failed_share: this point cannot be the best"
             )
             return
         measure = deciding_measure(self.session.reward, judged=validation.judges is not None)
         tensors = {"adapter": lora_state(self.session.model), "ema": state.ema.state()}
-        if keep_if_best(state.folder, {"step": state.step, **row}, measure=measure, tensors=tensors):
+        if keep_if_best(state.folder, row, measure=measure, tensors=tensors):
             self._best = state.step
 
 
-def _point_text(session: Session, row: dict[str, float | int | str]) -> str:
-    names = [name for name in (session.reward.measures[0].name, "u", "corrected") if name in row and name != "reward"]
-    more = "".join(f" {name} {row[name]:.3f}," for name in names)
-    verdict = f", {row['verdict']}" if "verdict" in row else ""
-    return (
-        f"validation reward {row['reward']:.3f} [{row['low']:.3f}, {row['high']:.3f}],{more} {row['images']}"
-        f" images{verdict}"
-    )
+def _point_text(session: Session, row: ValidationRow) -> str:
+    names = (session.reward.measures[0].name, "u", "corrected")
+    shown = [(name, row.get(name)) for name in names if name != "reward"]
+    more = "".join(f" {name} {value:.3f}," for name, value in shown if value is not None)
+    verdict = f", {row.verdict}" if row.verdict else ""
+    return f"validation reward {row.reward:.3f} [{row.low:.3f}, {row.high:.3f}],{more} {row.images} images{verdict}"
 
 
 def learning_rate(section: TrainSection, step: int) -> float:

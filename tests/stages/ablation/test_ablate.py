@@ -26,6 +26,7 @@ from gdro_cli.config.sweep import Sweep, plan_sweep
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.runtime.lock import folder_lock
+from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.ablation import ablate
 from gdro_cli.stages.ablation.images import draw_images
@@ -50,6 +51,10 @@ def json_of(path: Path) -> dict[str, Any]:
 def rows_of(run: Path, kind: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if row["kind"] == kind]
+
+
+def timeless(points: tuple[ValidationRow, ...]) -> list[dict[str, Any]]:
+    return [point.to_json() | {"seconds": 0} for point in points]
 
 
 def written(workspace: Path) -> dict[Path, int]:
@@ -110,7 +115,7 @@ def test_the_base_model_is_measured_once_for_all_cells(done: Done) -> None:
 def test_numbers_are_those_of_the_runs(done: Done) -> None:
     _, sweep, result = done
     document = json_of(result.files[0])
-    assert (document["kind"], document["schema"], document["seeds"]) == ("gdro ablation", 1, [0, 1])
+    assert (document["kind"], document["schema"], document["seeds"]) == ("gdro ablation", 2, [0, 1])
     assert document["parameters"] == [{"name": "tau", "key": "method.tau", "values": [0.05, 0.5]}]
     peaks: dict[str, list[float]] = {}
     for cell, each in zip(document["cells"], result.ablation.cells, strict=True):
@@ -156,8 +161,8 @@ def test_the_page_needs_nothing_else(done: Done) -> None:
         assert words in page
 
 
-def test_pictures_are_those_of_the_kept_weights(done: Done) -> None:
-    document, folder = json_of(done[2].files[0])["pictures"], done[2].page.parent
+def test_images_are_those_of_the_kept_weights(done: Done) -> None:
+    document, folder = json_of(done[2].files[0])["images"], done[2].page.parent
     files = [[(folder / name).read_bytes() for name in row["files"]] for row in document["rows"]]
     assert [row["label"] for row in document["rows"]] == ["base model", "tau 0.05", "tau 0.5"]
     assert [len(row) for row in files] == [2, 2, 2]
@@ -165,11 +170,11 @@ def test_pictures_are_those_of_the_kept_weights(done: Done) -> None:
     assert files[0] != files[1]  # the same prompts and noise, after four steps
 
 
-def test_pictures_that_cannot_be_opened_are_drawn_anew(done: Done, tmp_path: Path, quiet: Reporter) -> None:
+def test_images_that_cannot_be_opened_are_drawn_anew(done: Done, tmp_path: Path, quiet: Reporter) -> None:
     """Those of a setting of which one is empty, garbage, cut off or a link; the others are kept."""
     folder, found = tmp_path / "ablation", done[2].ablation
     shutil.copytree(done[2].page.parent, folder)
-    names = [row["files"][0] for row in json_of(done[2].files[0])["pictures"]["rows"]]
+    names = [row["files"][0] for row in json_of(done[2].files[0])["images"]["rows"]]
     before = {path: path.read_bytes() for path in (folder / "images").iterdir()}
     first, second, third = (folder / name for name in names)
     times = {path: path.stat().st_mtime_ns for path in before}
@@ -178,7 +183,7 @@ def test_pictures_that_cannot_be_opened_are_drawn_anew(done: Done, tmp_path: Pat
     draw_images(Session(found.sweep.recipe, tmp_path, quiet), found, folder)
     assert {path: path.read_bytes() for path in before} == before
     assert third.stat().st_mtime_ns == times[third] and first.stat().st_mtime_ns != times[first]
-    first.write_bytes(b"no picture")
+    first.write_bytes(b"no image")
     third.unlink()
     third.symlink_to(second)
     draw_images(Session(found.sweep.recipe, tmp_path, quiet), found, folder)
@@ -228,7 +233,7 @@ def test_a_run_without_points_gets_its_last_one(
     (cell,) = ablate.run(Session(sweep.recipe, tmp_path, quiet), sweep).ablation.cells
     assert cell.run == run and rows_of(run, "train") == steps
     points = rows_of(finished[1].run.path, "validation")
-    assert [{**point, "seconds": 0} for point in cell.points] == [{**point, "seconds": 0} for point in points]
+    assert timeless(cell.points) == [{**point, "seconds": 0} for point in points]
 
 
 def test_without_a_judge_the_headline_measure_decides_and_this_is_said(
@@ -275,14 +280,14 @@ def test_only_keys_of_the_store_make_more_than_one(make_recipe: MakeRecipe, tmp_
 def test_the_untrained_model_is_measured_without_the_adapter(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
 ) -> None:
-    """A run without evaluation points, whose base model's rows are known, but not its sheet of pictures."""
+    """A run without evaluation points, whose base model's rows are known, but not its sheet of images."""
     shutil.copytree(finished[0] / "stores", tmp_path / "stores")
     recipe = make_recipe(train={"eval_every": 0, "steps": 3, "lr": 0.03})
     run = train.run(Session(recipe, tmp_path, quiet)).run.path
     for _ in range(2):
         session = Session(recipe, tmp_path, quiet)
-        (place,) = trial_runs(session, plan_sweep(recipe, ["tau"], [str(recipe.method.tau)]))
-        measure_end(session, place)
+        (trial,) = trial_runs(session, plan_sweep(recipe, ["tau"], [str(recipe.method.tau)]))
+        measure_end(session, trial)
         (run / "validation" / "step-000000.png").unlink()
     first, trained, again, last = rows_of(run, "validation")
     quality = [[row[name] for name in ("reward", "u", "corrected")] for row in (first, again, trained, last)]
@@ -314,9 +319,7 @@ def test_ctrl_c_stops_and_the_same_command_goes_on(
     assert [cell[2] for cell in cells] == ["finished", "step 1 of 4"]
     found = ablate.run(Session(sweep.recipe, tmp_path, quiet), sweep).ablation
     for each, straight in zip(found.cells, done[2].ablation.cells, strict=False):
-        assert [{**point, "seconds": 0} for point in each.points] == [
-            {**point, "seconds": 0} for point in straight.points
-        ]
+        assert timeless(each.points) == timeless(straight.points)
 
 
 def small_file(recipe: Recipe, folder: Path) -> str:

@@ -14,10 +14,12 @@ from gdro_cli.core.scores import Interval
 from gdro_cli.core.sweeps import Spread
 from gdro_cli.data.shard_times import add_time, total_time
 from gdro_cli.runtime.run import RunFolder
-from gdro_cli.stages.comparison.matched_reward import EvaluatedRun, Gain, match
-from gdro_cli.stages.comparison.seed_groups import Arm, arms, arms_table, times_table
+from gdro_cli.stages.comparison.matched_reward import EvaluatedRun, Gain, Matching, match
+from gdro_cli.stages.comparison.result import Comparison
+from gdro_cli.stages.comparison.seed_groups import SeedGroup, group_seeds
 from gdro_cli.stages.reporting.charts import time_chart
 from gdro_cli.stages.runs.store_times import note_batch, read_batches
+from tests.support.rows import point, read, results, step
 
 STORE = (Batch(0, 30.0, 10.0),)
 
@@ -27,12 +29,11 @@ def run(name: str, recipe: str, rewards: list[float], *, seed: int | None = None
     fields: dict[str, Any] = {
         "name": name,
         "path": Path(name),
-        "results": {"recipe": recipe, "verdict": {"level": "healthy"}},
+        "results": read(results(recipe=recipe, base=[], trained=[])),
         "points": tuple(
-            {"step": 2 * n, "protocol": "p", "reward": reward, "corrected": reward / 2, "verdict": "healthy"}
-            for n, reward in enumerate(rewards)
+            point(2 * n, reward, u=4.0, corrected=reward / 2, verdict="healthy") for n, reward in enumerate(rewards)
         ),
-        "rows": tuple({"kind": "train", "step": n, "seconds": 3.0} for n in range(1, 2 * len(rewards) - 1)),
+        "steps": tuple(step(n, seconds=3.0) for n in range(1, 2 * len(rewards) - 1)),
         "batches": STORE,
         "settings": {"name": recipe, "train": {"lr": 1} | ({} if seed is None else {"seed": seed})},
     }
@@ -43,8 +44,14 @@ def gains(means: dict[str, float]) -> list[Gain]:
     return [Gain("reward", name, Interval(mean, 0, 1, 2, 4, 0.95), None) for name, mean in means.items()]
 
 
-def compared(runs: list[EvaluatedRun], means: dict[str, float], *, at_reward: float | None = None) -> tuple[Arm, ...]:
-    return arms(runs, gains(means), match(runs, at_reward=at_reward))
+def compared(
+    runs: list[EvaluatedRun], means: dict[str, float], *, at_reward: float | None = None
+) -> tuple[SeedGroup, ...]:
+    return group_seeds(runs, gains(means), match(runs, at_reward=at_reward))
+
+
+def tables(groups: tuple[SeedGroup, ...], means: dict[str, float]) -> Comparison:
+    return Comparison(("a",), tuple(gains(means)), Matching(None, None, ()), groups, Path("x"), ())
 
 
 def test_seeds_are_one_method_with_its_costs_and_its_time_to_the_reward() -> None:
@@ -60,29 +67,36 @@ def test_seeds_are_one_method_with_its_costs_and_its_time_to_the_reward() -> Non
     assert [point.at * 60 for point in first.curves["reward"]] == pytest.approx([40.0, 46.0, 52.0])
     assert [point.over_seeds.mean for point in first.curves["reward"]] == pytest.approx([0.5, 0.8, 0.8])
     assert (second.name, second.reached, second.to_reward, second.costs_to_reward) == ("dpo", 0, None, None)
-    _, rows = times_table((first, second))
+    comparison = tables((first, second), {"a": 0.8})
+    _, rows = comparison.times_table
     assert rows[0] == ["gdro", "0.50", "0.17", "0.20", "0.87", "0.82 (0.77 to 0.87)", "2 of 2"]
     assert rows[1][-2:] == ["-", "0 of 1"]
-    _, (row, _) = arms_table((first, second), headline="reward")
+    columns, (row, _) = comparison.seed_group_table
+    shown = dict(zip(columns, row, strict=True))
     assert row[:3] == ["gdro", "2", "0.700 (0.600 to 0.800)"]
+    # At the matched reward of 0.85 both have a reward of 0.9 and u of 4.
+    assert (shown["corrected, matched"], shown["corrected of the means, matched"]) == (
+        "0.450 (0.450 to 0.450)",
+        "1.100 (1.100 to 1.100)",
+    )
 
 
 def test_another_setting_is_another_method_even_under_the_same_name() -> None:
     other = run("b", "gdro", [0.5, 0.9], settings={"name": "gdro", "train": {"lr": 2}})
     found = compared([run("a", "gdro", [0.5, 0.9]), other], {"a": 1, "b": 1})
-    assert [arm.name for arm in found] == ["a", "b"]
+    assert [group.name for group in found] == ["a", "b"]
 
 
 def test_unknown_times_are_missing_and_not_nothing() -> None:
-    (arm,) = compared([run("a", "g", [0.5, 0.9]), run("b", "g", [0.5, 0.9], seed=1, batches=None)], {"a": 1, "b": 1})
-    assert arm.costs is None and arm.costs_to_reward is None
-    assert arm.reached == 2 and arm.to_reward == Spread(46.0, 46.0, 46.0, 1)
-    assert times_table((arm,))[1] == [["g", "-", "-", "-", "-", "0.77", "2 of 2"]]
+    (group,) = compared([run("a", "g", [0.5, 0.9]), run("b", "g", [0.5, 0.9], seed=1, batches=None)], {"a": 1, "b": 1})
+    assert group.costs is None and group.costs_to_reward is None
+    assert group.reached == 2 and group.to_reward == Spread(46.0, 46.0, 46.0, 1)
+    assert tables((group,), {"a": 1}).times_table[1] == [["g", "-", "-", "-", "-", "0.77", "2 of 2"]]
 
 
 def test_the_chart_has_a_line_per_method_against_minutes() -> None:
     found = compared([run("a", "gdro", [0.5, 0.7]), run("b", "dpo", [0.5, 0.6])], {"a": 1, "b": 1})
-    drawn = time_chart({arm.name: arm.curves for arm in found}, level=0.6)
+    drawn = time_chart({group.name: group.curves for group in found}, level=0.6)
     assert drawn is not None
     for text in (">gdro<", ">dpo<", ">minutes<", ">validation reward<", ">corrected score<"):
         assert text in drawn
@@ -122,7 +136,7 @@ def test_a_run_keeps_the_times_of_its_stores(tmp_path: Path, open_folder: Callab
 
 def test_an_online_run_has_its_times_in_its_rows(open_folder: Callable[[], RunFolder]) -> None:
     folder = open_folder()
-    folder.append_metrics({"kind": "train", "step": 1, "seconds": 2.0, "seconds_sampling": 1.0})
+    folder.append_metrics(step(1, seconds=2.0, seconds_sampling=1.0))
     assert read_batches(folder) == ()
 
 

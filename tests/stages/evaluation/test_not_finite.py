@@ -75,7 +75,7 @@ def test_an_evaluation_point_leaves_them_out(make_recipe: MakeRecipe, tmp_path: 
             assert not {field.name for field in fields(ImageSignals)} & row.details.keys()
         assert found.groups[first[0].prompt_id]["diversity"] is None
         assert (found.failed, found.unjudged) == (2, 2)
-        point, _ = validation._row(found, False, 0.0)
+        point, _ = validation._row(1, found, False, 0.0)
         assert (point["prompts"], point["images"], point["failed"], point["unjudged"]) == (1, 2, 2, 2)
         assert point["reward"] == pytest.approx(sum(row.measured() or 0 for row in second) / 2)
         with Image.open(run / "validation" / "step-000001.png") as sheet:

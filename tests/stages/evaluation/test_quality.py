@@ -18,9 +18,9 @@ from gdro_cli.rewards.base import ImageSource, Reward
 from gdro_cli.rewards.geneval.reward import GenEvalReward
 from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward
 from gdro_cli.rewards.ocr.reward import OcrReward
-from gdro_cli.stages.evaluation.evaluate import seen_before
-from gdro_cli.stages.evaluation.measures import deciding_measure, quality_measures, signal_measures
-from gdro_cli.stages.evaluation.quality import Rated, change_between, comparable, joined, pair_verdict, rate
+from gdro_cli.stages.evaluation.measures import deciding_measure, quality_measures, reported_measures, signal_measures
+from gdro_cli.stages.evaluation.quality import Rated, changes, joined, pair_verdict, rate
+from gdro_cli.stages.evaluation.results import count_seen
 from gdro_cli.stages.setup.session import Session
 
 MakeRecipe = Callable[..., Recipe]
@@ -159,7 +159,7 @@ def test_a_missing_axis_costs_one_picture_and_is_counted(ocr: Reward) -> None:
 def test_a_mean_is_over_what_the_model_has_and_a_difference_over_what_both_have(ocr: Reward) -> None:
     """u of the base 4 and 2, of the trained model 4 and missing: means 3 and 4, and no difference on the shared one."""
     base, trained = (rated(ocr, {A: [(1.0, 4.0), (1.0, u)]}) for u in (2.0, None))
-    found = change_between(measure_of(ocr, "u"), base, trained, samples=100)
+    found = changes([measure_of(ocr, "u")], base, trained, samples=100)["u"]
     assert (found.base.mean, found.trained.mean, found.difference.mean) == (3.0, 4.0, 0.0)
 
 
@@ -173,7 +173,7 @@ def test_a_missing_reward_costs_the_corrected_score_of_one_picture(ocr: Reward) 
 def test_nobody_judging_is_not_counted_as_unjudged(ocr: Reward) -> None:
     found = rate(ocr, [A], [ScoreRow(A.id, 0, 0.5)], [BLACK], judged=False)
     assert found.unjudged == 0
-    assert found.has(Measure("reward")) and not found.has(measure_of(ocr, "u"))
+    assert found.values(Measure("reward")).complete and not found.values(measure_of(ocr, "u")).complete
 
 
 def test_corrected_is_a_mean_of_tags_where_the_headline_is_one(geneval: Reward) -> None:
@@ -245,6 +245,10 @@ def test_a_reward_on_another_scale_has_no_corrected_score(ocr: Reward) -> None:
     assert deciding_measure(ocr, judged=False) == "reward"
 
 
+def comparable(measure: Measure, base: Rated, trained: Rated) -> bool:
+    return trained.values(measure).comparable(base.values(measure))
+
+
 # --- two models ----------------------------------------------------------------------------------------------
 
 
@@ -252,7 +256,7 @@ def test_comparable_needs_one_picture_with_both(ocr: Reward) -> None:
     corrected, reward = measure_of(ocr, "corrected"), Measure("reward")
     one, other = rated(ocr, {A: [(1.0, 4.0), (1.0, None)]}), rated(ocr, {A: [(1.0, None), (1.0, 4.0)]})
     assert comparable(reward, one, other)
-    assert one.has(corrected) and other.has(corrected)
+    assert one.values(corrected).complete and other.values(corrected).complete
     assert not comparable(corrected, one, other)
     assert comparable(corrected, one, one)
     assert not comparable(corrected, one, rated(ocr, {A: [(1.0, None), (1.0, None)]}))
@@ -265,6 +269,29 @@ def test_comparable_needs_it_in_every_tag(geneval: Reward) -> None:
     assert comparable(measure_of(geneval, "corrected"), full, full)
     assert not comparable(measure_of(geneval, "corrected"), full, holed)
     assert comparable(measure_of(geneval, "u"), full, holed)  # no mean of tags
+
+
+def test_the_other_reading_of_the_corrected_score_is_that_of_the_means(ocr: Reward, geneval: Reward) -> None:
+    """Images (r, u) = (1, 4) and (0, 2): 0.7 is the mean of the products, 0.2 the product of the means.
+
+    Trained, u is 4 of both: 0.5 * 1 + 0.2 either way. GenEval's r is the mean of the tags, (1 + 0) / 2.
+    """
+    base, trained = rated(ocr, {A: [(1.0, 4.0), (0.0, 2.0)]}), rated(ocr, {A: [(1.0, 4.0), (0.0, 4.0)]})
+    found = changes(reported_measures(ocr), base, trained, samples=100)
+    readings = [found[name] for name in ("corrected", "corrected of the means")]
+    assert [(c.base.mean, c.trained.mean) for c in readings] == [pytest.approx((0.7, 0.7)), pytest.approx((0.2, 0.7))]
+    assert [c.difference.mean for c in readings] == pytest.approx([0.0, 0.5])
+    records = [PromptRecord.of(str(n), metadata={"tag": "colors" if n else "counting"}) for n in range(3)]
+    pairs = {records[0]: [(1.0, 4.0)], records[1]: [(0.0, 4.0)], records[2]: [(0.0, 4.0)]}
+    of_tags = rated(geneval, pairs)
+    assert of_tags.values(reported_measures(geneval)[-1]).interval(samples=100).mean == pytest.approx(0.7)
+
+
+def test_the_other_reading_needs_both_means(ocr: Reward) -> None:
+    of_means = reported_measures(ocr)[-1]
+    one, other = rated(ocr, {A: [(1.0, 4.0)]}), rated(ocr, {A: [(1.0, None)]})
+    assert one.values(of_means).complete and not other.values(of_means).complete
+    assert comparable(of_means, one, one) and not comparable(of_means, one, other)
 
 
 def model(reward: Reward, value: float, u: float, *, picture: Image.Image = WHITE) -> Rated:
@@ -314,5 +341,5 @@ def test_the_headline_of_the_task_is_the_reward_of_the_verdict(geneval: Reward) 
 
 def test_prompts_that_are_not_held_out_are_counted(make_recipe: MakeRecipe) -> None:
     leaking = {"eval": {"builtin": "ocr-validation", "count": 4}}
-    assert seen_before(Session(make_recipe(), Path())) == 0
-    assert seen_before(Session(make_recipe(prompts=leaking), Path())) == 2  # the small recipe validates on two
+    assert count_seen(Session(make_recipe(), Path())) == 0
+    assert count_seen(Session(make_recipe(prompts=leaking), Path())) == 2  # the small recipe validates on two

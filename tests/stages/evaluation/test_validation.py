@@ -35,6 +35,7 @@ from gdro_cli.stages.ablation.trials import trial_runs
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.runs.identity import learnt_from
+from gdro_cli.stages.runs.results import read_results
 from gdro_cli.stages.runs.weights import STOPPED, best_folder
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
@@ -92,7 +93,7 @@ def test_the_point_at_step_0_is_the_base_model(finished: Finished) -> None:
         assert row["details"]["corrected"] == corrected_score(row["value"], row["details"]["u"])
 
 
-def test_each_point_has_its_sheet_of_pictures(finished: Finished) -> None:
+def test_each_point_has_its_sheet_of_images(finished: Finished) -> None:
     folder = finished[1].run.path / "validation"
     assert sorted(path.name for path in folder.glob("*.png")) == ["step-000000.png", "step-000004.png"]
     for path in folder.glob("*.png"):
@@ -106,7 +107,7 @@ def test_the_best_point_is_kept_and_exported(finished: Finished, make_recipe: Ma
     run = trained.run.path
     assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": points_of(run)[-1]["corrected"]}
     assert trained.summary["weights kept"] == "those of step 4, the best evaluation point"
-    assert evaluated.step == 4
+    assert evaluated.results.weights.step == 4
     best, last = latest_checkpoint(best_folder(trained.run)), latest_checkpoint(run)
     assert best is not None and last is not None
     for name in ("adapter.safetensors", "ema.safetensors"):
@@ -157,7 +158,7 @@ def _first(held: dict[str, Any]) -> dict[str, Any]:
 
 
 HARMS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "no digest, as earlier versions wrote it": lambda held: held.pop("sha256"),
+    "no digest, as if it was cut out": lambda held: held.pop("sha256"),
     "another digest": lambda held: held.update(sha256="0" * 64),
     "a digest of another kind": lambda held: held.update(sha256=3),
     "a value edited": lambda held: held["rows"][0].update(value=1.0),
@@ -169,7 +170,7 @@ HARMS: dict[str, Callable[[dict[str, Any]], object]] = {
     "rows a number": _resealed(lambda held: held.update(rows=3)),
     "rows in another order": _resealed(lambda held: held["rows"].reverse()),
     "a row twice": _resealed(lambda held: held["rows"].append(held["rows"][0])),
-    "another picture": _resealed(lambda held: held["rows"][0].update(index=1)),
+    "another image": _resealed(lambda held: held["rows"][0].update(index=1)),
     "groups a list": _resealed(lambda held: held.update(groups=list(held["groups"]))),
     "a group a number": _resealed(lambda held: held["groups"].update(dict.fromkeys(held["groups"], 3))),
     "a signal too few": _resealed(lambda held: _first(held).pop("diversity")),
@@ -311,7 +312,7 @@ def test_a_judge_that_hangs_does_not_hold_a_stop_up(
         assert time.monotonic() - began < PATIENCE / 2
         (run,) = (disturbed / "runs").iterdir()
         assert not (run / "lock.owner").exists() and [row["step"] for row in points_of(run)] == list(range(0, point, 2))
-        with pytest.raises(PrerequisiteError, match=f"stands at step {point} of 4: run `gdro train`"):
+        with pytest.raises(PrerequisiteError, match=f"is at step {point} of 4: run `gdro train`"):
             evaluate.run(Session(recipe, disturbed, Listener()))
         with (run / "metrics.jsonl").open("ab") as file:  # as a kill does that comes before the checkpoint says so
             rows = (whole / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -360,20 +361,26 @@ def test_an_evaluation_writes_its_report(finished: Finished) -> None:
     workspace, trained, evaluated = finished
     run = trained.run.path
     results = json_of(run / "results.json")
-    assert evaluated.results == run / "results.json" and evaluated.page == run / "report.html"
+    assert evaluated.file == run / "results.json" and evaluated.page == run / "report.html"
     assert (results["kind"], results["schema"], results["task"]) == ("gdro results", 2, "ocr")
     point = points_of(run)[-1]
     chosen = {"measure": "corrected", "score": point["corrected"], "protocol": point["protocol"]}
     assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4, "chosen_by": chosen}
-    assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area", *AXES, "u", "corrected"}
+    assert set(results["measures"]) == {
+        *("reward", "exact match", "similarity", "text area"),
+        *(*AXES, "u", "corrected", "corrected of the means"),
+    }
     signals = {"dark_share", "edge_density", "colour_entropy", "high_frequency", "stripe_peak", "diversity"}
     assert signals | {"text_area"} <= set(results["signals"]) <= signals | {"text_area", "rank_disagreement"}
     assert results["verdict"]["level"] in LEVELS and results["verdict"]["reasons"]
-    assert results["verdict"] == {"level": evaluated.verdict.level, "reasons": list(evaluated.verdict.reasons)}
+    assert read_results(run) == evaluated.results
     assert (results["failed"], results["unjudged"]) == (0, 0)
     assert results["protocol"]["judge"]["axes"] == list(AXES)
     for side in ("base", "trained"):
         rows = results["images"][side]
+        change = results["measures"]["corrected of the means"][side]
+        reward = sum(row["value"] for row in rows) / len(rows)
+        assert change["mean"] == pytest.approx(reward * (mean(rows, "u") - 3) + 0.2)
         assert len(rows) == 8 and all((workspace / row["file"]).is_file() for row in rows)
         for name in ("u", "corrected", "dark_share"):
             interval = (results["measures"] | results["signals"])[name][side]
@@ -483,10 +490,9 @@ def test_a_destroyed_model_can_be_evaluated(
     workspace, trained = destroyed
     recipe = make_recipe(**DESTROYED, eval={"checkpoint": "last"})
     found = evaluate.run(Session(recipe, workspace, quiet))
-    assert found.step == json_of(trained.run.path / STOPPED)["step"]
-    results = json_of(found.results)
-    assert results["measures"]["u"]["difference"]["mean"] < -0.5
-    assert found.verdict.level == "collapsed"
+    assert found.results.weights.step == json_of(trained.run.path / STOPPED)["step"]
+    assert found.results.measures["u"].difference.mean < -0.5
+    assert found.results.verdict.level == "collapsed"
 
 
 def test_where_it_ends_is_learnt_from_only_if_points_decide_it(make_recipe: MakeRecipe) -> None:
@@ -527,10 +533,10 @@ def test_without_a_judge_there_is_no_quality_and_the_best_point_goes_by_the_rewa
     assert points[0]["protocol"] != points_of(finished[1].run.path)[0]["protocol"]
     assert json_of(trained.run.path / "best" / "best.json") == {"step": 4, "reward": points[-1]["reward"]}
     found = evaluate.run(Session(recipe, tmp_path, quiet))
-    results = json_of(found.results)
+    results = json_of(found.file)
     assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area"}
     assert "rank_disagreement" not in results["signals"] and "dark_share" in results["signals"]
-    assert results["protocol"]["judge"] is None and results["unjudged"] == found.unjudged == 0
+    assert results["protocol"]["judge"] is None and results["unjudged"] == found.results.unjudged == 0
     assert results["verdict"] is not None
     for side in ("base", "trained"):
         assert all(not QUALITY & row["details"].keys() for row in results["images"][side])

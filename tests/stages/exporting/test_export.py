@@ -28,6 +28,7 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.exporting.export import Export, _ending_at_once, describe, run
 from gdro_cli.stages.runs.finished_run import ADAPTER_NOTE
 from tests.support.hub_server import TOKEN, Hub, serve
+from tests.support.rows import image_row, results
 
 QUIET = Reporter(quiet=True)
 LORA = "pytorch_lora_weights.safetensors"
@@ -40,27 +41,13 @@ def workspace(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     root = tmp_path_factory.mktemp("workspace")
     path = make_run(root / "runs" / NAME)
     (path / "evaluations").mkdir()
-    (path / "evaluations" / "grid.png").write_bytes(b"picture")
-    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    results = {
-        "measures": {"reward": {"base": interval, "trained": interval, "difference": interval}},
-        "signals": {},
-        "verdict": {"level": "healthy", "reasons": []},
-        "weights": {"kind": "ema", "checkpoint": "best", "step": 4},
-        "protocol": {"judge": None},
-        "protocol_name": "ocr-1x1",
-        "grid": "evaluations/grid.png",
-        "prompts": [{"prompt": "a sign"}],
-        "images": {"base": [{}], "trained": [{}]},
-        "failed": 0,
-        "unjudged": 0,
-        "seen": 0,
-    }
-    (path / "results.json").write_text(json.dumps(results))
+    (path / "evaluations" / "grid.png").write_bytes(b"image")
+    made = results(grid="evaluations/grid.png", base=[image_row(0, 0)], trained=[image_row(0, 0)])
+    (path / "results.json").write_text(json.dumps(made))
     return root
 
 
-def picture(folder: Path, lora: Path | None = None) -> np.ndarray[Any, Any]:
+def drawn(folder: Path, lora: Path | None = None) -> np.ndarray[Any, Any]:
     from diffusers import DiffusionPipeline
 
     importlib.import_module("gdro_cli.tiny.autoencoder")  # where diffusers looks for the class
@@ -79,19 +66,19 @@ def test_an_adapter_folder_and_a_merged_pipeline_draw_what_the_run_draws(workspa
     assert not list(tmp_path.iterdir())
     rows = run(asked, workspace, QUIET)
     assert rows["folder"] == f"{tmp_path / 'adapter'}, {tmp_path / 'deep' / 'merged'}"
-    source, papers = workspace / "runs" / NAME, {"README.md", "recipe.yaml", "pictures.png"}
+    source, papers = workspace / "runs" / NAME, {"README.md", "recipe.yaml", "images.png"}
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {LORA, *papers}
     assert (tmp_path / "adapter" / LORA).read_bytes() == (source / LORA).read_bytes()
-    assert (tmp_path / "adapter" / "pictures.png").read_bytes() == b"picture"
-    assert "](pictures.png)" in (tmp_path / "adapter" / "README.md").read_text()
+    assert (tmp_path / "adapter" / "images.png").read_bytes() == b"image"
+    assert "](images.png)" in (tmp_path / "adapter" / "README.md").read_text()
     assert load_recipe(str(tmp_path / "adapter" / "recipe.yaml")).method.name == "gdro"
     merged = tmp_path / "deep" / "merged"
     own = {path.name for path in tiny_model_path().iterdir()}
     assert {path.name for path in merged.iterdir()} == own | papers
     assert not list(tmp_path.rglob(".*"))  # nothing unfinished is left
 
-    base, adapted = picture(tiny_model_path()), picture(tiny_model_path(), tmp_path / "adapter")
-    assert np.abs(picture(merged) - adapted).max() <= 1
+    base, adapted = drawn(tiny_model_path()), drawn(tiny_model_path(), tmp_path / "adapter")
+    assert np.abs(drawn(merged) - adapted).max() <= 1
     assert np.abs(adapted - base).max() > 8
 
 
@@ -231,20 +218,20 @@ def test_a_push_makes_a_private_repository_with_the_exported_files(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     told = dict(describe(Export(NAME, push="me/model"), workspace))
-    assert told["to me/model"] == f"{LORA}, README.md, recipe.yaml, pictures.png; private" and told["token"] == "found"
+    assert told["to me/model"] == f"{LORA}, README.md, recipe.yaml, images.png; private" and told["token"] == "found"
     assert not hub.tokens  # so far nothing was sent
     rows = run(Export(NAME, push="me/model"), workspace, QUIET)
     assert (rows["repository"], rows["visible to"]) == (f"{hub.address}/me/model", "you (private)")
     assert hub.private == {"me/model": True} and hub.tokens <= {f"Bearer {TOKEN}", None}
     source = workspace / "runs" / NAME
-    assert hub.files["me/model"].keys() == {LORA, "README.md", "recipe.yaml", "pictures.png"}
+    assert hub.files["me/model"].keys() == {LORA, "README.md", "recipe.yaml", "images.png"}
     assert hub.files["me/model"][LORA] == (source / LORA).read_bytes()
     assert b"pipe.load_lora_weights('me/model')" in hub.files["me/model"]["README.md"]
     for data in hub.files["me/model"].values():
         assert TOKEN.encode() not in data and str(workspace).encode() not in data
 
     hub.private["me/model"] = False  # its owner has opened it since
-    with pytest.raises(UserError, match="me/model is public: push to another, or add --public"):
+    with pytest.raises(UserError, match="me/model is public: push to another repository, or add --public"):
         run(Export(NAME, push="me/model"), workspace, QUIET)
     kept = tmp_path / "adapter"
     rows = run(Export(NAME, adapter=kept, push="me/open", public=True), workspace, QUIET)
@@ -280,7 +267,7 @@ def test_an_upload_that_fails_after_the_folder_is_there_says_how_to_go_on(
             return super().write(text)
 
     terminal = Reporter(Console(file=RefusesFromNowOn(), width=200))
-    with pytest.raises(PrerequisiteError, match=rf"and go on with `hf upload me/model {kept}`: {kept} is whole$"):
+    with pytest.raises(PrerequisiteError, match=rf"and continue with `hf upload me/model {kept}`: {kept} is whole$"):
         run(Export(NAME, adapter=kept, push="me/model"), workspace, terminal)
     assert (kept / LORA).is_file()
 
@@ -293,7 +280,7 @@ def test_a_stop_during_the_upload_says_what_is_there(
     with pytest.raises(Interrupted, match=r"stopped before all was uploaded to me/model: run the command again$"):
         run(Export(NAME, push="me/model"), workspace, terminal)
     kept = tmp_path / "kept"
-    with pytest.raises(Interrupted, match=rf"go on with `hf upload me/model {kept}`: {kept} is whole"):
+    with pytest.raises(Interrupted, match=rf"continue with `hf upload me/model {kept}`: {kept} is whole"):
         run(Export(NAME, adapter=kept, push="me/model"), workspace, terminal)
     assert (kept / LORA).is_file() and not hub.files.get("me/model")
 

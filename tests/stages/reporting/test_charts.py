@@ -1,24 +1,24 @@
-"""Curves as SVG, and how numbers are told beside them."""
+"""Curves as SVG, and numbers as text."""
 
 from __future__ import annotations
 
 import pytest
 
 from gdro_cli.stages.reporting import charts
-from gdro_cli.stages.reporting.html import number
+from gdro_cli.stages.reporting.number_format import number
+from tests.support.rows import point, step
 
 
 def test_without_points_there_is_no_chart() -> None:
-    assert charts.validation_chart([]) is None and charts.axes_chart([{"step": 0, "reward": 0.5}]) is None
+    assert charts.validation_chart([]) is None and charts.axes_chart([point(0, 0.5)]) is None
     assert charts.order_chart([]) is None and charts.gap_chart([]) is None
-    assert charts.rounds_chart([{"step": 1, "loss": 0.5}]) is None
-    runs = [charts.Series("a", ({"step": 0, "reward": 0.5},))]
-    assert charts.tradeoff_chart(runs) is None and charts.runs_chart([charts.Series("a", ())]) is None
+    assert charts.rounds_chart([step(1, loss=0.5)]) is None
+    assert charts.tradeoff_chart({"a": [point(0, 0.5)]}) is None and charts.runs_chart({"a": []}) is None
 
 
 def test_charts_are_the_same_bytes_and_names_are_text() -> None:
-    rows = tuple({"step": step, "reward": 0.5, "corrected": 0.1 * step} for step in range(3))
-    runs = [charts.Series("<b>$x_1$ & y", rows), charts.Series("other", rows)]
+    rows = [point(number, 0.5, corrected=0.1 * number) for number in range(3)]
+    runs = {"<b>$x_1$ & y": rows, "other": rows}
     drawn = charts.runs_chart(runs, level=0.5)
     assert drawn is not None and drawn == charts.runs_chart(runs, level=0.5)
     assert "&lt;b&gt;$x_1$ &amp; y" in drawn and "<b>" not in drawn
@@ -26,13 +26,13 @@ def test_charts_are_the_same_bytes_and_names_are_text() -> None:
 
 
 def test_an_online_training_has_a_chart_of_its_rounds() -> None:
-    rows = [{"step": step, "reward": 0.5, "reward_group_std": 0.2, "clip_fraction": 0.1} for step in range(1, 5)]
+    rows = [step(number, reward=0.5, reward_group_std=0.2, clip_fraction=0.1) for number in range(1, 5)]
     drawn = charts.rounds_chart(rows, marked=2)
     assert drawn is not None and "reward of the rounds" in drawn and "clipped ratios" in drawn
 
 
 def test_a_long_training_is_averaged_into_few_points() -> None:
-    rows = [{"step": step, "implicit_accuracy": 0.5 + (step % 2) / 10} for step in range(1, 10_001)]
+    rows = [step(number, implicit_accuracy=0.5 + (number % 2) / 10) for number in range(1, 10_001)]
     drawn = charts.order_chart(rows)
     assert drawn is not None and len(drawn) < 60_000
 

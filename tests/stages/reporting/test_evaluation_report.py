@@ -1,4 +1,4 @@
-"""The report's page, on results made by hand: three prompts, two pictures each of both models."""
+"""The report's page, on results made by hand: three prompts, two images each of both models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from PIL import Image
 from gdro_cli.core.geneval import TAGS
 from gdro_cli.rewards.geneval.reward import GenEvalReward
 from gdro_cli.rewards.ocr.reward import OcrReward
+from gdro_cli.runtime.metrics import MetricsRow
 from gdro_cli.stages.reporting.evaluation_report import measure_names, write_report
+from gdro_cli.stages.runs.results import MODELS
+from tests.support.rows import interval, point, read, results, step
 
 HOSTILE = '<script>alert("x")</script> a sign that says "TOM & CO"'
 READ = "<img src=x onerror=alert(1)>"
@@ -33,15 +36,12 @@ RECIPE = {"name": "ocr", "method": {"name": "gdro", "k": 6, "tau": None}, "eval"
 ENVIRONMENT = {"python": "3.11.7", "packages": {"torch": "2.9.1", "paddleocr": None}, "devices": ["cpu"]}
 
 
-def interval(mean: float, low: float, high: float, *, prompts: int = 3, images: int = 6) -> dict[str, Any]:
-    return {"mean": mean, "low": low, "high": high, "prompts": prompts, "images": images, "level": 0.95}
-
-
 def measure(number: int, *, images: int = 6) -> dict[str, Any]:
     """Intervals that no other measure has, so that each can be found in the page."""
     step = number / 100
     sides = ((0.3 + step, 0.2, 0.4), (0.5 + step, 0.45, 0.65), (0.201 + step, 0.101, 0.399))
-    return dict(zip(("base", "trained", "difference"), (interval(*ends, images=images) for ends in sides), strict=True))
+    intervals = (interval(*ends, prompts=3, images=images) for ends in sides)
+    return dict(zip(("base", "trained", "difference"), intervals, strict=True))
 
 
 def row(model: str, place: int) -> dict[str, Any]:
@@ -55,53 +55,41 @@ def row(model: str, place: int) -> dict[str, Any]:
         "value": value,
         "reason": None if value is not None else "the engine stopped",
         "details": details | ({"unjudged": "no answer"} if u is None else {}),
-        "file": f"pictures/{model}-{place}.png",
+        "file": f"images/{model}-{place}.png",
     }
 
 
 def make_results(**changes: Any) -> dict[str, Any]:
-    return {
-        "kind": "gdro results",
-        "schema": 2,
+    names = ("corrected", "exact match", "reward", "style", "u", "corrected of the means")
+    protocol = {"prompts": "df0ee8531091", "seed": 1000, "reward": {"rule": "substring"}}
+    own = {
         "recipe": "ocr",
-        "task": "ocr",
         "method": RECIPE["method"],
         "run": "ocr-0123456789ab",
-        "protocol": {
-            "prompts": "df0ee8531091",
-            "seed": 1000,
-            "reward": {"rule": "substring"},
-            "judge": {"judge": "embedded"},
-        },
-        "weights": {"kind": "ema", "checkpoint": "best", "step": 20},
-        "measures": {
-            name: measure(number) for number, name in enumerate(("corrected", "exact match", "reward", "style", "u"))
-        },
+        "protocol": protocol | {"judge": {"judge": "embedded"}},
+        "weights": {"kind": "ema", "checkpoint": "best", "step": 20, "chosen_by": None},
+        "measures": {name: measure(number) for number, name in enumerate(names)},
         "signals": {"dark_share": measure(8), "diversity": measure(9, images=3)},
         "verdict": {"level": "suspicious", "reasons": ["The reward rose while quality u fell.", "Look <here>."]},
         "failed": 1,
         "unjudged": 1,
         "bootstrap": 2000,
-        "grid": None,
         "prompts": PROMPTS,
-        "images": {model: [row(model, place) for place in range(6)] for model in ("base", "trained")},
-        **changes,
     }
+    rows = {model: [row(model, place) for place in range(6)] for model in MODELS}
+    return results(**rows, **{**own, **changes})
 
 
-def make_metrics() -> list[dict[str, Any]]:
+def make_metrics() -> list[MetricsRow]:
     points = [(0, "old", 0.1), (0, "new", 0.4), (10, "new", 0.6), (20, "new", 0.7)]
-    rows: list[dict[str, Any]] = [
-        {"kind": "validation", "step": step, "protocol": protocol, "reward": reward, "low": reward - 0.1}
-        | {"high": reward + 0.1, "u": 3.5, "style": 3.5, "corrected": reward / 2, "prompts": 4, "images": 8}
-        for step, protocol, reward in points
+    rows: list[MetricsRow] = [
+        point(number, reward, protocol=protocol, u=3.5, style=3.5, corrected=reward / 2, prompts=4, images=8)
+        for number, protocol, reward in points
     ]
-    training = [
-        {"kind": "train", "step": step, "loss": 2.0, "implicit_accuracy": 0.5 + step / 100}
-        | {"top1_error_gap": -step / 1000, "bottom1_error_gap": None}
-        for step in range(1, 21)
+    return rows + [
+        step(number, loss=2.0, implicit_accuracy=0.5 + number / 100, top1_error_gap=-number / 1000)
+        for number in range(1, 21)
     ]
-    return rows + training
 
 
 class Page(HTMLParser):
@@ -142,13 +130,13 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Path:
-    """Pictures of one colour each: red for base, blue for trained, brighter from place to place."""
-    (tmp_path / "pictures").mkdir()
+    """Images of one colour each: red for base, blue for trained, brighter from place to place."""
+    (tmp_path / "images").mkdir()
     for model, channel in CHANNEL.items():
         for place in range(6):
             colour = [0, 0, 0]
             colour[channel] = 100 + place
-            Image.new("RGB", (16, 16), tuple(colour)).save(tmp_path / "pictures" / f"{model}-{place}.png")
+            Image.new("RGB", (16, 16), tuple(colour)).save(tmp_path / "images" / f"{model}-{place}.png")
     return tmp_path
 
 
@@ -156,10 +144,10 @@ def workspace(tmp_path: Path) -> Path:
 def written(workspace: Path) -> Callable[..., str]:
     """Writes a report and returns its text."""
 
-    def write(results: Mapping[str, Any] | None = None, metrics: list[dict[str, Any]] | None = None) -> str:
+    def write(made: Mapping[str, Any] | None = None, metrics: list[MetricsRow] | None = None) -> str:
         path = write_report(
             workspace / "run" / "report.html",
-            results or make_results(),
+            read(made or make_results()),
             make_metrics() if metrics is None else metrics,
             workspace=workspace,
             recipe=RECIPE,
@@ -221,15 +209,15 @@ def test_nothing_is_left_of_the_writing(written: Callable[..., str], workspace: 
 def test_the_verdict_its_reasons_and_the_headline_come_first(written: Callable[..., str]) -> None:
     text = " ".join(Page(written()).text.split())
     banner = text[: text.index("Held-out prompts")]
-    assert "Suspicious: look at the pictures before you trust the reward." in banner
+    assert "Suspicious: look at the images before you trust the reward." in banner
     assert "The reward rose while quality u fell." in banner
     assert "Reward: base 0.320 [0.200, 0.400], trained 0.520 [0.450, 0.650]" in banner
-    assert "difference +0.221 [+0.101, +0.399]. Prompts: 3. Pictures per model: 6." in banner
+    assert "difference +0.221 [+0.101, +0.399]. Prompts: 3. Images per model: 6." in banner
     assert "ema weights of the best checkpoint, step 20" in banner
 
 
 def test_every_measure_stands_in_a_table(written: Callable[..., str]) -> None:
-    """Numbers of ``measure``: exact match is the second, reward the third; style, u, corrected are columns."""
+    """Numbers of ``measure``: exact match is the second, reward the third; style, u and both corrected are columns."""
     page = Page(written())
     rest = ["0.310 [0.200, 0.400]", "0.510 [0.450, 0.650]", "+0.211 [+0.101, +0.399]", "3", "6", "none"]
     assert page.row("exact match", columns=7) == ["exact match", *rest]
@@ -238,24 +226,27 @@ def test_every_measure_stands_in_a_table(written: Callable[..., str]) -> None:
         "0.520 [0.450, 0.650]",
         "+0.221 [+0.101, +0.399]",
     ]
-    assert [row for row in page.rows if len(row) == 5 and row[0] == ""] == [["", "reward", "style", "u", "corrected"]]
-    assert page.row("trained", columns=5)[1:] == [
-        f"{mean} [0.450, 0.650]" for mean in ("0.520", "0.530", "0.540", "0.500")
+    assert [row for row in page.rows if len(row) == 6 and row[0] == ""] == [
+        ["", "reward", "style", "u", "corrected", "corrected of the means"]
     ]
+    assert page.row("trained", columns=6)[1:] == [
+        f"{mean} [0.450, 0.650]" for mean in ("0.520", "0.530", "0.540", "0.500", "0.550")
+    ]
+    assert "The verdict and the best checkpoint go by the first." in " ".join(page.text.split())
     signal = ["dark share share of dark pixels", "0.380 [0.200, 0.400]", "0.580 [0.450, 0.650]"]
     assert page.row("dark share", columns=8) == [*signal, "+0.281 [+0.101, +0.399]", "+74 %", "+0.15 / +0.3", "3", "6"]
     assert page.row("diversity", columns=8)[5:] == ["-25 % / -50 %", "3", "3"]
 
 
-def test_geneval_leads_with_the_overall_score_and_counts_a_tags_own_pictures(written: Callable[..., str]) -> None:
-    """Of three prompts one counts objects: 2 pictures per model, of which the trained model's one has no score."""
+def test_geneval_leads_with_the_overall_score_and_counts_a_tags_own_images(written: Callable[..., str]) -> None:
+    """Of three prompts one counts objects: 2 images per model, of which the trained model's one has no score."""
     prompts = [
         {**p, "metadata": {"tag": tag}} for p, tag in zip(PROMPTS, ("counting", "colors", "colors"), strict=True)
     ]
     counting = measure(1) | {"base": interval(0.5, 0, 1, prompts=1, images=2)}
     counting |= {key: interval(0.5, 0, 1, prompts=1, images=1) for key in ("trained", "difference")}
-    results = make_results(task="geneval", prompts=prompts, measures={"counting": counting, "overall": measure(0)})
-    page = Page(written(results))
+    made = make_results(task="geneval", prompts=prompts, measures={"counting": counting, "overall": measure(0)})
+    page = Page(written(made))
     names = [row[0] for row in page.rows if len(row) == 7][1:]
     assert names == ["overall", "counting"]
     assert page.row("counting", columns=7)[4:] == ["1", "base 2 trained 1 pairs 1", "trained 1 of 2"]
@@ -263,7 +254,7 @@ def test_geneval_leads_with_the_overall_score_and_counts_a_tags_own_pictures(wri
 
 
 def test_measures_have_one_order_wherever_they_were_sorted() -> None:
-    quality = ["alignment", "coherence", "style", "u", "corrected"]
+    quality = ["alignment", "coherence", "style", "u", "corrected", "corrected of the means"]
     for reward, own in (
         (OcrReward, ["reward", "exact match", "similarity", "text area"]),
         (GenEvalReward, ["overall", *TAGS, "strict reward", "soft reward"]),
@@ -272,45 +263,40 @@ def test_measures_have_one_order_wherever_they_were_sorted() -> None:
 
 
 def test_missing_numbers_are_dashes_with_their_count(written: Callable[..., str]) -> None:
-    results = make_results()
-    nothing = interval(0, 0, 0, prompts=0, images=0) | {"mean": None}
-    results["measures"]["exact match"] = {"base": None, "trained": nothing, "difference": None}
-    results["signals"]["diversity"] = {"base": None, "trained": None, "difference": None}
-    page = Page(written(results))
-    expected = ["exact match", "-", "-", "-", "0", "0", "base 6 of 6 trained 6 of 6"]
-    assert page.row("exact match", columns=7) == expected
-    assert page.row("diversity", columns=8)[1:5] == ["-", "-", "-", "-"]
+    made = make_results()
+    made["measures"]["exact match"]["base"] |= {"images": 4}
+    made["signals"]["dark_share"]["base"]["mean"] = 0.0
+    page = Page(written(made))
+    assert page.row("exact match", columns=7)[-1] == "base 2 of 6"
+    assert page.row("dark share", columns=8)[4] == "-"  # no share of a base of 0
     text = " ".join(page.text.split())
-    assert "Without a reward: 1 of 12 pictures (both models). Without u: 1 of 12." in text
+    assert "Without a reward: 1 of 12 images (both models). Without u: 1 of 12." in text
     assert "reward 0.500 read trained3 u - corrected - not judged no answer" in text
 
 
-def test_without_judge_verdict_metrics_or_pictures_the_page_says_so(
-    written: Callable[..., str], workspace: Path
-) -> None:
-    results = make_results(verdict=None, signals={}, unjudged=0)
-    results["protocol"]["judge"] = None
-    results["measures"] = {"reward": results["measures"]["reward"]}
-    shutil.rmtree(workspace / "pictures")
-    page = Page(written(results, []))
+def test_without_judge_metrics_or_images_the_page_says_so(written: Callable[..., str], workspace: Path) -> None:
+    made = make_results(signals={}, unjudged=0)
+    made["protocol"]["judge"] = None
+    made["measures"] = {"reward": made["measures"]["reward"]}
+    shutil.rmtree(workspace / "images")
+    page = Page(written(made, []))
     text = " ".join(page.text.split())
     for said in (
-        "No verdict",
         "Without u: - (no judge)",
         "Not judged: this recipe has no judge",
         "No signal could be measured.",
         "This run has no evaluation points.",
         "This run has no training metrics.",
         "Largest losses and gains of the reward",
-        "picture missing",
+        "image missing",
     ):
         assert said in text
     assert not {"img", "svg"} & set(page.tags)
 
 
 def test_nothing_measured_at_all_is_said(written: Callable[..., str]) -> None:
-    page = Page(written(make_results(measures={}, signals={}, verdict=None)))
-    assert "Nothing could be measured of 3 prompts and 12 pictures." in page.text
+    page = Page(written(make_results(measures={}, signals={})))
+    assert "Nothing could be measured: 3 prompts, 12 images." in page.text
 
 
 def test_provenance_is_complete(written: Callable[..., str]) -> None:
@@ -333,16 +319,16 @@ def test_first_and_last_training_steps_by_hand(written: Callable[..., str]) -> N
 
 def test_points_of_another_protocol_are_not_drawn(written: Callable[..., str]) -> None:
     text = " ".join(Page(written()).text.split())
-    assert "4 prompts, 8 pictures at each of 3 points" in text and "1 points of another protocol are left out" in text
+    assert "4 prompts, 8 images at each of 3 points" in text and "1 points of another protocol are left out" in text
 
 
-# -- pictures ---------------------------------------------------------------------------------------------------------
+# -- images ---------------------------------------------------------------------------------------------------------
 
 
-def test_pictures_stand_in_pairs_of_one_noise(written: Callable[..., str]) -> None:
+def test_images_stand_in_pairs_of_one_noise(written: Callable[..., str]) -> None:
     """Two prompts of two images: base 0, trained 0, base 1, trained 1, then the second prompt's."""
     text = written()
-    shown = Page(text[text.index('id="pictures"') : text.index('id="cases"')])
+    shown = Page(text[text.index('id="images"') : text.index('id="cases"')])
     found = [colour_of(str(value)) for tag, name, value in shown.attributes if tag == "img" and name == "src"]
     assert found == [
         (100 + place, 0, 0) if model == 0 else (0, 0, 100 + place) for place in range(4) for model in (0, 1)
@@ -364,15 +350,15 @@ def test_worst_and_best_cases_by_hand(written: Callable[..., str]) -> None:
 
 def test_cases_without_a_judge_are_ranked_by_the_reward(written: Callable[..., str]) -> None:
     """Rewards trained - base: +0.5, 0, +0.5, +0.5, -, -0.375; equal gains in the order of the rows."""
-    results = make_results()
-    results["measures"] = {"reward": results["measures"]["reward"]}
-    text = written(results)
+    made = make_results()
+    made["measures"] = {"reward": made["measures"]["reward"]}
+    text = written(made)
     cases = text[text.index('id="cases"') : text.index('id="provenance"')]
     assert re.findall(r"reward ([+-][\d.]+)", cases) == ["-0.375", "+0.500", "+0.500", "+0.500"]
 
 
-def test_large_pictures_are_shrunk(written: Callable[..., str], workspace: Path) -> None:
-    Image.new("RGB", (1024, 512), (7, 8, 9)).save(workspace / "pictures" / "base-0.png")
+def test_large_images_are_shrunk(written: Callable[..., str], workspace: Path) -> None:
+    Image.new("RGB", (1024, 512), (7, 8, 9)).save(workspace / "images" / "base-0.png")
     (source, *_) = (value for tag, name, value in Page(written()).attributes if tag == "img" and name == "src")
     with Image.open(io.BytesIO(base64.b64decode(str(source).partition(",")[2]))) as image:
         assert image.size == (256, 128)

@@ -17,38 +17,29 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.stages.reporting.markdown import Markdown, escape, fenced
-from gdro_cli.stages.reporting.model_card import Place, card, loading_code, write_card
+from gdro_cli.stages.reporting.model_card import CardFolder, card, loading_code, write_card
 from gdro_cli.stages.reporting.redaction import command, recipe_yaml, without_paths
 from gdro_cli.stages.runs.finished_run import ADAPTER_NOTE, open_finished
+from tests.support.rows import image_row, interval, results
 
 MakeRecipe = Callable[..., Recipe]
 MakeRun = Callable[..., Path]
 
 
-def interval(mean: float) -> dict[str, Any]:
-    return {"mean": mean, "low": mean - 0.1, "high": mean + 0.1, "level": 0.95, "prompts": 2, "images": 4}
-
-
 def sides(base: float, trained: float) -> dict[str, Any]:
-    return {"base": interval(base), "trained": interval(trained), "difference": interval(trained - base)}
+    means = {"base": base, "trained": trained, "difference": trained - base}
+    return {name: interval(mean, mean - 0.1, mean + 0.1) for name, mean in means.items()}
 
 
-def results(**changes: Any) -> dict[str, Any]:
-    found = {
+def make_results(**changes: Any) -> dict[str, Any]:
+    own = {
         "measures": {"u": sides(3.5, 3.6), "reward": sides(0.5, 0.75)},
         "signals": {"edge_density": sides(0.2, 0.3)},
         "verdict": {"level": "suspicious", "reasons": ["edge density rose by 50.0 %"]},
-        "weights": {"kind": "ema", "checkpoint": "best", "step": 4},
-        "protocol": {"judge": None},
-        "protocol_name": "ocr-2x2-3steps-0123456789ab",
         "grid": "evaluations/results-0.png",
-        "prompts": [{"prompt": 'a sign that says "OPEN"'}] * 2,
-        "images": {"base": [{}] * 4, "trained": [{}] * 4},
-        "failed": 0,
-        "unjudged": 0,
-        "seen": 0,
     }
-    return found | changes
+    rows = [image_row(prompt, index) for prompt in range(2) for index in range(2)]
+    return results(base=rows, trained=rows, **{**own, **changes})
 
 
 def split(page: bytes) -> tuple[dict[str, Any], str]:
@@ -60,9 +51,9 @@ def split(page: bytes) -> tuple[dict[str, Any], str]:
 
 @pytest.fixture(scope="module")
 def run(make_run: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = make_run(tmp_path_factory.mktemp("runs") / "small-0123", results=results())
+    path = make_run(tmp_path_factory.mktemp("runs") / "small-0123", results=make_results())
     (path / "evaluations").mkdir()
-    (path / "evaluations" / "results-0.png").write_bytes(b"picture")
+    (path / "evaluations" / "results-0.png").write_bytes(b"image")
     return path
 
 
@@ -75,7 +66,7 @@ def test_a_card_says_what_was_trained_with_which_results_and_from_what(run: Path
         "# small-0123",
         "trained to write the text that a prompt asks for, with GDRO",
         "| reward | 0.500 [0.400, 0.600] | 0.750 [0.650, 0.850] | +0.250 [+0.150, +0.350] |",
-        "Suspicious: look at the pictures",
+        "Suspicious: look at the images",
         "- edge density rose by 50.0 %",
         r"| edge\_density | share of pixels on an edge | 0.200 [0.100, 0.300] |",
         "](evaluations/results-0.png)",
@@ -93,32 +84,40 @@ def test_a_card_says_what_was_trained_with_which_results_and_from_what(run: Path
     assert "not the weights" not in text
 
 
+def test_a_card_says_which_reading_of_the_corrected_score_decides(make_run: MakeRun, tmp_path: Path) -> None:
+    measures = {name: sides(0.5, 0.75) for name in ("corrected of the means", "corrected", "u", "reward")}
+    judged = make_results(measures=measures, protocol={"judge": {"judge": "embedded"}})
+    _, text = split(write_card(make_run(tmp_path / "run", results=judged)).read_bytes())
+    assert text.index("| corrected |") < text.index("| corrected of the means |")
+    assert "The verdict and the best checkpoint go by the first." in text
+
+
 def test_a_card_without_results_says_so(run: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("results.json"))
-    _, text = split(card(open_finished(bare), Place()))
+    _, text = split(card(open_finished(bare), CardFolder()))
     assert "Not evaluated yet" in text and "Verdict" not in text and "![" not in text
 
 
 def test_results_of_other_weights_are_said_to_be(run: Path, tmp_path: Path, make_run: MakeRun) -> None:
-    other = results(weights={"kind": "raw", "checkpoint": "last", "step": 4}, seen=1, failed=2)
-    _, text = split(card(open_finished(make_run(tmp_path / "run", results=other)), Place()))
+    other = make_results(weights={"kind": "raw", "checkpoint": "last", "step": 4}, seen=1, failed=2)
+    _, text = split(card(open_finished(make_run(tmp_path / "run", results=other)), CardFolder()))
     assert "Measured: raw weights of the last checkpoint, step 4" in text
     assert "**These are not the weights in this folder**, which holds the ema weights of the best" in text
     assert "**1 of the prompts are also in the training" in text
-    assert "2 pictures could not be scored" in text
+    assert "2 images could not be scored" in text
 
 
 def test_nothing_that_was_not_written_here_is_markup(make_run: MakeRun, tmp_path: Path) -> None:
     evil = "x|y <script>alert(1)</script> ](http://evil) ![p](q) `c` *b* _i_\n\n# head\n---\n| a | b |\n```"
-    hostile = results(
-        prompts=[{"prompt": evil + "'\"\\"}],
+    hostile = make_results(
+        prompts=[{**prompt, "prompt": evil + "'\"\\"} for prompt in make_results()["prompts"]],
         measures={evil: sides(0.1, 0.2)},
         verdict={"level": "healthy", "reasons": [evil, "- nested"]},
         protocol_name=evil,
     )
     path = make_run(tmp_path / "run", results=hostile)
-    for place in (Place(), Place("adapter", evil), Place("merged", evil, 0.01)):
-        front, text = split(card(open_finished(path), place))
+    for folder in (CardFolder(), CardFolder("adapter", evil), CardFolder("merged", evil, 0.01)):
+        front, text = split(card(open_finished(path), folder))
         assert front["library_name"] == "diffusers"
         blocks = re.split(r"^(`{3,})\w+\n(.*?)\n\1$", text, flags=re.S | re.M)
         assert len(blocks) == 7  # the loading code, the commands, and what lies around them
@@ -152,7 +151,7 @@ def test_nothing_private_is_in_a_card_or_its_recipe(make_recipe: MakeRecipe, mak
         judge={"kind": "unified-reward", "base_url": "http://10.0.0.7:8000/v1", "model": "/models/judge"},
     )
     found = open_finished(make_run(tmp_path / "hidden" / "run", recipe))
-    pages = [card(found, place).decode() for place in (Place(), Place("adapter"), Place("merged"))]
+    pages = [card(found, folder).decode() for folder in (CardFolder(), CardFolder("adapter"), CardFolder("merged"))]
     for text in (*pages, recipe_yaml(recipe)):
         for private in (str(tmp_path), "hidden", "/home/me", "10.0.0.7", "/models"):
             assert private not in text
@@ -176,12 +175,12 @@ def test_a_model_of_the_hub_is_named_and_linked(run: Path, tmp_path: Path) -> No
         assert old in text
         (copy / name).write_text(text.replace(old, new))
     found = open_finished(copy)
-    front, text = split(card(found, Place("adapter", "me/mine")))
+    front, text = split(card(found, CardFolder("adapter", "me/mine")))
     assert (front["base_model"], front["base_model_relation"]) == ("owner/some_model", "adapter")
     assert r"A LoRA adapter for [owner/some\_model](https://huggingface.co/owner/some_model)," in text
     assert "FluxPipeline.from_pretrained('owner/some_model', dtype=torch.float32)" in text
     assert "pipe.load_lora_weights('me/mine')" in text
-    front, text = split(card(found, Place("merged", "me/mine")))
+    front, text = split(card(found, CardFolder("merged", "me/mine")))
     assert front["base_model_relation"] == "finetune" and "lora" not in front["tags"]
     assert "from_pretrained('me/mine'" in text and "load_lora_weights" not in text
 
@@ -209,11 +208,13 @@ def test_paths_in_text() -> None:
 @pytest.mark.parametrize(
     ("file", "change", "error", "words"),
     [
-        ("manifest.json", None, PrerequisiteError, "is no run"),
-        (ADAPTER_NOTE, None, PrerequisiteError, "is not finished, or was finished by an earlier version"),
+        ("manifest.json", None, PrerequisiteError, "is not a run"),
+        (ADAPTER_NOTE, None, PrerequisiteError, "is not finished"),
         ("pytorch_lora_weights.safetensors", None, PrerequisiteError, "is not finished"),
         ("pytorch_lora_weights.safetensors", b"other", StoreError, "is not the file that adapter.json describes"),
-        (ADAPTER_NOTE, b'{"schema": 9}', StoreError, "is damaged"),
+        (ADAPTER_NOTE, b'{"schema": 9}', StoreError, "was written by another version"),
+        (ADAPTER_NOTE, b'{"schema": 1}', StoreError, "adapter.json is damaged"),
+        ("manifest.json", b'{"inputs": 3}', StoreError, "manifest.json is damaged at inputs"),
     ],
 )
 def test_runs_without_a_card(
@@ -229,7 +230,7 @@ def test_runs_without_a_card(
 
 
 def test_loading_code_calls_the_pipeline_as_the_evaluation_did(run: Path) -> None:
-    code = loading_code(open_finished(run), Place())
+    code = loading_code(open_finished(run), CardFolder())
     assert "height=64, max_sequence_length=26, num_inference_steps=3, width=64" in code
     assert "tiny_model_path()" in code
 
@@ -252,7 +253,7 @@ def test_a_note_puts_no_code_into_the_card(run: Path, tmp_path: Path, part: str,
     note = json.loads((copy / ADAPTER_NOTE).read_text())
     note[part] |= change
     (copy / ADAPTER_NOTE).write_text(json.dumps(note))
-    with pytest.raises(StoreError, match=r"adapter\.json is damaged: it names no"):
+    with pytest.raises(StoreError, match=r"adapter\.json is damaged: it (names no|does not describe)"):
         open_finished(copy)
 
 

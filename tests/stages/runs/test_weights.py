@@ -15,6 +15,7 @@ from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end, evaluated_weights, keep_if_best
+from tests.support.rows import point
 
 MakeRecipe = Callable[..., Recipe]
 
@@ -31,7 +32,7 @@ def weights(step: int, *, place: int = 0) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def offer(run: RunFolder, step: int, score: float, **changes: Any) -> bool:
-    row = {"step": step, "protocol": "p", "reward": 0.5, "corrected": score, **changes}
+    row = point(step, 0.5, corrected=score, **changes)
     return keep_if_best(run, row, measure="corrected", tensors=weights(step))
 
 
@@ -81,18 +82,17 @@ def test_the_same_point_again_replaces_nothing(run: RunFolder) -> None:
 def test_another_protocol_or_measure_begins_anew(run: RunFolder, protocol: str, measure: str) -> None:
     """What was best by other prompts, or by another number, says nothing here, however high it was."""
     offer(run, 30, 0.9)
-    row = {"step": 20, "protocol": protocol, "reward": 0.1, "corrected": 0.1}
+    row = point(20, 0.1, protocol=protocol, corrected=0.1)
     assert keep_if_best(run, row, measure=measure, tensors=weights(20))
     assert kept(run) == (20, 0.1)
 
 
 def test_a_point_without_the_measure_is_no_candidate(run: RunFolder) -> None:
     """Neither first nor instead of another: the judge gave no answer there."""
-    row = {"step": 10, "protocol": "p", "reward": 0.9, "unjudged": 2}
-    assert not keep_if_best(run, row, measure="corrected", tensors=weights(10))
+    assert not keep_if_best(run, point(10, 0.9, unjudged=2), measure="corrected", tensors=weights(10))
     assert latest_checkpoint(best_folder(run)) is None
     assert offer(run, 20, 0.5)
-    assert not keep_if_best(run, {**row, "step": 30}, measure="corrected", tensors=weights(30))
+    assert not keep_if_best(run, point(30, 0.9, unjudged=2), measure="corrected", tensors=weights(30))
     assert kept(run) == (20, 0.5)
 
 
@@ -110,8 +110,9 @@ def test_a_later_point_of_an_earlier_start_stays_if_it_is_better(run: RunFolder)
 # --- what is evaluated ---------------------------------------------------------------------------------------
 
 
-def test_a_run_without_a_checkpoint_has_no_weights(run: RunFolder, make_recipe: MakeRecipe) -> None:
-    assert evaluated_weights(run, make_recipe()) is None
+def test_a_run_without_a_checkpoint_is_refused(run: RunFolder, make_recipe: MakeRecipe) -> None:
+    with pytest.raises(PrerequisiteError, match="has no checkpoint: run `gdro train`"):
+        evaluated_weights(run, make_recipe())
 
 
 def test_the_best_point_or_the_end_is_evaluated(run: RunFolder, make_recipe: MakeRecipe) -> None:
@@ -119,7 +120,6 @@ def test_the_best_point_or_the_end_is_evaluated(run: RunFolder, make_recipe: Mak
     offer(run, 2, 0.5)
     checkpoint(run, 4)
     best, last = (evaluated_weights(run, make_recipe(eval={"checkpoint": name})) for name in ("best", "last"))
-    assert best is not None and last is not None
     assert (best.step, best.checkpoint) == (2, "best")
     assert (last.step, last.checkpoint) == (4, "last")
     assert best.chosen_by == {"measure": "corrected", "score": 0.5, "protocol": "p"} and last.chosen_by is None
@@ -130,11 +130,11 @@ def test_the_best_point_or_the_end_is_evaluated(run: RunFolder, make_recipe: Mak
 def test_without_evaluation_points_the_end_is_the_best(run: RunFolder, make_recipe: MakeRecipe) -> None:
     checkpoint(run, 4)
     found = evaluated_weights(run, make_recipe())
-    assert found is not None and (found.step, found.checkpoint) == (4, "last")
+    assert (found.step, found.checkpoint) == (4, "last")
 
 
 def test_each_kind_of_weights_has_its_own_name(run: RunFolder, make_recipe: MakeRecipe) -> None:
-    """So that pictures of other weights are never taken for theirs."""
+    """So that images of other weights are never taken for theirs."""
     offer(run, 2, 0.5)
     checkpoint(run, 4)
     names = set()
@@ -142,7 +142,6 @@ def test_each_kind_of_weights_has_its_own_name(run: RunFolder, make_recipe: Make
         for which in ("best", "last"):
             recipe = make_recipe(eval={"weights": kind, "checkpoint": which})
             found, again = evaluated_weights(run, recipe), evaluated_weights(run, recipe)
-            assert found is not None and again is not None
             assert found.identity == again.identity and found.identity.startswith(f"{kind} ")
             names.add(found.identity)
     assert len(names) == 4
@@ -151,7 +150,7 @@ def test_each_kind_of_weights_has_its_own_name(run: RunFolder, make_recipe: Make
 def test_an_unfinished_run_is_refused(run: RunFolder, make_recipe: MakeRecipe) -> None:
     offer(run, 2, 0.5)
     checkpoint(run, 3)
-    with pytest.raises(PrerequisiteError, match=r"stands at step 3 of 4: run `gdro train`"):
+    with pytest.raises(PrerequisiteError, match=r"is at step 3 of 4: run `gdro train`"):
         evaluated_weights(run, make_recipe())
 
 
@@ -160,7 +159,6 @@ def test_a_run_that_ended_early_is_finished(run: RunFolder, make_recipe: MakeRec
     checkpoint(run, 3)
     run.write_json(STOPPED, {"step": 3, "reasons": ["..."]})
     best, last = (evaluated_weights(run, make_recipe(eval={"checkpoint": name})) for name in ("best", "last"))
-    assert best is not None and last is not None
     assert (best.step, last.step) == (1, 3)
 
 
@@ -172,7 +170,7 @@ def test_a_note_of_another_step_ends_nothing(run: RunFolder, make_recipe: MakeRe
     assert early_end(run.path) == 3
     run.write_json(STOPPED, note)
     assert early_end(run.path) is None
-    with pytest.raises(PrerequisiteError, match="stands at step 3 of 4"):
+    with pytest.raises(PrerequisiteError, match="is at step 3 of 4"):
         evaluated_weights(run, make_recipe())
 
 
@@ -185,4 +183,4 @@ def test_a_damaged_best_point_is_named(run: RunFolder, make_recipe: MakeRecipe) 
     file.write_bytes(file.read_bytes()[:-4] + b"\1\2\3\4")
     with pytest.raises(StoreError, match=r"adapter\.safetensors is damaged .* delete .*best"):
         evaluated_weights(run, make_recipe())
-    assert evaluated_weights(run, make_recipe(eval={"checkpoint": "last"})) is not None
+    assert evaluated_weights(run, make_recipe(eval={"checkpoint": "last"})).step == 4

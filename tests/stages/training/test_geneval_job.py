@@ -69,7 +69,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, make_recipe: MakeRecipe, quiet
 
 
 def results_of(job: Job) -> dict[str, Any]:
-    results: dict[str, Any] = json.loads(job[2].results.read_text())
+    results: dict[str, Any] = json.loads(job[2].file.read_text())
     return results
 
 
@@ -121,7 +121,7 @@ def test_validation_reports_the_objective_and_the_overall_score(job: Job) -> Non
         assert 0 <= row["low"] <= row["reward"] <= row["high"] <= 1
         assert row["overall"] in (0.0, 0.5, 1.0)  # the verdicts on two images of two tags
         assert (row["prompts"], row["images"], row["failed"]) == (2, 2, 0)
-        assert not {"u", "corrected", "unjudged"} & row.keys()  # the recipe has no judge
+        assert not {"u", "corrected", "unjudged"} & row.to_json().keys()  # the recipe has no judge
     best = json.loads((job[1].run.path / "best" / "best.json").read_text())
     assert best == {"step": 2, "overall": points[-1]["overall"]}
 
@@ -129,7 +129,7 @@ def test_validation_reports_the_objective_and_the_overall_score(job: Job) -> Non
 def test_every_tag_is_compared(job: Job) -> None:
     results = results_of(job)
     names = ["overall", *TAGS, "strict reward", "soft reward"]
-    assert [comparison.name for comparison in job[2].comparisons][: len(names)] == names
+    assert list(job[2].results.measures)[: len(names)] == names
     assert set(results["measures"]) >= set(names)
     for tag in TAGS:
         assert results["measures"][tag]["base"]["prompts"] == 2
@@ -206,7 +206,7 @@ def test_exported_images_score_as_in_the_evaluation(
                 evaluated["low"],
                 evaluated["high"],
             )
-        assert (scored.failed, scored.summary["prompts"], scored.summary["pictures"]) == (0, "12", "24")
+        assert (scored.failed, scored.summary["prompts"], scored.summary["images"]) == (0, "12", "24")
     assert len(list((tmp_path / "folders").iterdir())) == 2
 
 
@@ -242,7 +242,7 @@ def test_a_truncated_image_is_missing_with_a_reason(
     cut.write_bytes(cut.read_bytes()[:60])
     scored = image_folder.run(Session(small(make_recipe), tmp_path / "out", quiet), folder=folder)
     images = json.loads(scored.results.read_text())["images"]
-    assert scored.failed == 1 and scored.summary["pictures without a score"] == "1"
+    assert scored.failed == 1 and scored.summary["images without a score"] == "1"
     assert [row["value"] is None for row in images] == [False, False, True, False]
     assert "cannot be decoded" in images[2]["reason"] and str(cut) in images[2]["reason"]
     soft = dict(scored.measures)["soft reward"]

@@ -20,6 +20,7 @@ from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.metrics import MetricsRow
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.planning import dry_run as plan
@@ -56,12 +57,12 @@ def test_the_files_of_a_whole_job(finished: Finished) -> None:
 
 def test_results_have_intervals_protocol_and_every_image(finished: Finished) -> None:
     _, _, evaluated = finished
-    results = json.loads(evaluated.results.read_text())
+    results = json.loads(evaluated.file.read_text())
     assert results["measures"]["reward"]["base"]["images"] == 8
     assert results["measures"]["reward"]["base"]["prompts"] == 4
     assert results["protocol"]["seed"] == 1000
     assert (results["weights"]["kind"], results["weights"]["step"]) == ("ema", 4)
-    assert (evaluated.results.parent / results["grid"]).is_file()
+    assert (evaluated.run / results["grid"]).is_file()
     assert results["protocol"]["reward"]["reward"] == "ocr"
     assert len(results["images"]["trained"]) == 8
     mean = sum(row["value"] for row in results["images"]["base"]) / 8
@@ -73,7 +74,7 @@ def test_a_second_call_reuses_everything(finished: Finished, make_recipe: MakeRe
     before = {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
     again = train.run(Session(make_recipe(), workspace, quiet))
     assert (again.run.path, again.resumed_from) == (trained.run.path, 4)
-    assert evaluate.run(Session(make_recipe(), workspace, quiet)).comparisons == evaluated.comparisons
+    assert evaluate.run(Session(make_recipe(), workspace, quiet)).results.measures == evaluated.results.measures
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
 
 
@@ -131,8 +132,8 @@ def test_resumed_training_equals_straight_training(finished: Finished, make_reci
         for key, value in tensors.items():
             assert torch.equal(value, checkpoints[1].tensors[name][key]), (name, key)
 
-    def numbers(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-        return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    def numbers(rows: list[MetricsRow]) -> list[dict[str, object]]:
+        return [{**row.to_json(), "seconds": None} for row in rows]
 
     assert numbers(again.run.metrics()) == numbers(trained.run.metrics())
 

@@ -26,6 +26,7 @@ from gdro_cli.rewards.base import Score
 from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from gdro_cli.runtime.interrupt import StopFlag
+from gdro_cli.runtime.metrics import MetricsRow
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.ablation import ablate
 from gdro_cli.stages.evaluation import evaluate
@@ -96,8 +97,8 @@ def tensors_of(run: Path) -> dict[str, torch.Tensor]:
     return {f"{group}.{name}": value for group, tensors in groups.items() for name, value in tensors.items()}
 
 
-def timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+def timeless(rows: list[MetricsRow]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in row.to_json().items() if not key.startswith("seconds")} for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +180,7 @@ def test_two_processes_equal_one(trained: Trained, make_online: MakeRecipe, tmp_
 
 def test_evaluation_takes_the_run(trained: Trained, make_online: MakeRecipe, quiet: Reporter) -> None:
     result = evaluate.run(Session(make_online(), trained[0], quiet))
-    held = json.loads(result.results.read_text())
+    held = json.loads(result.file.read_text())
     assert (held["method"]["name"], held["weights"]["step"]) == ("flow-grpo", 4)
     page = (trained[1].run.path / "report.html").read_text()
     assert "reward of the rounds" in page and "Implicit reward" not in page
