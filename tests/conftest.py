@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.support import shared
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -20,3 +23,11 @@ def no_signal_is_ignored() -> None:
     for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, usual)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def shared_folders_stay_as_they_are() -> Iterator[None]:
+    """Other tests, also of other processes, read them: a test that changes a file copies the folder first."""
+    yield
+    if changed := shared.changes():
+        pytest.fail(f"a test changed what others share, it needs a copy: {', '.join(changed)}")

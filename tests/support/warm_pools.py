@@ -19,7 +19,7 @@ MOST = 3
 
 
 class WarmPool(ScoringPool):
-    """A pool that leaving does not end, unless it is by an error: then its workers may be in the middle of something."""
+    """A pool that is not closed on exit, except after an error: its workers may be in the middle of something then."""
 
     def __enter__(self) -> Self:
         return self if self._workers else super().__enter__()
@@ -36,9 +36,7 @@ def warm_pools() -> Iterator[None]:
     """Jobs of this process get the workers of the last one whose scorer and settings were the same."""
     pools: dict[tuple[bytes, int | None, int], WarmPool] = {}
 
-    def warm_pool(
-        scorer: Scorer, *, workers: int | None = None, largest_chunk: int = LARGEST_CHUNK
-    ) -> ScoringPool:
+    def warm_pool(scorer: Scorer, *, workers: int | None = None, largest_chunk: int = LARGEST_CHUNK) -> ScoringPool:
         key = (pickle.dumps(scorer), workers, largest_chunk)
         pool = pools.pop(key, None) or WarmPool(scorer, workers=workers, largest_chunk=largest_chunk)
         pools[key] = pool  # the latest is the last
