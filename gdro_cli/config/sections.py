@@ -194,7 +194,7 @@ class JudgeSection(StrictModel):
     concurrency: Annotated[int, Affects("speed")] = Field(8, ge=1)
     """Simultaneous requests. 1 or more."""
     timeout: Annotated[float, Affects("speed")] = Field(120.0, gt=0)
-    """Seconds that one request may take. Above 0."""
+    """Seconds to wait for a connection, and for each pause in an answer of the endpoint. Above 0."""
     retries: Annotated[int, Affects("speed")] = Field(4, ge=0)
     """Repetitions of a failed request. 0 or more."""
     max_failed_share: Annotated[float, Affects("evaluation")] = Field(0.05, ge=0, le=1)

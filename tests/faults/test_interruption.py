@@ -84,5 +84,5 @@ def test_processes_of_one_job_end_together(tmp_path: Path) -> None:
     launcher = start(["train", "--num-processes", "2"], recipe=path, workspace=workspace)
     wait_for(launcher, workspace, "runs/*/lock.owner")
     said = stop(launcher, signal.SIGTERM)
-    assert "All processes have been stopped by SIGTERM: run the same command again" in said
+    assert "All processes were stopped by SIGTERM: run the same command again" in said
     assert not list(workspace.rglob("lock.owner"))
