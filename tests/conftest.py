@@ -10,6 +10,17 @@ import torch
 
 from tests.support import shared
 
+SLOW_FIXTURES = {"finished", "server"}
+"""Fixtures that train or start a server: each test that uses one is slow."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what `-m` does not name
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that are slow by what they use."""
+    for item in items:
+        if not SLOW_FIXTURES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:

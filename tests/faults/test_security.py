@@ -79,6 +79,7 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
         yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
 
 
+@pytest.mark.slow
 def test_no_source_reads_or_writes_a_pickle() -> None:
     found = set()
     for name, tree in sources():
@@ -301,6 +302,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1")
 
 
+@pytest.mark.slow
 def test_a_judge_s_key_is_sent_and_told_to_nobody(
     secrets: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

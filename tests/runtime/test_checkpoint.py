@@ -78,6 +78,7 @@ save_checkpoint(Path(sys.argv[1]), 7, tensors={}, state={}, extra=lambda folder:
 """
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
     """Of whatever step."""
     save(tmp_path, 5)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from importlib import metadata
 
+import pytest
+
 from gdro_cli.runtime.environment import environment
 
 
@@ -19,6 +21,7 @@ def test_environment_names_versions_and_devices() -> None:
     assert json.loads(json.dumps(found)) == found
 
 
+@pytest.mark.slow
 def test_light_form_loads_no_torch() -> None:
     code = (
         "import sys; from gdro_cli.runtime.environment import environment\n"

@@ -15,6 +15,8 @@ from gdro_cli.tiny.pictures import draw_picture, to_pixels
 from gdro_cli.tiny.pretrain import average_decay, learning_rate, main
 from gdro_cli.tiny.tokenizers import CLIP_LENGTH, T5_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 'a purple sign that says "ORANGE WINDOW" on a sandy background'
 
 

@@ -123,6 +123,7 @@ def test_devices() -> None:
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 def test_making_a_detector_or_classifier_imports_no_transformers(tmp_path: Path) -> None:
     """Both are made, asked for their version and pickled in a fresh process."""
     detector = fill(tmp_path / "detector", config=CONFIG.replace("clip", "mask2former"))

@@ -368,6 +368,7 @@ def pictures(draw: st.DrawFn, task: Task) -> Verdict:
     return judge(task, found, {label: [draw(st.sampled_from(NAMES)) for _ in same] for label, same in found.items()})
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_for_any_prompt_and_picture(case: tuple[Task, Verdict, Verdict]) -> None:
@@ -384,6 +385,7 @@ def test_for_any_prompt_and_picture(case: tuple[Task, Verdict, Verdict]) -> None
         assert found.strict == (found.reasons == ())
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(case=cases(official=True))
 def test_soft_is_one_exactly_where_strict_holds_for_prompts_like_the_official_ones(

@@ -58,6 +58,7 @@ def same(first: list[list[Detection]], second: list[list[Detection]]) -> None:
         assert np.array_equal(one.mask, other.mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generated", [False, True], ids=["drawn", "through the autoencoder"])
 def test_it_sees_fresh_pictures_as_they_were_drawn(generated: bool) -> None:
     """The report gives 1.000 of the drawn ones and 0.990 to 0.999 of those through the autoencoder, by tag."""

@@ -20,6 +20,8 @@ from gdro_cli.rewards.geneval.reward import GenEvalReward
 from gdro_cli.rewards.ocr.reward import OcrReward
 from gdro_cli.stages.reporting.evaluation_report import measure_names, write_report
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '<script>alert("x")</script> a sign that says "TOM & CO"'
 READ = "<img src=x onerror=alert(1)>"
 PROMPTS = [

@@ -27,6 +27,8 @@ from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
+pytestmark = pytest.mark.slow
+
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 PATIENCE = 240  # seconds until a moment must have come; starting processes takes most of it on a busy machine
 
