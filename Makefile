@@ -1,27 +1,44 @@
 # make demo   sets everything up and runs the main job: train, then evaluate (needs Python 3.11 or 3.12 and pip)
-# make test   sets everything up and runs every check: format, lint, types, import rules, tests
+# make check  sets everything up and runs the quick checks: format, lint, types, import rules, unit tests
+# make test   sets everything up and runs every check: the same, and all tests
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)))
 VENV ?= .venv
 BIN := $(VENV)/bin
 RECIPE ?= ocr.yaml
 OUT ?= gdro-out
-# As many processes as cores; a file's tests in one of them, so that what they share is made once.
-PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist loadfile
+# As many processes as cores; one that has finished takes over half of what another still has to do.
+PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist worksteal
 PYTEST_ARGS ?=
 
-.PHONY: demo test format
+.PHONY: demo check test static lint types unit-tests all-tests format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(BIN)/gdro train --recipe $(RECIPE) --out $(OUT)
 	$(BIN)/gdro eval --recipe $(RECIPE) --out $(OUT)
 
+# mypy takes a core for about a minute when it has no cache, and the unit tests another.
+check: $(VENV)/.installed-dev
+	$(MAKE) --jobs 2 static unit-tests
+
 test: $(VENV)/.installed-dev
+	$(MAKE) --jobs 2 static all-tests
+
+static: lint types
+
+lint:
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+types: lint
+	$(BIN)/mypy
+
+unit-tests:
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+all-tests:
 	$(BIN)/pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 format: $(VENV)/.installed-dev

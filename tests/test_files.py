@@ -202,6 +202,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_no_folder_is_half_written(tmp_path: Path) -> None:
     for kill in range(8):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE)

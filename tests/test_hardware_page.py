@@ -12,6 +12,8 @@ from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, USABLE, fits
 from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import gigabytes
 
+pytestmark = pytest.mark.slow
+
 PAGE = (Path(__file__).parents[1] / "docs/hardware.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| `([\w`, -]+)` \| (\d+) GB \| (.*?) \| ([\d.]+) \| ([\d.]+) \|$", PAGE, flags=re.MULTILINE)
 

@@ -306,12 +306,14 @@ atexit.register(lambda: print("ignored" if signal.getsignal(signal.SIGHUP) == si
 """
 
 
+@pytest.mark.slow
 def test_several_processes_can_be_started_with_nohup() -> None:
     command = [sys.executable, "-c", NOHUP + IN_PROCESSES, "recipes", "check", "ocr"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "ignored"
 
 
+@pytest.mark.slow
 def test_several_processes_exit_with_the_code_of_the_one_that_failed() -> None:
     command = [sys.executable, "-c", IN_PROCESSES, "recipes", "check", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

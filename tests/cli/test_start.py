@@ -7,6 +7,10 @@ import resource
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 COMMANDS = (
     *("sample", "score", "train", "eval", "compare", "ablate", "export"),
     *("recipes", "recipes show", "prompts", "runs", "env"),

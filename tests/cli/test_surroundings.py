@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 GDRO = [sys.executable, "-P", "-m", "gdro_cli"]
 PATIENCE = 120.0
 """Seconds that a process may take; on a busy machine imports take most of it."""

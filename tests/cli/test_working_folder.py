@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 TRAP = "import pathlib, os; pathlib.Path(os.environ['TRAP']).touch()\n"
 """A module that makes a file when it is imported."""
 NAMES = ("yaml", "numpy", "torch", "typer", "pydantic", "selectors", "struct", "accelerate", "onnxruntime")

@@ -228,6 +228,7 @@ VALUES = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(field_names(sections=True)), VALUES), min_size=1, max_size=4))
 def test_any_value_of_any_key_gives_a_recipe_or_an_error(changes: list[tuple[str, object]]) -> None:

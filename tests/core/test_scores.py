@@ -55,6 +55,7 @@ def test_matches_the_normal_approximation(level: float) -> None:
     assert interval.high == pytest.approx(interval.mean + half, abs=0.06 * half)
 
 
+@pytest.mark.slow
 def test_coverage() -> None:
     """300 sets of 40 uniform prompts: the 90 % interval contains the true mean 0.5 in 90 % -+ 5 % of them."""
     hits = 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -191,6 +192,7 @@ _VALUES = st.recursive(
 _PATHS = st.sampled_from([doc.path for doc in describe_fields()]) | st.text(max_size=8)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(changes=st.dictionaries(_PATHS, _VALUES, min_size=1, max_size=4))
 def test_any_values_of_any_keys_load_or_are_refused(changes: dict[str, Any]) -> None:

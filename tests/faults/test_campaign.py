@@ -14,6 +14,8 @@ import pytest
 from tests.faults import campaign as script
 from tests.faults.campaign import Campaign, broken_parts, contents, left_behind
 
+pytestmark = pytest.mark.slow
+
 CARELESS = """
 import json, sys, time
 from pathlib import Path

@@ -17,6 +17,8 @@ from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from tests.support.jobs import finish, start, stop, wait_for, write_recipe
 
+pytestmark = pytest.mark.slow
+
 MOMENTS = [
     ("stores/*/shards/00001/manifest.json", signal.SIGKILL),
     ("stores/*/scores/*/00001.jsonl", signal.SIGTERM),

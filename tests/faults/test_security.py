@@ -80,6 +80,7 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
         yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text())
 
 
+@pytest.mark.slow
 def test_no_source_reads_or_writes_a_pickle() -> None:
     uses = set()
     for name, tree in sources():
@@ -295,6 +296,7 @@ def secrets(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "127.0.0.1")
 
 
+@pytest.mark.slow
 def test_a_judges_key_is_sent_and_never_shown(
     secrets: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,6 +26,8 @@ from tests.support import small_store
 from tests.support.faulty import check, command, largest_file, outcome
 from tests.support.jobs import finish, start, stop, wait_for, write_recipe
 
+pytestmark = pytest.mark.slow
+
 # -- two jobs ---------------------------------------------------------------------------------------------------------
 
 

@@ -29,6 +29,8 @@ from tests.support import small_store
 from tests.support.breaking_rewards import HANGS, WidthReward
 from tests.support.jobs import finish, start, wait_for, write_recipe
 
+pytestmark = pytest.mark.slow
+
 QUIET = Reporter(quiet=True)
 
 

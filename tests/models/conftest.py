@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.shared import shared
 from tests.support.tiny_families import BUILDERS, build_flux
 
 SIZE = {"height": 32, "width": 48}
@@ -20,22 +21,23 @@ PROMPTS = ("a red sign", "two blue stars on a brick wall", "a green heart")
 @pytest.fixture(scope="session")
 def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny FLUX without a guidance input (as schnell), schedule shifted by image size."""
-    return build_flux(tmp_path_factory.mktemp("models") / "flux")
+    return shared(tmp_path_factory, "flux", build_flux)
 
 
 @pytest.fixture(scope="session")
 def guided_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny FLUX with a guidance input (as dev), schedule with a fixed shift."""
-    return build_flux(tmp_path_factory.mktemp("models") / "guided", guidance_embeds=True, dynamic_shift=False)
+    return shared(
+        tmp_path_factory, "guided-flux", lambda path: build_flux(path, guidance_embeds=True, dynamic_shift=False)
+    )
 
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The tiny model of a family in ``tiny_families.BUILDERS``, built at its first use."""
-    root = tmp_path_factory.mktemp("families")
 
     @functools.cache
     def folder(name: str) -> Path:
-        return BUILDERS[name](root / name)
+        return shared(tmp_path_factory, name, BUILDERS[name])
 
     return folder

@@ -85,6 +85,7 @@ def test_nested_references_stay_off_until_the_outer_one_ends(flux_folder: Path) 
         assert torch.equal(velocity(model), off)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "alpha", "rslora"), [(4, 4, False), (4, 10, False), (4, 6, True)])
 @pytest.mark.parametrize("targets", ["auto", "all-linear"])
 def test_diffusers_loads_the_file_and_gives_the_same_velocity(

@@ -74,6 +74,7 @@ def by_us(model: FlowModel, prompts: list[str], seeds: list[int], *, guidance: f
     return sample_latents(model, model.noise(seeds, **SIZE), model.encode(prompts), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 3.5])
 @pytest.mark.parametrize("name", ALL)
 def test_same_latents_and_image_as_the_pipeline(name: str, guidance: float, family_folder: Folder) -> None:
@@ -167,6 +168,7 @@ def test_published_layers_are_adapted_and_trained(name: str, family_folder: Fold
     assert all("to_add_out" in n or "add_q_proj" in n for n in idle), idle
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
 def test_bfloat16_stays_close(name: str, family_folder: Folder) -> None:
     exact, coarse = open_model(family_folder, name), open_model(family_folder, name, dtype="bfloat16")

@@ -33,6 +33,8 @@ from gdro_cli.stages.setup.store import evaluation_plan
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.rollout import Policy, RolloutImage, policy_guidance, roll_out
 
+pytestmark = pytest.mark.slow
+
 STEPS, GUIDANCE, TEXT = 2, 2.0, 64
 
 PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {

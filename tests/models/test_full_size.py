@@ -18,6 +18,8 @@ from gdro_cli.models.published import PublishedFolder, published_configurations
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.stages.training.group_gradient import GroupGradient, NoisyGroups
 
+pytestmark = pytest.mark.slow
+
 K, GROUPS = 3, 2
 
 

@@ -18,6 +18,8 @@ from gdro_cli.models.meta_model import count_weights, meta_model
 from gdro_cli.models.published import PublishedFolder, published_name
 from gdro_cli.models.trace import Update, metered, trace_forward, trace_update, whole_update
 
+pytestmark = pytest.mark.slow
+
 SIZE = (128, 128)
 """64 image tokens."""
 TEXT = 24

@@ -37,6 +37,8 @@ from tests.support.breaking_rewards import (
 )
 from tests.support.ocr_signs import Prompt, ask, sign
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["HELLO", "HOTEL", "BREAD", "TIGER", "WINDOW", "MARKET"]
 
 

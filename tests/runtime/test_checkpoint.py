@@ -76,6 +76,7 @@ save_checkpoint(Path(sys.argv[1]), 7, tensors={}, state={}, extra=lambda folder:
 """
 
 
+@pytest.mark.slow
 def test_the_next_checkpoint_removes_what_a_killed_process_left(tmp_path: Path) -> None:
     """Whichever step that process was at."""
     save(tmp_path, 5)

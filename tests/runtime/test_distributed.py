@@ -19,6 +19,8 @@ from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.runtime.distributed import make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 
+pytestmark = pytest.mark.slow
+
 WORK = """
 import json, os, sys, torch
 from torch import nn

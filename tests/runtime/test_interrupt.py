@@ -44,6 +44,7 @@ def start(kind: str) -> subprocess.Popen[str]:
     return child
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_first_signal_stops_at_the_next_safe_point(number: signal.Signals) -> None:
     child = start("checks")
@@ -53,6 +54,7 @@ def test_first_signal_stops_at_the_next_safe_point(number: signal.Signals) -> No
     assert child.returncode == 130
 
 
+@pytest.mark.slow
 def test_second_ctrl_c_stops_at_once_but_a_second_sigterm_does_not() -> None:
     child = start("never checks")
     assert child.stdout is not None
@@ -175,6 +177,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_stops_its_processes() -> None:
     child = CODE.replace(
         "with StopFlag(",
@@ -189,6 +192,7 @@ def test_a_killed_launcher_stops_its_processes() -> None:
     launcher.wait()
 
 
+@pytest.mark.slow
 def test_a_process_whose_launcher_is_already_gone_does_not_begin(tmp_path: Path) -> None:
     """Otherwise it would continue unseen and hold locks, as the child of another process."""
     gone = subprocess.Popen([sys.executable, "-c", ""])

@@ -94,6 +94,7 @@ sys.exit(7)
 """
 
 
+@pytest.mark.slow
 def test_a_job_continues_when_its_messages_are_no_longer_read() -> None:
     """As after Ctrl-C in ``gdro train 2>&1 | tee log``, which ends ``tee`` first."""
     job = subprocess.Popen([sys.executable, "-c", BROKEN_PIPE], stdin=subprocess.PIPE, stderr=subprocess.PIPE)

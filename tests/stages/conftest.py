@@ -20,6 +20,7 @@ from gdro_cli.stages.runs.weights import RunWeights
 from gdro_cli.stages.setup.model import attach_adapter
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
+from tests.support.shared import shared
 from tests.support.warm_pools import warm_pools
 
 SMALL: dict[str, Any] = {
@@ -126,7 +127,10 @@ def make_run(make_recipe: Callable[..., Recipe]) -> Callable[..., Path]:
 def finished(
     tmp_path_factory: pytest.TempPathFactory, make_recipe: Callable[..., Recipe], quiet: Reporter
 ) -> tuple[Path, train.TrainResult, evaluate.EvalResult]:
-    """Workspace, training and evaluation of the small recipe, undisturbed."""
-    workspace = tmp_path_factory.mktemp("workspace")
-    trained = train.run(Session(make_recipe(), workspace, quiet))
-    return workspace, trained, evaluate.run(Session(make_recipe(), workspace, quiet))
+    """Workspace, training and evaluation of the small recipe, undisturbed; shared, so not to be changed."""
+
+    def job(workspace: Path) -> tuple[Path, train.TrainResult, evaluate.EvalResult]:
+        trained = train.run(Session(make_recipe(), workspace, quiet))
+        return workspace, trained, evaluate.run(Session(make_recipe(), workspace, quiet))
+
+    return shared(tmp_path_factory, "finished", job)

@@ -27,6 +27,8 @@ from gdro_cli.stages.scoring import score
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "adding-a-reward.md"
 MakeRecipe = Callable[..., Recipe]
 

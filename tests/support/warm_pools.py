@@ -19,7 +19,7 @@ MOST = 3
 
 
 class WarmPool(ScoringPool):
-    """A pool that survives its block, unless an error ended it: then its workers may be in the middle of something."""
+    """A pool that is not closed on exit, except after an error: its workers may be in the middle of something then."""
 
     def __enter__(self) -> Self:
         return self if self._workers else super().__enter__()

@@ -141,6 +141,7 @@ def test_an_example_is_a_function_of_its_random_numbers() -> None:
         assert not np.array_equal(one.pixels, other.pixels)
 
 
+@pytest.mark.slow
 def test_examples_have_pixels_qualities_and_known_words() -> None:
     """Half have a fault of coherence, 0.35 one of style; 150 draws: 75 +- 6.1 and 52.5 +- 5.8."""
     rng, vocabulary = np.random.default_rng(11), judge_vocabulary()

@@ -18,6 +18,8 @@ from gdro_cli.tiny.pretrain import average_decay, learning_rate, main
 from gdro_cli.tiny.pretraining_set import random_drawing
 from gdro_cli.tiny.tokenizers import CLIP_LENGTH, T5_LENGTH, build_clip_tokenizer, build_t5_tokenizer
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 'a purple sign that says "ORANGE WINDOW" on a sandy background'
 
 

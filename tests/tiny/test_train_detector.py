@@ -34,6 +34,8 @@ from gdro_cli.tiny.train_detector import (
 )
 from gdro_cli.tiny.world import COLOURS, SHAPES, Thing, random_scene, thing_mask
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 
 

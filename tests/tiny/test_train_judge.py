@@ -20,6 +20,8 @@ from gdro_cli.tiny.degrade import COHERENCE, STYLE
 from gdro_cli.tiny.judge_data import draw_example, judge_vocabulary
 from gdro_cli.tiny.train_judge import Examples, Teacher, collate, main, measure, save, train
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 WORDS = max(judge_vocabulary().values()) + 1
 

@@ -47,6 +47,7 @@ def test_text_that_does_not_fit_is_refused(text: str) -> None:
         draw_sign(text, colour="red", background="sandy", rng=np.random.default_rng(0))
 
 
+@pytest.mark.slow
 def test_random_signs_are_inside_the_image() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):

@@ -123,6 +123,7 @@ def test_devices() -> None:
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.slow
 def test_constructing_a_detector_or_classifier_does_not_import_transformers(tmp_path: Path) -> None:
     """A fresh process constructs both, reads their versions and pickles them."""
     detector = fill(tmp_path / "detector", config=CONFIG.replace("clip", "mask2former"))

@@ -226,6 +226,7 @@ def test_a_pickled_reward_scores_the_same(reward: Reward) -> None:
     assert copy.score(*pair) == reward.score(*pair)
 
 
+@pytest.mark.slow
 def test_defect_absent_images_reach_a_worker_unchanged(reward: Reward, tmp_path: Path) -> None:
     """Public code sends JPEG to a server. The detector here knows only pure colours, which JPEG does not preserve."""
     image = draw(("red", 41, 21, 10, 10), ("blue", 5, 22, 12, 8))

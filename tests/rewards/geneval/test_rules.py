@@ -365,6 +365,7 @@ def verdicts(draw: st.DrawFn, task: Task) -> Verdict:
     return judge(task, objects, {label: [draw(st.sampled_from(NAMES)) for _ in own] for label, own in objects.items()})
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_for_any_prompt_and_image(case: tuple[Task, Verdict, Verdict]) -> None:
@@ -381,6 +382,7 @@ def test_for_any_prompt_and_image(case: tuple[Task, Verdict, Verdict]) -> None:
         assert result.strict == (result.reasons == ())
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(case=cases(official=True))
 def test_for_prompts_like_the_official_ones_soft_is_one_exactly_if_strict_is_true(

@@ -55,6 +55,7 @@ def same(first: list[list[Detection]], second: list[list[Detection]]) -> None:
         assert np.array_equal(one.mask, other.mask)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generated", [False, True], ids=["drawn", "through the autoencoder"])
 def test_it_detects_the_objects_of_fresh_images_as_they_were_drawn(generated: bool) -> None:
     """The report has 1.000 for drawn images and 0.990 to 0.999 for those through the autoencoder, by tag."""

@@ -29,6 +29,8 @@ from gdro_cli.tiny.judge_data import judge_vocabulary
 from gdro_cli.tiny.train_judge import measure, save, shift_to
 from gdro_cli.tiny.world import Drawing, foreground_mask, random_scene, random_sign
 
+pytestmark = pytest.mark.slow
+
 SHIFTS = dict.fromkeys(AXES, 0.0)
 FAULTS = [(axis, fault) for axis, faults in (("coherence", COHERENCE), ("style", STYLE)) for fault in faults]
 GOOD = 0.9

@@ -26,6 +26,8 @@ from gdro_cli.rewards.pool import ScoringPool
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, lines, says
 from tests.support.ocr_signs import Prompt
 
+pytestmark = pytest.mark.slow
+
 KEY = "sk-not-to-be-seen-0123456789"
 VARIABLE = "GDRO_TEST_JUDGE_KEY"
 

@@ -19,6 +19,8 @@ from gdro_cli.rewards.ocr.engine import OcrEngine
 from gdro_cli.rewards.ocr.reward import OcrReward
 from tests.support.ocr_signs import Prompt, ask, sign
 
+pytestmark = pytest.mark.slow
+
 PAIRS = [
     ("SILVER", "WINDOW"),
     ("HAPPY", "JUICE"),

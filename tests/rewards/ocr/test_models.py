@@ -17,6 +17,8 @@ from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, OcrM
 from gdro_cli.rewards.ocr.reward import OcrReward
 from tests.support.ocr_signs import sign
 
+pytestmark = pytest.mark.slow
+
 
 def bundled(width: int = 160) -> OcrModels:
     return find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=width)

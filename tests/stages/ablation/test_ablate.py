@@ -38,6 +38,8 @@ from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from tests.support.prompt_rewards import OCR
 
+pytestmark = pytest.mark.slow
+
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]
 Done = tuple[Path, Sweep, ablate.AblationResult]

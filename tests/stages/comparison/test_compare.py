@@ -301,6 +301,7 @@ def test_without_common_points_nothing_is_matched(make_run: Callable[..., Path],
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_files_hold_the_same_numbers_and_the_same_bytes_again(make_run: Callable[..., Path], tmp_path: Path) -> None:
     recipe = {"name": "small", "method": {"beta": 6}}
     make_run("first", make_results(FIRST), points=FAST, recipe=recipe)
@@ -329,6 +330,7 @@ def test_files_hold_the_same_numbers_and_the_same_bytes_again(make_run: Callable
     assert "method.beta" in page and "+0.333" in page and "2 prompts, 3 pairs" in page
 
 
+@pytest.mark.slow
 def test_another_question_gets_another_folder(make_run: Callable[..., Path], tmp_path: Path) -> None:
     make_run("first", make_results(FIRST), points=FAST)
     make_run("other", make_results(OTHER), points=SLOW)

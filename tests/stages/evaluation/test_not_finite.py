@@ -33,6 +33,8 @@ from gdro_cli.stages.setup.store import training_plan
 from gdro_cli.stages.training.online import OnlineSteps
 from gdro_cli.stages.training.rollout import prompts_of_round
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 MakeRecipe = Callable[..., Recipe]
 

@@ -43,6 +43,8 @@ from gdro_cli.stages.setup.store import open_training_store
 from gdro_cli.stages.training import train
 from tests.support.judge_server import MODEL, JudgeServer, Reply, lines, says
 
+pytestmark = pytest.mark.slow
+
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]
 PATIENCE = 200.0

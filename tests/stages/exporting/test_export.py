@@ -60,6 +60,7 @@ def drawn(folder: Path, lora: Path | None = None) -> np.ndarray[Any, Any]:
     return np.asarray(image).astype(int)
 
 
+@pytest.mark.slow
 def test_an_adapter_folder_and_a_merged_pipeline_draw_what_the_run_draws(workspace: Path, tmp_path: Path) -> None:
     asked = Export(NAME, adapter=tmp_path / "adapter", merge=tmp_path / "deep" / "merged")
     assert describe(asked, workspace)[0] == ("run", NAME)
@@ -206,6 +207,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     thread.join()
 
 
+@pytest.mark.slow
 def test_without_a_token_nothing_is_made_or_sent(workspace: Path, tmp_path: Path, hub: Hub) -> None:
     with pytest.raises(PrerequisiteError, match="no Hugging Face token was found: log in with `hf auth login`"):
         run(Export(NAME, merge=tmp_path / "merged", push="me/model"), workspace, QUIET)
@@ -213,6 +215,7 @@ def test_without_a_token_nothing_is_made_or_sent(workspace: Path, tmp_path: Path
     assert not hub.private and not hub.tokens and not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_push_makes_a_private_repository_with_the_exported_files(
     workspace: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -239,6 +242,7 @@ def test_a_push_makes_a_private_repository_with_the_exported_files(
     assert hub.files["me/open"]["README.md"] == (kept / "README.md").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_hub_that_refuses_or_is_away_is_one_sentence(
     workspace: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,6 +258,7 @@ def test_a_hub_that_refuses_or_is_away_is_one_sentence(
     assert all(TOKEN not in str(error.value) for error in (refused, away))
 
 
+@pytest.mark.slow
 def test_an_upload_that_fails_after_the_folder_is_there_says_how_to_go_on(
     workspace: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -272,6 +277,7 @@ def test_an_upload_that_fails_after_the_folder_is_there_says_how_to_go_on(
     assert (kept / LORA).is_file()
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_upload_says_what_is_there(
     workspace: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,8 @@ from gdro_cli.stages.planning.needs import cards, gigabytes, hours
 from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.setup.session import Session
 
+pytestmark = pytest.mark.slow
+
 REAL = ("flux-geneval", "flux-ocr", "sd35-geneval", "sd35-ocr")
 
 

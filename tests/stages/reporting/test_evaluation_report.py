@@ -23,6 +23,8 @@ from gdro_cli.stages.reporting.evaluation_report import measure_names, write_rep
 from gdro_cli.stages.runs.results import MODELS
 from tests.support.rows import interval, point, read, results, step
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = '<script>alert("x")</script> a sign that says "TOM & CO"'
 READ = "<img src=x onerror=alert(1)>"
 PROMPTS = [

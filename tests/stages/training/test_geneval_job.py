@@ -36,6 +36,8 @@ from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import open_training_store
 from gdro_cli.stages.training import train
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 Job = tuple[Path, train.TrainResult, evaluate.EvalResult, Path]
 

@@ -33,6 +33,8 @@ from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_training_store, training_plan
 from gdro_cli.stages.training import train
 
+pytestmark = pytest.mark.slow
+
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 MakeRecipe = Callable[..., Recipe]
 
@@ -69,11 +71,14 @@ def test_results_have_intervals_protocol_and_every_image(finished: Finished) -> 
     assert results["measures"]["reward"]["base"]["mean"] == pytest.approx(mean)
 
 
-def test_a_second_call_reuses_everything(finished: Finished, make_recipe: MakeRecipe, quiet: Reporter) -> None:
-    workspace, trained, evaluated = finished
+def test_a_second_call_reuses_everything(
+    finished: Finished, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
+) -> None:
+    _, trained, evaluated = finished
+    workspace = shutil.copytree(finished[0], tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
     again = train.run(Session(make_recipe(), workspace, quiet))
-    assert (again.run.path, again.resumed_from) == (trained.run.path, 4)
+    assert (again.run.path.name, again.resumed_from) == (trained.run.path.name, 4)
     assert evaluate.run(Session(make_recipe(), workspace, quiet)).results.measures == evaluated.results.measures
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
 
@@ -81,11 +86,11 @@ def test_a_second_call_reuses_everything(finished: Finished, make_recipe: MakeRe
 def test_changed_settings_get_their_own_store_or_run(
     finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
-    workspace, trained, _ = finished
+    workspace, trained = shutil.copytree(finished[0], tmp_path / "out"), finished[1]
     same = open_training_store(Session(make_recipe(train={"lr": 1e-3}), workspace))
     other = open_training_store(Session(make_recipe(sample={"steps": 2}), workspace))
     assert same.path != other.path
-    assert run_path(Session(make_recipe(), workspace)) == trained.run.path
+    assert run_path(Session(make_recipe(), workspace)) == workspace / "runs" / trained.run.path.name
     paths = {
         run_path(Session(recipe, workspace))
         for recipe in (make_recipe(), make_recipe(train={"lr": 1e-3}), make_recipe(method={"tau": 0.1}))
@@ -94,7 +99,7 @@ def test_changed_settings_get_their_own_store_or_run(
     shown = make_recipe(
         eval={"bootstrap": 200}, train={"keep_checkpoints": 2}, sample={"batch_size": 3, "prompts_per_shard": 1}
     )
-    assert run_path(Session(shown, workspace)) == trained.run.path
+    assert run_path(Session(shown, workspace)) == workspace / "runs" / trained.run.path.name
 
 
 def test_images_do_not_depend_on_batches_and_shards(

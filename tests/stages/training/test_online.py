@@ -42,6 +42,8 @@ from gdro_cli.stages.training.state import TrainingState
 from gdro_cli.stages.training.step_source import ResumePoint
 from gdro_cli.stages.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 
 

@@ -19,6 +19,8 @@ from gdro_cli.stages.training import train
 from gdro_cli.stages.training.group_gradient import GroupGradient
 from gdro_cli.stages.training.prefetch import Prefetch
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 PLAIN: dict[str, Any] = {"cache_reference": False, "prefetch": False, "eval_every": 0}

@@ -26,6 +26,8 @@ from gdro_cli.stages.runs.store_times import read_batches
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
+pytestmark = pytest.mark.slow
+
 MakeRecipe = Callable[..., Recipe]
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 ROUNDS: dict[str, Any] = {"train": {"rounds": 2, "lr": 0.01, "eval_every": 0}}

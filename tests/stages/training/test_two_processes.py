@@ -27,6 +27,8 @@ from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 
+pytestmark = pytest.mark.slow
+
 Finished = tuple[Path, train.TrainResult, evaluate.EvalResult]
 PATIENCE = 240
 """Seconds that a test waits; starting processes takes most of them on a busy machine."""
