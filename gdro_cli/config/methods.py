@@ -20,6 +20,8 @@ from gdro_cli.config.base import FallsBackTo, StrictModel
 class AnyMethod(StrictModel):
     """The key that every method has."""
 
+    title: ClassVar[str]
+    """What model cards call the method, with its paper."""
     name: str
     """The method that trains."""
 
@@ -28,7 +30,7 @@ class GroupMethod(AnyMethod):
     """The keys that all methods on stored groups share."""
 
     loss_settings: ClassVar[tuple[str, ...]] = ()
-    """The keys that the method's loss (``core.losses.LOSSES``) takes in addition to beta and gamma."""
+    """The keys that the method's loss (``core.losses.LOSSES``) takes; beta and gamma come with every loss."""
 
     k: int = Field(6, ge=2)
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
@@ -62,6 +64,7 @@ class GroupMethod(AnyMethod):
 class GdroMethod(GroupMethod):
     """Group-level Direct Reward Optimization (eqs. 7-9): the group's order, weighted by its rewards."""
 
+    title: ClassVar[str] = "GDRO (Group-level Direct Reward Optimization, arXiv 2601.02036)"
     loss_settings: ClassVar[tuple[str, ...]] = ("tau",)
     name: Literal["gdro"]
     tau: float = Field(0.05, ge=0)
@@ -72,12 +75,14 @@ class GdroMethod(GroupMethod):
 class RankMethod(GroupMethod):
     """Plackett-Luce likelihood of the order alone (eq. 12): the size of the rewards does not matter."""
 
+    title: ClassVar[str] = "the rank loss of the GDRO paper (arXiv 2601.02036)"
     name: Literal["rank"]
 
 
 class Top1Method(GroupMethod):
     """Only the first term of GDRO (eq. 6): the best image against the whole group."""
 
+    title: ClassVar[str] = "the top-1 loss of the GDRO paper (arXiv 2601.02036)"
     loss_settings: ClassVar[tuple[str, ...]] = ("tau",)
     name: Literal["top1"]
     tau: float = Field(0.05, ge=0)
@@ -88,6 +93,7 @@ class Top1Method(GroupMethod):
 class DpoMethod(GroupMethod):
     """Diffusion-DPO on pairs from the group (eqs. 18-19): -log sigmoid(s_better - s_worse)."""
 
+    title: ClassVar[str] = "DPO on the best and worst images of each group (arXiv 2311.12908)"
     loss_settings: ClassVar[tuple[str, ...]] = ("pairs",)
     name: Literal["dpo"]
     pairs: Literal["best_worst", "all"] = "best_worst"
@@ -149,6 +155,7 @@ class OnlineMethod(AnyMethod):
 class FlowGrpoMethod(OnlineMethod):
     """Flow-GRPO (arXiv 2505.05470): policy gradient on an SDE with more noise at high noise levels."""
 
+    title: ClassVar[str] = "Flow-GRPO (arXiv 2505.05470)"
     name: Literal["flow-grpo"]
     noise_level: float = Field(0.7, gt=0)
     """Strength a of the sampler's noise a * sqrt(sigma / (1 - sigma)). Above 0. Published: 0.7 on SD3.5, 0.9 on
@@ -158,6 +165,7 @@ class FlowGrpoMethod(OnlineMethod):
 class DanceGrpoMethod(OnlineMethod):
     """DanceGRPO (arXiv 2505.07818): policy gradient on an SDE with constant noise, from one initial noise per group."""
 
+    title: ClassVar[str] = "DanceGRPO (arXiv 2505.07818)"
     name: Literal["dance-grpo"]
     eta: float = Field(0.3, gt=0)
     """Strength of the sampler's noise at every noise level. Above 0. Published: 0.3 on FLUX."""

@@ -124,6 +124,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     quotes = None if isinstance(_plain(text), str) else "'"
+    if not {"\x85", "\u2028", "\u2029"}.isdisjoint(text):  # line breaks to PyYAML, which other quotes would fold
+        quotes = '"'
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quotes)
 
 

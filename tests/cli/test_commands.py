@@ -186,7 +186,7 @@ def test_a_wrong_recipe_is_one_sentence_and_exit_code_2(
         (["--param", "tau", "--values", "0.5,-1"], "method.tau: must be at least 0, not -1"),
         (["--param", "k", "--values", "17"], "more than sample.images_per_prompt (16)"),
         (["--param", "seed"], "--seeds N"),
-        (["--param", "reward.geneval.objective", "--values", "soft,strict"], "are one and the same training"),
+        (["--param", "reward.geneval.objective", "--values", "soft,strict"], "are the same training"),
     ],
 )
 def test_an_ablation_that_makes_no_sense_is_refused_before_any_work(

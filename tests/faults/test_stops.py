@@ -99,7 +99,7 @@ def test_a_stop_ends_the_scoring_of_a_folder(tmp_path: Path, monkeypatch: pytest
     recipe, folder = load_recipe(str(write_recipe(tmp_path / "small.yaml"))), tmp_path / "images"
     (tmp_path / "0000.png").write_bytes(b"")
     write_image_folder(folder, [PromptImages(small_store.PROMPTS.records[0], (tmp_path / "0000.png",))])
-    with StopFlag(), pytest.raises(Interrupted, match="stopped while scoring; what is done is kept in"):
+    with StopFlag(), pytest.raises(Interrupted, match="stopped while scoring; finished scores are kept in"):
         os.kill(os.getpid(), signal.SIGTERM)
         image_folder.run(Session(recipe, tmp_path / "out", QUIET), folder=folder)
     assert [path.name for path in tmp_path.glob("out/folders/*/*")] == ["lock"]

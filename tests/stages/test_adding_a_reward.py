@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import ImageStat
 
-from gdro_cli.config.keys import describe_fields
+from gdro_cli.config.keys import _docs, describe_fields
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.rewards import REWARDS
 from gdro_cli.errors import UserError
@@ -47,11 +47,11 @@ def brightness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]
     (tmp_path / "module").mkdir()
     (tmp_path / "module" / "brightness.py").write_text(code_of_the_page(), encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path / "module"))
-    with monkeypatch.context() as registered:
-        registered.setitem(REWARDS, "brightness", "brightness:Brightness")
-        describe_fields.cache_clear()
-        yield "brightness"
-    describe_fields.cache_clear()
+    REWARDS["brightness"] = "brightness:Brightness"
+    _docs.cache_clear()
+    yield "brightness"
+    REWARDS.pop("brightness", None)
+    _docs.cache_clear()
     sys.modules.pop("brightness", None)
 
 
@@ -102,13 +102,11 @@ def test_the_whole_job(brightness: str, make_recipe: MakeRecipe, quiet: Reporter
     assert list(dict.fromkeys(gain.measure for gain in compared.gains)) == names
 
 
-def test_recipes_know_it_while_it_is_registered(
-    brightness: str, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recipes_know_it_while_it_is_registered(brightness: str, make_recipe: MakeRecipe) -> None:
     types = {doc.path: doc.type for doc in describe_fields()}
     assert types["reward.kind"] == types["prompts.task"] == "ocr | geneval | brightness"
     assert make_recipe(**sections()).reward.kind == brightness
-    monkeypatch.delitem(REWARDS, "brightness")
+    del REWARDS["brightness"]
     with pytest.raises(UserError, match="reward.kind: must be 'ocr' or 'geneval', not 'brightness'"):
         make_recipe(**sections())
 

@@ -31,14 +31,6 @@ EXPORTED_GRID = "images.png"
 _VERSIONS = ("gdro_cli", "torch", "diffusers", "transformers", "peft", "accelerate")
 _PROMPT = "a prompt"
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
-_METHODS = {
-    "gdro": "GDRO (Group-level Direct Reward Optimization, arXiv 2601.02036)",
-    "rank": "the rank loss of the GDRO paper (arXiv 2601.02036)",
-    "top1": "the top-1 loss of the GDRO paper (arXiv 2601.02036)",
-    "dpo": "DPO on the best and worst images of each group (arXiv 2311.12908)",
-    "flow-grpo": "Flow-GRPO (arXiv 2505.05470)",
-    "dance-grpo": "DanceGRPO (arXiv 2505.07818)",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +64,7 @@ def card(run: FinishedRun, folder: CardFolder) -> bytes:
         kind=folder.kind,
         name=run.name,
         base=_base(run),
-        method=_METHODS.get(recipe.method.name, recipe.method.name),
+        method=recipe.method.title,
         task=reward.purpose,
         version=gdro_cli.__version__,
         results=results,

@@ -52,8 +52,8 @@ def test_without_its_checkpoints_it_is_finished_and_evaluated(
     assert train.run(Session(make_recipe(), workspace, quiet)).was_finished
     assert (run / "pytorch_lora_weights.safetensors").read_bytes() == adapter
     again = evaluate.run(Session(make_recipe(), workspace, quiet))
-    assert [measure.trained.mean for measure in again.comparisons] == pytest.approx(
-        [measure.trained.mean for measure in finished[2].comparisons], abs=1e-6
+    assert [measure.trained.mean for measure in again.results.measures.values()] == pytest.approx(
+        [measure.trained.mean for measure in finished[2].results.measures.values()], abs=1e-6
     )
     with pytest.raises(PrerequisiteError, match="no checkpoints any more, and its adapter has the ema weights"):
         evaluate.run(Session(make_recipe(eval={"weights": "raw"}), workspace, quiet))
