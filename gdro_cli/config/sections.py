@@ -257,9 +257,9 @@ class TrainSection(StrictModel):
     """Rounds with equal numbers of steps, 1 or more, at most `steps`. Every round after the first samples and scores
     new groups with the adapter's average at that point. The reference stays the base model."""
     group_gradient: Annotated[Literal["auto", "one_pass", "two_pass"], Affects("speed"), StoredGroupsOnly()] = "auto"
-    """`one_pass` keeps the activations of all images of the step; `two_pass` computes the images' weights first and
-    needs memory for `micro_batch` images only. The gradients are equal. `auto`: one pass if all images of the step fit
-    into `micro_batch`."""
+    """`one_pass`: each group goes forward and backward once, as many groups at a time as fit into `micro_batch`.
+    `two_pass` computes the images' weights first, at the cost of one more forward pass, and can split a group. The
+    gradients are equal. `auto`: one pass if a group fits into `micro_batch`."""
     checkpoint_every: Annotated[int, Affects("speed")] = Field(50, ge=1)
     """Steps between checkpoints. 1 or more. The last step always has one. For online methods a checkpoint waits for the
     end of its round."""

@@ -6,12 +6,9 @@ Evaluation points are compared, measured on the validation prompts. An ablation 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import Sweep
@@ -20,7 +17,7 @@ from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.ablation.images import draw_images
 from gdro_cli.stages.ablation.report import write_files
 from gdro_cli.stages.ablation.result import Ablation, collect
-from gdro_cli.stages.ablation.trials import TrialRun, carry_out, reset, trial_runs
+from gdro_cli.stages.ablation.trials import TrialRun, carry_out, free_devices, reset, trial_runs
 from gdro_cli.stages.planning.dry_run import describe_store
 from gdro_cli.stages.runs.identity import run_inputs
 from gdro_cli.stages.scoring.score import make_scored_store
@@ -70,7 +67,7 @@ def run(session: Session, sweep: Sweep, *, spread: Callable[[], None] | None = N
         reset(folder)
         if finished < len(trials):
             _make_stores(session, sweep, trials)
-            _free_devices()
+            free_devices()
         if spread is None or len(trials) - finished < 2:
             carry_out(session, trials, folder)
         else:
@@ -150,10 +147,3 @@ def _make_stores(session: Session, sweep: Sweep, trials: Sequence[TrialRun]) -> 
                 session.reporter.say(f"store {number} of {len(stores)}: {'; '.join(labels)}")
             with session.part(recipe) as part:
                 make_scored_store(part)
-
-
-def _free_devices() -> None:
-    """Free the memory of unused models: other processes may train the cells on the same device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ from gdro_cli.models.base import Conditioning
 from gdro_cli.models.latents import NOT_FINITE
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.ablation.result import Ablation
+from gdro_cli.stages.ablation.trials import free_devices
 from gdro_cli.stages.reporting.image_sheet import blank, decoded
 from gdro_cli.stages.runs.weights import RunWeights, applied, evaluated_weights
 from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
@@ -105,6 +106,8 @@ class _Painter:
                 stack.enter_context(applied(part, weights))
             latents = sample_images(model, self.conditioning, seeds, plan, batch_size=size)
             images = decode_images(model, latents, plan, batch_size=size)
+        del part, model
+        free_devices()
         for file, image in zip(files, images, strict=True):
             data = io.BytesIO()
             (blank(NOT_FINITE) if image is None else image).save(data, "PNG")

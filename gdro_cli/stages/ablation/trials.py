@@ -6,6 +6,7 @@ process leaves the outcome of a trial in a small file; the processes share nothi
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Sequence
@@ -148,6 +149,7 @@ def carry_out(session: Session, trials: Sequence[TrialRun], folder: Path, *, nam
         else:
             reporter.say(f"{title} ({trial.run.name})")
             outcome = _run(session, trial)
+            free_devices()
             if outcome.state == "failed":
                 reporter.say(f"{title}: failed: {outcome.reason}")
         write_json(folder / STATES / f"{number:03d}.json", asdict(outcome))
@@ -163,6 +165,13 @@ def _take(path: Path) -> bool:
             return False
         raise
     return True
+
+
+def free_devices() -> None:
+    """Free the memory of models that are no longer used, for the next trial or for other processes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _run(session: Session, trial: TrialRun) -> TrialOutcome:

@@ -152,7 +152,7 @@ def _training(session: Session, world: int) -> list[tuple[str, str]]:
             "step",
             f"{train.groups_per_step} groups x {method.k} = {images} images{shared}, in micro-batches of {micro}",
         ),
-        ("gradient", "one pass" if takes_one_pass(recipe, world) else "two passes"),
+        ("gradient", "one pass" if takes_one_pass(recipe) else "two passes"),
         ("steps", f"{train.steps}, so {train.steps * images} images with policy and reference"),
         *_rounds(recipe),
         ("checkpoints", f"every {train.checkpoint_every} steps, the last {train.keep_checkpoints} are kept"),

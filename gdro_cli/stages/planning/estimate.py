@@ -30,7 +30,7 @@ from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, trace_forward, trace_update, whole_update, whole_work
 from gdro_cli.stages.setup.model import EMBEDDED, model_folder
-from gdro_cli.stages.training.batch_sizes import images_per_process, takes_one_pass
+from gdro_cli.stages.training.batch_sizes import images_at_once, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
 
 Targets = tuple[str, ...] | Literal["auto", "all-linear"]
@@ -190,13 +190,12 @@ class Estimate:
         if online is not None:
             part = math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round / self.world)
             return min(train.micro_batch or part, part)
-        images = images_per_process(self.recipe, self.world)
-        return min(train.micro_batch or images, images) if self.two_pass else images
+        return images_at_once(self.recipe, self.world)
 
     @property
     def two_pass(self) -> bool:
         """Whether training first computes the images' weights (stored groups only)."""
-        return not takes_one_pass(self.recipe, self.world)
+        return not takes_one_pass(self.recipe)
 
     def update(self, *, checkpointing: bool | None = None) -> Update:
         """A micro-batch's forward and backward pass; ``checkpointing`` replaces the recipe's."""

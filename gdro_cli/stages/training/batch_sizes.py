@@ -1,4 +1,4 @@
-"""How the processes of a job share a training step, and whether each takes its part in one pass."""
+"""How the processes of a job share a training step, and how many images each takes at a time."""
 
 from __future__ import annotations
 
@@ -23,8 +23,16 @@ def images_per_process(recipe: Recipe, world: int) -> int:
     return recipe.train.groups_per_step // world * recipe.group_method.k
 
 
-def takes_one_pass(recipe: Recipe, world: int) -> bool:
-    """Whether a process keeps the activations of all its images of a step at once."""
+def takes_one_pass(recipe: Recipe) -> bool:
+    """Whether a group goes forward and backward once, with the activations of all its images kept."""
     train = recipe.train
-    fits = train.micro_batch is None or images_per_process(recipe, world) <= train.micro_batch
+    fits = train.micro_batch is None or recipe.group_method.k <= train.micro_batch
     return train.group_gradient == "one_pass" or (train.group_gradient == "auto" and fits)
+
+
+def images_at_once(recipe: Recipe, world: int) -> int:
+    """Images whose activations one of ``world`` processes keeps at once."""
+    images, k = images_per_process(recipe, world), recipe.group_method.k
+    if recipe.train.micro_batch is None:
+        return images
+    return min(images, recipe.train.micro_batch // k * k if takes_one_pass(recipe) else recipe.train.micro_batch)

@@ -116,6 +116,7 @@ class GroupGradient:
     micro_batch: int | None
     """Images per forward; None = all."""
     one_pass: bool
+    """Whether the activations of whole groups are kept, as many groups at a time as ``micro_batch`` has room for."""
     autocast: Callable[[], AbstractContextManager[None]]
     backward: Callable[[Tensor], None]
 
@@ -139,26 +140,40 @@ class GroupGradient:
             reference_errors = self.reference_errors(groups)
         given: dict[str, Any] = {"reference_errors": reference_errors, "rewards": groups.rewards, "mask": groups.mask}
         if self.one_pass:
-            output = group_loss(errors=self._errors(groups), **given, **self.loss)
-            self.backward(output.loss)
-            return LossOutput(output.loss.detach(), output.per_group.detach(), output.metrics)
-        # Two passes: first the weight of each image's error, then the images again, one micro-batch at a time.
-        with torch.no_grad():
-            errors = self._errors(groups)
-            output = group_loss(errors=errors, **given, **self.loss)
+            errors = self._backward_by_group(groups, given)
+        else:  # first the weight of each image's error, then the images again, one micro-batch at a time
+            with torch.no_grad():
+                errors = self._errors(groups)
             weights = image_weights(errors=errors, **given, **self.loss)
-        for part in self._parts(weights.numel()):
-            self.backward((weights.flatten()[part] * self._part_errors(groups, part)).sum())
-        return output
+            for part in self._parts(0, weights.numel()):
+                self.backward((weights.flatten()[part] * self._part_errors(groups, part)).sum())
+        with torch.no_grad():
+            return group_loss(errors=errors, **given, **self.loss)
 
-    def _parts(self, count: int) -> list[slice]:
-        size = self.micro_batch or count
-        return [slice(first, first + size) for first in range(0, count, size)]
+    def _backward_by_group(self, groups: NoisyGroups, given: dict[str, Any]) -> Tensor:
+        """Backward of the loss, some groups at a time; returns the velocity errors [B, K]."""
+        count, k = groups.rewards.shape
+        at_once = count if self.micro_batch is None else max(1, self.micro_batch // k)
+        errors = []
+        for first in range(0, count, at_once):
+            rows = slice(first, min(first + at_once, count))
+            part = self._errors(groups, rows)
+            output = group_loss(errors=part, **{name: value[rows] for name, value in given.items()}, **self.loss)
+            self.backward(output.loss * (len(part) / count))  # the loss is a mean over groups
+            errors.append(part.detach())
+        return torch.cat(errors)
 
-    def _errors(self, groups: NoisyGroups) -> Tensor:
-        """Velocity errors [B, K]."""
-        parts = [self._part_errors(groups, part) for part in self._parts(len(groups.sigma))]
-        return torch.cat(parts).view(groups.rewards.shape)
+    def _parts(self, start: int, end: int) -> list[slice]:
+        """The micro-batches of consecutive images."""
+        size = self.micro_batch or end - start
+        return [slice(first, min(first + size, end)) for first in range(start, end, size)]
+
+    def _errors(self, groups: NoisyGroups, rows: slice = slice(None)) -> Tensor:
+        """Velocity errors [b, K] of some of the groups."""
+        start, end, _ = rows.indices(len(groups.rewards))
+        k = groups.rewards.shape[1]
+        parts = [self._part_errors(groups, part) for part in self._parts(start * k, end * k)]
+        return torch.cat(parts).view(end - start, k)
 
     def _part_errors(self, groups: NoisyGroups, part: slice | Tensor) -> Tensor:
         """Velocity errors [n] of some of the N images."""

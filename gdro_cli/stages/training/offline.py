@@ -73,7 +73,7 @@ class GroupSteps:
             guidance=recipe.sample.guidance,
             size=session.image_size,
             micro_batch=recipe.train.micro_batch,
-            one_pass=takes_one_pass(recipe, engine.world),
+            one_pass=takes_one_pass(recipe),
             autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
         )

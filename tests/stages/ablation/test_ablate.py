@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
@@ -25,6 +27,7 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sweep import Sweep, plan_sweep
 from gdro_cli.data.prompts import load_prompts
 from gdro_cli.errors import Interrupted, StoreError
+from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.runtime.progress import Reporter
@@ -74,6 +77,28 @@ def done(
     shutil.copytree(finished[0], workspace, dirs_exist_ok=True)
     sweep = plan_sweep(make_recipe(), ["tau"], ["0.05,0.5"], seeds=2)
     return workspace, sweep, ablate.run(Session(sweep.recipe, workspace, quiet), sweep)
+
+
+def test_one_transformer_at_a_time(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a cell loads its transformer, those of the cells before it are gone: on a GPU they would fill it."""
+    load, loaded, alive = FlowModel._load_network, [], []
+
+    def watched(self: FlowModel, name: str) -> torch.nn.Module:
+        if name == "transformer":
+            alive.append(sum(reference() is not None for reference in loaded))
+        module = load(self, name)
+        if name == "transformer":
+            loaded.append(weakref.ref(module))
+        return module
+
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(FlowModel, "_load_network", watched)
+    sweep = plan_sweep(make_recipe(train={"steps": 1}), ["tau"], ["0.1,0.2,0.3,0.4,0.5"])
+    result = ablate.run(Session(sweep.recipe, tmp_path, quiet), sweep)
+    assert len(result.ablation.cells) == 5
+    assert len(alive) >= 5 and max(alive) == 0
 
 
 def test_cells_share_one_store_and_reuse_an_earlier_run(finished: Finished, done: Done) -> None:

@@ -1,0 +1,45 @@
+"""The engine and the stages on a pretended GPU: everything that meets must be on it, under CUDA's own autocast.
+
+It has no kernels, no streams, no memory of its own and no NCCL; those need a GPU (``tests/gpu/acceptance.py``).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.conftest import Job
+
+pytestmark = pytest.mark.slow
+
+
+def test_sampling_and_gradients_are_those_of_the_cpu(job: Job, tmp_path: Path) -> None:
+    families = ["flux-dev", "sd3", "qwen-image", "z-image", "flux2-klein"]
+    assert job("families", tmp_path, *families).split() == families
+
+
+def test_planted_faults_are_caught(job: Job, tmp_path: Path) -> None:
+    assert job("planted", tmp_path / "model").split() == ["reference", "text", "sigma", "image"]
+
+
+SMALL = (
+    "prompts.train.count=2",
+    "prompts.validation.count=1",
+    "prompts.eval.count=2",
+    "train.steps=2",
+)
+
+
+def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
+    assert "reward" in job("recipe", tmp_path, *SMALL)
+
+
+def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:
+    method = ("group_size=2", "prompts_per_round=2", "updates_per_round=1", "train_sample_steps=3")
+    settings = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")
+    assert "reward" in job("recipe", tmp_path, *SMALL, *settings, "train.eval_every=0")
+
+
+def test_resumed_run_has_the_same_bits(job: Job, tmp_path: Path) -> None:
+    job("resume", tmp_path, *SMALL)
