@@ -32,13 +32,13 @@ SMALL = (
 
 
 def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
-    assert "reward" in job("recipe", tmp_path, *SMALL)
+    assert "validation reward" in job("recipe", tmp_path, *SMALL)
 
 
 def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:
     method = ("group_size=2", "prompts_per_round=2", "updates_per_round=1", "train_sample_steps=3")
     settings = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")
-    assert "reward" in job("recipe", tmp_path, *SMALL, *settings, "train.eval_every=0")
+    assert "report" in job("recipe", tmp_path, *SMALL, *settings, "train.eval_every=0")
 
 
 def test_resumed_run_has_the_same_bits(job: Job, tmp_path: Path) -> None:
