@@ -29,7 +29,7 @@ def test_a_row_is_the_estimate(names: str, card: str, settings: str, sampling: s
     """The job also fits the card. The recipes of a row need the same memory."""
     estimates = set()
     for name in names.split("`, `"):
-        estimate = Estimate(load_recipe(name, overrides=re.findall(r"`([\w.]+=\w+)`", settings)))
+        estimate = Estimate(load_recipe(name, overrides=re.findall(r"`([\w.]+=[\w.]+)`", settings)))
         assert int(card) in fits(max(estimate.sampling_bytes, estimate.training_bytes))
         estimates.add((gigabytes(estimate.sampling_bytes), gigabytes(estimate.training_bytes)))
     assert estimates == {(sampling, training)}

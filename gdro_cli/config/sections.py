@@ -289,8 +289,9 @@ class TrainSection(StrictModel):
     (with a `noise_bank`, by rounding). No effect with `model.sharding: fsdp`."""
     prefetch: Annotated[bool, Affects("speed"), StoredGroupsOnly()] = True
     """Draw the next step's groups and noise during the current step. Changes speed, not the result."""
-    gradient_checkpointing: Annotated[bool, Affects("speed")] = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: Annotated[bool | Annotated[float, Field(gt=0, lt=1)], Affects("speed")] = False
+    """Recompute activations in the backward pass: less memory, about a third more time. `true`: those of all blocks.
+    Between 0 and 1: those of this share of the blocks, evenly spread; memory and time are between the two ends."""
 
 
 class EvalSection(StrictModel):

@@ -1,4 +1,4 @@
-"""Ways to save memory: a quantised base, one part on the device at a time, a decoder that works in pieces."""
+"""Ways to save memory: a quantised base, one part on the device at a time, recomputed blocks, a decoder in pieces."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from gdro_cli.errors import PrerequisiteError, UserError
 
@@ -98,6 +99,27 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+
+
+def checkpoint_blocks(transformer: Any, share: float) -> None:
+    """Recompute the activations of a share of the transformer's blocks, evenly spread, in the backward pass.
+
+    Args:
+        transformer: a model of diffusers.
+        share: 0 = no block, 1 = all.
+    """
+    if share == 0:
+        return
+    if share == 1:
+        transformer.enable_gradient_checkpointing()
+        return
+    blocks = [block for part in transformer.children() if isinstance(part, nn.ModuleList) for block in part]
+    chosen = {id(block) for number, block in enumerate(blocks) if int((number + 1) * share) > int(number * share)}
+
+    def run(block: nn.Module, *arguments: Any) -> Any:
+        return checkpoint(block, *arguments, use_reentrant=False) if id(block) in chosen else block(*arguments)
+
+    transformer.enable_gradient_checkpointing(run)
 
 
 def prepare_vae(vae: Any, options: MemoryOptions) -> None:

@@ -192,6 +192,21 @@ def whole_update(parts: Iterable[tuple[int, Update]]) -> Update:
     )
 
 
+def mixed_update(without: Update, checkpointed: Update, share: float) -> Update:
+    """Return the cost where a share of the blocks is checkpointed, from the costs of none and of all.
+
+    Operations and kept bytes are sums over blocks, up to one block. The peak exceeds what is kept by the larger excess
+    of the two, so it may be too high, never too low.
+    """
+    kept = round((1 - share) * without.kept + share * checkpointed.kept)
+    return Update(
+        flops=round((1 - share) * without.flops + share * checkpointed.flops),
+        peak=kept + max(update.peak - update.kept for update in (without, checkpointed)),
+        forward=without.forward,
+        kept=kept,
+    )
+
+
 def trace_forward(
     model: FlowModel, images: int, text: dict[str, tuple[int, ...]], *, guidance: float, size: tuple[int, int]
 ) -> Work:

@@ -7,14 +7,24 @@ from gdro_cli.core.footprint import fits
 from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import gigabytes
 
-SMALL_FLUX = ("model.quantization=int8", "model.offload=true", "sample.batch_size=4", "train.micro_batch=2")
+SMALL_FLUX = (
+    "model.quantization=int8",
+    "model.offload=true",
+    "sample.batch_size=4",
+    "train.gradient_checkpointing=true",
+)
+LARGE_SD35 = ("train.gradient_checkpointing=false", "train.micro_batch=24", "sample.batch_size=32")
 ROWS: tuple[tuple[tuple[str, str], int, tuple[str, ...]], ...] = (
     (("flux-ocr", "flux-geneval"), 24, SMALL_FLUX),
-    (("flux-ocr", "flux-geneval"), 48, ()),
-    (("flux-ocr", "flux-geneval"), 80, ("train.micro_batch=8",)),
+    (("flux-ocr", "flux-geneval"), 48, ("train.gradient_checkpointing=0.75",)),
+    (("flux-ocr", "flux-geneval"), 80, ()),
     (("sd35-ocr", "sd35-geneval"), 24, ()),
-    (("sd35-ocr", "sd35-geneval"), 48, ("train.micro_batch=8",)),
-    (("sd35-ocr", "sd35-geneval"), 80, ("sample.batch_size=32", "train.micro_batch=16")),
+    (("sd35-ocr", "sd35-geneval"), 48, ("train.gradient_checkpointing=false",)),
+    (
+        ("sd35-ocr", "sd35-geneval"),
+        80,
+        ("train.gradient_checkpointing=false", "train.micro_batch=24", "sample.batch_size=32"),
+    ),
 )
 
 

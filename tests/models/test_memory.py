@@ -16,7 +16,7 @@ from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.models.adapters import attach_lora, reference
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
-from gdro_cli.models.memory import MemoryOptions, OneAtATime, quantization_config
+from gdro_cli.models.memory import MemoryOptions, OneAtATime, checkpoint_blocks, quantization_config
 from gdro_cli.models.sampling import sample_latents
 
 from .conftest import PROMPTS, SIZE
@@ -181,3 +181,38 @@ def test_an_adapter_on_4_bit_layers_learns(flux_folder: Path) -> None:
     assert 0 < (coarse - base).norm() < 0.4 * base.norm()
     model.velocity(noise, sigma, texts, guidance=1.0, **SIZE).square().mean().backward()
     assert all(p.grad is not None for p in parameters)
+
+
+class SavedTensors:
+    """Counts what autograd keeps for the backward pass."""
+
+    count = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        return tensor
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image"])
+def test_a_share_of_the_blocks_is_checkpointed(name: str, family_folder: Callable[[str], Path]) -> None:
+    """The gradient is the same, and the bytes kept for the backward pass lie between those of all blocks and none."""
+    kept, gradients = [], []
+    for share in (0.0, 0.5, 1.0):
+        model = load_flow_model(family_folder(name))
+        parameters = attach_lora(model, rank=2, alpha=2)
+        with torch.no_grad():
+            for number, parameter in enumerate(parameters):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        checkpoint_blocks(model.transformer, share)
+        noise, text = model.noise([1, 2], height=64, width=64), model.encode(PROMPTS[:2])
+        saved = SavedTensors()
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            velocity = model.velocity(
+                noise, torch.tensor([0.9, 0.3]), model.batch_conditioning(text), guidance=1.0, height=64, width=64
+            )
+        kept.append(saved.count)
+        velocity.square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in parameters if p.grad is not None]))
+    assert kept[0] > kept[1] > kept[2]
+    torch.testing.assert_close(gradients[1], gradients[0])
+    torch.testing.assert_close(gradients[2], gradients[0])

@@ -28,7 +28,7 @@ from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.diffusers_flow import DtypeName
 from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
-from gdro_cli.models.trace import Update, Work, trace_forward, trace_update, whole_update, whole_work
+from gdro_cli.models.trace import Update, Work, mixed_update, trace_forward, trace_update, whole_update, whole_work
 from gdro_cli.stages.setup.model import EMBEDDED, model_folder
 from gdro_cli.stages.training.batch_sizes import images_at_once, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
@@ -197,13 +197,16 @@ class Estimate:
         """Whether training first computes the images' weights (stored groups only)."""
         return not takes_one_pass(self.recipe)
 
-    def update(self, *, checkpointing: bool | None = None) -> Update:
-        """A micro-batch's forward and backward pass; ``checkpointing`` replaces the recipe's."""
+    def update(self, *, checkpointing: float | None = None) -> Update:
+        """A micro-batch's forward and backward pass; ``checkpointing`` replaces the recipe's share of the blocks."""
         train = self.recipe.train
-        wanted = train.gradient_checkpointing if checkpointing is None else checkpointing
-        return update_work(self.shape, train.lora.rank, train.lora.targets, self.images_at_once, wanted)
+        share = float(train.gradient_checkpointing if checkpointing is None else checkpointing)
+        job = self.shape, train.lora.rank, train.lora.targets, self.images_at_once
+        if share in (0, 1):
+            return update_work(*job, share == 1)
+        return mixed_update(update_work(*job, False), update_work(*job, True), share)
 
-    def activation_bytes(self, *, checkpointing: bool | None = None) -> int:
+    def activation_bytes(self, *, checkpointing: float | None = None) -> int:
         """What a micro-batch needs beside weights; twice that if online training takes two passes."""
         return self.update(checkpointing=checkpointing).peak * (self.passes if self.recipe.online_method else 1)
 

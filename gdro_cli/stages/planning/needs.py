@@ -34,13 +34,15 @@ def training_needs(estimate: Estimate, session: Session) -> Rows:
     recipe, adapter = estimate.recipe, estimate.adapter
     train = recipe.train
     own = estimate.activation_bytes()
-    other = estimate.activation_bytes(checkpointing=not train.gradient_checkpointing)
-    how, otherwise = ("with", "without") if train.gradient_checkpointing else ("without", "with")
+    share = float(train.gradient_checkpointing)
+    other = estimate.activation_bytes(checkpointing=0 if share else 1)
+    how = "with checkpointing" if share == 1 else f"with {share:g} of the blocks checkpointed"
+    how = how if share else "without checkpointing"
     beside = gigabytes(estimate.transformer_bytes + estimate.unpacked_bytes)
     memory = (
         f"{gigabytes(estimate.training_bytes)} GB: transformer {beside}, adapter {gigabytes(adapter.total)},"
-        f" activations {gigabytes(own)} for {estimate.images_at_once} images {how} checkpointing"
-        f" ({gigabytes(other)} {otherwise}); {cards(estimate.training_bytes)}"
+        f" activations {gigabytes(own)} for {estimate.images_at_once} images {how}"
+        f" ({gigabytes(other)} {'without' if share else 'with'}); {cards(estimate.training_bytes)}"
     )
     shared = "; with FSDP the transformer is shared by the processes" if recipe.model.sharding == "fsdp" else ""
     return [

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from gdro_cli.models.adapters import LORA_FILE
+from gdro_cli.models.memory import checkpoint_blocks
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
 from gdro_cli.runtime.metrics import validation_rows
 from gdro_cli.runtime.run import RunFolder
@@ -80,8 +81,7 @@ def run(session: Session) -> TrainResult:
         engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.train_seed})
         with engine.held_by_main(folder.lock()), ExitStack() as stack:
             state = TrainingState(session, folder)
-            if recipe.train.gradient_checkpointing:
-                session.model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
+            checkpoint_blocks(session.model.transformer, float(recipe.train.gradient_checkpointing))
             start = state.resume()
             validation = None
             with engine.together():

@@ -106,7 +106,7 @@ def test_an_estimate_adds_up() -> None:
     )
     parts = estimate.text_bytes + estimate.transformer_bytes + estimate.vae_bytes
     assert estimate.sampling_bytes == parts + estimate.at_work
-    assert estimate.passes == 2 and estimate.two_pass and estimate.images_at_once == recipe.train.micro_batch
+    assert estimate.passes == 2 and not estimate.two_pass and estimate.images_at_once == 12  # two groups of 6
 
     update, images = estimate.update(), estimate.images_at_once
     step = group_step_flops(
@@ -114,9 +114,15 @@ def test_an_estimate_adds_up() -> None:
         reference=estimate.reference_flops,
         policy=update.forward / images,
         update=update.flops / images,
-        two_pass=True,
+        two_pass=False,
     )
     assert estimate.step_flops == step
+    split = Estimate(load_recipe("sd35-ocr", overrides=["train.micro_batch=4"]))
+    assert split.two_pass and split.images_at_once == 4 and split.step_flops > 1.1 * step
+    half = Estimate(load_recipe("sd35-ocr", overrides=["train.gradient_checkpointing=0.5"])).update()
+    without = estimate.update(checkpointing=0)
+    assert update.kept < half.kept < without.kept < half.peak + without.peak - without.kept
+    assert without.flops < half.flops < update.flops
     assert estimate.store_flops(10) > 160 * 40 * 2 * estimate.reference_flops
 
     smaller = Estimate(load_recipe("sd35-ocr", overrides=["model.quantization=nf4", "model.offload=true"]))
