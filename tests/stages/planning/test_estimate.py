@@ -121,7 +121,7 @@ def test_an_estimate_adds_up() -> None:
     assert split.two_pass and split.images_at_once == 4 and split.step_flops > 1.1 * step
     half = Estimate(load_recipe("sd35-ocr", overrides=["train.gradient_checkpointing=0.5"])).update()
     without = estimate.update(checkpointing=0)
-    assert update.kept < half.kept < without.kept < half.peak + without.peak - without.kept
+    assert update.kept < half.kept < without.kept
     assert without.flops < half.flops < update.flops
     assert estimate.store_flops(10) > 160 * 40 * 2 * estimate.reference_flops
 
