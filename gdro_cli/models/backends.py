@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+import torch._dynamo
+from torch import Tensor
+
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.model_source import quiet
 
@@ -35,7 +39,7 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
 
     Raises:
         PrerequisiteError: the package of the kernels is not installed.
-        UserError: the transformer's class names no repeated blocks.
+        UserError: an option has no effect on the transformer's class.
     """
     # Also for `auto`: diffusers applies the kernels that were set last to all models of the process.
     name = "native" if options.attention == "auto" else options.attention
@@ -46,7 +50,12 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
         raise PrerequisiteError(
             f"model.attention {name} cannot be used here ({error}): install what it needs, or set model.attention=auto"
         ) from error
+    if options.attention != "auto":
+        _follow_choice(module, foreign=not name.startswith("native"))
     if options.compile:
+        # A job runs a block with and without gradient, autocast and adapter, at several batch sizes. Versions beyond
+        # dynamo's own limit of 8 would run uncompiled.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         try:
             module.compile_repeated_blocks()
         except ValueError as error:
@@ -54,3 +63,26 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
                 f"model.compile has no effect on this transformer ({type(module).__name__}), whose class names no"
                 " repeated blocks: set it to false"
             ) from error
+
+
+def _follow_choice(module: Any, *, foreign: bool) -> None:
+    """Refuse a choice that the transformer ignores, and give foreign kernels the dtypes that they need.
+
+    CUDA's autocast computes the norms of queries and keys in float32. PyTorch's kernels get all three in its lower
+    dtype again; others would meet float32 queries beside bfloat16 values, and refuse them.
+    """
+    layers = [layer for layer in module.modules() if hasattr(layer, "processor")]
+    if not any(hasattr(layer.processor, "_attention_backend") for layer in layers):
+        raise UserError(
+            f"model.attention has no effect on this transformer ({type(module).__name__}), which calls PyTorch's"
+            " attention directly: set it to auto"
+        )
+    for layer in layers if foreign else ():
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            norm = getattr(layer, name, None)
+            if norm is not None:
+                norm.register_forward_hook(_as_given)
+
+
+def _as_given(_norm: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(arguments[0].dtype)

@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from gdro_cli.config.load import load_recipe
@@ -28,6 +29,7 @@ from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import Interrupted
 from gdro_cli.models import adapters
+from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import DtypeName, load_flow_model
 from gdro_cli.models.sampling import sample_latents
@@ -48,9 +50,11 @@ def draw(*shape: int, name: str) -> Tensor:
     return torch.randn(shape, generator=generator(0, name))
 
 
-def engine_pass(folder: Path, device: str, dtype: DtypeName = "float32") -> tuple[Tensor, dict[str, Tensor]]:
+def engine_pass(
+    folder: Path, device: str, dtype: DtypeName = "float32", compute: ComputeOptions | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Latents [2, ...] of two sampling steps, and the adapter's gradients of a checkpointed step in two passes."""
-    model = load_flow_model(folder, dtype=dtype, device=device)
+    model = load_flow_model(folder, dtype=dtype, device=device, compute=compute)
     text, noise = model.encode(PROMPTS), model.noise([1, 2], **SIZE)
     latents = sample_latents(model, noise, text, steps=2, guidance=2.0, batch_size=2, **SIZE)
     assert None not in model.decode(latents, **SIZE)
@@ -146,6 +150,31 @@ def check_planted(out: str) -> None:
         raise AssertionError(f"the pretended GPU accepted the fault: {name}")
 
 
+def check_attention(out: str) -> None:
+    """Sampling and training with a foreign kernel that takes what flash-attn takes."""
+    calls = []
+
+    def flash(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if not query.dtype == key.dtype == value.dtype == torch.bfloat16:
+            raise RuntimeError(f"FlashAttention only supports bf16 (q {query.dtype}, k {key.dtype}, v {value.dtype})")
+        calls.append(query.requires_grad)
+        heads = [tensor.transpose(1, 2) for tensor in (query, key, value)]
+        return torch.nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+    folder = FAMILIES["flux-dev"](Path(out))
+    registry = attention_dispatch._AttentionBackendRegistry
+    name = attention_dispatch.AttentionBackendName.FLASH
+    taken = {"query", "key", "value"}
+    with (
+        pretend_gpu(),
+        mock.patch.object(attention_dispatch, "_check_attention_backend_requirements"),
+        mock.patch.dict(registry._backends, {name: flash}),
+        mock.patch.dict(registry._supported_arg_names, {name: taken}),
+    ):
+        engine_pass(folder, "cuda", "bfloat16", ComputeOptions(attention="flash"))
+    assert set(calls) == {False, True}, calls
+
+
 def run_recipe(out: str, *settings: str) -> None:
     """Train the smoke recipe with changes, and evaluate it; prints the summaries."""
     results = []
@@ -181,5 +210,11 @@ def check_resume(out: str, *settings: str) -> None:
 
 
 if __name__ == "__main__":
-    names = {"families": check_families, "planted": check_planted, "recipe": run_recipe, "resume": check_resume}
-    names[sys.argv[1]](*sys.argv[2:])
+    JOBS = {
+        "families": check_families,
+        "planted": check_planted,
+        "attention": check_attention,
+        "recipe": run_recipe,
+        "resume": check_resume,
+    }
+    JOBS[sys.argv[1]](*sys.argv[2:])

@@ -23,6 +23,11 @@ def test_planted_faults_are_caught(job: Job, tmp_path: Path) -> None:
     assert job("planted", tmp_path / "model").split() == ["reference", "text", "sigma", "image"]
 
 
+def test_a_foreign_attention_kernel_samples_and_trains(job: Job, tmp_path: Path) -> None:
+    """Under CUDA's autocast the norms of queries and keys are float32, which such kernels refuse."""
+    job("attention", tmp_path / "model")
+
+
 SMALL = (
     "prompts.train.count=2",
     "prompts.validation.count=1",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 
 from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.models.adapters import attach_lora, reference
 from gdro_cli.models.backends import ComputeOptions, prepare_transformer
 from gdro_cli.models.diffusers_flow import load_flow_model
 
@@ -56,3 +58,37 @@ def test_a_transformer_without_repeated_blocks_says_so() -> None:
 
     with pytest.raises(UserError, match=r"model\.compile has no effect on this transformer \(Odd\)"):
         prepare_transformer(Odd(), ComputeOptions(compile=True))
+
+
+def test_a_transformer_that_ignores_the_kernels_says_so(family_folder: Callable[[str], Path]) -> None:
+    model = load_flow_model(family_folder("sd3"), compute=ComputeOptions(attention="native_math"))
+    with pytest.raises(UserError, match=r"model\.attention has no effect .* \(SD3Transformer2DModel\)"):
+        _ = model.transformer
+
+
+@pytest.mark.slow
+def test_no_pass_of_a_job_stays_uncompiled(flux_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sampling, reference and policy, with and without gradient and autocast, in several sizes of batch."""
+    model = load_flow_model(flux_folder, compute=ComputeOptions(compile=True))
+    transformer: Any = model.transformer
+    assert torch._dynamo.config.recompile_limit >= 64
+    transformer.compile_repeated_blocks(backend="eager")  # the guards are the same, without a compiler
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    attach_lora(model, rank=2, alpha=2)
+    text = model.encode(PROMPTS[:1])[0]
+
+    def velocity(images: int) -> torch.Tensor:
+        conditioning = model.batch_conditioning([text] * images)
+        noise = model.noise(list(range(images)), **SIZE)
+        return model.velocity(noise, torch.full((images,), 0.5), conditioning, guidance=1.0, **SIZE)
+
+    for images in (3, 2, 1):
+        with torch.inference_mode():
+            velocity(images)
+        for autocast in (True, False):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                with torch.no_grad(), reference(model):
+                    velocity(images)
+                with torch.no_grad():
+                    velocity(images)
+                velocity(images).square().mean().backward()
