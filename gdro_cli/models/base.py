@@ -25,7 +25,7 @@ from gdro_cli.errors import UserError
 from gdro_cli.models.backends import ComputeOptions, prepare_transformer
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import decoded_at_once, seeded_noise, to_images
-from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_vae, quantization_config
+from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_quantised, prepare_vae, quantization_config
 
 Conditioning = dict[str, Tensor]
 """The text encoders' output for ONE prompt, without a batch dimension; batched, each tensor has a leading N."""
@@ -189,6 +189,7 @@ class FlowModel(abc.ABC):
                 prepare_vae(module, self.memory)
             if name == "transformer":
                 prepare_transformer(module, self.compute)
+                prepare_quantised(module, self.dtype)
             if self.memory.offload:
                 return module
             return self.place_transformer(module) if name == "transformer" else module.to(self.device)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gdro_cli.errors import PrerequisiteError, UserError
@@ -99,6 +100,38 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return TorchAoConfig(Int8WeightOnlyConfig() if kind == "int8" else Float8WeightOnlyConfig())
+
+
+def prepare_quantised(transformer: nn.Module, dtype: torch.dtype) -> None:
+    """Make quantised layers answer in ``dtype``, and keep no unpacked weights for the backward pass.
+
+    Both libraries answer in the dtype of the input, which autocast makes float32 behind most norms. torchao unpacks a
+    weight in sight of autograd, which would keep the copy; bitsandbytes unpacks it again by itself.
+    """
+    for layer in transformer.modules():
+        if isinstance(layer, nn.Linear) and type(layer.weight) is not nn.Parameter:
+            layer.register_forward_pre_hook(lambda _, arguments: (arguments[0].to(dtype), *arguments[1:]))
+            if type(layer).__module__.startswith("torch."):
+                layer.forward = partial(_frozen_product, layer)  # type: ignore[method-assign]
+
+
+def _frozen_product(layer: nn.Linear, x: Tensor) -> Tensor:
+    product: Tensor = _FrozenProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A linear layer whose weights are quantised and not trained; they are unpacked again in the backward pass."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        context.save_for_backward(weight)
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = context.saved_tensors
+        return gradient @ weight.dequantize().to(gradient.dtype), None, None
 
 
 def checkpoint_blocks(transformer: Any, share: float) -> None:

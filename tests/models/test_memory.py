@@ -184,13 +184,39 @@ def test_an_adapter_on_4_bit_layers_learns(flux_folder: Path) -> None:
 
 
 class SavedTensors:
-    """Counts what autograd keeps for the backward pass."""
+    """What autograd keeps for the backward pass."""
 
-    count = 0
+    def __init__(self) -> None:
+        self.count = 0
+        self.matrices: set[tuple[int, ...]] = set()
+        """Shapes of those without a batch that are not quantised."""
 
     def pack(self, tensor: torch.Tensor) -> torch.Tensor:
         self.count += 1
+        if tensor.ndim == 2 and type(tensor) is torch.Tensor:
+            self.matrices.add(tuple(tensor.shape))
         return tensor
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_quantised_layers_answer_in_the_model_s_dtype_and_keep_no_unpacked_weights(
+    kind: Any, flux_folder: Path
+) -> None:
+    """Behind a norm autocast's inputs are float32, and the answer would be as wide."""
+    model = load_flow_model(flux_folder, dtype="bfloat16", memory=MemoryOptions(quantization=kind))
+    layer = next(m for m in model.transformer.modules() if isinstance(m, nn.Linear) and "Tensor" in repr(m.weight))
+    x = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    saved = SavedTensors()
+    hooks = torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", dtype=torch.bfloat16):
+        answer = layer(x)
+    assert answer.dtype == torch.bfloat16
+    sides = layer.out_features, layer.in_features
+    assert saved.count and not saved.matrices & {sides, sides[::-1]}
+    answer.float().sum().backward()
+    assert x.grad is not None
+    expected = layer.weight.dequantize().float().sum(dim=0).expand_as(x.grad)
+    torch.testing.assert_close(x.grad, expected, rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image"])
