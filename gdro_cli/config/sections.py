@@ -263,6 +263,8 @@ class TrainSection(StrictModel):
     checkpoint_every: Annotated[int, Affects("speed")] = Field(50, ge=1)
     """Steps between checkpoints. 1 or more. The last step always has one. For online methods a checkpoint waits for the
     end of its round."""
+    checkpoint_minutes: Annotated[float | None, Affects("speed")] = Field(None, gt=0)
+    """Minutes after which the next step also has a checkpoint. Above 0. Unset: `checkpoint_every` alone decides."""
     keep_checkpoints: Annotated[int, Affects("speed")] = Field(3, ge=1)
     """Checkpoints to keep; older ones are deleted. 1 or more."""
     log_every: Annotated[int, Affects("speed")] = Field(1, ge=1)

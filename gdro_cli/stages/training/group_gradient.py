@@ -119,6 +119,8 @@ class GroupGradient:
     """Whether the activations of whole groups are kept, as many groups at a time as ``micro_batch`` has room for."""
     autocast: Callable[[], AbstractContextManager[None]]
     backward: Callable[[Tensor], None]
+    between_micro_batches: Callable[[], None] = lambda: None
+    """May raise to abandon the step; not called when only its last backward pass is done."""
 
     def reference_errors(self, groups: NoisyGroups, known: Tensor | None = None) -> Tensor:
         """Velocity errors [B, K] of the untrained model; only those that are nan in ``known`` [B, K] are computed."""
@@ -146,6 +148,8 @@ class GroupGradient:
                 errors = self._errors(groups)
             weights = image_weights(errors=errors, **given, **self.loss)
             for part in self._parts(0, weights.numel()):
+                if part.start:
+                    self.between_micro_batches()
                 self.backward((weights.flatten()[part] * self._part_errors(groups, part)).sum())
         with torch.no_grad():
             return group_loss(errors=errors, **given, **self.loss)
@@ -156,6 +160,8 @@ class GroupGradient:
         at_once = count if self.micro_batch is None else max(1, self.micro_batch // k)
         errors = []
         for first in range(0, count, at_once):
+            if first:
+                self.between_micro_batches()
             rows = slice(first, min(first + at_once, count))
             part = self._errors(groups, rows)
             output = group_loss(errors=part, **{name: value[rows] for name, value in given.items()}, **self.loss)
@@ -189,4 +195,6 @@ class GroupGradient:
                 height=self.size[0],
                 width=self.size[1],
             )
+        if not torch.is_grad_enabled():
+            self.between_micro_batches()
         return velocity_error(velocity, target, reduction=self.reduction)

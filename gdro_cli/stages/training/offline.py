@@ -40,7 +40,7 @@ from gdro_cli.stages.training.group_gradient import (
     noisy_groups,
 )
 from gdro_cli.stages.training.prefetch import Prefetch
-from gdro_cli.stages.training.step_source import ResumePoint, StepGradient
+from gdro_cli.stages.training.step_source import ResumePoint, StepAbandoned, StepGradient
 
 
 class GroupSteps:
@@ -76,6 +76,7 @@ class GroupSteps:
             one_pass=takes_one_pass(recipe),
             autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
+            between_micro_batches=self._hear_stop,
         )
         self._prefetch = Prefetch(self._draw, steps=recipe.train.steps if recipe.train.prefetch else 0)
         # A sharded model's passes take all processes, so none may skip a pass because it already has the errors.
@@ -104,6 +105,16 @@ class GroupSteps:
         output = self._gradient(groups, self._reference_errors(batch, groups))
         metrics = averages(self.session.engine, {"loss": output.loss, **output.metrics})
         return StepGradient({**metrics, "dropped_groups_share": self.dataset.counts.dropped_share})
+
+    def _hear_stop(self) -> None:
+        """Abandon the step if the user asked to stop: a large one takes minutes, and clusters do not wait so long.
+
+        Several processes must agree, so they look only where all are at the same place: between backward passes.
+        Without gradient one may compute fewer micro-batches than another, because it has some of the errors.
+        """
+        engine, stop = self.session.engine, self.session.stop
+        if stop.requested if engine.world == 1 else torch.is_grad_enabled() and engine.hear(stop):
+            raise StepAbandoned
 
     def close(self) -> None:
         """End the thread that draws ahead."""

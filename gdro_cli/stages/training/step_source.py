@@ -24,6 +24,10 @@ class ResumePoint(Enum):
     """It can, and later steps depend on the weights of this one, so a checkpoint must keep them."""
 
 
+class StepAbandoned(Exception):
+    """The user asked to stop in the middle of a step. All processes raise it; the run continues before the step."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepGradient:
     """What a step's gradient was like; the gradient itself is in the parameters."""
@@ -63,7 +67,11 @@ class StepSource(Protocol):
         """Make what optimizer step ``step`` (from 0) needs; False if a stop was requested before it was complete."""
 
     def gradient(self, step: int) -> StepGradient:
-        """Add this process's part of the gradient of the step to the parameters; the parts are summed later."""
+        """Add this process's part of the gradient of the step to the parameters; the parts are summed later.
+
+        Raises:
+            StepAbandoned: the user asked to stop, and a run can continue before this step.
+        """
 
     def resume_point(self, steps: int) -> ResumePoint:
         """Whether a run that stops after ``steps`` steps can continue as if it had not."""

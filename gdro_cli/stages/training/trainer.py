@@ -21,7 +21,7 @@ from gdro_cli.stages.runs.weights import keep_if_best
 from gdro_cli.stages.setup.reward import missing_limits
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.state import TrainingState
-from gdro_cli.stages.training.step_source import ResumePoint, StepGradient, StepSource
+from gdro_cli.stages.training.step_source import ResumePoint, StepAbandoned, StepGradient, StepSource
 
 
 class Trainer:
@@ -38,7 +38,7 @@ class Trainer:
         self, session: Session, state: TrainingState, source: StepSource, validation: Validation | None
     ) -> None:
         self.session, self.state, self.source, self.validation = session, state, source, validation
-        self._checkpoint_due = False
+        self._checkpoint_due, self._saved_at = False, time.monotonic()
         self._best = -1
         """Step of the best evaluation point, in the main process only."""
 
@@ -56,8 +56,11 @@ class Trainer:
         with self.session.reporter.track("training", total=steps, unit="steps", done=state.step) as progress:
             while state.step < steps:
                 if not source.prepare(state.step):
-                    self._stop_unprepared()
-                gradient = self._update()
+                    self._stop_before_step()
+                try:
+                    gradient = self._update()
+                except StepAbandoned:
+                    self._stop_before_step()
                 progress.advance(1, **{label: gradient.metrics[key] for key, label in source.progress_metrics.items()})
                 measure = self._is_point()
                 collapsed = measure and self._measure_point()
@@ -112,19 +115,21 @@ class Trainer:
         stop = engine.hear(self.session.stop)
         due = self._checkpoint_due or point is ResumePoint.NEEDED
         due = due or state.step % self.session.recipe.train.checkpoint_every == 0
+        minutes = self.session.recipe.train.checkpoint_minutes
+        due = due or (minutes is not None and engine.any(time.monotonic() - self._saved_at > 60 * minutes))
         due = due or (measured and engine.any(self._best == state.step))  # a later start continues from the best point
         can_resume = point is not ResumePoint.NONE
         if last or collapsed or (can_resume and (due or stop)):
             state.save()
-            due = False
+            due, self._saved_at = False, time.monotonic()
         self._checkpoint_due = due
         if collapsed:
             state.end_early()  # only now that the step has its checkpoint
         elif stop and (can_resume or last):
             self._stop()
 
-    def _stop_unprepared(self) -> Never:
-        """Stop before a step whose images are not complete."""
+    def _stop_before_step(self) -> Never:
+        """Stop before a step whose images are not complete, or which was abandoned."""
         if self.state.step:
             self.state.save()
         self._stop()

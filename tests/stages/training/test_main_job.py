@@ -7,17 +7,20 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.metrics import MetricsRow
@@ -32,6 +35,7 @@ from gdro_cli.stages.scoring import score
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_training_store, training_plan
 from gdro_cli.stages.training import train
+from gdro_cli.stages.training.group_gradient import GroupGradient
 
 pytestmark = pytest.mark.slow
 
@@ -159,6 +163,45 @@ def test_a_run_that_ran_out_of_memory_continues_with_smaller_batches(
     assert resumed.step == straight.step == 4
     for name, value in straight.tensors["adapter"].items():
         torch.testing.assert_close(resumed.tensors["adapter"][name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [1, 9, 14])
+def test_a_stop_in_the_middle_of_a_step_abandons_it(
+    at: int, finished: Finished, make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most one more micro-batch is computed, and the continued run has the bits of an undisturbed one."""
+    recipe = make_recipe(train={"micro_batch": 1, "group_gradient": "two_pass", "eval_every": 0, "steps": 2})
+    compute, stop_at = GroupGradient._part_errors, [0]
+    session: Session | None = None
+    calls = 0
+
+    def counted(*arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if session is not None and calls == stop_at[0]:
+            session.stop.requested = True
+        return compute(*arguments)
+
+    monkeypatch.setattr(GroupGradient, "_part_errors", counted)
+    runs = []
+    for name, stopped in (("straight", False), ("stopped", True)):
+        workspace = tmp_path / name
+        shutil.copytree(finished[0] / "stores", workspace / "stores")
+        if stopped:
+            session = Session(recipe, workspace, Reporter(quiet=True))
+            stop_at[0] = calls // 2 + at  # in the second step
+            calls = 0
+            with pytest.raises(Interrupted, match="stopped after step 1 of 2"):
+                train.run(session)
+            assert stop_at[0] <= calls <= stop_at[0] + 1
+            session = None
+        result = train.run(Session(recipe, workspace, Reporter(quiet=True)))
+        assert result.resumed_from == (1 if stopped else 0)
+        runs.append(result.run)
+    adapters = [(run.path / LORA_FILE).read_bytes() for run in runs]
+    assert adapters[0] == adapters[1]
+    rows = [[{**row.to_json(), "seconds": 0} for row in run.metrics()] for run in runs]
+    assert rows[0] == rows[1]
 
 
 def test_the_pipeline_with_the_adapter_draws_the_evaluated_images(finished: Finished, make_recipe: MakeRecipe) -> None:
