@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -197,7 +197,21 @@ def test_wrong_use() -> None:
     assert usable_cores() >= 1
 
 
-def test_an_interruption_of_the_parent_ends_the_workers() -> None:
+Processes = Callable[[], set[multiprocessing.process.BaseProcess]]
+
+
+@pytest.fixture
+def workers_left() -> Processes:
+    """The scoring processes that the test has started and that still run; others may wait for later tests."""
+
+    def running() -> set[multiprocessing.process.BaseProcess]:
+        return {child for child in multiprocessing.active_children() if child.name == "gdro-scoring"}
+
+    before = running()
+    return lambda: running() - before
+
+
+def test_an_interruption_of_the_parent_ends_the_workers(workers_left: Processes) -> None:
     def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
@@ -205,27 +219,25 @@ def test_an_interruption_of_the_parent_ends_the_workers() -> None:
     pool = ScoringPool(WidthReward(), workers=2)
     with pytest.raises(KeyboardInterrupt), pool:
         pool.score(images, prompts(images), on_scored=interrupt)
-    assert workers_left() == []
+    assert not workers_left()
 
 
-def workers_left() -> list[multiprocessing.process.BaseProcess]:
-    return [child for child in multiprocessing.active_children() if child.name == "gdro-scoring"]
-
-
-def test_if_a_worker_cannot_be_started_the_others_are_ended() -> None:
+def test_if_a_worker_cannot_be_started_the_others_are_ended(workers_left: Processes) -> None:
     with pytest.raises(PrerequisiteError, match=r"cannot be started \(Resource .*\): try fewer workers"):
         ScoringPool(StartsOnce(), workers=2).__enter__()
-    assert workers_left() == []
+    assert not workers_left()
 
 
-def test_a_stop_ends_a_reward_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_ends_a_reward_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers_left: Processes
+) -> None:
     """The stop is requested once the reward hangs. The worker is ended and the pool is closed."""
     monkeypatch.setattr(pool_module, "STOP_GRACE", 0.1)
     images = widths(100, HANGS)
     with ScoringPool(WidthReward(tmp_path), workers=1) as pool:
         with pytest.raises(Interrupted, match="run the command again"):
             pool.score(images, prompts(images), stop=(tmp_path / "hangs").exists)
-        assert workers_left() == []
+        assert not workers_left()
         with pytest.raises(ValueError, match="not open"):
             pool.score(images, prompts(images))
     assert (tmp_path / "hangs").exists()
@@ -240,7 +252,7 @@ def test_a_stop_waits_for_work_that_is_nearly_done(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_workers_ignore_the_signals_that_stop_the_parent(number: signal.Signals) -> None:
+def test_workers_ignore_the_signals_that_stop_the_parent(number: signal.Signals, workers_left: Processes) -> None:
     images = widths(*range(100, 110))
     with ScoringPool(WidthReward(), workers=2) as pool:
         started = {child.pid for child in workers_left()}

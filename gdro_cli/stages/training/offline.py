@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,7 +79,10 @@ class GroupSteps:
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
             between_micro_batches=self._hear_stop,
         )
-        self._prefetch = Prefetch(self._draw, steps=recipe.train.steps if recipe.train.prefetch else 0)
+        # A method of this object would close a cycle, and the model of a finished training would stay on its device.
+        self._prefetch = Prefetch(
+            partial(_draw, session, self.dataset), steps=recipe.train.steps if recipe.train.prefetch else 0
+        )
         # A sharded model's passes take all processes, so none may skip a pass because it already has the errors.
         cached = recipe.train.cache_reference and recipe.model.sharding == "none"
         self._cache = ReferenceErrors(table.store, self._reference_settings()) if cached else None
@@ -120,15 +124,6 @@ class GroupSteps:
         """End the thread that draws ahead."""
         self._prefetch.close()
 
-    def _draw(self, step: int) -> tuple[GroupBatch, tuple[Tensor, Tensor]]:
-        """This process's share of the step's groups and its noise, in memory that is fast to copy to the device."""
-        train, engine, seed = self.session.recipe.train, self.session.engine, self.session.recipe.train_seed
-        batch = self.dataset.draw(step, groups=train.groups_per_step, seed=seed).share(engine.rank, engine.world)
-        sigma, noise = draw_noise(batch, self.method, seed=seed)
-        if engine.device.type == "cuda":
-            return replace(batch, latents=batch.latents.pin_memory()), (sigma.pin_memory(), noise.pin_memory())
-        return batch, (sigma, noise)
-
     # -- reference errors ---------------------------------------------------------------------------------------
 
     def _reference_errors(self, batch: GroupBatch, groups: NoisyGroups) -> Tensor:
@@ -163,6 +158,16 @@ class GroupSteps:
             "precision": precision(recipe),
             "compute": [recipe.model.compile, recipe.model.attention],
         }
+
+
+def _draw(session: Session, dataset: GroupDataset, step: int) -> tuple[GroupBatch, tuple[Tensor, Tensor]]:
+    """This process's share of the step's groups and its noise, in memory that is fast to copy to the device."""
+    recipe, engine, seed = session.recipe, session.engine, session.recipe.train_seed
+    batch = dataset.draw(step, groups=recipe.train.groups_per_step, seed=seed).share(engine.rank, engine.world)
+    sigma, noise = draw_noise(batch, recipe.group_method, seed=seed)
+    if engine.device.type == "cuda":
+        return replace(batch, latents=batch.latents.pin_memory()), (sigma.pin_memory(), noise.pin_memory())
+    return batch, (sigma, noise)
 
 
 def _left_out(dataset: GroupDataset) -> str:

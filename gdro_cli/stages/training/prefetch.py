@@ -32,7 +32,6 @@ class Prefetch(Generic[_T]):
         return future.result()
 
     def close(self) -> None:
-        """Drop the items that were not taken, and ``make`` with all that it refers to."""
+        """Drop the items that were not taken."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._next = None
-        del self._make  # it is often a method of the object that has this one, a cycle that would keep a model alive

@@ -290,10 +290,11 @@ def test_dry_run_counts_and_makes_nothing(make_recipe: MakeRecipe, tmp_path: Pat
 
 
 def test_dry_run_reports_the_share_of_each_process(make_recipe: MakeRecipe, tmp_path: Path) -> None:
-    """Six images in micro-batches of three take two passes; three images of two processes each take one."""
+    """Groups of three take two passes in micro-batches of two, and one in micro-batches of three."""
+    split = dict(plan.describe(make_recipe(train={"micro_batch": 2}), "train", tmp_path))
     recipe = make_recipe(train={"micro_batch": 3})
     alone, shared = (dict(plan.describe(recipe, "train", tmp_path, world=world)) for world in (1, 2))
-    assert (alone["gradient"], shared["gradient"]) == ("two passes", "one pass")
+    assert [each["gradient"] for each in (split, alone, shared)] == ["two passes", "one pass", "one pass"]
     assert shared["step"] == "2 groups x 3 = 6 images, 3 in each of 2 processes, in micro-batches of 3"
     with pytest.raises(UserError, match="train.groups_per_step is 2, which 3 processes cannot share equally"):
         plan.describe(recipe, "train", tmp_path, world=3)
