@@ -7,7 +7,15 @@ import os
 import sys
 import traceback
 
-from gdro_cli.errors import EndedElsewhere, GdroError, Interrupted, PrerequisiteError, StoreError, UserError
+from gdro_cli.errors import (
+    EndedElsewhere,
+    GdroError,
+    Interrupted,
+    PrerequisiteError,
+    StoreError,
+    UserError,
+    is_out_of_memory,
+)
 from gdro_cli.runtime.interrupt import stopped_at_once
 
 _UNEXPECTED = 1
@@ -44,7 +52,7 @@ def _expected(error: Exception) -> GdroError | None:
         return Interrupted(stopped_at_once(signal))
     if isinstance(error, GdroError):
         return error
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return PrerequisiteError(
             "not enough memory: lower sample.batch_size, train.micro_batch or the images' size (--dry-run reports what"
             " is needed), and run the same command again"
@@ -73,13 +81,6 @@ def _interrupt_behind(error: BaseException | None) -> KeyboardInterrupt | None:
             return error
         error = error.__cause__ or error.__context__
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Python's error, CUDA's (recognised without importing torch) or that of PyTorch on the CPU, a RuntimeError."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def _print(message: str, *, label: str = "Error", style: str = "red") -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Literal
 
@@ -99,9 +100,10 @@ class Shard:
         """
         self._check_groups(groups)
         files = {TENSORS: _tensor_bytes(groups), INDEX: json_lines(self._index_rows(groups))}
-        for group in groups:
-            for index, image in enumerate(group.images):
-                files[self._image_name(group.prompt.id, index)] = _image_bytes(image, self.image_format)
+        images = [image for group in groups for image in group.images]
+        with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it compresses
+            encoded = pool.map(_image_bytes, images, repeat(self.image_format))
+            files |= zip(self.image_names, encoded, strict=True)
         content = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
         files[MANIFEST] = json_bytes(self._head() | {"files": content})
         refuse_links([self.folder.parent])

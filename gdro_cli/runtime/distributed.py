@@ -12,7 +12,7 @@ from typing import Any, Literal, Never
 import torch
 from torch import Tensor, nn
 
-from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, UserError
+from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, UserError, is_out_of_memory
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.process_group import ProcessGroup
 from gdro_cli.runtime.sharding import shard_frozen
@@ -171,6 +171,8 @@ def _connection() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # what every backend raises
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+            raise  # this process's own
         reason = (str(error).splitlines() or [""])[0][:_SHOWN]
         raise EndedElsewhere(
             "this process ends because it has lost the others; if one of them says why, that is the reason"

@@ -25,8 +25,13 @@ _PACKAGES = (
     "pydantic",
     "paddleocr",
     "onnxruntime",
+    "triton",
+    "torchao",
+    "bitsandbytes",
+    "flash-attn",
+    "xformers",
 )
-_GIT_SECONDS = 5.0
+_COMMAND_SECONDS = 5.0
 
 
 def environment() -> dict[str, Any]:
@@ -34,7 +39,8 @@ def environment() -> dict[str, Any]:
 
     Returns:
         ``python``, ``platform``, ``cpu``, ``cpus``, ``packages`` (name -> version, None = not installed), ``commit``
-        (None outside a checkout; ends in ``+`` when files are changed), ``devices`` (names) and ``threads``.
+        (None outside a checkout; ends in ``+`` when files are changed), ``devices`` (names), ``cuda`` (None without a
+        GPU: versions of CUDA, driver, cuDNN and NCCL, memory and compute capability of each GPU) and ``threads``.
     """
     return {
         "python": platform.python_version(),
@@ -44,7 +50,21 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in _PACKAGES},
         "commit": _commit(Path(__file__).resolve().parents[2]),
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"],
+        "cuda": _cuda() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    gpus = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    nccl = torch.cuda.nccl.version() if torch.distributed.is_nccl_available() else ()
+    return {
+        "runtime": torch.version.cuda,
+        "driver": _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]),
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, nccl)) or None,
+        "memory_gb": [round(gpu.total_memory / 1e9, 1) for gpu in gpus],
+        "capability": [f"{gpu.major}.{gpu.minor}" for gpu in gpus],
     }
 
 
@@ -68,9 +88,13 @@ def _commit(root: Path) -> str | None:
     """The commit of the checkout in ``root``; None if it is not a checkout, or git is absent."""
     if not (root / ".git").exists():
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    return _output(["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"])
+
+
+def _output(command: list[str]) -> str | None:
+    """What a command prints; None if it fails or is not installed."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_GIT_SECONDS, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMMAND_SECONDS, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

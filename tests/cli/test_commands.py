@@ -257,6 +257,12 @@ def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
         (OSError(errno.ENAMETOOLONG, "File name too long", "x" * 999), 2, "xxx'... is too long for a file"),
         (MemoryError(), 3, "not enough memory: lower sample.batch_size"),
         (torch.OutOfMemoryError("CUDA out of memory."), 3, "not enough memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), 3, "not enough memory"),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"),
+            3,
+            "not enough memory",
+        ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 3, "not enough memory"),
         (ZeroDivisionError("division\nby zero"), 1, "Unexpected ZeroDivisionError: division by zero. This is a defect"),
         (KeyError("x"), 1, "--debug"),

@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 ctypes.CDLL(os.environ["PRETEND_GPU"], mode=ctypes.RTLD_GLOBAL)  # torch looks for the hooks once, when it is imported
@@ -131,6 +132,7 @@ def pretend_gpu() -> Iterator[None]:
             "is_bf16_supported": True,
             "get_device_name": "a pretended GPU",
             "get_device_capability": (9, 0),
+            "get_device_properties": SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0),
             "get_rng_state": torch.zeros(16, dtype=torch.uint8),
             **dict.fromkeys(("set_device", "synchronize", "empty_cache", "set_rng_state", "_lazy_init")),
         },

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
-from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
-from gdro_cli.runtime.distributed import make_engine
+from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, UserError
+from gdro_cli.runtime.distributed import _connection, make_engine
 from gdro_cli.runtime.interrupt import StopFlag
 
 pytestmark = pytest.mark.slow
@@ -155,3 +155,18 @@ def test_a_launcher_that_shares_the_model_is_refused(variable: str, what: str, m
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
     with pytest.raises(UserError, match=f"the launcher requests {what} .*model.sharding=fsdp"):
         make_engine(cpu=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (RuntimeError("[gloo] Connection closed by peer"), EndedElsewhere),
+        (torch.OutOfMemoryError("CUDA out of memory."), torch.OutOfMemoryError),
+        (RuntimeError("NCCL Error 1: unhandled cuda error, Cuda failure 2 'out of memory'"), RuntimeError),
+        (torch.AcceleratorError("CUDA error: an illegal memory access"), torch.AcceleratorError),
+    ],
+)
+def test_only_a_lost_connection_is_reported_as_one(error: Exception, raised: type[Exception]) -> None:
+    with pytest.raises(raised) as found, _connection():
+        raise error
+    assert raised is EndedElsewhere or found.value is error

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from gdro_cli.config.sweep import Cell, Sweep
-from gdro_cli.errors import StoreError, UserError
+from gdro_cli.errors import StoreError, UserError, is_out_of_memory
 from gdro_cli.files import make_folder, storage_errors, write_json
 from gdro_cli.models.adapters import reference
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint
@@ -182,7 +182,9 @@ def _run(session: Session, trial: TrialRun) -> TrialOutcome:
             measure_end(session, trial)
     except StoreError as error:
         return TrialOutcome("failed", printable(str(error)))  # a folder's name in it may not be text
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return TrialOutcome("failed", "the device's memory was not enough: set train.micro_batch, or lower k")
     return TrialOutcome("finished")
 
