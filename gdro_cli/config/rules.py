@@ -58,6 +58,12 @@ def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
         if section != "method" and _is_set(getattr(recipe, section), key):
             advice = "remove it" if doc.instead is None else f"remove it and set {doc.instead}"
             yield Problem(path, f"has no meaning for method.name {method.name!r}: {advice}")
+    if recipe.model.compile:
+        yield Problem(
+            "model.compile",
+            f"cannot be combined with method.name {method.name!r}: compiled passes with and without gradient round"
+            " differently, by more than method.clip_range; set it to false",
+        )
     images = method.prompts_per_round * method.group_size
     if method.updates_per_round > images:
         message = f"is more than the {images} images of a round (method.prompts_per_round * method.group_size)"

@@ -71,7 +71,10 @@ def sample_latents(
 
 def away_from(model: FlowModel, count: int, *, guidance: float) -> Conditioning | None:
     """Return the unconditional conditioning for a batch of ``count`` images; None if guidance takes one pass."""
-    return model.batch_conditioning([model.unconditional()] * count) if takes_two_passes(model, guidance) else None
+    if not takes_two_passes(model, guidance):
+        return None
+    one = model.batch_conditioning([model.unconditional()])
+    return {name: value.expand(count, *value.shape[1:]) for name, value in one.items()}
 
 
 def guided_velocity(

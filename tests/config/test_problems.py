@@ -127,6 +127,7 @@ def test_one_pass_needs_the_group_in_one_forward() -> None:
             " set method.prompts_per_round.",
         ),
         ("train.group_gradient=two_pass", "has no meaning for method.name 'flow-grpo': remove it."),
+        ("model.compile=true", "model.compile: cannot be combined with method.name 'flow-grpo'"),
         ("method.updates_per_round=97", "method.updates_per_round: 97 is more than the 96 images of a round"),
         ("method.train_sample_steps=1", "method.train_sample_steps: must be at least 2, not 1."),
         ("method.timestep_fraction=0", "method.timestep_fraction: must be greater than 0, not 0."),

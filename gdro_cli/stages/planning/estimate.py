@@ -211,14 +211,26 @@ class Estimate:
         return self.update(checkpointing=checkpointing).peak * (self.passes if self.recipe.online_method else 1)
 
     @property
+    def batch_bytes(self) -> int:
+        """What a process keeps on its device of a step's groups, or of a round's rollouts, beside a micro-batch."""
+        recipe, online = self.recipe, self.recipe.online_method
+        latent = 4 * math.prod(self.model.flow.latent_shape(height=self.shape.size[0], width=self.shape.size[1]))
+        if online is not None:
+            images = math.ceil(online.prompts_per_round * online.group_size / self.world)
+            return images * (self.text_per_prompt + (online.train_sample_steps + 1) * latent)
+        method = recipe.group_method
+        noises = 1 if method.share_noise else method.k
+        return recipe.train.groups_per_step // self.world * (self.text_per_prompt + (method.k + noises) * latent)
+
+    @property
     def training_bytes(self) -> int:
-        """Memory of training: the transformer, the adapter and all that belongs to it, and a micro-batch at work.
+        """Memory of training: transformer, adapter and all that belongs to it, a batch, and a micro-batch at work.
 
         With evaluation points or rollouts the autoencoder stays, and at the start the text encoders are beside the
         transformer, unless ``model.offload`` moves them away.
         """
         recipe, weights = self.recipe, self.transformer_bytes + self.adapter.total
-        work = weights + self.unpacked_bytes + self.activation_bytes()
+        work = weights + self.unpacked_bytes + self.batch_bytes + self.activation_bytes()
         if recipe.model.offload or not (recipe.train.eval_every or recipe.online_method):
             return work
         return max(work + self.vae_bytes, weights + self.text_bytes)

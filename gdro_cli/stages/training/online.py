@@ -149,14 +149,14 @@ class OnlineSteps:
         size = self.session.recipe.sample.batch_size
         height, width = self.policy.size
         parts: list[Rollout] = []
-        images: list[Image.Image | None] = []
         for start in range(0, len(names), size):
             if self.engine.hear(self.session.stop):  # all processes have the same number of batches
                 raise ScoringStopped
             batch = names[start : start + size]
             texts = [self.conditioning[name.prompt.id] for name in batch]
             parts.append(roll_out(self.policy, batch, texts, seed=self.seed))
-            images += self.model.decode(parts[-1].clean, height=height, width=width)
+        # Only now: with model.offload the decoder takes the transformer's place on the device.
+        images = [image for part in parts for image in self.model.decode(part.clean, height=height, width=width)]
         return Rollout.joined(parts), images
 
     def _rewards(self, names: list[RolloutImage], images: list[Image.Image | None], number: int) -> Tensor:

@@ -61,9 +61,10 @@ class Policy:
 
     def step(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> SdeStep:
         """The distribution of the latents after stochastic steps ``steps`` [N] of the schedule, 0 .. T - 2."""
-        sigmas = self.schedule().to(latents.device)
+        schedule = self.schedule()
+        sigmas = schedule.to(latents.device)
         sigma, following = sigmas[steps], sigmas[steps + 1]
-        coefficient = diffusion_coefficient(self.method, sigma, sigma_second=float(sigmas[1]))
+        coefficient = diffusion_coefficient(self.method, sigma, sigma_second=float(schedule[1]))
         velocity = self.velocity(latents, sigma, conditioning)
         return sde_step(latents, velocity, sigma, following, coefficient=coefficient)
 

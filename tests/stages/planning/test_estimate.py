@@ -102,8 +102,13 @@ def test_an_estimate_adds_up() -> None:
     assert estimate.adapter == adapter_bytes(18776064)
     weights = estimate.transformer_bytes + estimate.adapter.total
     assert estimate.training_bytes == max(
-        weights + estimate.update().peak + estimate.vae_bytes, weights + estimate.text_bytes
+        weights + estimate.batch_bytes + estimate.update().peak + estimate.vae_bytes, weights + estimate.text_bytes
     )
+    latents, noise = 88 * 6 * 16 * 64 * 64 * 4, 88 * 16 * 64 * 64 * 4  # a noise per group
+    assert estimate.batch_bytes == 88 * estimate.text_per_prompt + latents + noise
+    online = Estimate(load_recipe("sd35-ocr", overrides=["method.name=flow-grpo", "train.gradient_checkpointing=true"]))
+    images, states = 48 * 24, 11  # ten noise levels and the finished latents
+    assert online.batch_bytes == images * (online.text_per_prompt + states * 16 * 64 * 64 * 4)
     parts = estimate.text_bytes + estimate.transformer_bytes + estimate.vae_bytes
     assert estimate.sampling_bytes == parts + estimate.at_work
     assert estimate.passes == 2 and not estimate.two_pass and estimate.images_at_once == 12  # two groups of 6
