@@ -32,6 +32,7 @@ SPEED = {
     "train.micro_batch": "1",
     "train.group_gradient": "two_pass",
     "train.checkpoint_every": "3",
+    "train.checkpoint_minutes": "30",
     "train.keep_checkpoints": "7",
     "train.log_every": "3",
     "train.trackers": "[wandb]",
