@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gdro train --recipe $(RECIPE) --out $(OUT)
 	$(BIN)/gdro eval --recipe $(RECIPE) --out $(OUT)
 
-# mypy takes a core for about a minute when it has no cache, and the unit tests another.
+# mypy takes a core for about a minute when it has no cache; the tests run beside it.
 check: $(VENV)/.installed-dev
 	$(MAKE) --jobs 2 static unit-tests
 
@@ -36,7 +36,7 @@ types: lint
 	$(BIN)/mypy
 
 unit-tests:
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 all-tests:
 	$(BIN)/pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)

@@ -33,8 +33,6 @@ from gdro_cli.stages.setup.store import training_plan
 from gdro_cli.stages.training.online import OnlineSteps
 from gdro_cli.stages.training.rollout import prompts_of_round
 
-pytestmark = pytest.mark.slow
-
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
 MakeRecipe = Callable[..., Recipe]
 
@@ -46,17 +44,18 @@ def broken(texts: Conditioning) -> Conditioning:
     }
 
 
-def test_decoder_output_that_is_not_finite_is_no_picture() -> None:
+def test_decoder_output_that_is_not_finite_is_not_an_image() -> None:
     pixels = torch.zeros(5, 3, 8, 8)
     pixels[1, 0, 3, 3], pixels[2, 1, 0, 0], pixels[3, 2, 7, 7] = torch.nan, torch.inf, -torch.inf
-    found = to_images(pixels)
-    assert [picture is None for picture in found] == [False, True, True, True, False]
-    assert all(np.all(np.asarray(picture) == 128) for picture in (found[0], found[4]))
-    assert len(complete([found[0], found[4]])) == 2
+    images = to_images(pixels)
+    assert [image is None for image in images] == [False, True, True, True, False]
+    assert all(np.all(np.asarray(image) == 128) for image in (images[0], images[4]))
+    assert len(complete([images[0], images[4]])) == 2
     with pytest.raises(ValueError, match=NOT_FINITE):
-        complete(found)
+        complete(images)
 
 
+@pytest.mark.slow
 def test_an_evaluation_point_leaves_them_out(make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Prompt 0 of 2 cannot be drawn: reward, axes and signals are missing, and the numbers are those of prompt 1."""
     recipe = make_recipe(eval={"validation_images_per_prompt": 2})
@@ -88,6 +87,7 @@ def test_an_evaluation_point_leaves_them_out(make_recipe: MakeRecipe, tmp_path: 
             validation.look(step=2)
 
 
+@pytest.mark.slow
 def test_a_round_leaves_them_out(make_online: MakeRecipe, tmp_path: Path) -> None:
     """The three pictures of one of the two prompts have no reward, and no update learns from them."""
     recipe = make_online()

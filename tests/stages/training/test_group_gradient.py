@@ -86,6 +86,7 @@ def test_sigma_stays_in_the_recipes_range() -> None:
     assert float(noise.std()) == pytest.approx(1, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gdro", "rank", "top1", "dpo"])
 def test_the_gradient_does_not_depend_on_passes_and_micro_batches(
     make_recipe: Callable[..., Recipe], method: str
