@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.core.measures import Measure
 from gdro_cli.errors import UserError
-from gdro_cli.rewards.base import PromptLike, Reward, Score
+from gdro_cli.rewards.base import PromptLike, Resources, Reward, Score
 from gdro_cli.rewards.ocr.rules import RULE, exact_match, normalise, ocr_reward, similarity
 
 if TYPE_CHECKING:
@@ -42,6 +42,11 @@ class OcrReward(Reward):
     columns = ("exact", "similarity", "text", "confidence")
     settings: OcrSettings
     _engine: OcrEngine | None = None
+
+    @property
+    def resources(self) -> Resources:
+        """One process for paddlepaddle, which takes the GPU where there is one; otherwise one process per core."""
+        return "device" if self.settings.engine == "paddle" else "cores"
 
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -139,6 +139,14 @@ def test_version_is_json_and_names_everything(reward: OcrReward) -> None:
     assert OcrReward(OcrSettings(recognition_width=320)).version != reward.version
 
 
+def test_paddlepaddle_has_one_process() -> None:
+    """Each process would take the GPU."""
+    assert [OcrReward(OcrSettings(engine=engine)).resources for engine in ("onnxruntime", "paddle")] == [
+        "cores",
+        "device",
+    ]
+
+
 def test_a_loaded_reward_can_be_pickled_without_its_engine(reward: OcrReward) -> None:
     copy = pickle.loads(pickle.dumps(reward))
     assert copy._engine is None
