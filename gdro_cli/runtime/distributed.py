@@ -52,6 +52,14 @@ class Engine(ProcessGroup):
         device: torch.device = self._accelerator.device
         return device
 
+    def peak_gigabytes(self) -> float | None:
+        """The most memory, in 1e9 bytes, that tensors took on this process's GPU since the last call; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        peak = torch.cuda.max_memory_allocated(self.device) / 1e9
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
     @property
     def rank(self) -> int:
         """This process's number, 0 .. world - 1."""

@@ -44,6 +44,7 @@ class TrainRow(_Row):
     loss: float | None = None
     grad_norm: float | None = None
     lr: float | None = None
+    gpu_peak_gb: float | None = None
     # group methods
     loss_method: float | None = None
     loss_stabiliser: float | None = None

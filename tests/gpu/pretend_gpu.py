@@ -132,9 +132,12 @@ def pretend_gpu() -> Iterator[None]:
             "is_bf16_supported": True,
             "get_device_name": "a pretended GPU",
             "get_device_capability": (9, 0),
+            "max_memory_allocated": 2 * 10**9,
             "get_device_properties": SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0),
             "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-            **dict.fromkeys(("set_device", "synchronize", "empty_cache", "set_rng_state", "_lazy_init")),
+            **dict.fromkeys(
+                ("set_device", "synchronize", "empty_cache", "set_rng_state", "reset_peak_memory_stats", "_lazy_init")
+            ),
         },
         torch.accelerator: {"is_available": True, "device_count": 1, "current_accelerator": torch.device("cuda")},
         common: {"amp_definitely_not_available": False},

@@ -5,6 +5,7 @@ It has no kernels, no streams, no memory of its own and no NCCL; those need a GP
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_a_foreign_attention_kernel_samples_and_trains(job: Job, tmp_path: Path)
 
 
 SMALL = (
+    "judge.kind=none",  # it works in a process of its own, which does not pretend
     "prompts.train.count=2",
     "prompts.validation.count=1",
     "prompts.eval.count=2",
@@ -38,6 +40,9 @@ SMALL = (
 
 def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
     assert "validation reward" in job("recipe", tmp_path, *SMALL)
+    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+    steps = [row for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "train"]
+    assert [row["gpu_peak_gb"] for row in steps] == [2, 2]
 
 
 def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:

@@ -93,6 +93,8 @@ class Trainer:
     def _log(self, gradient: StepGradient, norm: float, *, seconds: float) -> None:
         """Write the metrics of the last step."""
         numbers = {**gradient.metrics, "grad_norm": norm, "lr": self.state.optimizer.param_groups[0]["lr"]}
+        peak = self.session.engine.peak_gigabytes()
+        numbers |= {} if peak is None else {"gpu_peak_gb": peak}
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         times = {f"seconds_{name}": value for name, value in gradient.seconds.items()}
         times |= {"seconds_updates": seconds} if times else {}
