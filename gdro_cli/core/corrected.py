@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gdro_cli.core.scores import DRAWS_PER_CHUNK, Interval, Values
+from gdro_cli.core.scores import Interval, Values, resamples
 from gdro_cli.core.seeds import generator
 
 NEUTRAL_QUALITY = 3.0
@@ -101,20 +101,11 @@ def _scores(images: RewardAndQuality, *, seed: int, samples: int) -> Tensor:
     quality = torch.zeros(1 + samples, 2, dtype=torch.float64)
     for name in names:
         own = prompts[[stratum == name for stratum in strata]]
-        totals = torch.cat([own.sum(dim=0, keepdim=True), _resampled(own, stream=stream, samples=samples)])
+        draws = resamples(len(own), stream=stream, samples=samples, columns=4)
+        totals = torch.cat([own.sum(dim=0, keepdim=True), *(own[draw].sum(dim=1) for draw in draws)])
         reward += totals[:, 0] / totals[:, 1] / len(names)
         quality += totals[:, 2:]
     return reward * (quality[:, 0] / quality[:, 1] - NEUTRAL_QUALITY) + OFFSET
-
-
-def _resampled(prompts: Tensor, *, stream: torch.Generator, samples: int) -> Tensor:
-    """Sums of the columns [B, 4] of each resampled set of prompts, [samples, 4]."""
-    count = len(prompts)
-    rows = max(1, DRAWS_PER_CHUNK // (prompts.shape[1] * count))
-    draws = [
-        torch.randint(count, (min(rows, samples - start), count), generator=stream) for start in range(0, samples, rows)
-    ]
-    return torch.cat([prompts[draw].sum(dim=1) for draw in draws])
 
 
 def _total(values: Sequence[float | None]) -> tuple[float, int]:

@@ -6,7 +6,7 @@ Images of one prompt are not independent, so prompts are drawn with replacement,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,15 +36,17 @@ class Interval:
     """Confidence level, e.g. 0.95."""
 
 
+def resamples(prompts: int, *, stream: torch.Generator, samples: int, columns: int = 1) -> Iterator[Tensor]:
+    """Draw ``samples`` bootstrap resamples: indices [n, B] of B prompts, few enough at a time for ``columns`` sums."""
+    rows = max(1, DRAWS_PER_CHUNK // (prompts * columns))
+    for start in range(0, samples, rows):
+        yield torch.randint(prompts, (min(rows, samples - start), prompts), generator=stream)
+
+
 def _resampled_means(sums: Tensor, counts: Tensor, *, stream: torch.Generator, samples: int) -> Tensor:
     """Mean over images of each resampled set of prompts [samples], from sums and counts per prompt [B]."""
-    prompts = len(sums)
-    rows = max(1, DRAWS_PER_CHUNK // prompts)
-    means = []
-    for start in range(0, samples, rows):
-        draw = torch.randint(prompts, (min(rows, samples - start), prompts), generator=stream)
-        means.append(sums[draw].sum(dim=1) / counts[draw].sum(dim=1))
-    return torch.cat(means)
+    draws = resamples(len(sums), stream=stream, samples=samples)
+    return torch.cat([sums[draw].sum(dim=1) / counts[draw].sum(dim=1) for draw in draws])
 
 
 def bootstrap_ci(

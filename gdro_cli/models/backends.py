@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-import torch._dynamo
-from torch import Tensor
+from torch import Tensor, nn
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.model_source import quiet
@@ -51,11 +49,15 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
             f"model.attention {name} cannot be used here ({error}): install what it needs, or set model.attention=auto"
         ) from error
     if options.attention != "auto":
-        _follow_choice(module, foreign=not name.startswith("native"))
+        _refuse_if_ignored(module)
+        if not name.startswith("native"):
+            _keep_dtype_of_queries_and_keys(module)
     if options.compile:
         # A job runs a block with and without gradient, autocast and adapter, at several batch sizes. Versions beyond
         # dynamo's own limit of 8 would run uncompiled.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        from torch._dynamo import config
+
+        config.recompile_limit = max(config.recompile_limit, 64)
         try:
             module.compile_repeated_blocks()
         except ValueError as error:
@@ -65,24 +67,20 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
             ) from error
 
 
-def _follow_choice(module: Any, *, foreign: bool) -> None:
-    """Refuse a choice that the transformer ignores, and give foreign kernels the dtypes that they need.
-
-    CUDA's autocast computes the norms of queries and keys in float32. PyTorch's kernels get all three in its lower
-    dtype again; others would meet float32 queries beside bfloat16 values, and refuse them.
-    """
-    layers = [layer for layer in module.modules() if hasattr(layer, "processor")]
-    if not any(hasattr(layer.processor, "_attention_backend") for layer in layers):
+def _refuse_if_ignored(module: Any) -> None:
+    if not any(hasattr(getattr(layer, "processor", None), "_attention_backend") for layer in module.modules()):
         raise UserError(
             f"model.attention has no effect on this transformer ({type(module).__name__}), which calls PyTorch's"
             " attention directly: set it to auto"
         )
-    for layer in layers if foreign else ():
-        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
-            norm = getattr(layer, name, None)
-            if norm is not None:
-                norm.register_forward_hook(_as_given)
 
 
-def _as_given(_norm: torch.nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _keep_dtype_of_queries_and_keys(module: Any) -> None:
+    """CUDA's autocast computes their norms in float32, and foreign kernels refuse float32 beside bfloat16 values."""
+    for name, norm in module.named_modules():
+        if name.rpartition(".")[2] in ("norm_q", "norm_k", "norm_added_q", "norm_added_k"):
+            norm.register_forward_hook(_in_dtype_of_input)
+
+
+def _in_dtype_of_input(_norm: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
     return output.to(arguments[0].dtype)

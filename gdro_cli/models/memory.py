@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -111,17 +110,20 @@ def prepare_quantised(transformer: nn.Module, dtype: torch.dtype) -> None:
     for layer in transformer.modules():
         if isinstance(layer, nn.Linear) and type(layer.weight) is not nn.Parameter:
             layer.register_forward_pre_hook(lambda _, arguments: (arguments[0].to(dtype), *arguments[1:]))
-            if type(layer).__module__.startswith("torch."):
-                layer.forward = partial(_frozen_product, layer)  # type: ignore[method-assign]
+            if type(layer) is nn.Linear:
+                layer.__class__ = _FrozenLinear
 
 
-def _frozen_product(layer: nn.Linear, x: Tensor) -> Tensor:
-    product: Tensor = _FrozenProduct.apply(x, layer.weight, layer.bias)  # type: ignore[no-untyped-call]
-    return product
+class _FrozenLinear(nn.Linear):
+    """A layer whose weights are quantised and not trained."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _FrozenProduct.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
+        return product
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """A linear layer whose weights are quantised and not trained; they are unpacked again in the backward pass."""
+    """``x @ weight.T + bias``; the backward pass unpacks the weight again."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -91,17 +90,6 @@ def test_a_row_has_its_fields_and_other_numbers_by_name(tmp_path: Path) -> None:
     for changes in ({"reward": None}, {"reward": "0.5"}, {"step": -1}, {"verdict": "bad"}, {"overall": "x"}):
         with pytest.raises(ValueError):
             read_row(json.dumps(row.to_json() | changes))
-
-
-def test_ten_thousand_rows_are_read_in_a_moment(tmp_path: Path) -> None:
-    """A long training; half a second would be felt at each start."""
-    run = open_run(tmp_path)
-    names = ("loss", "grad_norm", "lr", *(f"s_rank_{rank}" for rank in range(1, 13)))
-    line = json.dumps({"kind": "train", "step": 7, **dict.fromkeys(names, 0.123456789)}) + "\n"
-    run.metrics_path.write_text(line * 10_000)
-    start = time.process_time()
-    assert len(run.metrics()) == 10_000
-    assert time.process_time() - start < 0.5
 
 
 def test_a_torn_last_line_is_dropped_and_a_damaged_one_named(tmp_path: Path) -> None:

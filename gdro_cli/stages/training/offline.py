@@ -67,6 +67,8 @@ class GroupSteps:
             self.dataset = self.dataset.with_shuffled_rewards(recipe.train_seed)
         if self.dataset.counts.dropped_share:
             session.reporter.say(_left_out(self.dataset))
+        # No method of this object is passed on here and below. It would close a cycle, and the model and the images of
+        # a finished training would stay in memory.
         self._gradient = GroupGradient(
             model=model,
             loss=loss_arguments(method),
@@ -77,9 +79,8 @@ class GroupSteps:
             one_pass=takes_one_pass(recipe),
             autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
-            between_micro_batches=self._hear_stop,
+            between_micro_batches=partial(_hear_stop, session),
         )
-        # A method of this object would close a cycle, and the model of a finished training would stay on its device.
         self._prefetch = Prefetch(
             partial(_draw, session, self.dataset), steps=recipe.train.steps if recipe.train.prefetch else 0
         )
@@ -109,16 +110,6 @@ class GroupSteps:
         output = self._gradient(groups, self._reference_errors(batch, groups))
         metrics = averages(self.session.engine, {"loss": output.loss, **output.metrics})
         return StepGradient({**metrics, "dropped_groups_share": self.dataset.counts.dropped_share})
-
-    def _hear_stop(self) -> None:
-        """Abandon the step if the user asked to stop: a large one takes minutes, and clusters do not wait so long.
-
-        Several processes must agree, so they look only where all are at the same place: between backward passes.
-        Without gradient one may compute fewer micro-batches than another, because it has some of the errors.
-        """
-        engine, stop = self.session.engine, self.session.stop
-        if stop.requested if engine.world == 1 else torch.is_grad_enabled() and engine.hear(stop):
-            raise StepAbandoned
 
     def close(self) -> None:
         """End the thread that draws ahead."""
@@ -168,6 +159,17 @@ def _draw(session: Session, dataset: GroupDataset, step: int) -> tuple[GroupBatc
     if engine.device.type == "cuda":
         return replace(batch, latents=batch.latents.pin_memory()), (sigma.pin_memory(), noise.pin_memory())
     return batch, (sigma, noise)
+
+
+def _hear_stop(session: Session) -> None:
+    """Abandon the step if the user asked to stop: a large one takes minutes, and clusters do not wait so long.
+
+    Several processes must agree, so they look only where all are at the same place: between backward passes. Without
+    gradient one may compute fewer micro-batches than another, because it has some of the errors.
+    """
+    engine, stop = session.engine, session.stop
+    if stop.requested if engine.world == 1 else torch.is_grad_enabled() and engine.hear(stop):
+        raise StepAbandoned
 
 
 def _left_out(dataset: GroupDataset) -> str:

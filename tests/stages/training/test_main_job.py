@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,12 @@ from gdro_cli.stages.runs.weights import applied, trained_run
 from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.sampling.fill_store import fill_store, sample_groups
 from gdro_cli.stages.scoring import score
+from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_training_store, training_plan
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.group_gradient import GroupGradient
+from gdro_cli.stages.training.offline import GroupSteps
 
 pytestmark = pytest.mark.slow
 
@@ -202,6 +206,25 @@ def test_a_stop_in_the_middle_of_a_step_abandons_it(
     assert adapters[0] == adapters[1]
     rows = [[{**row.to_json(), "seconds": 0} for row in run.metrics()] for run in runs]
     assert rows[0] == rows[1]
+
+
+def test_a_closed_source_of_steps_frees_its_images_at_once(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """Without a collection: the next round, or the next trial, is loaded before one comes."""
+    workspace = shutil.copytree(finished[0], tmp_path / "out")
+    with Session(make_recipe(), workspace, Reporter(quiet=True)) as session:
+        steps = GroupSteps(session, make_scored_store(session)[0])
+        steps._prefetch.take(0)
+        steps.close()
+        alive = weakref.ref(steps)
+        gc.collect()
+        gc.disable()
+        try:
+            del steps
+            assert alive() is None
+        finally:
+            gc.enable()
 
 
 def test_the_pipeline_with_the_adapter_draws_the_evaluated_images(finished: Finished, make_recipe: MakeRecipe) -> None:
