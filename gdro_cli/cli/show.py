@@ -83,16 +83,20 @@ def check(
 def fields(
     prefix: Annotated[str, typer.Argument(metavar="[KEY]", help="Only this key or section.")] = "",
 ) -> None:
-    """Explain every key: type, default, meaning."""
+    """Explain every key, with those of installed rewards: type, default, meaning."""
     from rich.console import Console
     from rich.text import Text
 
     from gdro_cli.config.keys import describe_fields, field_names
+    from gdro_cli.config.rewards import REWARDS
+    from gdro_cli.config.schema import schema_with
+    from gdro_cli.rewards.registry import usable_plugins
     from gdro_cli.suggest import similar_key
 
-    chosen = [doc for doc in describe_fields() if not prefix or f"{doc.path}.".startswith(f"{prefix}.")]
+    schema = schema_with([*REWARDS, *usable_plugins()])
+    chosen = [doc for doc in describe_fields(schema) if not prefix or f"{doc.path}.".startswith(f"{prefix}.")]
     if not chosen:
-        hint = similar_key(prefix, field_names(sections=True))
+        hint = similar_key(prefix, field_names(schema, sections=True))
         raise UserError(f"there is no recipe key {prefix!r}{hint or ': gdro recipes fields lists them'}")
     console = Console(highlight=False)
     for doc in chosen:
@@ -124,7 +128,7 @@ def prompts(
         hint = similar(name, BUILTIN_SETS) or f": choose one of {', '.join(BUILTIN_SETS)}"
         raise UserError(f"there is no built-in prompt set {name!r}{hint}")
     source = PromptSource(builtin=name, count=count, seed=seed, plurals=plurals)
-    for problem in source_problems(source, sets=BUILTIN_SETS, path=name):
+    for problem in source_problems(source, path=name):
         raise UserError(f"{problem.path}: {problem.message}")
     from gdro_cli.data.prompts import draw_prompts
 

@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from gdro_cli.config.base import Affects, Effect, FallsBackTo, StoredGroupsOnly
 from gdro_cli.config.methods import METHODS, AnyMethod, GroupMethod
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.rewards import IN_REGISTRY, REWARDS
+from gdro_cli.config.rewards import IN_REGISTRY, reward_names
+from gdro_cli.config.schema import OWN_KEYS, full_schema
 
 SHORT_NAMES = {
     "method": "method.name",
@@ -53,30 +54,38 @@ class FieldDoc:
 
 
 @cache
-def _docs() -> dict[str, FieldDoc]:
-    return {doc.path: doc for doc in _walk(Recipe, prefix="", notes=())}
+def _docs(schema: type[Recipe]) -> dict[str, FieldDoc]:
+    return {doc.path: doc for doc in _walk(schema, prefix="", notes=())}
 
 
-def describe_fields() -> tuple[FieldDoc, ...]:
-    """Every key and section in the order of the recipe."""
-    return tuple(_docs().values())
+def describe_fields(schema: type[Recipe] | None = None) -> tuple[FieldDoc, ...]:
+    """Every key and section in the order of the recipe.
+
+    ``schema`` is the class of the recipe that is asked about (``gdro_cli.config.schema``). Default, also below: the one
+    with all built-in rewards.
+    """
+    return tuple(_docs(schema or full_schema()).values())
 
 
 @cache
-def field_names(*, sections: bool = False) -> tuple[str, ...]:
+def _names(schema: type[Recipe], sections: bool) -> tuple[str, ...]:
+    return tuple(doc.path for doc in describe_fields(schema) if sections or not doc.section)
+
+
+def field_names(schema: type[Recipe] | None = None, *, sections: bool = False) -> tuple[str, ...]:
     """The dotted path of every key, with or without the sections."""
-    return tuple(doc.path for doc in describe_fields() if sections or not doc.section)
+    return _names(schema or full_schema(), sections)
 
 
-def field_doc(path: str) -> FieldDoc:
+def field_doc(path: str, schema: type[Recipe] | None = None) -> FieldDoc:
     """The key or section at a dotted path. Raises KeyError."""
-    return _docs()[path]
+    return _docs(schema or full_schema())[path]
 
 
-def full_key(name: str) -> str | None:
+def full_key(name: str, schema: type[Recipe] | None = None) -> str | None:
     """The dotted path of the recipe key with this full or short name, or None."""
     candidates = (name, SHORT_NAMES.get(name, ""), f"method.{name}")
-    return next((key for key in candidates if key in field_names()), None)
+    return next((key for key in candidates if key in field_names(schema)), None)
 
 
 def foreign_keys(method: str) -> dict[str, FieldDoc]:
@@ -92,7 +101,7 @@ def values_that_affect(recipe: Recipe, *effects: Effect) -> dict[str, Any]:
     """
     resolved = recipe.resolved()
     chosen: dict[str, Any] = {}
-    for doc in describe_fields():
+    for doc in describe_fields(type(recipe)):
         if doc.affects.isdisjoint(effects) or not _uses(recipe, doc):
             continue
         *sections, name = doc.path.split(".")
@@ -109,6 +118,14 @@ def _uses(recipe: Recipe, doc: FieldDoc) -> bool:
 
 def _value(resolved: dict[str, Any], path: str) -> Any:
     return reduce(lambda section, part: section[part], path.split("."), resolved)
+
+
+def settings_that_affect(settings: BaseModel, *effects: Effect) -> dict[str, Any]:
+    """The values of a reward's settings with one of the effects, by path, as plain JSON."""
+    notes = Recipe.model_fields["reward"].metadata
+    values = settings.model_dump(mode="json")
+    docs = (doc for doc in _walk(type(settings), prefix="", notes=notes) if not doc.section)
+    return {doc.path: _value(values, doc.path) for doc in docs if not doc.affects.isdisjoint(effects)}
 
 
 def _walk(model: type[BaseModel], *, prefix: str, notes: Sequence[object]) -> Iterator[FieldDoc]:
@@ -149,7 +166,7 @@ def _doc(path: str, field: FieldInfo, notes: Sequence[object], *, section: bool 
         text=" ".join((field.description or "").split()),
         section=section,
         methods=() if stored is None else _STORED,
-        reward=parts[1] if parts[0] == "reward" and parts[1:] and parts[1] in REWARDS else None,
+        reward=parts[1] if parts[0] == "reward" and parts[1:] and parts[1] not in OWN_KEYS else None,
         instead=None if stored is None else stored.instead,
         affects=frozenset() if section or affects is None else affects.effects,
         falls_back_to=None if fallback is None else fallback.key,
@@ -168,7 +185,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _type_of(field: FieldInfo) -> str:
-    return " | ".join(REWARDS) if IN_REGISTRY in field.metadata else _type_text(field.annotation)
+    return " | ".join(reward_names()) if IN_REGISTRY in field.metadata else _type_text(field.annotation)
 
 
 def _type_text(annotation: Any) -> str:

@@ -36,7 +36,7 @@ class Recipe(StrictModel):
     model: Annotated[ModelSection, Affects("images", "training", "measurement")] = ModelSection()
     """The text-to-image model to train."""
     prompts: PromptsSection
-    """The task and its prompts."""
+    """The prompts."""
     sample: Annotated[SampleSection, Affects("images")] = SampleSection()
     """How groups are made."""
     reward: Annotated[RewardSection, Affects("scores", "measurement")] = RewardSection()

@@ -1,4 +1,4 @@
-"""The rewards that a recipe can name, and the module and class of each.
+"""The rewards that a recipe can name: those of this package, and installed plug-ins.
 
 The reward classes depend on recipes, so this module only names them and imports a class when a recipe needs it.
 ``gdro_cli.rewards.registry`` has the classes.
@@ -6,30 +6,72 @@ The reward classes depend on recipes, so this module only names them and imports
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BaseModel, BeforeValidator
 from pydantic_core import PydanticKnownError
 
 REWARDS: dict[str, str] = {
     "ocr": "gdro_cli.rewards.ocr.reward:OcrReward",
     "geneval": "gdro_cli.rewards.geneval.reward:GenEvalReward",
 }
-"""``module:class`` of each reward by its name. A new reward is one more line."""
+"""``module:class`` of each built-in reward by its name. A new one is one more line."""
+
+GROUP = "gdro_cli.rewards"
+"""The entry points of installed packages that add rewards: name -> ``module:class``."""
+
+
+def plugin_entries() -> dict[str, list[EntryPoint]]:
+    """The entry points of plug-ins by name, sorted; a name with several belongs to several packages.
+
+    Nothing is imported. A plug-in with the name of a built-in reward is listed, and never used.
+    """
+    entries: dict[str, list[EntryPoint]] = {}
+    for entry in sorted(entry_points(group=GROUP), key=lambda entry: (entry.name, distribution(entry))):
+        entries.setdefault(entry.name, []).append(entry)
+    return entries
+
+
+def distribution(entry: EntryPoint) -> str:
+    """The package that an entry point belongs to, with its version: ``gdro-reward-brightness 0.1.0``."""
+    return entry.value if entry.dist is None else f"{entry.dist.name} {entry.dist.version}"
+
+
+def reward_names() -> tuple[str, ...]:
+    """The names that ``reward.kind`` takes, the built-in ones first."""
+    return tuple(dict.fromkeys((*REWARDS, *plugin_entries())))
+
+
+def resolve_reward(name: str) -> Any:
+    """The class of a reward that ``reward_names`` lists.
+
+    Raises:
+        PrerequisiteError: it is a plug-in that cannot be used.
+    """
+    if name in REWARDS:
+        return resolve_name(REWARDS[name])
+    return resolve_name("gdro_cli.rewards.plugins:load_plugin")(name)
 
 
 def reward_needs(name: str) -> frozenset[str]:
     """What a prompt must carry for the reward ``name``: ``target``, keys of its metadata, or nothing."""
-    needs: frozenset[str] = resolve_name(REWARDS[name]).needs
+    needs: frozenset[str] = resolve_reward(name).needs
     return needs
 
 
+def reward_settings(name: str) -> type[BaseModel]:
+    """The model of a reward's keys in a recipe."""
+    settings: type[BaseModel] = resolve_reward(name).Settings
+    return settings
+
+
 def _in_registry(value: Any) -> Any:
-    if not isinstance(value, str) or value not in REWARDS:
-        *others, last = (f"'{name}'" for name in REWARDS)
-        raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
-    return value
+    if isinstance(value, str) and (value in REWARDS or value in reward_names()):
+        return value
+    *others, last = (f"'{name}'" for name in reward_names())
+    raise PydanticKnownError("literal_error", {"expected": f"{', '.join(others)} or {last}"})
 
 
 IN_REGISTRY = BeforeValidator(_in_registry)

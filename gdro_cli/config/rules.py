@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from gdro_cli.config.base import StrictModel
 from gdro_cli.config.keys import field_names, foreign_keys, full_key
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
-from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, OPTIONS, BuiltinSet, fitting_sets
+from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, OPTIONS, fitting_sets
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.rewards import reward_needs
 from gdro_cli.config.sections import PromptSource
@@ -81,41 +81,44 @@ def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:
-    task = recipe.prompts.task
-    if recipe.reward.kind != task:
-        message = f"{recipe.reward.kind!r} does not score prompts of the task {task!r} (prompts.task)"
-        yield Problem("reward.kind", message)
-    sets = fitting_sets(reward_needs(task))
+    kind = recipe.reward.kind
     for split in ("train", "validation", "eval"):
-        yield from source_problems(getattr(recipe.prompts, split), sets=sets, path=f"prompts.{split}")
+        yield from source_problems(getattr(recipe.prompts, split), path=f"prompts.{split}", reward=kind)
 
 
-def source_problems(source: PromptSource, *, sets: Collection[str], path: str) -> Iterator[Problem]:
+def source_problems(source: PromptSource, *, path: str, reward: str | None = None) -> Iterator[Problem]:
     """Every rule that a prompt source breaks.
 
     Args:
         source: the prompt source.
-        sets: the built-in sets that fit its reward.
         path: the dotted path of its section in messages.
+        reward: the name of the reward that a built-in set must fit. Default: any set will do.
     """
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
     elif source.file is not None and source.builtin is not None:
         yield Problem(path, "names both a `file` and a `builtin` set: keep one")
     elif source.builtin is not None:
-        if source.builtin in sets:
-            yield from _builtin(source, source.builtin, BUILTIN_SETS[source.builtin], path=path)
-        else:
-            names = ", ".join(sets) or "none for this reward, name a `file`"
-            hint = similar(source.builtin, sets)
-            yield Problem(f"{path}.builtin", f"{source.builtin!r} is not a built-in set (they are: {names}){hint}")
+        yield from _builtin(source, source.builtin, path=path, reward=reward)
     else:
         for key in ("seed", *OPTIONS):
             if _is_set(source, key):
                 yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
 
 
-def _builtin(source: PromptSource, name: str, facts: BuiltinSet, *, path: str) -> Iterator[Problem]:
+def _builtin(source: PromptSource, name: str, *, path: str, reward: str | None) -> Iterator[Problem]:
+    sets = fitting_sets(frozenset() if reward is None else reward_needs(reward))
+    names = ", ".join(sets) or "none, name a `file`"
+    facts = BUILTIN_SETS.get(name)
+    if facts is None:
+        message = f"{name!r} is not a built-in set (they are: {names}){similar(name, sets)}"
+        yield Problem(f"{path}.builtin", message)
+        return
+    if name not in sets:
+        lacking = " and ".join(sorted(reward_needs(reward or "") - facts.carries))
+        message = f"the prompts of {name!r} have no {lacking}, which reward.kind {reward!r} needs (that have: {names})"
+        yield Problem(f"{path}.builtin", message)
+        return
     for key, owners in OPTIONS.items():
         if key not in facts.options and _is_set(source, key):
             yield Problem(f"{path}.{key}", f"only applies to {owners}, not to {name!r}: remove it")
@@ -214,9 +217,9 @@ def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
     for name, values in recipe.ablation.items():
         path = f"ablation.{name}"
-        key = full_key(name)
+        key = full_key(name, type(recipe))
         if key is None:
-            yield Problem(path, f"there is no recipe key {name!r}{similar_key(name, field_names())}")
+            yield Problem(path, f"there is no recipe key {name!r}{similar_key(name, field_names(type(recipe)))}")
         if not values:
             yield Problem(path, "needs at least one value")
         for value in values:

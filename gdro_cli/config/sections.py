@@ -86,10 +86,9 @@ class PromptSource(StrictModel):
 
 
 class PromptsSection(StrictModel):
-    """The task, and its prompts for training, evaluation points and the final evaluation."""
+    """The prompts for training, evaluation points and the final evaluation. What they must carry follows from the
+    reward."""
 
-    task: Annotated[RewardName, Affects("scores", "measurement")]
-    """What the prompts ask for: `ocr` (a text), or `geneval` (objects, counts, colours and places)."""
     train: Annotated[PromptSource, Affects("images", "training")]
     """Prompts whose groups are sampled, scored and trained on."""
     validation: Annotated[PromptSource, Affects("measurement")]
@@ -163,7 +162,8 @@ class RewardSection(StrictModel):
     """How images are scored."""
 
     kind: RewardName = "ocr"
-    """The reward. Must be the one of `prompts.task`."""
+    """The reward, built in or of an installed plug-in (`gdro rewards` lists both). Its settings are the section of its
+    name."""
     workers: Annotated[Annotated[int, Field(ge=1, le=_MOST_WORKERS)] | Literal["auto"], Affects("speed")] = "auto"
     """Scoring processes, 1 or more. `auto`: one per available CPU core; a single one for mask2former and clip."""
     max_failed_share: Annotated[float, Affects("evaluation")] = Field(0.02, ge=0, le=1)

@@ -32,8 +32,11 @@ MOST_CELLS = 1000
 """Trainings of one ablation; all of their recipes are in memory together."""
 
 _SEEDS = "cannot be swept: `--seeds N` repeats every cell with N training seeds"
-_TASK = "is the task itself, and cells of two tasks cannot be compared"
-_REASONS = {"seed": _SEEDS, "train.seed": _SEEDS, "prompts.task": _TASK, "reward.kind": _TASK}
+_REASONS = {
+    "seed": _SEEDS,
+    "train.seed": _SEEDS,
+    "reward.kind": "is what is measured, and cells with two rewards cannot be compared",
+}
 """Why a key cannot be swept, if what it affects (``_reason``) does not say so."""
 
 
@@ -146,16 +149,17 @@ def _axes(recipe: Recipe, names: Sequence[str], values: Sequence[str]) -> tuple[
 
 def _key(name: str, recipe: Recipe) -> str:
     """The key with this full or short name. Raises UserError if it cannot be swept."""
-    key = full_key(name)
+    schema = type(recipe)
+    key = full_key(name, schema)
     if key is None:
-        if any(path.startswith(f"{name}.") for path in field_names()):
+        if any(path.startswith(f"{name}.") for path in field_names(schema)):
             raise UserError(f"--param {name}: {name} is a section: name one of its keys (gdro recipes fields {name})")
-        hint = similar_key(name, [*field_names(), *SHORT_NAMES])
+        hint = similar_key(name, [*field_names(schema), *SHORT_NAMES])
         raise UserError(f"--param {name}: there is no recipe key {name!r}{hint or ': gdro recipes fields lists them'}")
-    reason = _REASONS.get(key) or _reason(key)
+    reason = _REASONS.get(key) or _reason(key, schema)
     if reason is not None:
         raise UserError(f"--param {name}: {key} {reason}")
-    for doc in describe_fields():
+    for doc in describe_fields(schema):
         if doc.falls_back_to == key and "measurement" in doc.affects and attrgetter(doc.path)(recipe) is None:
             raise UserError(
                 f"--param {name}: {key} also changes how the validation images are drawn: pin that first, as in"
@@ -164,9 +168,9 @@ def _key(name: str, recipe: Recipe) -> str:
     return key
 
 
-def _reason(key: str) -> str | None:
+def _reason(key: str, schema: type[Recipe]) -> str | None:
     """Why a key cannot be swept, by what it affects; None if it can."""
-    affects = field_doc(key).affects
+    affects = field_doc(key, schema).affects
     if "label" in affects:
         return "says something about the recipe and not about the training"
     if key.startswith("model.") and "measurement" in affects:
@@ -180,7 +184,7 @@ def _values(name: str, key: str, recipe: Recipe, text: str | None) -> tuple[Any,
     if text is not None:
         values = parse_yaml(f"[{text}]", source=f"--values {text!r} for {name}")
     else:
-        values = next((values for short, values in recipe.ablation.items() if full_key(short) == key), ())
+        values = next((values for short, values in recipe.ablation.items() if full_key(short, type(recipe)) == key), ())
     if not values:
         raise UserError(
             f"--param {name}: there are no values, and the recipe {recipe.name} has none in its section `ablation`:"
@@ -225,7 +229,7 @@ def _refuse_equal(cells: Sequence[Cell]) -> None:
 
 def _notes(recipe: Recipe, axes: Sequence[Axis], cells: Sequence[Cell]) -> Iterator[str]:
     for axis in axes:
-        if "images" in field_doc(axis.key).affects:
+        if "images" in field_doc(axis.key, type(recipe)).affects:
             yield f"{axis.name} changes the images of the store: its {len(axis.values)} values have a store each"
         if axis.key == "method.name":
             yield from _dropped(recipe, axis.values)

@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from gdro_cli.config.keys import field_doc, field_names
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.rules import Problem, problems
+from gdro_cli.config.schema import schema_of, with_own_section
 from gdro_cli.config.yamlfile import describe, shown
 from gdro_cli.errors import UserError
 from gdro_cli.suggest import similar, similar_key
@@ -49,13 +50,20 @@ _EXPECTED = {
 
 
 def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
-    """``data`` as a recipe. Raises a ``UserError`` with all its problems, which calls it ``source``."""
+    """``data`` as a recipe.
+
+    Raises:
+        UserError: it has problems; the message lists them and calls it ``source``.
+        PrerequisiteError: it names a reward of a plug-in that cannot be used.
+    """
+    schema = schema_of(data)
+    data = with_own_section(data, schema)
     try:
-        recipe = Recipe.model_validate(data)
+        recipe = schema.model_validate(data)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        wrong_keys = _key_problems(details, data)
-        raise _refusal([*wrong_keys, *_rule_problems(details, data, wrong_keys)], source) from error
+        wrong_keys = _key_problems(details, data, schema)
+        raise _refusal([*wrong_keys, *_rule_problems(details, data, wrong_keys, schema)], source) from error
     if broken_rules := list(problems(recipe)):
         raise _refusal(broken_rules, source)
     return recipe
@@ -69,16 +77,20 @@ def _refusal(found: Sequence[Problem], source: str) -> UserError:
     return UserError(f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
 
 
-def _key_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any]) -> list[Problem]:
+def _key_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any], schema: type[Recipe]) -> list[Problem]:
     """One problem per key, in the order of the errors. The branches of a union become one sentence."""
     keys: dict[str, str] = {}
     values: dict[str, list[ErrorDetails]] = {}
     for detail in details:
-        path = _path(detail)
+        path = _path(detail, schema)
         if detail["type"] == "missing":
             keys[path] = "is missing"
+        elif detail["type"] == "value_error":  # a rule between the settings of a reward
+            keys[path] = str(detail["ctx"]["error"])
         elif detail["type"] == "extra_forbidden":
-            keys[path] = _unknown(path, data) if len(keys) < MAX_PROBLEMS else "unknown key"  # a hint takes 1 ms
+            keys[path] = (
+                _unknown(path, data, schema) if len(keys) < MAX_PROBLEMS else "unknown key"
+            )  # a hint takes 1 ms
         else:
             values.setdefault(path, []).append(detail)
     # If an element of a list is wrong, the other branches of the list's union add nothing.
@@ -95,15 +107,15 @@ def _wrong(details: Sequence[ErrorDetails]) -> str:
 
 
 def _rule_problems(
-    details: Sequence[ErrorDetails], data: Mapping[str, Any], wrong_keys: Sequence[Problem]
+    details: Sequence[ErrorDetails], data: Mapping[str, Any], wrong_keys: Sequence[Problem], schema: type[Recipe]
 ) -> list[Problem]:
     """The rules that the rest of the recipe breaks, without those that depend on a wrong key."""
     rest = copy.deepcopy(dict(data))
     for detail in details:
-        _remove(rest, _path(detail))
+        _remove(rest, _path(detail, schema))
     rest.setdefault("name", "recipe")
     try:
-        recipe = Recipe.model_validate(rest)
+        recipe = schema.model_validate(rest)
     except ValidationError:
         return []
     return [
@@ -126,7 +138,7 @@ def _remove(data: dict[str, Any], path: str) -> None:
         section.pop(last, None)
 
 
-def _path(detail: ErrorDetails) -> str:
+def _path(detail: ErrorDetails, schema: type[Recipe]) -> str:
     """The dotted path of the wrong key, without pydantic's labels for the branches of unions."""
     path = ""
     for number, part in enumerate(detail["loc"], start=1):
@@ -134,7 +146,7 @@ def _path(detail: ErrorDetails) -> str:
         unknown = number == len(detail["loc"]) and detail["type"] == "extra_forbidden"
         if isinstance(part, int):
             path += f"[{part}]"
-        elif unknown or inner in field_names(sections=True) or path == "ablation" or path.endswith(".tags"):
+        elif unknown or inner in field_names(schema, sections=True) or path == "ablation" or path.endswith(".tags"):
             path = inner
     return f"{path}.name" if detail["type"] == "union_tag_invalid" else path
 
@@ -154,9 +166,11 @@ def _value_hint(detail: ErrorDetails) -> str:
     return similar(value, choices.split("'")[1::2]) if choices and isinstance(value, str) else ""
 
 
-def _unknown(path: str, data: Mapping[str, Any]) -> str:
-    """The message about a key that the recipe or its method does not have."""
-    if path in field_names():
-        owners = ", ".join(field_doc(path).methods)
+def _unknown(path: str, data: Mapping[str, Any], schema: type[Recipe]) -> str:
+    """The message about a key that the recipe, its method or its reward does not have."""
+    if path == "prompts.task":
+        return "is not a key any more, since what prompts must carry follows from reward.kind: remove it"
+    if path in field_names(schema):
+        owners = ", ".join(field_doc(path, schema).methods)
         return f"the method {data['method']['name']!r} has no such key (it belongs to {owners}): remove it"
-    return f"unknown key{similar_key(path, field_names(sections=True))}"
+    return f"unknown key{similar_key(path, field_names(schema, sections=True))}"

@@ -63,15 +63,25 @@ class Score:
     """What the reward was computed from, as JSON values."""
 
     def __post_init__(self) -> None:
-        """Check that the score is either measured or missing with a reason.
+        """Check that the score is either measured or missing with a reason, and make the value a ``float``.
 
-        Raises ``ValueError`` if it is not, and ``TypeError`` if the details are not JSON values.
+        Raises ``ValueError`` if it is not, and ``TypeError`` if the value is not a number or a detail not a JSON value.
         """
         if (self.value is None) != (self.reason is not None):
             raise ValueError("a score has a value, or a reason why it has none")
-        if self.value is not None and not math.isfinite(self.value):
-            raise ValueError(f"a score is a finite number, not {self.value}")
+        if self.value is not None:
+            object.__setattr__(self, "value", _finite(self.value))
         json.dumps(dict(self.details), allow_nan=False)
+
+
+def _finite(value: Any) -> float:
+    """A number of any library as a ``float``. Raises ``TypeError`` and ``ValueError``."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"a score is a number, not the text {value[:40]!r}")
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a score is a finite number, not {number}")
+    return number
 
 
 class PromptLike(Protocol):
@@ -171,18 +181,7 @@ class Reward(ABC):
         Raises:
             ValueError: something that the reward needs is missing or wrong; the message says what.
         """
-        if missing := sorted(self.needs - {"target"} - metadata.keys()):
-            raise ValueError(f"the key {missing[0]} is missing")
-        if "target" not in self.needs:
-            return target
-        text = quoted_text(prompt) if target is None else target
-        if text is None:
-            raise ValueError(
-                'it has no text in double quotes; write what the image must say, as in a sign that says "HELLO"'
-            )
-        if not text.strip():
-            raise ValueError("the text that the image must say is empty")
-        return text
+        return read_needs(self.needs, prompt, target=target, metadata=metadata)
 
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -238,11 +237,27 @@ class Reward(ABC):
             return Score(None, str(error))
         try:
             score = self.score_image(image, prompt)
-            return score if isinstance(score, Score) else Score(float(score))
+            return score if isinstance(score, Score) else Score(score)
         except GdroError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a reward raises concerns this image, not the others
             return Score(None, f"the reward {self.name} failed on this image: {one_line(error)}")
+
+
+def read_needs(needs: frozenset[str], prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
+    """``Reward.read_prompt`` for a reward with these needs. Raises ``ValueError``."""
+    if missing := sorted(needs - {"target"} - metadata.keys()):
+        raise ValueError(f"the key {missing[0]} is missing")
+    if "target" not in needs:
+        return target
+    text = quoted_text(prompt) if target is None else target
+    if text is None:
+        raise ValueError(
+            'it has no text in double quotes; write what the image must say, as in a sign that says "HELLO"'
+        )
+    if not text.strip():
+        raise ValueError("the text that the image must say is empty")
+    return text
 
 
 class UnreadableImageError(Exception):

@@ -75,7 +75,12 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         ("method=gdro", "method: must be a section of keys and values, not 'gdro'."),
         ("train=null", "train: must be a section of keys and values, not null."),
         ("name=a/b", "name: must be letters, digits, '.', '_' or '-'"),
-        ("prompts.task=orc", "prompts.task: must be 'ocr' or 'geneval', not 'orc'; did you mean `ocr`?"),
+        ("reward.kind=orc", "reward.kind: must be 'ocr' or 'geneval', not 'orc'; did you mean `ocr`?"),
+        ("reward.kind=[ocr]", "reward.kind: must be 'ocr' or 'geneval', not a list of 1."),
+        (
+            "prompts.task=ocr",
+            "prompts.task: is not a key any more, since what prompts must carry follows from reward.kind: remove it.",
+        ),
         # rules between keys
         ("method.k=17", "method.k: 17 is more than sample.images_per_prompt (16)"),
         ("method={sigma_min: 0.2, sigma_max: 0.2}", "method.sigma_min: 0.2 must be below method.sigma_max (0.2)."),
@@ -97,9 +102,10 @@ def test_one_problem_is_one_sentence(override: str, expected: str) -> None:
     assert "pydantic" not in text
 
 
-def test_a_reward_must_fit_the_task() -> None:
-    text = message("prompts.task=geneval")
-    assert "reward.kind: 'ocr' does not score prompts of the task 'geneval'" in text
+def test_built_in_prompts_must_fit_the_reward() -> None:
+    text = message("reward.kind=geneval", "prompts.validation={file: a.jsonl}", "prompts.eval={file: a.jsonl}")
+    assert "prompts.train.builtin: the prompts of 'ocr-train' have no include and tag" in text
+    assert "which reward.kind 'geneval' needs (that have: geneval-train, " in text
 
 
 def test_one_pass_needs_the_group_in_one_forward() -> None:
@@ -143,7 +149,7 @@ def test_keys_that_an_online_method_does_not_use(override: str, expected: str) -
 
 def test_missing_keys_are_named() -> None:
     with pytest.raises(UserError) as caught:
-        build_recipe({"prompts": {"task": "ocr", "train": {"builtin": "ocr-train"}}}, source="here")
+        build_recipe({"prompts": {"train": {"builtin": "ocr-train"}}}, source="here")
     lines = str(caught.value).splitlines()
     assert lines[0] == "here has 3 problems:"
     assert sorted(lines[1:]) == ["  name: is missing", "  prompts.eval: is missing", "  prompts.validation: is missing"]
@@ -186,7 +192,7 @@ def test_a_file_that_is_not_a_recipe_is_one_sentence(tmp_path: Path, content: by
 def test_a_byte_order_mark_is_accepted(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("\ufeffextends: ocr\n", encoding="utf-8")
-    assert load_recipe(str(path)).prompts.task == "ocr"
+    assert load_recipe(str(path)).reward.kind == "ocr"
 
 
 @pytest.mark.parametrize(

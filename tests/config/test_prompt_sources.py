@@ -8,17 +8,14 @@ import pytest
 
 from gdro_cli.config.keys import describe_fields
 from gdro_cli.config.load import load_recipe
-from gdro_cli.config.prompt_sets import fitting_sets
-from gdro_cli.config.rewards import reward_needs
 from gdro_cli.config.rules import source_problems
 from gdro_cli.config.sections import PromptSource
 from gdro_cli.errors import UserError
 from gdro_cli.identity import digest
 
 
-def messages(task: str, **keys: Any) -> list[str]:
-    sets = fitting_sets(reward_needs(task))
-    problems = source_problems(PromptSource(**keys), sets=sets, path="here")
+def messages(reward: str, **keys: Any) -> list[str]:
+    problems = source_problems(PromptSource(**keys), path="here", reward=reward)
     return [f"{problem.path}: {problem.message}" for problem in problems]
 
 
@@ -29,7 +26,7 @@ def message(*overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("task", "keys"),
+    ("reward", "keys"),
     [
         ("geneval", {"builtin": "geneval-train", "count": 9, "seed": 2, "tags": {"position": 7, "counting": 0.5}}),
         ("geneval", {"builtin": "geneval-test", "tags": {"position": 1, "colors": 0}, "plurals": "naive"}),
@@ -38,12 +35,12 @@ def message(*overrides: str) -> str:
         ("ocr", {"builtin": "ocr-train", "two_line_share": 0.5, "min_letters": 3, "max_letters": 3}),
     ],
 )
-def test_valid_sources(task: str, keys: dict[str, Any]) -> None:
-    assert messages(task, **keys) == []
+def test_valid_sources(reward: str, keys: dict[str, Any]) -> None:
+    assert messages(reward, **keys) == []
 
 
 @pytest.mark.parametrize(
-    ("task", "keys", "expected"),
+    ("reward", "keys", "expected"),
     [
         (
             "geneval",
@@ -103,8 +100,8 @@ def test_valid_sources(task: str, keys: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_invalid_sources(task: str, keys: dict[str, Any], expected: list[str]) -> None:
-    assert messages(task, **keys) == expected
+def test_invalid_sources(reward: str, keys: dict[str, Any], expected: list[str]) -> None:
+    assert messages(reward, **keys) == expected
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from gdro_cli.identity import differences, digest
 
 MINIMAL = """
 prompts:
-  task: ocr
   train: {builtin: ocr-train, count: 8}
   validation: {builtin: ocr-validation, count: 2}
   eval: {builtin: ocr-test, count: 4}

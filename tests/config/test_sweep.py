@@ -145,7 +145,7 @@ def test_lists_texts_and_flags_can_be_values(ocr: Recipe) -> None:
         (["train.seed"], ["1,2"], "`--seeds N` repeats"),
         (["name"], ["a,b"], "says something about the recipe"),
         (["ablation"], ["1"], "says something about the recipe"),
-        (["prompts.task"], ["geneval"], "is the task itself"),
+        (["reward.kind"], ["geneval"], "is what is measured"),
         (["prompts.validation.count"], ["4,8"], "changes what is measured"),
         (["prompts.eval.count"], ["4,8"], "changes what is measured"),
         (["judge.kind"], ["none"], "changes what is measured"),

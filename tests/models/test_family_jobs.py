@@ -51,7 +51,6 @@ def tiny_recipe(folder: Path) -> Recipe:
             "name": "tiny-family",
             "model": {"path": str(folder), "max_sequence_length": TEXT},
             "prompts": {
-                "task": "ocr",
                 "train": {"builtin": "ocr-train", "count": 2},
                 "validation": {"builtin": "ocr-validation", "count": 1},
                 "eval": {"builtin": "ocr-test", "count": 2},

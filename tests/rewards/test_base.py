@@ -135,5 +135,5 @@ def test_what_a_prompt_must_carry(
 
 
 def test_a_reward_that_is_not_installed() -> None:
-    with pytest.raises(UserError, match="there is no reward 'music' in this installation: it has ocr, geneval$"):
+    with pytest.raises(UserError, match="there is no reward 'music' in this installation \\(it has ocr, geneval"):
         reward_class("music")

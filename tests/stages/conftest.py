@@ -26,7 +26,6 @@ from tests.support.warm_pools import warm_pools
 SMALL: dict[str, Any] = {
     "name": "small",
     "prompts": {
-        "task": "ocr",
         "train": {"builtin": "ocr-train", "count": 4},
         "validation": {"builtin": "ocr-validation", "count": 2},
         "eval": {"builtin": "ocr-test", "count": 4},

@@ -1,4 +1,4 @@
-"""The reward of docs/adding-a-reward.md: the file as the page has it, and one line; nothing else knows of it."""
+"""The reward of docs/adding-a-reward.md as an installed package: the file as the page has it, and an entry point."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from typing import Any
 import pytest
 from PIL import ImageStat
 
-from gdro_cli.config.keys import _docs, describe_fields
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.rewards import REWARDS
-from gdro_cli.errors import UserError
 from gdro_cli.rewards.base import read_rgb
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.comparison import compare
@@ -26,6 +23,7 @@ from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.scoring import score
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
+from tests.support.plugins import install
 
 pytestmark = pytest.mark.slow
 
@@ -43,23 +41,18 @@ def code_of_the_page() -> str:
 
 @pytest.fixture
 def brightness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The reward's name, while it is registered."""
-    (tmp_path / "module").mkdir()
-    (tmp_path / "module" / "brightness.py").write_text(code_of_the_page(), encoding="utf-8")
-    monkeypatch.syspath_prepend(str(tmp_path / "module"))
-    REWARDS["brightness"] = "brightness:Brightness"
-    _docs.cache_clear()
+    """The reward's name, while its package is installed."""
+    (tmp_path / "site").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    install(tmp_path / "site", "brightness", code_of_the_page(), target="Brightness")
     yield "brightness"
-    REWARDS.pop("brightness", None)
-    _docs.cache_clear()
-    sys.modules.pop("brightness", None)
+    sys.modules.pop("brightness_reward", None)
 
 
 def sections(**train_section: Any) -> dict[str, Any]:
     return {
         "name": "bright",
         "prompts": {
-            "task": "brightness",
             "train": {"builtin": "ocr-train", "count": 4},
             "validation": {"builtin": "geneval-validation", "count": 2},
             "eval": {"builtin": "geneval-test", "count": 4},
@@ -72,13 +65,17 @@ def sections(**train_section: Any) -> dict[str, Any]:
 def test_the_whole_job(brightness: str, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path) -> None:
     recipe, out = make_recipe(**sections()), tmp_path / "out"
     store = sample.run(Session(recipe, out, quiet)).store
-    assert store.path.name.startswith("brightness-")
+    assert store.path.name.startswith("flux-")
     table = score.run(Session(recipe, out, quiet)).table
     for number in range(len(store.shards)):
         for image, row in zip(store.images(number), table.read_shard(number), strict=True):
             grey = ImageStat.Stat(read_rgb(image.path).convert("L"))
             assert row.value == grey.mean[0] / 255 and row.details == {"contrast": grey.stddev[0] / 255}
-    assert dict(table.provenance) == {"reward": "brightness", "rule": "mean-grey-1"}
+    assert dict(table.provenance) == {
+        "reward": "brightness",
+        "rule": "mean-grey-1",
+        "package": "gdro-reward-brightness 0.1.0",
+    }
 
     run = train.run(Session(recipe, out, quiet)).run
     point = [row for row in run.metrics() if row["kind"] == "validation"][-1]
@@ -100,15 +97,6 @@ def test_the_whole_job(brightness: str, make_recipe: MakeRecipe, quiet: Reporter
     evaluate.run(Session(make_recipe(**sections(seed=1)), out, quiet))
     compared = compare.run([run.path.name, other.path.name], workspace=out)
     assert list(dict.fromkeys(gain.measure for gain in compared.gains)) == names
-
-
-def test_recipes_know_it_while_it_is_registered(brightness: str, make_recipe: MakeRecipe) -> None:
-    types = {doc.path: doc.type for doc in describe_fields()}
-    assert types["reward.kind"] == types["prompts.task"] == "ocr | geneval | brightness"
-    assert make_recipe(**sections()).reward.kind == brightness
-    del REWARDS["brightness"]
-    with pytest.raises(UserError, match="reward.kind: must be 'ocr' or 'geneval', not 'brightness'"):
-        make_recipe(**sections())
 
 
 def test_the_page_is_about_every_public_name_of_a_reward() -> None:

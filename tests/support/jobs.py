@@ -19,7 +19,6 @@ PATIENCE = 240.0
 RECIPE: dict[str, Any] = {
     "name": "small",
     "prompts": {
-        "task": "ocr",
         "train": {"builtin": "ocr-train", "count": 6},
         "validation": {"builtin": "ocr-validation", "count": 2},
         "eval": {"builtin": "ocr-test", "count": 4},

@@ -88,7 +88,7 @@ def json_document(ablation: Ablation, images: Images, folder: Path) -> bytes:
             "kind": ABLATION_KIND,
             "schema": ABLATION_SCHEMA,
             "recipe": sweep.recipe.name,
-            "task": sweep.recipe.prompts.task,
+            "task": sweep.recipe.reward.kind,
             "parameters": [{"name": axis.name, "key": axis.key, "values": axis.values} for axis in sweep.axes],
             "seeds": sweep.seeds,
             "protocol": ablation.protocol,

@@ -53,7 +53,7 @@ def run(session: Session, *, folder: Path) -> FolderResult:
     """
     reward = session.reward
     entries = read_image_folder(folder, reward=reward)
-    version = dict(reward.version)
+    version = session.reward_version
     content = [[entry.prompt.id, [sha256_file(path) for path in entry.images]] for entry in entries]
     out = session.workspace / "folders" / f"{reward.name}-{digest([content, version])}"
     make_folder(out)
@@ -118,7 +118,7 @@ def write_results(
         "kind": "gdro folder results",
         "schema": RESULTS_SCHEMA,
         "folder": str(folder.resolve()),
-        "reward": dict(reward.version),
+        "reward": session.reward_version,
         "measures": {name: asdict(interval) for name, interval in measures},
         "failed": failed,
         "bootstrap": samples,

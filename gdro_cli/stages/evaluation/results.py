@@ -46,7 +46,7 @@ def compare_models(
         kind=KIND,
         schema=SCHEMA,
         recipe=recipe.name,
-        task=recipe.prompts.task,
+        task=recipe.reward.kind,
         method=recipe.method.model_dump(mode="json"),
         run=run,
         protocol=protocol,
@@ -85,9 +85,7 @@ def evaluation_protocol(session: Session, tables: Tables) -> dict[str, Any]:
 
 def protocol_name(recipe: Recipe, protocol: dict[str, Any], *, prompts: int) -> str:
     """A short name of a protocol, such as ``ocr-128x2-5steps-1a2b3c4d5e6f``: equal names, comparable results."""
-    return (
-        f"{recipe.prompts.task}-{prompts}x{recipe.eval.images_per_prompt}-{recipe.eval_steps}steps-{digest(protocol)}"
-    )
+    return f"{recipe.reward.kind}-{prompts}x{recipe.eval.images_per_prompt}-{recipe.eval_steps}steps-{digest(protocol)}"
 
 
 def count_seen(session: Session) -> int:

@@ -65,7 +65,7 @@ def validation_plan(session: Session) -> SamplingPlan:
 def validation_protocol(session: Session) -> Protocol:
     """What the evaluation points of a recipe depend on, beside the adapter."""
     recipe, model, judge = session.recipe, session.model, session.judge
-    versions = [dict(session.reward.version), None if judge is None else dict(judge.version)]
+    versions = [session.reward_version, None if judge is None else dict(judge.version)]
     images = [*astuple(validation_plan(session)), session.prompts("validation").digest]
     identity = {key: value for key, value in model.identity.items() if key != "path"}
     text = [identity, str(model.dtype), recipe.model.max_sequence_length]

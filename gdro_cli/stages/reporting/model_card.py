@@ -84,7 +84,7 @@ def card(run: FinishedRun, folder: CardFolder) -> bytes:
 
 def front_matter(run: FinishedRun, folder: CardFolder) -> ModelCardData:
     """The card's metadata. It names no licence: that is for the base model's authors."""
-    tags = ["text-to-image", "diffusers", "gdro", run.recipe.method.name, run.recipe.prompts.task, run.model["family"]]
+    tags = ["text-to-image", "diffusers", "gdro", run.recipe.method.name, run.recipe.reward.kind, run.model["family"]]
     on_hub, merged = _on_hub(run), folder.kind == "merged"
     return ModelCardData(
         base_model=run.model["path"] if on_hub else None,

@@ -34,7 +34,7 @@ def run_inputs(session: Session) -> dict[str, str]:
     A group method starts from a store and its scores. An online method keeps no store; it starts from prompts, model
     and reward.
     """
-    scores = digest(dict(session.reward.version))
+    scores = digest(session.reward_version)
     if session.recipe.online_method is None:
         return {"store": digest(training_identity(session)), "scores": scores}
     model = {key: value for key, value in session.model.identity.items() if key != "path"}
@@ -61,7 +61,7 @@ def open_run(session: Session) -> RunFolder:
 
 def _provenance(session: Session) -> dict[str, Any]:
     """What ``run_inputs`` are digests of, to say what differs."""
-    scores = dict(session.reward.version)
+    scores = session.reward_version
     if session.recipe.online_method is None:
         return {"store": training_identity(session), "scores": scores}
     model = {key: value for key, value in session.model.identity.items() if key != "path"}

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.evaluation_points import MissingLimits
+from gdro_cli.rewards import registry
 from gdro_cli.rewards.base import Reward
-from gdro_cli.rewards.registry import reward_class
 
 
 def open_reward(recipe: Recipe) -> Reward:
     """The recipe's reward; its files are neither looked for nor loaded yet."""
-    kind = recipe.reward.kind
-    return reward_class(kind)(getattr(recipe.reward, kind, None))
+    return registry.open_reward(recipe.reward)
 
 
 def missing_limits(recipe: Recipe) -> MissingLimits:

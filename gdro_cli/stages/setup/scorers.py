@@ -22,7 +22,7 @@ def open_reward_pool(session: Session, *, sharing: int | None = None) -> Scoring
 def open_reward_table(session: Session, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:
     """Make or open the reward's table beside ``store``; error messages name ``command``, which makes the scores."""
     return ScoreTable.create_or_open(
-        store, session.recipe.reward.kind, provenance=session.reward.version, command=command
+        store, session.recipe.reward.kind, provenance=session.reward_version, command=command
     )
 
 

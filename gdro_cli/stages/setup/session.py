@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.prompts import PromptSet, load_prompts
@@ -13,6 +13,7 @@ from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.judge.base import JudgeReward
+from gdro_cli.rewards.registry import provenance
 from gdro_cli.runtime.distributed import Engine, make_engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
@@ -104,6 +105,11 @@ class Session:
     def reward(self) -> Reward:
         """The recipe's reward; its files are neither looked for nor loaded yet."""
         return open_reward(self.recipe)
+
+    @cached_property
+    def reward_version(self) -> dict[str, Any]:
+        """What the reward's scores depend on; it names tables and runs. Raises PrerequisiteError."""
+        return provenance(self.reward)
 
     @cached_property
     def judge(self) -> JudgeReward | None:

@@ -1,9 +1,9 @@
 """The stores of a workspace: how their images are sampled, how they are named and how they are opened.
 
-    <out>/stores/<task>-<digest>/    groups of images, named by what the images depend on
-    <out>/runs/<recipe>-<digest>/    one training run, named by what the training depends on
+    <out>/stores/<family>-<digest>/    groups of images, named by what the images depend on
+    <out>/runs/<recipe>-<digest>/      one training run, named by what the training depends on
 
-So recipes that sample the same images share one store, and other recipes never use it.
+So recipes that sample the same images share one store, whatever their rewards, and other recipes never use it.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def training_identity(session: Session) -> dict[str, Any]:
 
 def store_path(session: Session, folder: Path, identity: dict[str, Any]) -> Path:
     """Path of the store of ``identity`` below ``folder``."""
-    return folder / f"{session.recipe.prompts.task}-{digest(identity)}"
+    return folder / f"{session.model.family}-{digest(identity)}"
 
 
 def open_store(

@@ -52,8 +52,8 @@ def test_recipes_of_real_models_follow_the_paper(name: str) -> None:
     method, train, lora = recipe.group_method, recipe.train, recipe.train.lora
     assert published_name(recipe.model.path) is not None
     assert (method.name, method.k, recipe.resolved()["method"]["tau"]) == ("gdro", 6, 0.05)
-    task = {"ocr": (12, 0.5, 300), "geneval": (6, 1, 700)}[recipe.prompts.task]
-    assert (method.beta, method.gamma, train.steps) == task
+    settings = {"ocr": (12, 0.5, 300), "geneval": (6, 1, 700)}[recipe.reward.kind]
+    assert (method.beta, method.gamma, train.steps) == settings
     assert (train.lr, lora.rank, train.ema.rate, train.ema.max_decay) == (3e-4, 32, 0.001, 0.5)
     assert abs(train.groups_per_step - 512 / method.k) < 4 and train.groups_per_step % 8 == 0
     assert (recipe.sample.images_per_prompt, recipe.sample.height, recipe.sample.width) == (16, 512, 512)

@@ -44,7 +44,6 @@ Job = tuple[Path, train.TrainResult, evaluate.EvalResult, Path]
 GENEVAL: dict[str, Any] = {
     "name": "small-geneval",
     "prompts": {
-        "task": "geneval",
         "train": {"builtin": "geneval-train", "count": 6},
         "validation": {"builtin": "geneval-validation", "count": 2},
         "eval": {"builtin": "geneval-test", "count": 12},
@@ -57,7 +56,7 @@ GENEVAL: dict[str, Any] = {
 
 
 def small(make_recipe: MakeRecipe, **reward: Any) -> Recipe:
-    """The small recipe with another task; keywords are keys of ``reward.geneval``."""
+    """The small recipe with another reward; keywords are keys of ``reward.geneval``."""
     sections = {**GENEVAL, "reward": {"kind": "geneval", "workers": 1, "geneval": reward}}
     return make_recipe(**sections)
 

@@ -1,0 +1,78 @@
+"""The keys of a given recipe: those of ``Recipe``, and a section for each other reward that the recipe names.
+
+The settings of a reward are the section ``reward.NAME``, whose keys are the reward's ``Settings``. The sections of
+``RewardSection`` are always there; those of other rewards only where the recipe names the reward, in ``reward.kind`` or
+by the section itself. So a plug-in that nobody asks for is never imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, create_model
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.rewards import REWARDS, reward_names, reward_settings
+from gdro_cli.config.sections import RewardSection
+
+OWN_KEYS = frozenset(RewardSection.model_fields) - set(REWARDS)
+"""Keys of the section ``reward`` that are about every reward."""
+
+
+def schema_of(data: Mapping[str, Any]) -> type[Recipe]:
+    """The recipe class with the sections of the rewards that ``data``, a recipe as a mapping, names.
+
+    Raises:
+        PrerequisiteError: it names a plug-in that cannot be used.
+    """
+    section = data.get("reward")
+    if not isinstance(section, Mapping):
+        return Recipe
+    named = {name for name in (section.get("kind"), *section) if isinstance(name, str)}
+    named -= set(RewardSection.model_fields)
+    return schema_with([name for name in reward_names() if name in named]) if named else Recipe
+
+
+def schema_with(names: Collection[str]) -> type[Recipe]:
+    """The recipe class with the sections of these rewards. Raises ``PrerequisiteError``."""
+    settings = ((name, reward_settings(name)) for name in names if name not in RewardSection.model_fields)
+    return _schema(tuple((name, model) for name, model in settings if model.model_fields))
+
+
+def full_schema() -> type[Recipe]:
+    """The recipe class with the sections of all built-in rewards."""
+    return schema_with(REWARDS)
+
+
+@cache
+def _schema(sections: tuple[tuple[str, type[BaseModel]], ...]) -> type[Recipe]:
+    if not sections:
+        return Recipe
+    fields: dict[str, Any] = {}
+    for name, model in sections:
+        text = " ".join((model.__doc__ or f"Settings of the reward {name}.").split())
+        required = any(field.is_required() for field in model.model_fields.values())
+        fields[name] = (model, Field(description=text) if required else Field(default_factory=model, description=text))
+    reward = create_model("RewardSection", __base__=RewardSection, __module__=__name__, **fields)
+    own = Recipe.model_fields["reward"]
+    field: Any = (Annotated[(reward, *own.metadata)], Field(description=own.description))
+    return create_model("Recipe", __base__=Recipe, __module__=__name__, reward=field)
+
+
+def with_own_section(data: Mapping[str, Any], schema: type[Recipe]) -> Mapping[str, Any]:
+    """``data`` with an empty section for the settings of its reward, so that a missing key is named in full."""
+    section = data.get("reward")
+    if not isinstance(section, Mapping):
+        return data
+    kind = section.get("kind")
+    if not isinstance(kind, str) or kind in section or kind not in sections_of(schema):
+        return data
+    return {**data, "reward": {**section, kind: {}}}
+
+
+def sections_of(schema: type[Recipe]) -> frozenset[str]:
+    """The rewards that have a section in ``schema``."""
+    section: Any = schema.model_fields["reward"].annotation
+    return frozenset(section.model_fields) - OWN_KEYS
