@@ -16,6 +16,10 @@ from pydantic_core import PydanticKnownError
 REWARDS: dict[str, str] = {
     "ocr": "gdro_cli.rewards.ocr.reward:OcrReward",
     "geneval": "gdro_cli.rewards.geneval.reward:GenEvalReward",
+    "clip": "gdro_cli.rewards.clip.rewards:ClipReward",
+    "pickscore": "gdro_cli.rewards.clip.rewards:PickScoreReward",
+    "hpsv2": "gdro_cli.rewards.clip.rewards:HpsReward",
+    "aesthetic": "gdro_cli.rewards.clip.rewards:AestheticReward",
 }
 """``module:class`` of each built-in reward by its name. A new one is one more line."""
 

@@ -22,12 +22,12 @@ from transformers import CLIPModel
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Adapter, merge_into, read_adapter
-from gdro_cli.rewards.geneval.pretrained import ModelFiles
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.endpoint import check_url
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
+from gdro_cli.rewards.pretrained import ModelFiles
 from tests.support.faulty import check, outcome
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, says
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from gdro_cli.core.geneval import COLOURS
+from gdro_cli.rewards.clip.network import ClipNetwork
 from gdro_cli.rewards.geneval.detection import Detection
-from gdro_cli.rewards.geneval.pretrained import ModelFiles
 
 MODEL = "openai/clip-vit-large-patch14"
 KEY = "reward.geneval.colour_model"
@@ -26,7 +26,6 @@ TEMPLATES = ("a photo of a {colour} {label}", "a photo of a {colour}-colored {la
 GREY = (0x99, 0x99, 0x99)
 """RGB of every pixel outside the object."""
 
-_NEEDS = (("preprocessor_config.json", "processor_config.json"), ("tokenizer.json", "vocab.json"))
 _CROPS_AT_ONCE = 16
 
 
@@ -43,19 +42,17 @@ class ClipColours:
     """
 
     def __init__(self, model: str = MODEL, *, device: str = "auto") -> None:
-        self._files = ModelFiles(model, key=KEY, kind="clip", needs=_NEEDS)
-        self._device = device
-        self._loaded: tuple[Any, Any, Any] | None = None
+        self._network = ClipNetwork(model, key=KEY, device=device)
         self._classifiers: dict[str, Tensor] = {}
 
     @property
     def version(self) -> Mapping[str, Any]:
         """Provenance: model and its commit or digest, transformers' version, rule."""
-        return {"colours": "clip", "rule": RULE, **self._files.version}
+        return {"colours": "clip", "rule": RULE, **self._network.version}
 
     def load(self) -> None:
         """Load the network; a second call does nothing. Raises ``PrerequisiteError``."""
-        self._network()
+        self._network.load()
 
     def classify(self, image: Image.Image, objects: Sequence[Detection]) -> list[str]:
         """The colour of each object of one RGB image, one of ``core.geneval.COLOURS``.
@@ -67,7 +64,7 @@ class ClipColours:
         names: list[str] = []
         for start in range(0, len(objects), _CROPS_AT_ONCE):
             batch = objects[start : start + _CROPS_AT_ONCE]
-            crops = self._embed_images([cut_out(image, item) for item in batch])
+            crops = self._network.embed_images([cut_out(image, item) for item in batch])
             sentences = torch.stack([self.classifier(item.label) for item in batch])
             similarity = torch.einsum("nd,ncd->nc", crops, sentences)
             names += [COLOURS[index] for index in similarity.argmax(dim=1).tolist()]
@@ -77,35 +74,13 @@ class ClipColours:
         """Directions of the colours for a class, [10, D] with rows of length 1: the mean over the templates; cached."""
         if label not in self._classifiers:
             texts = [template.format(colour=colour, label=label) for colour in COLOURS for template in TEMPLATES]
-            directions = self._embed_texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
+            directions = self._network.embed_texts(texts).unflatten(0, (len(COLOURS), len(TEMPLATES)))
             self._classifiers[label] = normalize(directions.mean(dim=1), dim=-1)
         return self._classifiers[label]
 
-    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
-        network, _, tokenizer = self._network()
-        tokens = tokenizer(list(texts), padding=True, return_tensors="pt").to(network.device)
-        with torch.inference_mode():
-            return normalize(network.get_text_features(**tokens).pooler_output, dim=-1)
-
-    def _embed_images(self, images: Sequence[Image.Image]) -> Tensor:
-        network, processor, _ = self._network()
-        pixels = torch.cat([processor(images=image, return_tensors="pt")["pixel_values"] for image in images])
-        with torch.inference_mode():
-            return normalize(network.get_image_features(pixels.to(network.device)).pooler_output, dim=-1)
-
-    def _network(self) -> tuple[Any, Any, Any]:
-        if self._loaded is None:
-            from transformers import CLIPModel, CLIPTokenizer
-            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-            processor = self._files.load_part(CLIPImageProcessorPil)
-            tokenizer = self._files.load_part(CLIPTokenizer)
-            self._loaded = self._files.load_model(CLIPModel, device=self._device), processor, tokenizer
-        return self._loaded
-
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the loaded network, so that a classifier can be sent to a worker process."""
-        return {**self.__dict__, "_loaded": None, "_classifiers": {}}
+        """Everything but the cached directions, so that a classifier can be sent to a worker process."""
+        return {**self.__dict__, "_classifiers": {}}
 
 
 def cut_out(image: Image.Image, item: Detection) -> Image.Image:

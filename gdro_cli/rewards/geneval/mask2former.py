@@ -26,7 +26,7 @@ from torch.nn.functional import interpolate, pad
 from gdro_cli.core.geneval import RENAMED
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.geneval.detection import Detection, mask_box
-from gdro_cli.rewards.geneval.pretrained import ModelFiles
+from gdro_cli.rewards.pretrained import ModelFiles
 
 MODEL = "facebook/mask2former-swin-small-coco-instance"
 KEY = "reward.geneval.detector_model"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import string
 from pathlib import Path
 
 import numpy as np
@@ -19,39 +18,12 @@ from gdro_cli.core.geneval import COLOURS
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.geneval.clip_colour import MODEL, ClipColours, cut_out
 from gdro_cli.rewards.geneval.detection import Box, Detection, mask_box
-
-SIZE = 32
+from tests.support.tiny_clip import SIZE, tiny_clip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A CLIP with few random weights, a tokenizer of single letters, and an image processor for 32 x 32 pixels."""
-    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    path = tmp_path_factory.mktemp("colours") / "clip"
-    letters = [*string.ascii_lowercase, "-"]
-    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
-    ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1}
-    config = CLIPConfig(
-        text_config={**small, **ends, "vocab_size": len(words), "max_position_embeddings": 77},
-        vision_config={**small, "image_size": SIZE, "patch_size": 8},
-        projection_dim=16,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = CLIPModel(config)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.data = torch.randn_like(parameter) * 0.4  # with CLIP's own, all images look alike
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    square = {"height": SIZE, "width": SIZE}
-    CLIPImageProcessorPil(size={"shortest_edge": SIZE}, crop_size=square).save_pretrained(path)
-    return path
+    return tiny_clip(tmp_path_factory.mktemp("colours") / "clip")
 
 
 def thing(label: str, box: tuple[int, int, int, int], *, width: int, height: int) -> Detection:
@@ -113,7 +85,7 @@ def test_classifier_is_the_mean_direction_of_the_three_sentences(folder: Path) -
     """Each sentence alone, padded to 77 tokens as in the original: length 1, mean of three, length 1 again."""
     colours = ClipColours(str(folder))
     directions = colours.classifier("tv remote")
-    network, _, tokenizer = colours._network()
+    network, _, tokenizer = colours._network._network()
     assert directions.shape == (10, 16)
     for row, colour in enumerate(COLOURS):
         mean = torch.zeros(16)
@@ -134,7 +106,7 @@ def test_the_colour_is_that_of_the_nearest_direction(folder: Path, image: Image.
     """Each object alone through CLIP's image processor; 24 objects are two batches."""
     colours = ClipColours(str(folder))
     names = colours.classify(image, things)
-    network, processor, _ = colours._network()
+    network, processor, _ = colours._network._network()
     expected = []
     for item in things:
         left, top, right, bottom = (int(edge) for edge in item.box)
@@ -154,8 +126,8 @@ def test_only_the_object_counts(folder: Path, image: Image.Image, things: list[D
     outside = np.asarray(image).copy()
     outside[~item.mask] = 255 - outside[~item.mask]
     inside = np.where(item.mask[..., None], 255 - np.asarray(image), np.asarray(image)).astype(np.uint8)
-    changed = colours._embed_images([cut_out(Image.fromarray(pixels), item) for pixels in (outside, inside)])
-    own = colours._embed_images([cut_out(image, item)])[0]
+    changed = colours._network.embed_images([cut_out(Image.fromarray(pixels), item) for pixels in (outside, inside)])
+    own = colours._network.embed_images([cut_out(image, item)])[0]
     assert torch.allclose(changed[0], own, atol=1e-6)
     assert not torch.allclose(changed[1], own, atol=1e-2)
 
@@ -163,7 +135,7 @@ def test_only_the_object_counts(folder: Path, image: Image.Image, things: list[D
 def test_thin_objects_look_like_thick_ones(folder: Path) -> None:
     """Cut-outs of one colour; one 3 pixels high could be mistaken for an array with its channels first."""
     cuts = [Image.new("RGB", size, (200, 30, 90)) for size in ((SIZE, SIZE), (40, 1), (40, 3), (3, 40))]
-    embedded = ClipColours(str(folder))._embed_images(cuts)
+    embedded = ClipColours(str(folder))._network.embed_images(cuts)
     torch.testing.assert_close(embedded, embedded[:1].expand(4, -1), atol=1e-5, rtol=1e-4)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.rewards.geneval.pretrained import ModelFiles, pick_device
+from gdro_cli.rewards.pretrained import ModelFiles, pick_device
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = '{"model_type": "clip", "id2label": {"0": "cat"}}'

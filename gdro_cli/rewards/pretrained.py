@@ -30,6 +30,7 @@ class ModelFiles:
         key: the recipe's key that names the model, for error messages.
         kind: the ``model_type`` that ``config.json`` must name.
         needs: further small files; one of each group of names must exist.
+        weights: whether a folder must hold weights; False for a model whose small files alone are used.
 
     Raises:
         PrerequisiteError: the folder or its files are missing, or the repository cannot be fetched.
@@ -37,12 +38,18 @@ class ModelFiles:
     """
 
     def __init__(
-        self, model: str | Path, *, key: str, kind: str, needs: Sequence[Sequence[str]] = (_PROCESSOR,)
+        self,
+        model: str | Path,
+        *,
+        key: str,
+        kind: str,
+        needs: Sequence[Sequence[str]] = (_PROCESSOR,),
+        weights: bool = True,
     ) -> None:
         self._source = ModelSource(model, key=key)
         if self._source.on_hub and not self._source.in_cache(_CONFIG, WEIGHTS):
             self._source.get(*_SMALL)
-        self._source.require(_CONFIG, *needs, *(() if self._source.on_hub else (WEIGHTS,)))
+        self._source.require(_CONFIG, *needs, *((WEIGHTS,) if weights and not self._source.on_hub else ()))
         self.config = self._source.read_json(_CONFIG)
         actual = self.config.get("model_type")
         if actual != kind:

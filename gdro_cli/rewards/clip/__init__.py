@@ -1,0 +1,1 @@
+"""Rewards of CLIP networks: similarity to the prompt, and what people prefer."""
