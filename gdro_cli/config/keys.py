@@ -113,7 +113,11 @@ def values_that_affect(recipe: Recipe, *effects: Effect) -> dict[str, Any]:
 
 
 def _uses(recipe: Recipe, doc: FieldDoc) -> bool:
-    return not (doc.methods and recipe.method.name not in doc.methods) and doc.reward in (None, recipe.reward.kind)
+    return not (doc.methods and recipe.method.name not in doc.methods) and doc.reward in (
+        None,
+        recipe.reward.kind,
+        *recipe.reward.parts,
+    )
 
 
 def _value(resolved: dict[str, Any], path: str) -> Any:

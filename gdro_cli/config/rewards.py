@@ -6,6 +6,7 @@ The reward classes depend on recipes, so this module only names them and imports
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pkgutil import resolve_name
 from typing import Annotated, Any
@@ -20,8 +21,12 @@ REWARDS: dict[str, str] = {
     "pickscore": "gdro_cli.rewards.clip.rewards:PickScoreReward",
     "hpsv2": "gdro_cli.rewards.clip.rewards:HpsReward",
     "aesthetic": "gdro_cli.rewards.clip.rewards:AestheticReward",
+    "mix": "gdro_cli.rewards.mix:MixReward",
 }
 """``module:class`` of each built-in reward by its name. A new one is one more line."""
+
+MIX = "mix"
+"""The reward that mixes others."""
 
 GROUP = "gdro_cli.rewards"
 """The entry points of installed packages that add rewards: name -> ``module:class``."""
@@ -57,6 +62,20 @@ def resolve_reward(name: str) -> Any:
     if name in REWARDS:
         return resolve_name(REWARDS[name])
     return resolve_name("gdro_cli.rewards.plugins:load_plugin")(name)
+
+
+def part_of(term: str) -> str:
+    """The reward that a term of a mixture belongs to: ``ocr`` of ``ocr`` and ``ocr.exact``."""
+    return term.partition(".")[0]
+
+
+def named_rewards(section: Mapping[str, Any]) -> set[str]:
+    """The rewards that a recipe's section ``reward`` names, as a mapping that nobody has checked: the kind, sections,
+    and parts of a mixture."""
+    mix = section.get(MIX)
+    weights = mix.get("weights") if isinstance(mix, Mapping) else None
+    terms = weights if isinstance(weights, Mapping) else ()
+    return {part_of(name) for name in (section.get("kind"), *section, *terms) if isinstance(name, str)}
 
 
 def reward_needs(name: str) -> frozenset[str]:

@@ -12,8 +12,8 @@ from gdro_cli.config.keys import field_names, foreign_keys, full_key
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
 from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, OPTIONS, fitting_sets
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.rewards import reward_needs
-from gdro_cli.config.sections import PromptSource
+from gdro_cli.config.rewards import MIX, reward_needs
+from gdro_cli.config.sections import PromptSource, RewardSection
 from gdro_cli.suggest import similar, similar_key
 
 _DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
@@ -37,7 +37,7 @@ class Problem:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every rule between keys that a recipe breaks. Each key by itself is valid."""
-    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _judge, _ablation):
+    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _other_rewards, _judge, _ablation):
         yield from rule(recipe)
 
 
@@ -81,18 +81,17 @@ def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:
-    kind = recipe.reward.kind
     for split in ("train", "validation", "eval"):
-        yield from source_problems(getattr(recipe.prompts, split), path=f"prompts.{split}", reward=kind)
+        yield from source_problems(getattr(recipe.prompts, split), path=f"prompts.{split}", reward=recipe.reward)
 
 
-def source_problems(source: PromptSource, *, path: str, reward: str | None = None) -> Iterator[Problem]:
+def source_problems(source: PromptSource, *, path: str, reward: RewardSection | None = None) -> Iterator[Problem]:
     """Every rule that a prompt source breaks.
 
     Args:
         source: the prompt source.
         path: the dotted path of its section in messages.
-        reward: the name of the reward that a built-in set must fit. Default: any set will do.
+        reward: the reward that a built-in set must fit. Default: any set will do.
     """
     if source.file is None and source.builtin is None:
         yield Problem(path, "needs a `file` or a `builtin` set")
@@ -106,8 +105,9 @@ def source_problems(source: PromptSource, *, path: str, reward: str | None = Non
                 yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
 
 
-def _builtin(source: PromptSource, name: str, *, path: str, reward: str | None) -> Iterator[Problem]:
-    sets = fitting_sets(frozenset() if reward is None else reward_needs(reward))
+def _builtin(source: PromptSource, name: str, *, path: str, reward: RewardSection | None) -> Iterator[Problem]:
+    needs = frozenset().union(*map(reward_needs, () if reward is None else reward.parts))
+    sets = fitting_sets(needs)
     names = ", ".join(sets) or "none, name a `file`"
     facts = BUILTIN_SETS.get(name)
     if facts is None:
@@ -115,8 +115,9 @@ def _builtin(source: PromptSource, name: str, *, path: str, reward: str | None) 
         yield Problem(f"{path}.builtin", message)
         return
     if name not in sets:
-        lacking = " and ".join(sorted(reward_needs(reward or "") - facts.carries))
-        message = f"the prompts of {name!r} have no {lacking}, which reward.kind {reward!r} needs (that have: {names})"
+        lacking = " and ".join(sorted(needs - facts.carries))
+        who = " and ".join(map(repr, () if reward is None else reward.parts))
+        message = f"the prompts of {name!r} have no {lacking}, which reward.kind {who} needs (that have: {names})"
         yield Problem(f"{path}.builtin", message)
         return
     for key, owners in OPTIONS.items():
@@ -183,6 +184,16 @@ def _geneval(recipe: Recipe) -> Iterator[Problem]:
             f"has no meaning for reward.geneval.colours {settings.colours!r} with reward.geneval.detector"
             f" {settings.detector!r}: remove it, or let 'clip' name the colours",
         )
+
+
+def _other_rewards(recipe: Recipe) -> Iterator[Problem]:
+    rewards = recipe.eval.rewards
+    for name in dict.fromkeys(rewards):
+        if name in (recipe.reward.kind, *recipe.reward.parts, MIX):
+            trained = "is trained on and reported anyway" if name != MIX else "is no single reward"
+            yield Problem("eval.rewards", f"names {name!r}, which {trained}: remove it")
+        elif rewards.count(name) > 1:
+            yield Problem("eval.rewards", f"names {name!r} twice: remove one")
 
 
 def _judge(recipe: Recipe) -> Iterator[Problem]:

@@ -1,8 +1,8 @@
 """The keys of a given recipe: those of ``Recipe``, and a section for each other reward that the recipe names.
 
 The settings of a reward are the section ``reward.NAME``, whose keys are the reward's ``Settings``. The sections of
-``RewardSection`` are always there; those of other rewards only where the recipe names the reward, in ``reward.kind`` or
-by the section itself. So a plug-in that nobody asks for is never imported.
+``RewardSection`` are always there; those of other rewards only where the recipe names the reward, in ``reward.kind``,
+in a mixture, in ``eval.rewards`` or by the section itself. So a plug-in that nobody asks for is never imported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, create_model
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.rewards import REWARDS, reward_names, reward_settings
+from gdro_cli.config.rewards import REWARDS, named_rewards, reward_names, reward_settings
 from gdro_cli.config.sections import RewardSection
 
 OWN_KEYS = frozenset(RewardSection.model_fields) - set(REWARDS)
@@ -27,10 +27,10 @@ def schema_of(data: Mapping[str, Any]) -> type[Recipe]:
     Raises:
         PrerequisiteError: it names a plug-in that cannot be used.
     """
-    section = data.get("reward")
-    if not isinstance(section, Mapping):
-        return Recipe
-    named = {name for name in (section.get("kind"), *section) if isinstance(name, str)}
+    section, evaluation = data.get("reward"), data.get("eval")
+    named = named_rewards(section) if isinstance(section, Mapping) else set()
+    others = evaluation.get("rewards") if isinstance(evaluation, Mapping) else None
+    named |= {name for name in others if isinstance(name, str)} if isinstance(others, list | tuple) else set()
     named -= set(RewardSection.model_fields)
     return schema_with([name for name in reward_names() if name in named]) if named else Recipe
 

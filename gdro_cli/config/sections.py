@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from gdro_cli.config.base import Affects, FallsBackTo, StoredGroupsOnly, StrictModel
-from gdro_cli.config.rewards import RewardName
+from gdro_cli.config.rewards import MIX, RewardName
 
 _MOST_WORKERS = 1024
 """Scoring processes; a slip of the keyboard must not start thousands."""
@@ -175,6 +175,14 @@ class RewardSection(StrictModel):
     geneval: GenEvalReward = GenEvalReward()
     """Settings of the GenEval reward."""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The rewards that score: the parts of a mixture, or the reward itself."""
+        if self.kind != MIX:
+            return (self.kind,)
+        parts: tuple[str, ...] = getattr(self, MIX).parts
+        return parts
+
 
 class JudgeSection(StrictModel):
     """Who judges the quality of images for the corrected score. A judge never sees a reward."""
@@ -314,6 +322,9 @@ class EvalSection(StrictModel):
     (without a judge, with the best headline measure: the OCR reward, or GenEval's overall accuracy); a point that lacks
     more than `reward.max_failed_share` or `judge.max_failed_share` is not a candidate. `last`: the end of the training,
     which is also `best` if there are no evaluation points."""
+    rewards: Annotated[tuple[RewardName, ...], Field(strict=False), Affects("evaluation")] = ()
+    """Rewards that `gdro eval` reports beside the trained one, such as [clip, aesthetic]. A trained model that gains in
+    its own reward and loses in others has hacked its own."""
     bootstrap: int = Field(2000, ge=100)
     """Bootstrap resamples over prompts for each 95 % confidence interval. 100 or more."""
     grid_prompts: Annotated[int, Affects("evaluation")] = Field(8, ge=0)

@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 Detail = str | Mapping[str, float] | None
 """A number of a score: a key of its details, the weighted sum of several, or (None) the score itself."""
+
+
+def measured(detail: Detail, value: float | None, details: Mapping[str, Any]) -> float | None:
+    """A number of a score: its value, the number or boolean ``details[detail]``, or the weighted mean of several.
+
+    None if it, or one of them, is missing. Raises TypeError, with the detail's name, if it is not a number.
+    """
+    if isinstance(detail, Mapping):
+        numbers = [(weight, measured(name, value, details)) for name, weight in detail.items() if weight]
+        present = [(weight, number) for weight, number in numbers if number is not None]
+        if len(present) < len(numbers):
+            return None
+        return math.fsum(weight * number for weight, number in present) / math.fsum(detail.values())
+    number = value if detail is None else details.get(detail)
+    if isinstance(number, str | list | dict):
+        raise TypeError(detail)
+    return None if number is None else float(number)
 
 
 @dataclass(frozen=True, slots=True)

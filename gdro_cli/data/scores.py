@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from gdro_cli.core.measures import Detail
+from gdro_cli.core.measures import Detail, measured
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.files import json_lines, parse_json, read_file, read_object, refuse_links, sha256, write_bytes, write_json
@@ -52,18 +52,12 @@ class ScoreRow:
 
         None if it, or one of them, is missing.
         """
-        if isinstance(detail, Mapping):
-            values = {name: self.measured(name) for name, weight in detail.items() if weight}
-            present = {name: value for name, value in values.items() if value is not None}
-            if len(present) < len(values):
-                return None
-            return math.fsum(detail[name] * value for name, value in present.items()) / math.fsum(detail.values())
-        value = self.value if detail is None else self.details.get(detail)
-        if isinstance(value, str | list | dict):
+        try:
+            return measured(detail, self.value, self.details)
+        except TypeError as error:
             raise StoreError(
-                f"the {detail} of image {self.index} of prompt {self.prompt_id} is not a number: score the images again"
-            )
-        return None if value is None else float(value)
+                f"the {error} of image {self.index} of prompt {self.prompt_id} is not a number: score the images again"
+            ) from error
 
     @classmethod
     def from_json(cls, value: Any) -> Self:

@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 from gdro_cli.errors import Interrupted, PrerequisiteError
 from gdro_cli.rewards.base import ImageSource, PromptLike, Score, Scorer, UnreadableImageError, read_rgb
@@ -68,7 +68,32 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-class ScoringPool:
+class Pool(Protocol):
+    """Scoring processes, which live inside a ``with`` statement; see ``ScoringPool``."""
+
+    def __enter__(self) -> Self:
+        """Start the workers. Raises ``PrerequisiteError``."""
+        ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the workers."""
+        ...
+
+    def score(
+        self,
+        images: Sequence[ImageSource],
+        prompts: Sequence[PromptLike],
+        *,
+        on_scored: Callable[[int], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[Score]:
+        """Score ``images[i]`` for ``prompts[i]``, in order."""
+        ...
+
+
+class ScoringPool(Pool):
     """A scorer on several worker processes.
 
     Use it as a context manager: the workers start on entry, load in the background, and are gone on exit, also after an

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gdro_cli.config.keys import settings_that_affect
-from gdro_cli.config.rewards import REWARDS, distribution, plugin_entries, resolve_reward, reward_names
+from gdro_cli.config.rewards import MIX, REWARDS, distribution, plugin_entries, resolve_reward, reward_names
 from gdro_cli.config.sections import RewardSection
 from gdro_cli.errors import GdroError, PrerequisiteError, UserError
 from gdro_cli.rewards.base import Reward, one_line
@@ -47,13 +47,22 @@ def open_reward(section: RewardSection) -> Reward:
     Raises:
         PrerequisiteError: it is a plug-in whose constructor fails.
     """
-    cls, settings = reward_class(section.kind), getattr(section, section.kind, None)
+    if section.kind != MIX:
+        return open_part(section, section.kind)
+    cls: Any = reward_class(MIX)
+    mixture: Reward = cls(getattr(section, MIX), {name: open_part(section, name) for name in section.parts})
+    return mixture
+
+
+def open_part(section: RewardSection, name: str) -> Reward:
+    """The reward ``name`` with its settings in a recipe's section ``reward``. Raises ``PrerequisiteError``."""
+    cls, settings = reward_class(name), getattr(section, name, None)
     try:
         return cls(settings)
     except GdroError:
         raise
     except Exception as error:
-        raise PrerequisiteError(f"the reward {section.kind} cannot be made ({one_line(error)}): correct it") from error
+        raise PrerequisiteError(f"the reward {name} cannot be made ({one_line(error)}): correct it") from error
 
 
 def provenance(reward: Reward) -> dict[str, Any]:

@@ -23,8 +23,14 @@ from gdro_cli.stages.reporting.model_card import write_card
 from gdro_cli.stages.runs.results import RESULTS, Results
 from gdro_cli.stages.runs.weights import ADAPTER_NOTE, RunWeights, applied, named_run, trained_run
 from gdro_cli.stages.sampling.fill_store import fill_store
-from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing
-from gdro_cli.stages.setup.scorers import open_judge_pool, open_judge_table, open_reward_pool, open_reward_table
+from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing, score_rewards
+from gdro_cli.stages.setup.scorers import (
+    open_judge_pool,
+    open_judge_table,
+    open_pool_of,
+    open_reward_table,
+    open_table_of,
+)
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_store, stores_folder
 
@@ -125,13 +131,19 @@ def _measure(session: Session, folder: Path, *, weights: str) -> Tables:
 
     def open_tables() -> Tables:
         store = open_store(session, folder, plan, session.prompts("eval"), weights=weights)
-        return Tables(open_reward_table(session, store), open_judge_table(session, store))
+        others = {reward.name: open_table_of(store, reward, command="gdro eval") for reward in session.other_rewards}
+        return Tables(open_reward_table(session, store), open_judge_table(session, store), others)
 
     tables = engine.from_main(open_tables)
     fill_store(session, tables.rewards.store, plan, label=f"sampling, {who}")
-    score_missing(session, tables.rewards, open_reward_pool(session), label=f"scoring, {who}")
+    score_rewards(session, tables.rewards, label=f"scoring, {who}")
     with engine.together():
         refuse_failures(tables.rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+    for reward in session.other_rewards:
+        other = tables.others[reward.name]
+        score_missing(session, other, open_pool_of(session, reward), label=f"scoring, {who}, {reward.name}")
+        with engine.together():
+            refuse_failures(other, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
     judges = open_judge_pool(session)
     if judges is not None and tables.judgements is not None:
         score_missing(session, tables.judgements, judges, label=f"judging, {who}", refuse_empty=True)
@@ -167,5 +179,5 @@ def write_results(
 
 def _evaluation_digest(recipe: Recipe, *models: Tables) -> str:
     """Of what was scored and judged, and how intervals are made of it."""
-    scored = [table for tables in models for table in (tables.rewards, tables.judgements)]
+    scored = [table for tables in models for table in (tables.rewards, tables.judgements, *tables.others.values())]
     return digest([recipe.eval.bootstrap, *(None if table is None else table.digest for table in scored)])

@@ -59,14 +59,25 @@ class Rated:
         return sum(row.details.get("u") is None for row in self.rows) if self.judged else 0
 
 
-def rate_tables(reward: Reward, rewards: ScoreTable, judgements: ScoreTable | None) -> Rated:
-    """Put a store's reward table and judge table together, and measure the signals of its images."""
+def rate_tables(
+    reward: Reward, rewards: ScoreTable, judgements: ScoreTable | None, others: Mapping[str, ScoreTable]
+) -> Rated:
+    """Put a store's tables together, and measure the signals of its images.
+
+    The value of another reward is a detail of its name.
+    """
     rows: list[ScoreRow] = []
     shards = range(len(rewards.store.shards))
     for number in shards:
         scored = rewards.read_shard(number)
         judged: Sequence[ScoreRow | None] = judgements.read_shard(number) if judgements else [None] * len(scored)
-        rows += [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
+        shard = [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
+        for name, table in others.items():
+            values = (other.value for other in table.read_shard(number))
+            shard = [
+                replace(row, details={**row.details, name: value}) for row, value in zip(shard, values, strict=True)
+            ]
+        rows += shard
     images = (decoded(stored.path) for number in shards for stored in rewards.store.images(number))
     return rate(reward, rewards.store.prompts, rows, images, judged=judgements is not None)
 

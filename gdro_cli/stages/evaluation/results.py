@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.measures import Measure
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.identity import digest
 from gdro_cli.stages.evaluation.measures import reported_measures, signal_measures
@@ -24,6 +26,8 @@ class Tables:
 
     rewards: ScoreTable
     judgements: ScoreTable | None
+    others: Mapping[str, ScoreTable] = field(default_factory=dict)
+    """Those of the rewards in ``eval.rewards``, by name."""
 
 
 def compare_models(
@@ -40,7 +44,10 @@ def compare_models(
         grid: the image grid, relative to the run.
     """
     recipe, reward, samples = session.recipe, session.reward, session.recipe.eval.bootstrap
-    before, after = (rate_tables(reward, tables.rewards, tables.judgements) for tables in (base, trained))
+    before, after = (
+        rate_tables(reward, tables.rewards, tables.judgements, tables.others) for tables in (base, trained)
+    )
+    others = tuple(Measure(name, name) for name in base.others)
     protocol = evaluation_protocol(session, base)
     return Results(
         kind=KIND,
@@ -57,7 +64,7 @@ def compare_models(
             step=weights.step,
             chosen_by=None if weights.chosen_by is None else dict(weights.chosen_by),
         ),
-        measures=changes(reported_measures(reward), before, after, samples=samples),
+        measures=changes((*reported_measures(reward), *others), before, after, samples=samples),
         signals=changes(signal_measures(reward), before, after, samples=samples),
         verdict=pair_verdict(reward, before, after, samples=samples),
         failed=before.failed + after.failed,
@@ -80,6 +87,7 @@ def evaluation_protocol(session: Session, tables: Tables) -> dict[str, Any]:
     return {key: value for key, value in identity.items() if key not in ("model", "weights")} | {
         "reward": dict(tables.rewards.provenance),
         "judge": None if tables.judgements is None else dict(tables.judgements.provenance),
+        **({"others": {name: dict(t.provenance) for name, t in tables.others.items()}} if tables.others else {}),
     }
 
 

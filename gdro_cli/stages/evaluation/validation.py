@@ -23,7 +23,7 @@ from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import json_bytes, parse_json, sha256, write_bytes, write_json
 from gdro_cli.identity import digest
 from gdro_cli.models.base import Conditioning
-from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
+from gdro_cli.rewards.pool import Pool, ScoringStopped
 from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.stages.evaluation.measures import GROUP_SIGNALS, quality_measures
 from gdro_cli.stages.evaluation.quality import Rated, joined, pair_verdict, rate
@@ -89,9 +89,9 @@ class Validation:
     conditioning: list[Conditioning]
     folder: Path
     """For the base model's rows and the image sheets."""
-    rewards: ScoringPool | None
+    rewards: Pool | None
     """None in the other processes."""
-    judges: ScoringPool | None
+    judges: Pool | None
     """None where there is no judge, and in the other processes."""
     protocol: str
     """Digest of what two points must share to be compared."""
@@ -105,7 +105,7 @@ class Validation:
     """Whether ``know_base`` has run."""
 
     @classmethod
-    def open(cls, session: Session, run: Path, stack: ExitStack, *, rewards: ScoringPool | None = None) -> Validation:
+    def open(cls, session: Session, run: Path, stack: ExitStack, *, rewards: Pool | None = None) -> Validation:
         """Encode the prompts and start the scoring processes, which end with ``stack``; ``rewards`` already runs."""
         engine, prompts = session.engine, session.prompts("validation")
         conditioning = session.model.encode([prompt.prompt for prompt in prompts.records])
@@ -236,7 +236,7 @@ class Validation:
         count, reward = self.plan.images_per_prompt, session.reward
         images = decode_images(session.model, latents, self.plan, batch_size=session.recipe.sample.batch_size)
 
-        def rows(pool: ScoringPool) -> list[ScoreRow]:
+        def rows(pool: Pool) -> list[ScoreRow]:
             return score_images(pool, images, self._slots, stop=session.stop)
 
         scored = rows(self.rewards)

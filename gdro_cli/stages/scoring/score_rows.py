@@ -10,7 +10,7 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.models.latents import NOT_FINITE
 from gdro_cli.rewards.base import Score
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.rewards.pool import Pool
 from gdro_cli.runtime.interrupt import StopFlag
 
 Slot = tuple[PromptRecord, int]
@@ -26,7 +26,7 @@ def score_rows(slots: Iterable[Slot], scores: Iterable[Score]) -> list[ScoreRow]
 
 
 def score_images(
-    pool: ScoringPool, images: Sequence[Image.Image | None], slots: Sequence[Slot], *, stop: StopFlag
+    pool: Pool, images: Sequence[Image.Image | None], slots: Sequence[Slot], *, stop: StopFlag
 ) -> list[ScoreRow]:
     """Score ``images[i]``, which ``slots[i]`` names; an image that is not finite (None) is missing.
 

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
-from gdro_cli.rewards.pool import ScoringPool, usable_cores
+from gdro_cli.rewards.base import Reward
+from gdro_cli.rewards.mix import MixReward
+from gdro_cli.rewards.mixed_pool import MixedPool
+from gdro_cli.rewards.pool import Pool, ScoringPool, usable_cores
+from gdro_cli.rewards.registry import provenance
 from gdro_cli.stages.setup.session import Session
 
 
-def open_reward_pool(session: Session, *, sharing: int | None = None) -> ScoringPool:
-    """Processes that score.
+def open_reward_pool(session: Session, *, sharing: int | None = None) -> Pool:
+    """Processes that score; those of a mixture are its parts'.
 
     ``sharing``: how many processes on this machine, each with a pool, share its cores. Default: all of the job's.
     """
-    reward, workers = session.reward, session.recipe.reward.workers
+    reward = session.reward
+    if isinstance(reward, MixReward):
+        pools = {name: open_pool_of(session, part, sharing=sharing) for name, part in reward.parts.items()}
+        return MixedPool(reward, pools)
+    return open_pool_of(session, reward, sharing=sharing)
+
+
+def open_pool_of(session: Session, reward: Reward, *, sharing: int | None = None) -> ScoringPool:
+    """Processes of any reward, of the number that the recipe sets; see ``open_reward_pool``."""
+    workers = session.recipe.reward.workers
     if workers == "auto":
         workers = _own_cores(session, sharing) if reward.resources == "cores" else 1
     return ScoringPool(reward, workers=workers)
@@ -24,6 +37,11 @@ def open_reward_table(session: Session, store: GroupStore, *, command: str = "gd
     return ScoreTable.create_or_open(
         store, session.recipe.reward.kind, provenance=session.reward_version, command=command
     )
+
+
+def open_table_of(store: GroupStore, reward: Reward, *, command: str = "gdro score") -> ScoreTable:
+    """Make or open the table of any reward, such as a part of a mixture; see ``open_reward_table``."""
+    return ScoreTable.create_or_open(store, reward.name, provenance=provenance(reward), command=command)
 
 
 def open_judge_pool(session: Session, *, sharing: int | None = None) -> ScoringPool | None:

@@ -13,7 +13,7 @@ from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.judge.base import JudgeReward
-from gdro_cli.rewards.registry import provenance
+from gdro_cli.rewards.registry import open_part, provenance
 from gdro_cli.runtime.distributed import Engine, make_engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
@@ -105,6 +105,27 @@ class Session:
     def reward(self) -> Reward:
         """The recipe's reward; its files are neither looked for nor loaded yet."""
         return open_reward(self.recipe)
+
+    @cached_property
+    def other_rewards(self) -> tuple[Reward, ...]:
+        """The rewards that `gdro eval` reports beside the recipe's own.
+
+        Raises:
+            PrerequisiteError: one is a plug-in that cannot be used.
+            UserError: a held-out prompt does not carry what one needs.
+        """
+        rewards = tuple(open_part(self.recipe.reward, name) for name in self.recipe.eval.rewards)
+        for reward in rewards:
+            for record in self.prompts("eval").records:
+                try:
+                    target = reward.read_prompt(record.prompt, target=record.target, metadata=record.metadata)
+                    if target != record.target:
+                        raise ValueError("its target is only in the text; give it as `target`")
+                except ValueError as error:
+                    raise UserError(
+                        f"eval.rewards: {reward.name} cannot score {record.prompt!r} of prompts.eval: {error}"
+                    ) from error
+        return rewards
 
     @cached_property
     def reward_version(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, reference
 from gdro_cli.models.base import Conditioning, takes_two_passes
-from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
+from gdro_cli.rewards.pool import Pool, ScoringStopped
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.scoring.score_rows import score_images, why_none
 from gdro_cli.stages.setup.scorers import open_reward_pool
@@ -69,7 +69,7 @@ class Round:
 class OnlineSteps:
     """Each step learns from a part of the current round's images; a ``StepSource``."""
 
-    pool: ScoringPool
+    pool: Pool
     """From ``open`` on."""
 
     progress_metrics: Mapping[str, str] = {"reward": "reward", "clip_fraction": "clipped", "ratio_mean": "ratio"}
@@ -93,7 +93,7 @@ class OnlineSteps:
         self.conditioning: dict[str, Conditioning] = {}
         self.round: Round | None = None
 
-    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> ScoringPool:
+    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> Pool:
         """Encode the prompts and start the scoring processes, which end with ``stack``."""
         texts = self.model.encode([prompt.prompt for prompt in self.prompts])
         self.conditioning = {prompt.id: text for prompt, text in zip(self.prompts, texts, strict=True)}

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Protocol
 
 from gdro_cli.models.adapters import Ema
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.rewards.pool import Pool
 from gdro_cli.runtime.run import RunFolder
 
 
@@ -51,7 +51,7 @@ class StepSource(Protocol):
     def remedy(self) -> str:
         """What the user can do when the loss is no longer finite."""
 
-    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> ScoringPool | None:
+    def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> Pool | None:
         """Begin or continue; what this starts ends with ``stack``.
 
         Args:
