@@ -16,6 +16,7 @@ from pydantic_core import PydanticKnownError
 REWARDS: dict[str, str] = {
     "ocr": "gdro_cli.rewards.ocr.reward:OcrReward",
     "geneval": "gdro_cli.rewards.geneval.reward:GenEvalReward",
+    "http": "gdro_cli.rewards.http.reward:HttpReward",
 }
 """``module:class`` of each built-in reward by its name. A new one is one more line."""
 

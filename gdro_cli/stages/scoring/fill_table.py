@@ -12,13 +12,20 @@ from gdro_cli.rewards.pool import ScoringPool, ScoringStopped
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.sampling.fill_store import own_part
 from gdro_cli.stages.scoring.score_rows import score_rows
+from gdro_cli.stages.setup.scorers import open_reward_pool
 from gdro_cli.stages.setup.session import Session
 
 
 def score_missing(
-    session: Session, table: ScoreTable, pool: ScoringPool, *, label: str = "scoring", refuse_empty: bool = False
+    session: Session,
+    table: ScoreTable,
+    pool: ScoringPool,
+    *,
+    label: str = "scoring",
+    refuse_empty: bool = False,
+    allowed: float = 1.0,
 ) -> int:
-    """Score the shards that ``table`` lacks, all processes together, and return their number.
+    """Score what ``shards_to_score`` names, all processes together, and return the number of shards.
 
     Each process has its own ``pool``, which starts only if the process has shards to score. With ``refuse_empty`` a
     shard without a single score counts as an outage: it is not kept, and the next start scores it again.
@@ -30,7 +37,7 @@ def score_missing(
         EndedElsewhere: another process raised one of these.
     """
     engine, stop = session.engine, session.stop
-    missing = engine.from_main(table.missing_shards)
+    missing = engine.from_main(lambda: shards_to_score(table, allowed=allowed))
     if not missing:
         return 0
     store, own = table.store, engine.share(missing)
@@ -39,7 +46,9 @@ def score_missing(
 
     def score_shard(number: int) -> None:
         start = time.perf_counter()
-        images = store.images(number)
+        kept = {(row.prompt_id, row.index): row for row in table.scored_rows(number)}
+        images = [image for image in store.images(number) if (image.prompt.id, image.index) not in kept]
+        progress.advance(len(kept))
         try:
             scores = pool.score(
                 [image.path for image in images],
@@ -50,12 +59,13 @@ def score_missing(
         except ScoringStopped as error:
             raise Interrupted(stopped) from error
         rows = score_rows([(image.prompt, image.index) for image in images], scores)
-        if refuse_empty and all(row.value is None for row in rows):
+        if refuse_empty and not kept and all(row.value is None for row in rows):
             raise StoreError(
                 f"stopped while {label}: none of {len(rows)} images got an answer ({rows[0].reason}); finished shards"
                 f" are kept in {table.path}: fix the cause and run the command again"
             )
-        table.write_shard(number, rows)
+        made = kept | {(row.prompt_id, row.index): row for row in rows}
+        table.write_shard(number, [made[image.prompt.id, image.index] for image in store.images(number)])
         add_time(table.path, number, time.perf_counter() - start, processes=engine.world)
         stop.check(stopped)
 
@@ -66,6 +76,30 @@ def score_missing(
     ):
         engine.take_turns(missing, score_shard)
     return len(missing)
+
+
+def score_with_reward(session: Session, table: ScoreTable, *, label: str) -> int:
+    """Fill the reward's table, all processes together, and return the number of shards scored.
+
+    Raises what ``score_missing`` and ``refuse_failures`` raise.
+    """
+    allowed, server = session.recipe.reward.max_failed_share, session.reward.resources == "server"
+    made = score_missing(session, table, open_reward_pool(session), label=label, refuse_empty=server, allowed=allowed)
+    with session.engine.together():
+        refuse_failures(table, allowed=allowed, key="reward.max_failed_share")
+    return made
+
+
+def shards_to_score(table: ScoreTable, *, allowed: float) -> list[int]:
+    """The numbers of the shards without scores; of a table that no training can have used also those with failures.
+
+    Such a table is not complete, or lacks more than the share ``allowed``, so that ``refuse_failures`` has refused it.
+    Its failed images are scored once more: a server may be back, or a cause removed.
+    """
+    missing = table.missing_shards()
+    if missing or table.summary().missing_share > allowed:
+        return sorted({*missing, *table.shards_with_failures()})
+    return missing
 
 
 def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
@@ -79,5 +113,6 @@ def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])
         raise StoreError(
             f"{totals.images - totals.scored} of {totals.images} images in {table.path} could not be scored, more than"
-            f" {key} ({allowed:g}) allows ({reasons}): fix the cause, delete that folder and run the command again"
+            f" {key} ({allowed:g}) allows ({reasons}): fix the cause and run the command again, which"
+            " scores them once more"
         )

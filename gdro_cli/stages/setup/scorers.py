@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
-from gdro_cli.rewards.pool import ScoringPool, usable_cores
+from gdro_cli.rewards.pool import LARGEST_CHUNK, ScoringPool, usable_cores
 from gdro_cli.stages.setup.session import Session
+
+SERVER_CHUNK = 64
+"""Images that a process gets at a time which only asks a server: several requests at a time."""
 
 
 def open_reward_pool(session: Session, *, sharing: int | None = None) -> ScoringPool:
@@ -16,7 +19,8 @@ def open_reward_pool(session: Session, *, sharing: int | None = None) -> Scoring
     reward, workers = session.reward, session.recipe.reward.workers
     if workers == "auto":
         workers = _own_cores(session, sharing) if reward.resources == "cores" else 1
-    return ScoringPool(reward, workers=workers)
+    chunk = SERVER_CHUNK if reward.resources == "server" else LARGEST_CHUNK
+    return ScoringPool(reward, workers=workers, largest_chunk=chunk, timeout=session.recipe.reward.timeout)
 
 
 def open_reward_table(session: Session, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:
