@@ -42,6 +42,7 @@ from gdro_cli.cli.options import (
     ValuesOption,
     WorkerOption,
 )
+from gdro_cli.cli.rewards import rewards
 from gdro_cli.errors import Interrupted, StoreError, UserError
 from gdro_cli.runtime.interrupt import stopped_at_once, work_begins
 from gdro_cli.runtime.terminal import UNREAD
@@ -286,6 +287,7 @@ def export_run(
 
 
 app.add_typer(show.recipes, name="recipes")
+app.add_typer(rewards, name="rewards")
 app.command(name="prompts")(show.prompts)
 app.command(name="runs")(show.runs)
 app.command(name="env")(show.env)

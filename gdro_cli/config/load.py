@@ -9,10 +9,11 @@ from typing import Any
 
 from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, override_layer, shipped_recipes
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sections import RewardSection
 from gdro_cli.config.validation import validate
 from gdro_cli.files import read_object
 
-__all__ = ["build_recipe", "load_recipe", "load_resolved", "shipped_recipes"]
+__all__ = ["build_recipe", "load_recipe", "load_resolved", "load_reward_section", "shipped_recipes"]
 
 
 def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
@@ -31,6 +32,14 @@ def load_resolved(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     remedy = "run `gdro train` with the run's recipe again"
     data = merge_layers([read_object(path, remedy=remedy), override_layer(overrides)])
     return build_recipe(data, source=f"{path} with --set" if overrides else str(path))
+
+
+def load_reward_section(kind: str, *, overrides: Sequence[str] = ()) -> RewardSection:
+    """The section ``reward`` of a recipe with the reward ``kind`` and ``--set`` applied. Raises as ``load_recipe``."""
+    source = {"file": "prompts.txt"}  # never read
+    prompts = {"train": source, "validation": source, "eval": source}
+    data = merge_layers([{"name": "reward", "prompts": prompts, "reward": {"kind": kind}}, override_layer(overrides)])
+    return build_recipe(data, source=f"the reward {kind} with --set" if overrides else "gdro rewards").reward
 
 
 def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:

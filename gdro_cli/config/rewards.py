@@ -21,6 +21,7 @@ REWARDS: dict[str, str] = {
     "pickscore": "gdro_cli.rewards.clip.rewards:PickScoreReward",
     "hpsv2": "gdro_cli.rewards.clip.rewards:HpsReward",
     "aesthetic": "gdro_cli.rewards.clip.rewards:AestheticReward",
+    "http": "gdro_cli.rewards.http.reward:HttpReward",
     "mix": "gdro_cli.rewards.mix:MixReward",
 }
 """``module:class`` of each built-in reward by its name. A new one is one more line."""

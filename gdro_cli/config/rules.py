@@ -17,6 +17,8 @@ from gdro_cli.config.sections import PromptSource, RewardSection
 from gdro_cli.suggest import similar, similar_key
 
 _DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
+_ADDRESSES = {"judge.base_url": "judge.api_key_env", "reward.http.url": "reward.http.api_key_env"}
+"""Keys with the address of a server, and those that name the variable with its API key."""
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -37,7 +39,7 @@ class Problem:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every rule between keys that a recipe breaks. Each key by itself is valid."""
-    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _other_rewards, _judge, _ablation):
+    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _http, _other_rewards, _judge, _ablation):
         yield from rule(recipe)
 
 
@@ -196,6 +198,12 @@ def _other_rewards(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("eval.rewards", f"names {name!r} twice: remove one")
 
 
+def _http(recipe: Recipe) -> Iterator[Problem]:
+    settings = getattr(recipe.reward, "http", None)
+    for key in ("url", "api_key_env") if settings is not None else ():
+        yield from _secret(f"reward.http.{key}", getattr(settings, key), path=f"reward.http.{key}")
+
+
 def _judge(recipe: Recipe) -> Iterator[Problem]:
     judge = recipe.judge
     for key in ("base_url", "api_key_env"):
@@ -210,18 +218,21 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
-    """Refuse a value of the judge's keys that may be a secret, in a sentence that does not repeat it."""
-    if key not in ("judge.base_url", "judge.api_key_env") or value is None:
+    """Refuse a value of the keys of a server that may be a secret, in a sentence that does not repeat it."""
+    if key not in (*_ADDRESSES, *_ADDRESSES.values()) or value is None:
         return
     if not isinstance(value, str):
         yield Problem(path, "must be text")
-    elif key == "judge.base_url" and re.search("[@?#;]", value):
-        yield Problem(path, "must not hold a user name, a key or a query: name the key's variable in judge.api_key_env")
-    elif key == "judge.api_key_env" and not _VARIABLE.fullmatch(value):
+    elif key in _ADDRESSES and re.search("[@?#;]", value):
+        yield Problem(
+            path, f"must not hold a user name, a key or a query: name the key's variable in {_ADDRESSES[key]}"
+        )
+    elif key not in _ADDRESSES and not _VARIABLE.fullmatch(value):
+        section = key.split(".")[0].upper()
         yield Problem(
             path,
             "must be the name of an environment variable (letters, digits and '_'), not the key itself: put the key"
-            " into a variable such as JUDGE_API_KEY and give its name",
+            f" into a variable such as {section}_API_KEY and give its name",
         )
 
 

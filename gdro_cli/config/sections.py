@@ -166,6 +166,9 @@ class RewardSection(StrictModel):
     name."""
     workers: Annotated[Annotated[int, Field(ge=1, le=_MOST_WORKERS)] | Literal["auto"], Affects("speed")] = "auto"
     """Scoring processes, 1 or more. `auto`: one per available CPU core; a single one for mask2former and clip."""
+    timeout: Annotated[float, Affects("speed")] = Field(120.0, gt=0)
+    """Seconds that a scoring process may take for one image, on average over those that it gets at a time. Above 0. A
+    process that takes longer is ended and replaced; its images are tried once more, one by one."""
     max_failed_share: Annotated[float, Affects("evaluation")] = Field(0.02, ge=0, le=1)
     """Share of images that may lack a score, 0 to 1. Above it, `gdro score` and `gdro eval` stop with an error, and an
     evaluation point cannot be the best one. A failed image has no score, never a score of 0. Online methods continue

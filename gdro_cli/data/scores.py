@@ -163,6 +163,15 @@ class ScoreTable:
         """
         return [number for number in range(len(self.store.shards)) if not self._is_scored(number)]
 
+    def shards_with_failures(self) -> list[int]:
+        """Numbers of the scored shards in which scores are missing. Raises StoreError for damaged files."""
+        scored = [number for number in range(len(self.store.shards)) if self._is_scored(number)]
+        return [number for number in scored if len(self.scored_rows(number)) < len(self._images(number))]
+
+    def scored_rows(self, number: int) -> list[ScoreRow]:
+        """The rows of shard ``number`` that have a value; none if it is not scored. Raises StoreError."""
+        return [row for row in self.read_shard(number) if row.value is not None] if self._is_scored(number) else []
+
     def write_shard(self, number: int, rows: Sequence[ScoreRow]) -> None:
         """Write the rows of shard ``number``, all or nothing: one per image, in the order of ``store.images``.
 

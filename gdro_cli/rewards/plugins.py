@@ -51,10 +51,17 @@ def _imported(entry: EntryPoint, who: str) -> Any:
         raise PrerequisiteError(f"{who} cannot be imported ({one_line(error)}): correct or uninstall it") from error
 
 
+def name_problem(name: str) -> str | None:
+    """What keeps a reward from having a name."""
+    if NAME.fullmatch(name) and name not in _RESERVED and not hasattr(StrictModel, name):
+        return None
+    return "a reward cannot have this name: take another one of letters, digits, '_' and '-'"
+
+
 def _problem(cls: Any, name: str) -> str | None:
     """What keeps a plug-in from being used."""
-    if not NAME.fullmatch(name) or name in _RESERVED or hasattr(StrictModel, name):
-        return "a reward cannot have this name: take another one of letters, digits, '_' and '-'"
+    if problem := name_problem(name):
+        return problem
     if not (isinstance(cls, type) and issubclass(cls, Reward)):
         return "its entry point names no subclass of gdro_cli.rewards.Reward"
     if inspect.isabstract(cls):

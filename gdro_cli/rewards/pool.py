@@ -26,7 +26,7 @@ from typing import Protocol, Self
 
 from gdro_cli.errors import Interrupted, PrerequisiteError
 from gdro_cli.rewards.base import ImageSource, PromptLike, Score, Scorer, UnreadableImageError, read_rgb
-from gdro_cli.rewards.worker import CONNECTION_LOST, Failure, Ready, Request, start_worker
+from gdro_cli.rewards.worker import CONNECTION_LOST, Failure, Ready, Request, kill_group, start_worker
 
 LARGEST_CHUNK = 8
 """Images per message: enough to hide the transfer time, few enough that a crash loses little."""
@@ -59,6 +59,12 @@ class _Worker:
     pipe: Connection
     ready: bool = False
     chunk: _Chunk | None = None
+    deadline: float = math.inf
+    """Monotonic time at which it must have scored its chunk."""
+
+    @property
+    def hangs(self) -> bool:
+        return time.monotonic() >= self.deadline
 
 
 def usable_cores() -> int:
@@ -105,13 +111,23 @@ class ScoringPool(Pool):
         scorer: not loaded; it is pickled and sent to the workers.
         workers: number of processes; ``None`` for one per usable core. The cores are divided among them as threads.
         largest_chunk: the most images that a worker gets at a time.
+        timeout: seconds that a worker may take for each image of a chunk; one that takes longer is replaced as if it
+            had died. ``None`` for no limit.
     """
 
-    def __init__(self, scorer: Scorer, *, workers: int | None = None, largest_chunk: int = LARGEST_CHUNK) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        *,
+        workers: int | None = None,
+        largest_chunk: int = LARGEST_CHUNK,
+        timeout: float | None = None,
+    ) -> None:
         if workers is not None and workers < 1:
             raise ValueError(f"a pool needs at least one worker, got {workers}")
         self._scorer = scorer
         self._largest_chunk = largest_chunk
+        self._timeout = timeout
         self._count = usable_cores() if workers is None else workers
         self._threads = max(1, usable_cores() // self._count)
         self._workers: list[_Worker] = []
@@ -136,6 +152,16 @@ class ScoringPool(Pool):
     ) -> None:
         """End the workers."""
         self.close()
+
+    def reopen(self) -> None:
+        """Start the workers again if an error has closed the pool. Raises as entering it does."""
+        if not self._workers:
+            self.__enter__()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process numbers of the workers."""
+        return tuple(worker.process.pid for worker in self._workers if worker.process.pid is not None)
 
     def score(
         self,
@@ -166,7 +192,8 @@ class ScoringPool(Pool):
         if not self._workers:
             raise ValueError("the pool is not open: use it in a `with` statement")
         try:
-            return _Batch(images, prompts, self._largest_chunk, self._replace, on_scored, stop).run(self._workers)
+            batch = _Batch(images, prompts, self._largest_chunk, self._timeout, self._replace, on_scored, stop)
+            return batch.run(self._workers)
         except BaseException:
             self.close()
             raise
@@ -175,21 +202,21 @@ class ScoringPool(Pool):
         """End the workers at once; they hold nothing that could be lost."""
         for worker in self._workers:
             worker.pipe.close()
-            worker.process.kill()  # they ignore SIGTERM
+            _kill(worker)  # they ignore SIGTERM
         for worker in self._workers:
             worker.process.join()
         self._workers = []
         atexit.unregister(self.close)
 
     def _replace(self, worker: _Worker) -> int | None:
-        """Start a worker in place of one that died; return the exit code of the dead one."""
+        """Start a worker in place of one that died or hangs; return the exit code of the old one."""
         worker.pipe.close()
-        worker.process.join(_EXIT_SECONDS)
-        worker.process.kill()  # does nothing if it has ended
+        worker.process.join(0 if worker.hangs else _EXIT_SECONDS)
+        _kill(worker)  # does nothing if it has ended, except to the processes that it has started
         worker.process.join()
         code = worker.process.exitcode
         worker.process, worker.pipe = start_worker(self._scorer, self._threads)
-        worker.ready, worker.chunk = False, None
+        worker.ready, worker.chunk, worker.deadline = False, None, math.inf
         return code
 
 
@@ -200,6 +227,7 @@ class _Batch:
     images: Sequence[ImageSource]
     prompts: Sequence[PromptLike]
     largest_chunk: int
+    timeout: float | None
     replace: Callable[[_Worker], int | None]
     """Replaces a dead worker, and returns its exit code."""
     on_scored: Callable[[int], None] | None
@@ -223,11 +251,15 @@ class _Batch:
                 return [self.scores[index] for index in indices]
             self._give_up_in_time()
             busy = [worker for worker in workers if worker.chunk is not None or not worker.ready]
-            pipes = [worker.pipe for worker in busy]
-            answering = connection.wait(pipes, timeout=None if self.stop is None else _POLL_SECONDS)
+            answering = connection.wait([worker.pipe for worker in busy], timeout=_POLL_SECONDS)
             for worker in busy:
                 if worker.pipe in answering:
                     self._receive(worker)
+                elif not worker.process.is_alive() and not worker.pipe.poll():
+                    # its pipe is still open in a process that it has forked
+                    self._died(started=worker.ready, chunk=worker.chunk, code=self.replace(worker))
+                elif worker.hangs:
+                    self._took_too_long(worker)
 
     def _give_up_in_time(self) -> None:
         """Raise ``ScoringStopped`` if a stop was requested ``STOP_GRACE`` seconds ago."""
@@ -250,6 +282,8 @@ class _Batch:
             if not images:
                 continue
             worker.chunk = _Chunk(tuple(images), chunk.attempt)
+            if self.timeout is not None:
+                worker.deadline = time.monotonic() + self.timeout * len(images)
             # _receive notices a worker that has died.
             with contextlib.suppress(*CONNECTION_LOST):
                 worker.pipe.send(Request(list(images.values()), [self.prompts[index] for index in images]))
@@ -264,7 +298,7 @@ class _Batch:
         if isinstance(answer, Ready):
             worker.ready = True
             return
-        worker.chunk = None
+        worker.chunk, worker.deadline = None, math.inf
         self.deaths_in_a_row = 0
         if isinstance(answer, Failure):
             if answer.error is not None:
@@ -288,6 +322,18 @@ class _Batch:
             )
         self._retry(chunk, f"the scoring worker died on this image (exit code {code})")
 
+    def _took_too_long(self, worker: _Worker) -> None:
+        """Replace a worker that hangs, and retry its images. Raises ``PrerequisiteError`` if all of them hang."""
+        chunk = worker.chunk
+        self.replace(worker)
+        self.deaths_in_a_row += 1
+        if self.deaths_in_a_row >= DEATHS_IN_A_ROW:
+            raise PrerequisiteError(
+                f"the reward took longer than {self.timeout:g} s for each of {DEATHS_IN_A_ROW} images in a row: raise"
+                " reward.timeout, or correct the reward"
+            )
+        self._retry(chunk, f"the reward took longer than {self.timeout:g} s on this image (reward.timeout)")
+
     def _retry(self, chunk: _Chunk | None, reason: str) -> None:
         """Queue the images of a failed chunk one by one, or give them up after the last attempt."""
         if chunk is None:
@@ -301,6 +347,12 @@ class _Batch:
         self.scores |= scores
         if self.on_scored is not None:
             self.on_scored(len(scores))
+
+
+def _kill(worker: _Worker) -> None:
+    if worker.process.pid is not None:
+        kill_group(worker.process.pid)
+    worker.process.kill()
 
 
 def _picklable(source: ImageSource) -> ImageSource:

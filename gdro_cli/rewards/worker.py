@@ -6,6 +6,7 @@ A worker answers requests from a pipe, one at a time, and ignores signals: the p
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -13,12 +14,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from typing import Any
 
-from gdro_cli.errors import GdroError, PrerequisiteError
+from gdro_cli.errors import GdroError, PrerequisiteError, StoreError, UserError
 from gdro_cli.processes import only_gpu
 from gdro_cli.rewards.base import ImageSource, PromptLike, Score, Scorer, one_line
 
@@ -41,6 +43,7 @@ class Failure:
     reason: str
     error: GdroError | None = None
     """An error for the user, which ends the scoring."""
+    while_loading: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +60,28 @@ def start_worker(scorer: Scorer, threads: int) -> tuple[SpawnProcess, Connection
     The worker sees only the GPU that this process uses.
 
     Raises:
-        PrerequisiteError: the operating system refuses to start it.
+        PrerequisiteError: the operating system refuses to start it, or the scorer cannot be pickled.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_work, args=(scorer, theirs), daemon=True, name="gdro-scoring")
+    process: SpawnProcess | None = None
     try:
+        content = pickle.dumps(scorer)  # the worker unpickles it once it can answer for what that raises
+        process = context.Process(target=_work, args=(content, theirs), daemon=True, name="gdro-scoring")
         with _signals_blocked(), _environment(_variables(threads)):
             process.start()
     except BaseException as error:
         ours.close()
-        if process.pid is not None:
+        if process is not None and process.pid is not None:
             process.kill()
         if isinstance(error, OSError):
             raise PrerequisiteError(
                 f"a scoring worker cannot be started ({error.strerror or error}): try fewer workers (reward.workers)"
+            ) from error
+        if isinstance(error, pickle.PicklingError | AttributeError | TypeError):
+            raise PrerequisiteError(
+                f"{_called(scorer)} cannot be sent to its scoring processes ({one_line(error)}): it must be possible to"
+                " pickle it before it is loaded"
             ) from error
         raise
     finally:
@@ -120,20 +130,26 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(scorer: Scorer, pipe: Connection) -> None:
-    """Load the scorer, then answer requests until the parent closes the pipe or is gone."""
+def _work(content: bytes, pipe: Connection) -> None:
+    """Unpickle and load the scorer, then answer requests until the parent closes the pipe or is gone.
+
+    The worker leads a process group of its own, so that what its scorer starts ends with it. What the scorer prints
+    goes to the error stream: standard output is for results.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    os.setpgid(0, 0)
+    os.dup2(2, 1)
+    own = os.getpid()
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     with contextlib.suppress(*CONNECTION_LOST):
-        try:
-            scorer.load()
-        except GdroError as error:
-            pipe.send(Failure(str(error), error))
-            return
-        pipe.send(Ready())
-        while True:
-            pipe.send(_answer(scorer, pipe.recv_bytes()))
+        scorer, answer = _load(content)
+        while os.getpid() == own:  # a copy that the scorer has forked must not answer
+            pipe.send(answer)
+            if isinstance(answer, Failure) and answer.while_loading:
+                return
+            answer = _answer(scorer, pipe.recv_bytes())
+        os._exit(0)
 
 
 def _end_with_parent() -> None:
@@ -141,7 +157,39 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        kill_group(os.getpid())
         os._exit(1)
+
+
+def kill_group(leader: int) -> None:
+    """Kill a worker and all processes that it has started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # it has not become a leader yet, or all are gone
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _load(content: bytes) -> tuple[Any, Any]:
+    """The loaded scorer, and ``Ready`` or a ``Failure``."""
+    scorer = None
+    try:
+        scorer = pickle.loads(content)
+        scorer.load()
+    except GdroError as error:
+        return scorer, Failure(str(error), _plain_error(error), while_loading=True)
+    except Exception as error:  # noqa: BLE001 - code of others may raise anything
+        reason = f"{_called(scorer)} cannot be loaded ({one_line(error)}): correct it, or what it needs"
+        return scorer, Failure(reason, PrerequisiteError(reason), while_loading=True)
+    return scorer, Ready()
+
+
+def _called(scorer: Any) -> str:
+    name = getattr(scorer, "name", None)
+    return f"the reward {name}" if isinstance(name, str) else "what scores"
+
+
+def _plain_error(error: GdroError) -> GdroError:
+    """The error as one of ours, since the parent may not be able to unpickle a class of a plug-in."""
+    kinds = (UserError, PrerequisiteError, StoreError)
+    return next((kind(str(error)) for kind in kinds if isinstance(error, kind)), PrerequisiteError(str(error)))
 
 
 def _answer(scorer: Scorer, message: bytes) -> list[Score] | Failure:
@@ -150,11 +198,12 @@ def _answer(scorer: Scorer, message: bytes) -> list[Score] | Failure:
         request: Request = pickle.loads(message)
         scores = list(scorer.score(request.images, request.prompts))
     except GdroError as error:
-        return Failure(str(error), error)
+        return Failure(str(error), _plain_error(error))
     except Exception as error:  # noqa: BLE001 - a defect on some images must not end the scoring of the others
         return Failure(f"the reward failed on this image: {one_line(error)}")
     if len(scores) != len(request.images):
         return Failure(f"the reward gave {len(scores)} scores for {len(request.images)} images")
-    if types := {type(score).__name__ for score in scores if not isinstance(score, Score)}:
+    if types := {type(score).__name__ for score in scores if type(score) is not Score}:
         return Failure(f"the reward gave values of the type {', '.join(types)} instead of Score")
-    return scores
+    # as JSON, since the parent may not be able to unpickle what a plug-in has put into the details
+    return [replace(score, details=json.loads(json.dumps(dict(score.details)))) for score in scores]

@@ -75,8 +75,8 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         ("method=gdro", "method: must be a section of keys and values, not 'gdro'."),
         ("train=null", "train: must be a section of keys and values, not null."),
         ("name=a/b", "name: must be letters, digits, '.', '_' or '-'"),
-        ("reward.kind=orc", "reward.kind: must be 'ocr' or 'geneval', not 'orc'; did you mean `ocr`?"),
-        ("reward.kind=[ocr]", "reward.kind: must be 'ocr' or 'geneval', not a list of 1."),
+        ("reward.kind=orc", "reward.kind: must be 'ocr', 'geneval' or 'http', not 'orc'; did you mean `ocr`?"),
+        ("reward.kind=[ocr]", "reward.kind: must be 'ocr', 'geneval' or 'http', not a list of 1."),
         (
             "prompts.task=ocr",
             "prompts.task: is not a key any more, since what prompts must carry follows from reward.kind: remove it.",

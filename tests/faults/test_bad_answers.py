@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdro_cli.rewards.judge.base import AXES, Judgement
-from gdro_cli.rewards.judge.endpoint import check_url
+from gdro_cli.rewards.judge.endpoint import check_base_url
 from gdro_cli.rewards.judge.unified_prompt import read_answer
 from tests.support.faulty import Case, check, never_unexpected, rows
 from tests.support.judge_server import lines
@@ -75,7 +75,7 @@ ADDRESSES = [
 
 @rows(ADDRESSES)
 def test_an_address(case: Case) -> None:
-    result = never_unexpected(lambda: check_url(case.given), 2)
+    result = never_unexpected(lambda: check_base_url(case.given), 2)
     if case.words:
         check(result, 2, case.words)
     assert "secret" not in result.message

@@ -23,7 +23,7 @@ from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Adapter, merge_into, read_adapter
 from gdro_cli.rewards.judge.base import Judgement
-from gdro_cli.rewards.judge.endpoint import check_url
+from gdro_cli.rewards.judge.endpoint import check_base_url
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, find_models
@@ -346,6 +346,6 @@ def test_a_short_key_does_not_change_answers(server: JudgeServer, monkeypatch: p
 @pytest.mark.parametrize("address", [f"http://h/v1#{SECRET}", f"http://h/v1;key={SECRET}", f"ftp://h/v1;{SECRET}"])
 def test_an_address_that_contains_a_key_is_refused_and_not_shown(address: str) -> None:
     """In a fragment or a parameter."""
-    result = outcome(lambda: check_url(address))
+    result = outcome(lambda: check_base_url(address))
     check(result, 2, "base_url")
     assert SECRET not in result.message

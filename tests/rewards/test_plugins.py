@@ -98,7 +98,7 @@ def test_its_keys_are_listed(brightness: Path) -> None:
     from gdro_cli.config.schema import schema_with
 
     docs = {doc.path: doc for doc in describe_fields(schema_with(["brightness"]))}
-    assert docs["reward.kind"].type == "ocr | geneval | brightness"
+    assert docs["reward.kind"].type == "ocr | geneval | http | brightness"
     assert docs["reward.brightness"].text == "What counts as bright."
     assert docs["reward.brightness.power"].reward == "brightness"
     assert docs["reward.brightness.power"].affects == {"scores", "measurement"}

@@ -34,11 +34,17 @@ class WarmPool(ScoringPool):
 @contextmanager
 def warm_pools() -> Iterator[None]:
     """Jobs of this process get the workers of the last one whose scorer and settings were the same."""
-    pools: dict[tuple[bytes, int | None, int], WarmPool] = {}
+    pools: dict[tuple[object, ...], WarmPool] = {}
 
-    def warm_pool(scorer: Scorer, *, workers: int | None = None, largest_chunk: int = LARGEST_CHUNK) -> ScoringPool:
-        key = (pickle.dumps(scorer), workers, largest_chunk)
-        pool = pools.pop(key, None) or WarmPool(scorer, workers=workers, largest_chunk=largest_chunk)
+    def warm_pool(
+        scorer: Scorer,
+        *,
+        workers: int | None = None,
+        largest_chunk: int = LARGEST_CHUNK,
+        timeout: float | None = None,
+    ) -> ScoringPool:
+        key = (pickle.dumps(scorer), workers, largest_chunk, timeout)
+        pool = pools.pop(key, None) or WarmPool(scorer, workers=workers, largest_chunk=largest_chunk, timeout=timeout)
         pools[key] = pool  # the latest is the last
         for old in list(pools)[:-MOST]:
             pools.pop(old).close()

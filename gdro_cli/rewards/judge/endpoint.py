@@ -7,13 +7,13 @@ error (another 4xx, such as for an image that is too large, or an unusable answe
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
 from typing import Any
 
 import httpx2
 
-from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.errors import PrerequisiteError
+from gdro_cli.rewards.address import QUOTED, check_url, without_key
 from gdro_cli.rewards.base import one_line
 
 _REMEDIES = {
@@ -22,10 +22,6 @@ _REMEDIES = {
     404: "correct the judge's model or base_url",
 }
 _TEMPORARY = (408, 409, 429)
-_QUOTED = 200
-"""Characters of the endpoint's own message that an error shows."""
-_SHORTEST_SECRET = 8
-"""Characters. An answer can contain a shorter key by chance, such as the ``EMPTY`` of a server without keys."""
 
 
 class NoAnswerError(Exception):
@@ -88,7 +84,7 @@ class Endpoint:
             return
         if names and self._model not in names:
             raise PrerequisiteError(
-                f"the judge's endpoint {self._url} serves {self._hidden(', '.join(names[:5]))[:_QUOTED]}, "
+                f"the judge's endpoint {self._url} serves {self._hidden(', '.join(names[:5]))[:QUOTED]}, "
                 f"not {self._model}: correct the judge's model or base_url"
             )
 
@@ -145,11 +141,10 @@ class Endpoint:
 
     def _quoted(self, error: Any) -> str:
         """The status and the endpoint's own message in one line, without the key."""
-        return f"HTTP {error.status_code} ({self._hidden(' '.join(error.message.split()))[:_QUOTED]})"
+        return f"HTTP {error.status_code} ({self._hidden(' '.join(error.message.split()))[:QUOTED]})"
 
     def _hidden(self, text: str) -> str:
-        """A text from the endpoint without the key, which it may repeat. Call this before shortening the text."""
-        return text if self._key is None or len(self._key) < _SHORTEST_SECRET else text.replace(self._key, "***")
+        return without_key(text, self._key)
 
 
 def check_package() -> None:
@@ -161,38 +156,6 @@ def check_package() -> None:
         )
 
 
-def check_url(base_url: str) -> str:
+def check_base_url(base_url: str) -> str:
     """The address without a trailing slash. Raises UserError if it is not like http://localhost:8000/v1."""
-    if any(mark in base_url for mark in "@?#;"):
-        # the address may contain a secret, so the message does not show it
-        raise UserError(
-            "the judge's base_url contains a user name, a password, a query or a fragment: it must be an address like "
-            "http://localhost:8000/v1, and api_key_env the name of the environment variable with the API key"
-        )
-    try:
-        parts = httpx2.URL(base_url)
-    except httpx2.InvalidURL:
-        parts = httpx2.URL()
-    if parts.scheme not in ("http", "https") or not parts.host:
-        raise UserError(
-            f"the judge's base_url is {base_url[:_QUOTED]!r}: it must be an address like http://localhost:8000/v1"
-        )
-    return base_url.rstrip("/")
-
-
-def read_key(variable: str | None) -> str | None:
-    """The API key in an environment variable; ``None`` if no variable is named.
-
-    Raises:
-        PrerequisiteError: the variable is empty, or its value cannot be a key. The message does not show it.
-    """
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise PrerequisiteError(f"the environment variable {variable} is empty: put the judge's API key into it")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise PrerequisiteError(
-            f"the environment variable {variable} does not contain an API key: it must be one printable word"
-        )
-    return key
+    return check_url(base_url, what="the judge's base_url", example="http://localhost:8000/v1", variable="api_key_env")

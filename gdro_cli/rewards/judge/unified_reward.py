@@ -8,17 +8,15 @@ model that has it on by default (those based on Qwen3.5).
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
+from gdro_cli.rewards.address import read_key
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
-from gdro_cli.rewards.judge.endpoint import Endpoint, NoAnswerError, check_package, check_url, read_key
+from gdro_cli.rewards.judge.endpoint import Endpoint, NoAnswerError, check_base_url, check_package
 from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, provenance, read_answer, request_text
+from gdro_cli.rewards.png import png_base64
 
 
 class UnifiedRewardJudge:
@@ -54,7 +52,7 @@ class UnifiedRewardJudge:
         retries: int = 4,
     ) -> None:
         check_package()
-        self._url = check_url(base_url)
+        self._url = check_base_url(base_url)
         self._model = model
         self._key_variable = api_key_env
         self._concurrency = concurrency
@@ -107,9 +105,9 @@ class UnifiedRewardJudge:
 
     async def _judge_one(self, endpoint: Endpoint, source: ImageSource, prompt: str) -> Judgement:
         try:
-            url = await asyncio.to_thread(lambda: data_url(read_rgb(source)))
+            image = await asyncio.to_thread(lambda: png_base64(read_rgb(source)))
             content: list[dict[str, Any]] = [
-                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
                 {"type": "text", "text": request_text(prompt)},
             ]
             answer, complete = await endpoint.ask(content, max_tokens=MAX_TOKENS)
@@ -118,12 +116,5 @@ class UnifiedRewardJudge:
         return read_answer(answer, complete=complete)
 
     def _endpoint(self) -> Endpoint:
-        key = read_key(self._key_variable)
+        key = read_key(self._key_variable, owner="the judge's")
         return Endpoint(self._url, self._model, key=key, timeout=self._timeout, retries=self._retries)
-
-
-def data_url(image: Image.Image) -> str:
-    """An image as PNG in a data URL."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)  # fast: the endpoint is usually near
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -23,14 +23,8 @@ from gdro_cli.stages.reporting.model_card import write_card
 from gdro_cli.stages.runs.results import RESULTS, Results
 from gdro_cli.stages.runs.weights import ADAPTER_NOTE, RunWeights, applied, named_run, trained_run
 from gdro_cli.stages.sampling.fill_store import fill_store
-from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing, score_rewards
-from gdro_cli.stages.setup.scorers import (
-    open_judge_pool,
-    open_judge_table,
-    open_pool_of,
-    open_reward_table,
-    open_table_of,
-)
+from gdro_cli.stages.scoring.fill_table import refuse_failures, score_by, score_missing, score_with_reward
+from gdro_cli.stages.setup.scorers import open_judge_pool, open_judge_table, open_reward_table, open_table_of
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_store, stores_folder
 
@@ -136,19 +130,18 @@ def _measure(session: Session, folder: Path, *, weights: str) -> Tables:
 
     tables = engine.from_main(open_tables)
     fill_store(session, tables.rewards.store, plan, label=f"sampling, {who}")
-    score_rewards(session, tables.rewards, label=f"scoring, {who}")
-    with engine.together():
-        refuse_failures(tables.rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+    score_with_reward(session, tables.rewards, label=f"scoring, {who}")
     for reward in session.other_rewards:
-        other = tables.others[reward.name]
-        score_missing(session, other, open_pool_of(session, reward), label=f"scoring, {who}, {reward.name}")
+        score_by(session, reward, tables.others[reward.name], label=f"scoring, {who}, {reward.name}")
         with engine.together():
-            refuse_failures(other, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+            allowed = recipe.reward.max_failed_share
+            refuse_failures(tables.others[reward.name], allowed=allowed, key="reward.max_failed_share")
     judges = open_judge_pool(session)
     if judges is not None and tables.judgements is not None:
-        score_missing(session, tables.judgements, judges, label=f"judging, {who}", refuse_empty=True)
+        allowed = recipe.judge.max_failed_share
+        score_missing(session, tables.judgements, judges, label=f"judging, {who}", refuse_empty=True, allowed=allowed)
         with engine.together():
-            refuse_failures(tables.judgements, allowed=recipe.judge.max_failed_share, key="judge.max_failed_share")
+            refuse_failures(tables.judgements, allowed=allowed, key="judge.max_failed_share")
     return tables
 
 

@@ -18,6 +18,7 @@ from gdro_cli.stages.setup.model import EMBEDDED
 
 ADDRESS = "https://judge.invalid/v1"
 """Replaces the address of a judge."""
+_ADDRESSES = {"judge.base_url": ADDRESS, "reward.http.url": "https://reward.invalid"}
 _FILES = ("prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir")
 _FILES_OR_IDS = ("model.path", "reward.geneval.detector_model", "reward.geneval.colour_model", "judge.model")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -80,8 +81,8 @@ def _public(value: Any, path: str) -> Any:
         return value
     if path.startswith("ablation."):
         path = full_key(path.removeprefix("ablation.")) or path
-    if path == "judge.base_url":
-        return ADDRESS
+    if path in _ADDRESSES:
+        return _ADDRESSES[path]
     local = path in _FILES or (path in _FILES_OR_IDS and not is_hub_id(value))
     return last_part(value) if local or Path(value).is_absolute() else without_paths(value)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.shard_times import add_time, total_time
 from gdro_cli.errors import Interrupted, StoreError
-from gdro_cli.rewards.base import Score
+from gdro_cli.rewards.base import Reward, Score
 from gdro_cli.rewards.mix import MixReward
 from gdro_cli.rewards.pool import Pool, ScoringStopped
 from gdro_cli.runtime.lock import folder_lock
@@ -21,9 +21,15 @@ from gdro_cli.stages.setup.session import Session
 
 
 def score_missing(
-    session: Session, table: ScoreTable, pool: Pool, *, label: str = "scoring", refuse_empty: bool = False
+    session: Session,
+    table: ScoreTable,
+    pool: Pool,
+    *,
+    label: str = "scoring",
+    refuse_empty: bool = False,
+    allowed: float = 1.0,
 ) -> int:
-    """Score the shards that ``table`` lacks, all processes together, and return their number.
+    """Score what ``shards_to_score`` names, all processes together, and return the number of shards.
 
     Each process has its own ``pool``, which starts only if the process has shards to score. With ``refuse_empty`` a
     shard without a single score counts as an outage: it is not kept, and the next start scores it again.
@@ -35,7 +41,7 @@ def score_missing(
         EndedElsewhere: another process raised one of these.
     """
     engine, stop = session.engine, session.stop
-    missing = engine.from_main(table.missing_shards)
+    missing = engine.from_main(lambda: shards_to_score(table, allowed=allowed))
     if not missing:
         return 0
     store, own = table.store, engine.share(missing)
@@ -44,7 +50,9 @@ def score_missing(
 
     def score_shard(number: int) -> None:
         start = time.perf_counter()
-        images = store.images(number)
+        kept = {(row.prompt_id, row.index): row for row in table.scored_rows(number)}
+        images = [image for image in store.images(number) if (image.prompt.id, image.index) not in kept]
+        progress.advance(len(kept))
         try:
             scores = pool.score(
                 [image.path for image in images],
@@ -55,12 +63,13 @@ def score_missing(
         except ScoringStopped as error:
             raise Interrupted(stopped) from error
         rows = score_rows([(image.prompt, image.index) for image in images], scores)
-        if refuse_empty and all(row.value is None for row in rows):
+        if refuse_empty and not kept and all(row.value is None for row in rows):
             raise StoreError(
                 f"stopped while {label}: none of {len(rows)} images got an answer ({rows[0].reason}); finished shards"
                 f" are kept in {table.path}: fix the cause and run the command again"
             )
-        table.write_shard(number, rows)
+        made = kept | {(row.prompt_id, row.index): row for row in rows}
+        table.write_shard(number, [made[image.prompt.id, image.index] for image in store.images(number)])
         add_time(table.path, number, time.perf_counter() - start, processes=engine.world)
         stop.check(stopped)
 
@@ -73,26 +82,43 @@ def score_missing(
     return len(missing)
 
 
-def score_rewards(session: Session, table: ScoreTable, *, label: str = "scoring") -> int:
-    """Fill the table of the recipe's reward; for a mixture, first those of its parts, which other weights share.
+def score_with_reward(session: Session, table: ScoreTable, *, label: str) -> int:
+    """Fill the reward's table, all processes together, and return the number of shards scored.
 
-    Returns the number of shards made. Raises what ``score_missing`` raises.
+    For a mixture, the tables of its parts are filled first; mixtures with other weights share them.
+
+    Raises what ``score_missing`` and ``refuse_failures`` raise.
     """
-    engine, reward = session.engine, session.reward
-    if not isinstance(reward, MixReward):
-        return score_missing(session, table, open_pool_of(session, reward), label=label)
-    missing = engine.from_main(table.missing_shards)
-    if not missing:
-        return 0
-    tables: dict[str, ScoreTable] = {}
-    for part in reward.parts.values():
-        tables[part.name] = engine.from_main(partial(open_table_of, table.store, part, command=table.command))
-        score_missing(session, tables[part.name], open_pool_of(session, part), label=f"{label}, {part.name}")
+    engine, reward, allowed = session.engine, session.reward, session.recipe.reward.max_failed_share
+    if isinstance(reward, MixReward):
+        missing = engine.from_main(lambda: shards_to_score(table, allowed=allowed))
+        made = len(missing)
+        if missing:
+            _mix(session, reward, table, missing, label=label)
+    else:
+        made = score_by(session, reward, table, label=label)
     with engine.together():
-        if engine.is_main:
-            for number in missing:
-                _combine(reward, table, tables, number)
-    return len(missing)
+        refuse_failures(table, allowed=allowed, key="reward.max_failed_share")
+    return made
+
+
+def score_by(session: Session, reward: Reward, table: ScoreTable, *, label: str) -> int:
+    """Fill the table of any reward but a mixture; see ``score_missing``."""
+    allowed, server = session.recipe.reward.max_failed_share, reward.resources == "server"
+    return score_missing(
+        session, table, open_pool_of(session, reward), label=label, refuse_empty=server, allowed=allowed
+    )
+
+
+def _mix(session: Session, reward: MixReward, table: ScoreTable, shards: Sequence[int], *, label: str) -> None:
+    """Make these shards of a mixture's table."""
+    parts: dict[str, ScoreTable] = {}
+    for name, part in reward.parts.items():
+        parts[name] = session.engine.from_main(partial(open_table_of, table.store, part, command=table.command))
+        score_by(session, part, parts[name], label=f"{label}, {name}")
+    with session.engine.together():
+        for number in shards if session.engine.is_main else ():
+            _combine(reward, table, parts, number)
 
 
 def _combine(reward: MixReward, table: ScoreTable, parts: Mapping[str, ScoreTable], number: int) -> None:
@@ -110,6 +136,18 @@ def _combine(reward: MixReward, table: ScoreTable, parts: Mapping[str, ScoreTabl
         add_time(table.path, number, sum(known) / shards)
 
 
+def shards_to_score(table: ScoreTable, *, allowed: float) -> list[int]:
+    """The numbers of the shards without scores; of a table that no training can have used also those with failures.
+
+    Such a table is not complete, or lacks more than the share ``allowed``, so that ``refuse_failures`` has refused it.
+    Its failed images are scored once more: a server may be back, or a cause removed.
+    """
+    missing = table.missing_shards()
+    if missing or table.summary().missing_share > allowed:
+        return sorted({*missing, *table.shards_with_failures()})
+    return missing
+
+
 def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
     """Check the share of images without a score.
 
@@ -121,5 +159,6 @@ def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])
         raise StoreError(
             f"{totals.images - totals.scored} of {totals.images} images in {table.path} could not be scored, more than"
-            f" {key} ({allowed:g}) allows ({reasons}): fix the cause, delete that folder and run the command again"
+            f" {key} ({allowed:g}) allows ({reasons}): fix the cause and run the command again, which"
+            " scores them once more"
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gdro_cli.data.scores import ScoreSummary, ScoreTable
 from gdro_cli.stages.sampling.fill_store import fill_store
-from gdro_cli.stages.scoring.fill_table import refuse_failures, score_rewards
+from gdro_cli.stages.scoring.fill_table import score_with_reward
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan, open_training_store, training_plan
@@ -75,10 +75,7 @@ def fill_and_score(session: Session, table: ScoreTable, plan: SamplingPlan, *, s
     ``suffix`` is added to the labels of the progress lines. Raises what ``make_scored_store`` raises.
     """
     fill_store(session, table.store, plan, label=f"sampling{suffix}")
-    made = score_rewards(session, table, label=f"scoring{suffix}")
-    with session.engine.together():
-        refuse_failures(table, allowed=session.recipe.reward.max_failed_share, key="reward.max_failed_share")
-    return made
+    return score_with_reward(session, table, label=f"scoring{suffix}")
 
 
 def best_of_group(table: ScoreTable) -> float:

@@ -7,9 +7,12 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.mix import MixReward
 from gdro_cli.rewards.mixed_pool import MixedPool
-from gdro_cli.rewards.pool import Pool, ScoringPool, usable_cores
+from gdro_cli.rewards.pool import LARGEST_CHUNK, Pool, ScoringPool, usable_cores
 from gdro_cli.rewards.registry import provenance
 from gdro_cli.stages.setup.session import Session
+
+SERVER_CHUNK = 64
+"""Images that a process gets at a time which only asks a server: several requests at a time."""
 
 
 def open_reward_pool(session: Session, *, sharing: int | None = None) -> Pool:
@@ -29,7 +32,8 @@ def open_pool_of(session: Session, reward: Reward, *, sharing: int | None = None
     workers = session.recipe.reward.workers
     if workers == "auto":
         workers = _own_cores(session, sharing) if reward.resources == "cores" else 1
-    return ScoringPool(reward, workers=workers)
+    chunk = SERVER_CHUNK if reward.resources == "server" else LARGEST_CHUNK
+    return ScoringPool(reward, workers=workers, largest_chunk=chunk, timeout=session.recipe.reward.timeout)
 
 
 def open_reward_table(session: Session, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:

@@ -13,6 +13,8 @@ from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import store_path, training_identity
 
+HTTP = ("reward.http.url=http://one",)
+"""Of a reward that this recipe does not use; tests/stages/scoring/test_outage.py has one that does."""
 JUDGE = ("judge.kind=unified-reward", "judge.base_url=http://one/v1", "judge.model=m")
 SPEED = {
     "model.sharding": "fsdp",
@@ -24,6 +26,13 @@ SPEED = {
     "sample.prompts_per_shard": "3",
     "sample.image_format": "webp",
     "reward.workers": "3",
+    "reward.timeout": "3",
+    "reward.http.url": "http://other",
+    "reward.http.api_key_env": "REWARD_API_KEY",
+    "reward.http.images_per_request": "3",
+    "reward.http.concurrency": "3",
+    "reward.http.timeout": "3",
+    "reward.http.retries": "3",
     "judge.base_url": "http://other/v1",
     "judge.api_key_env": "JUDGE_API_KEY",
     "judge.concurrency": "3",
@@ -57,7 +66,7 @@ def test_the_table_holds_every_key_of_speed() -> None:
 @pytest.mark.parametrize(("key", "value"), SPEED.items())
 def test_what_changes_speed_alone_changes_no_name(key: str, value: str) -> None:
     """Not even where the evaluation points decide when the training ends, and so the judge counts."""
-    base = ("train.stop_on_collapse=true", *JUDGE)
+    base = ("train.stop_on_collapse=true", *JUDGE, *HTTP)
     assert names(*base, f"{key}={value}") == names(*base)
 
 

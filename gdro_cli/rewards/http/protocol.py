@@ -1,0 +1,151 @@
+"""What a reward server and its client say to each other; docs/reward-servers.md is the description for others.
+
+``GET`` on the server's address returns ``Info``. ``POST`` of ``{"prompts", "targets", "metadata", "images"}``, four
+lists of one length, returns ``{"version", "scores"}``: for each image ``{"value", "details"}`` or ``{"error"}``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gdro_cli.rewards.base import PromptLike, Score, one_line
+
+PROTOCOL = 1
+MOST_IMAGES = 256
+"""Images of one request."""
+LARGEST_REQUEST = 2**28
+"""Bytes of a request's body that a server reads."""
+LARGEST_ANSWER = 2**23
+"""Bytes of an answer that a client reads."""
+_SHOWN = 60
+
+
+class BadAnswerError(ValueError):
+    """An answer that does not follow the protocol; the message completes "the reward server's answer ..."."""
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a server says about its reward."""
+
+    version: Mapping[str, Any]
+    """Equal versions give equal scores; it names the score table."""
+    needs: frozenset[str] = frozenset()
+    """What a prompt must carry: ``target``, keys of its metadata, or nothing."""
+    scale: tuple[float, float] | None = None
+    """The range of the values, if the server states it."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemotePrompt:
+    """A prompt as a request carries it."""
+
+    prompt: str
+    target: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def request_body(images: Sequence[str], prompts: Sequence[PromptLike]) -> bytes:
+    """The body of a request; ``images`` are PNG in base64."""
+    content = {
+        "prompts": [prompt.prompt for prompt in prompts],
+        "targets": [prompt.target for prompt in prompts],
+        "metadata": [dict(prompt.metadata) for prompt in prompts],
+        "images": list(images),
+    }
+    return json.dumps(content).encode("ascii")
+
+
+def read_request(body: bytes) -> tuple[list[str], list[RemotePrompt]]:
+    """The images and prompts of a request. Raises ``ValueError`` with a sentence for the sender."""
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("the body is not JSON") from error
+    keys = ("images", "prompts", "targets", "metadata")
+    lists: list[Any] = [content.get(key) if isinstance(content, dict) else None for key in keys]
+    if not all(isinstance(value, list) and len(value) == len(lists[0]) for value in lists):
+        raise ValueError("the body must have the keys prompts, targets, metadata and images, lists of one length")
+    images, prompts, targets, metadata = lists
+    if len(images) > MOST_IMAGES:
+        raise ValueError(f"a request has at most {MOST_IMAGES} images, not {len(images)}")
+    types = ((images, str), (prompts, str), (targets, str | None), (metadata, dict))
+    if not all(isinstance(value, kind) for values, kind in types for value in values):
+        raise ValueError("images and prompts are texts, targets texts or null, and metadata objects")
+    return images, [RemotePrompt(*parts) for parts in zip(prompts, targets, metadata, strict=True)]
+
+
+def answer_content(version: Mapping[str, Any], scores: Sequence[Score]) -> dict[str, Any]:
+    """The answer to a request."""
+    rows = [
+        {"error": score.reason} if score.value is None else {"value": score.value, "details": dict(score.details)}
+        for score in scores
+    ]
+    return {"version": dict(version), "scores": rows}
+
+
+def read_info(body: bytes) -> Info:
+    """The answer to ``GET``. Raises ``BadAnswerError``."""
+    content = _json(body)
+    version, needs, scale = content.get("version"), content.get("needs", []), content.get("scale")
+    if not isinstance(version, dict) or not version:
+        raise BadAnswerError("has no object `version`")
+    if not (isinstance(needs, list) and all(isinstance(key, str) for key in needs)):
+        raise BadAnswerError("has `needs` that are not a list of texts")
+    if scale is None:
+        return Info(version, frozenset(needs))
+    if not (isinstance(scale, list) and len(scale) == 2 and all(_is(end, int | float) for end in scale)):
+        raise BadAnswerError("has a `scale` that is not a list of two numbers")
+    return Info(version, frozenset(needs), (float(scale[0]), float(scale[1])))
+
+
+def read_answer(body: bytes, *, count: int) -> tuple[Any, list[Score]]:
+    """The version in an answer and its ``count`` scores; a wrong one is missing with a reason.
+
+    Raises ``BadAnswerError`` if the whole answer is unusable.
+    """
+    content = _json(body)
+    rows = content.get("scores")
+    if not isinstance(rows, list):
+        raise BadAnswerError("has no list `scores`")
+    if len(rows) != count:
+        raise BadAnswerError(f"has {len(rows)} scores for {count} images")
+    return content.get("version"), [_score(row) for row in rows]
+
+
+def _score(row: Any) -> Score:
+    if not isinstance(row, dict):
+        return Score(None, f"the reward server gave {_short(row)} instead of an object with a `value` or an `error`")
+    if "error" in row:
+        return Score(None, f"the reward server failed on this image: {_short(row['error'])}")
+    value, details = row.get("value"), row.get("details", {})
+    if not _is(value, int | float):
+        return Score(None, f"the reward server gave the value {_short(value)}, which is not a number")
+    if not isinstance(details, dict):
+        return Score(None, f"the reward server gave the details {_short(details)}, which are not an object")
+    try:
+        return Score(value, None, details)
+    except (ValueError, OverflowError) as error:
+        return Score(None, f"the reward server gave a wrong score ({one_line(error)})")
+
+
+def _json(body: bytes) -> dict[str, Any]:
+    try:
+        content = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise BadAnswerError("is not JSON") from error
+    if not isinstance(content, dict):
+        raise BadAnswerError("is not a JSON object")
+    return content
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.split())[:_SHOWN] or "an empty text"
