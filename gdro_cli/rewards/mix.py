@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
@@ -20,9 +20,9 @@ from gdro_cli.suggest import similar
 class MixSettings(StrictModel):
     """Settings of a mixture. A term is a reward such as `ocr`, or a number that it also measures, as `ocr.exact`."""
 
-    weights: dict[str, float] = Field(default_factory=dict)
+    weights: dict[str, float]
     """The weight of each term, 0 or more. The mixture is the weighted mean."""
-    ranges: dict[str, tuple[float, float]] = Field(default_factory=dict)
+    ranges: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(default_factory=dict)
     """For terms that do not go from 0 to 1: the value that counts as 0, and the value that counts as 1. Values beyond
     them count as 0 or 1. A first value above the second one makes less better."""
 
@@ -35,9 +35,7 @@ class MixSettings(StrictModel):
             if not (math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"the weight of {term!r} is {weight:g}: it must be 0 or more")
         if not any(self.weights.values()):
-            raise ValueError(
-                "reward.mix.weights needs a term with a weight above 0, such as {ocr: 0.8, ocr.exact: 0.2}"
-            )
+            raise ValueError("`weights` needs a term with a weight above 0, such as {ocr: 0.8, ocr.exact: 0.2}")
         for term, (worst, best) in self.ranges.items():
             if term not in self.weights:
                 raise ValueError(f"the range of {term!r} has no weight: it has {', '.join(self.weights)}")
@@ -62,6 +60,7 @@ class MixReward(Reward):
     """
 
     name = MIX
+    purpose = "to satisfy several rewards at once"
     Settings = MixSettings
     settings: MixSettings
 
@@ -69,7 +68,6 @@ class MixReward(Reward):
         super().__init__(settings)
         self.parts = dict(parts)
         every, axes = self.parts.values(), Reward.judge_axes
-        self.purpose = " and ".join(dict.fromkeys(part.purpose for part in every))  # type: ignore[misc]
         self.needs = frozenset().union(*(part.needs for part in every))  # type: ignore[misc]
         self.measures = (Measure("reward"), *self._measures_of_parts())  # type: ignore[misc]
         self.signals = {  # type: ignore[misc]
