@@ -22,6 +22,7 @@ REWARDS: dict[str, str] = {
     "hpsv2": "gdro_cli.rewards.clip.rewards:HpsReward",
     "aesthetic": "gdro_cli.rewards.clip.rewards:AestheticReward",
     "http": "gdro_cli.rewards.http.reward:HttpReward",
+    "vlm": "gdro_cli.rewards.vlm.reward:VlmReward",
     "mix": "gdro_cli.rewards.mix:MixReward",
 }
 """``module:class`` of each built-in reward by its name. A new one is one more line."""

@@ -17,7 +17,11 @@ from gdro_cli.config.sections import PromptSource, RewardSection
 from gdro_cli.suggest import similar, similar_key
 
 _DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
-_ADDRESSES = {"judge.base_url": "judge.api_key_env", "reward.http.url": "reward.http.api_key_env"}
+_ADDRESSES = {
+    "judge.base_url": "judge.api_key_env",
+    "reward.http.url": "reward.http.api_key_env",
+    "reward.vlm.base_url": "reward.vlm.api_key_env",
+}
 """Keys with the address of a server, and those that name the variable with its API key."""
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
@@ -39,7 +43,7 @@ class Problem:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every rule between keys that a recipe breaks. Each key by itself is valid."""
-    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _http, _other_rewards, _judge, _ablation):
+    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _servers, _other_rewards, _judge, _ablation):
         yield from rule(recipe)
 
 
@@ -198,10 +202,12 @@ def _other_rewards(recipe: Recipe) -> Iterator[Problem]:
             yield Problem("eval.rewards", f"names {name!r} twice: remove one")
 
 
-def _http(recipe: Recipe) -> Iterator[Problem]:
-    settings = getattr(recipe.reward, "http", None)
-    for key in ("url", "api_key_env") if settings is not None else ():
-        yield from _secret(f"reward.http.{key}", getattr(settings, key), path=f"reward.http.{key}")
+def _servers(recipe: Recipe) -> Iterator[Problem]:
+    for address, variable in _ADDRESSES.items():
+        _, *sections, _ = address.split(".")
+        settings = getattr(recipe.reward, sections[0], None) if sections else None
+        for key in (address, variable) if settings is not None else ():
+            yield from _secret(key, getattr(settings, key.rpartition(".")[2]), path=key)
 
 
 def _judge(recipe: Recipe) -> Iterator[Problem]:
@@ -215,6 +221,8 @@ def _judge(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"judge.{key}", f"is needed for judge.kind {judge.kind!r}")
         elif key not in needed and is_set:
             yield Problem(f"judge.{key}", f"has no meaning for judge.kind {judge.kind!r}: remove it")
+    if judge.template is not None and not needed:
+        yield Problem("judge.template", f"has no meaning for judge.kind {judge.kind!r}: remove it")
 
 
 def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:

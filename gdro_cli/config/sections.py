@@ -202,6 +202,9 @@ class JudgeSection(StrictModel):
     api_key_env: Annotated[str | None, Affects("speed")] = Field(None, min_length=1)
     """Name of the environment variable with the endpoint's key, if the endpoint needs one. The key itself is never
     stored."""
+    template: str | None = Field(None, min_length=1)
+    """File with the words that UnifiedReward is asked in, with the place {prompt} for the image's prompt. Its content
+    is part of the protocol. Unset: words of our own in the form of the authors'."""
     concurrency: Annotated[int, Affects("speed")] = Field(8, ge=1)
     """Simultaneous requests. 1 or more."""
     timeout: Annotated[float, Affects("speed")] = Field(120.0, gt=0)

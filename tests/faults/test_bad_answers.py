@@ -7,8 +7,8 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gdro_cli.rewards.endpoint import check_base_url
 from gdro_cli.rewards.judge.base import AXES, Judgement
-from gdro_cli.rewards.judge.endpoint import check_base_url
 from gdro_cli.rewards.judge.unified_prompt import read_answer
 from tests.support.faulty import Case, check, never_unexpected, rows
 from tests.support.judge_server import lines

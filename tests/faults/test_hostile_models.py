@@ -22,8 +22,8 @@ from transformers import CLIPModel
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.merge import Adapter, merge_into, read_adapter
+from gdro_cli.rewards.endpoint import check_base_url
 from gdro_cli.rewards.judge.base import Judgement
-from gdro_cli.rewards.judge.endpoint import check_base_url
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, find_models

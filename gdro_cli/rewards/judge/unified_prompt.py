@@ -3,7 +3,8 @@
 UnifiedReward 2.0 (arXiv 2503.05236; github.com/CodeGoat24/UnifiedReward) is tuned on a fixed form: first the image,
 then a text with the three axes, the form of the answer, and the caption in square brackets. It answers with three
 lines, each with many decimals. ``TEMPLATE`` has the same form as the authors' prompt
-(``inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py``), in our own words.
+(``inference_qwen/UnifiedReward-2.0-inference/point_score_ACS_image_generation.py``), in our own words; `judge.template`
+takes a file with theirs.
 """
 
 from __future__ import annotations
@@ -13,11 +14,10 @@ from typing import Any
 
 from gdro_cli.files import sha256
 from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement, on_scale
+from gdro_cli.rewards.templates import filled
 
-RULE = "unified-reward-lines-1"
+RULE = "unified-reward-lines-2"
 """Name of the rule in the provenance; it changes whenever the same answer would be read differently."""
-CAPTION = "{caption}"
-"""Placeholder for the image's prompt."""
 TEMPLATE = """\
 You are given a generated image and the text caption that it was made from. Judge the image on three axes, each rated \
 from 1 (worst) to 5 (best):
@@ -35,6 +35,8 @@ Text Caption: [{caption}]"""
 MAX_TOKENS = 1024
 """Tokens of an answer; three lines need about a hundred."""
 
+_MARGIN = 0.05
+_END = re.compile(r"(?:\s*(?:<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end\|>|<end_of_turn>|</s>))+\s*$")
 _QUOTED = 500
 """Characters of an answer that the details keep."""
 _MARKUP = re.compile(r"[*_`#>|]|\\(?=[()\-])")
@@ -46,14 +48,14 @@ _LINE = re.compile(
 )
 
 
-def request_text(caption: str) -> str:
+def request_text(caption: str, *, template: str = TEMPLATE) -> str:
     """The text that is sent with an image. Braces in the caption have no meaning."""
-    return TEMPLATE.replace(CAPTION, caption)
+    return filled(template, caption)
 
 
-def provenance() -> dict[str, Any]:
+def provenance(template: str = TEMPLATE) -> dict[str, Any]:
     """What a judgement depends on besides the model."""
-    return {"rule": RULE, "prompt_sha256": sha256(TEMPLATE.encode()), "temperature": 0, "max_tokens": MAX_TOKENS}
+    return {"rule": RULE, "prompt_sha256": sha256(template.encode()), "temperature": 0, "max_tokens": MAX_TOKENS}
 
 
 def read_answer(answer: str, *, complete: bool = True) -> Judgement:
@@ -61,13 +63,14 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
 
     A line counts if it contains only an axis and its number, in upper or lower case, with or without markup, a bullet,
     "(1-5)" or "/5". Nothing is guessed: an axis is missing if it has no such line, is off the scale, or has two
-    different numbers. Text in ``<think>`` is not part of the answer.
+    different numbers. A number up to 0.05 beyond the scale counts as its end. Text in ``<think>``, and end tokens
+    behind the answer, which some servers leave there, are not part of it.
 
     Args:
         answer: the model's text.
         complete: whether the model ended it. If not, its last line may lack digits and is not read.
     """
-    final = answer.rpartition("</think>")[2].partition("<think>")[0]
+    final = _END.sub("", answer.rpartition("</think>")[2].partition("<think>")[0])
     lines = final.splitlines()
     numbers: dict[str, set[float]] = {axis: set() for axis in AXES}
     for line in lines if complete else lines[:-1]:
@@ -79,6 +82,8 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
     problems = []
     for axis, values in numbers.items():
         value = next(iter(values)) if len(values) == 1 else None
+        if value is not None and LOWEST - _MARGIN <= value <= HIGHEST + _MARGIN:
+            value = min(max(value, LOWEST), HIGHEST)
         axes[axis] = value if value is not None and on_scale(value) else None
         if axes[axis] is None:
             problems.append(_problem(axis, values))

@@ -13,9 +13,9 @@ from typing import Any
 
 from gdro_cli.rewards.address import read_key
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
+from gdro_cli.rewards.endpoint import Endpoint, NoAnswerError, check_base_url, check_package
 from gdro_cli.rewards.judge.base import Judgement
-from gdro_cli.rewards.judge.endpoint import Endpoint, NoAnswerError, check_base_url, check_package
-from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, provenance, read_answer, request_text
+from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, TEMPLATE, provenance, read_answer, request_text
 from gdro_cli.rewards.png import png_base64
 
 
@@ -35,6 +35,7 @@ class UnifiedRewardJudge:
         concurrency: simultaneous requests, 1 or more.
         timeout: seconds for connecting, and for each silence of the endpoint; above 0.
         retries: further attempts after one without an answer, 0 or more. After the last one the judgement is missing.
+        template: the words of a request, with a place for the prompt.
 
     Raises:
         PrerequisiteError: the package ``openai`` is not installed.
@@ -50,6 +51,7 @@ class UnifiedRewardJudge:
         concurrency: int = 8,
         timeout: float = 120.0,
         retries: int = 4,
+        template: str = TEMPLATE,
     ) -> None:
         check_package()
         self._url = check_base_url(base_url)
@@ -58,12 +60,13 @@ class UnifiedRewardJudge:
         self._concurrency = concurrency
         self._timeout = timeout
         self._retries = retries
+        self._template = template
         self._checked = False
 
     @property
     def version(self) -> Mapping[str, Any]:
         """Provenance: the model's name, the digest of the prompt, how answers are generated and read."""
-        return {"judge": "unified-reward", "model": self._model, **provenance()}
+        return {"judge": "unified-reward", "model": self._model, **provenance(self._template)}
 
     def load(self) -> None:
         """Read the key and check the endpoint; a second call does nothing.
@@ -108,12 +111,12 @@ class UnifiedRewardJudge:
             image = await asyncio.to_thread(lambda: png_base64(read_rgb(source)))
             content: list[dict[str, Any]] = [
                 {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-                {"type": "text", "text": request_text(prompt)},
+                {"type": "text", "text": request_text(prompt, template=self._template)},
             ]
-            answer, complete = await endpoint.ask(content, max_tokens=MAX_TOKENS)
+            answer = await endpoint.ask(content, max_tokens=MAX_TOKENS)
         except (UnreadableImageError, NoAnswerError) as error:
             return Judgement.missing(str(error))
-        return read_answer(answer, complete=complete)
+        return read_answer(answer.text, complete=answer.complete)
 
     def _endpoint(self) -> Endpoint:
         key = read_key(self._key_variable, owner="the judge's")

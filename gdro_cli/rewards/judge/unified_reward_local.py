@@ -24,7 +24,7 @@ from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.model_source import WEIGHTS, ModelSource
 from gdro_cli.rewards.base import ImageSource, UnreadableImageError, one_line, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
-from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, provenance, read_answer, request_text
+from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, TEMPLATE, provenance, read_answer, request_text
 
 KINDS = ("qwen2_5_vl", "qwen3_vl", "qwen3_5")
 """UnifiedReward 2.0's model types in transformers."""
@@ -45,6 +45,7 @@ class UnifiedRewardLocal:
     Args:
         model: a folder as ``save_pretrained`` writes it, or the id of a model in the Hugging Face cache. Nothing is
             downloaded.
+        template: the words of a request, with a place for the prompt.
         device: ``auto`` uses a GPU if there is one. The network is bfloat16 on a GPU, otherwise float32.
 
     Raises:
@@ -52,7 +53,8 @@ class UnifiedRewardLocal:
         UserError: the model is of another kind.
     """
 
-    def __init__(self, model: str | Path, *, device: str = "auto") -> None:
+    def __init__(self, model: str | Path, *, template: str = TEMPLATE, device: str = "auto") -> None:
+        self._template = template
         self._source = ModelSource(model, key="judge.model", fetch=False)
         self._source.get(*_FILES)
         self._source.require("config.json", WEIGHTS)
@@ -71,7 +73,7 @@ class UnifiedRewardLocal:
         return {
             "judge": "unified-reward-local",
             **self._source.version(*_FILES),
-            **provenance(),
+            **provenance(self._template),
             "precision": str(self._dtype).removeprefix("torch."),
             "transformers": metadata.version("transformers"),
         }
@@ -96,7 +98,7 @@ class UnifiedRewardLocal:
         except UnreadableImageError as error:
             return Judgement.missing(str(error))
         try:
-            answer, complete = _ask(loaded, image, request_text(prompt))
+            answer, complete = _ask(loaded, image, request_text(prompt, template=self._template))
         except (RuntimeError, ValueError) as error:  # for example, too little memory for this image
             return Judgement.missing(f"the judge failed on this image: {one_line(error)}")
         return read_answer(answer, complete=complete)

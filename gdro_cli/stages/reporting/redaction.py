@@ -18,9 +18,16 @@ from gdro_cli.stages.setup.model import EMBEDDED
 
 ADDRESS = "https://judge.invalid/v1"
 """Replaces the address of a judge."""
-_ADDRESSES = {"judge.base_url": ADDRESS, "reward.http.url": "https://reward.invalid"}
-_FILES = ("prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir")
-_FILES_OR_IDS = ("model.path", "reward.geneval.detector_model", "reward.geneval.colour_model", "judge.model")
+_ADDRESSES = {"judge.base_url": ADDRESS, "reward.http.url": "https://reward.invalid", "reward.vlm.base_url": ADDRESS}
+_FILES = (
+    "prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir", "judge.template",
+    "reward.vlm.template",
+)  # fmt: skip
+_FILES_OR_IDS = (
+    "model.path", "judge.model", "reward.geneval.detector_model", "reward.geneval.colour_model", "reward.clip.model",
+    "reward.pickscore.model", "reward.pickscore.processor", "reward.hpsv2.model", "reward.hpsv2.base",
+    "reward.aesthetic.model", "reward.aesthetic.head",
+)  # fmt: skip
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 # A path begins after no letter, and not with the host of an address but file's; no name is longer than 255 letters.
 _PATHS_IN_TEXT = re.compile(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.embedded import tiny_judge_path
 from gdro_cli.rewards.judge.base import Judge, JudgeReward
+from gdro_cli.rewards.judge.unified_prompt import TEMPLATE
+from gdro_cli.rewards.templates import read_template
 from gdro_cli.stages.setup.model import EMBEDDED
 from gdro_cli.stages.setup.reward import open_reward
 
@@ -14,6 +16,7 @@ def open_judge(recipe: Recipe) -> JudgeReward | None:
 
     Raises:
         PrerequisiteError: its weights are missing.
+        UserError: the file of `judge.template` cannot be used.
     """
     kind = recipe.judge.kind
     if kind == "auto":
@@ -29,10 +32,12 @@ def _open(recipe: Recipe, kind: str) -> Judge:
 
         return EmbeddedJudge(tiny_judge_path())
     settings = recipe.judge
+    path = settings.template
+    template = TEMPLATE if path is None else read_template(path, key="judge.template")
     if kind == "unified-reward-local":
         from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 
-        return UnifiedRewardLocal(settings.model or "")
+        return UnifiedRewardLocal(settings.model or "", template=template)
     from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 
     return UnifiedRewardJudge(
@@ -42,4 +47,5 @@ def _open(recipe: Recipe, kind: str) -> Judge:
         concurrency=settings.concurrency,
         timeout=settings.timeout,
         retries=settings.retries,
+        template=template,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from gdro_cli.rewards.judge import unified_prompt
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, provenance, read_answer, request_text
 from tests.support.judge_server import lines
@@ -54,7 +53,7 @@ def test_good_answers(answer: str, expected: tuple[float, ...]) -> None:
 @pytest.mark.parametrize(
     ("answer", "expected", "reason"),
     [
-        (lines(4, 3, 5.01), (4.0, 3.0, None), "style score of 5.01, which is not between 1 and 5"),
+        (lines(4, 3, 5.1), (4.0, 3.0, None), "style score of 5.1, which is not between 1 and 5"),
         (lines(0, 3, 2), (None, 3.0, 2.0), "alignment score of 0, which"),
         (lines(-4, 3, 2), (None, 3.0, 2.0), "alignment score of -4, which"),
         (lines(4, "3 to 4", 2), (4.0, None, 2.0), "has no coherence score"),
@@ -100,8 +99,19 @@ def test_an_answer_in_the_form_of_the_prompt_can_be_read() -> None:
     assert read(request_text("a cat")) == (None, None, None)
 
 
-def test_provenance_changes_with_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_words_have_their_own_provenance() -> None:
+    """The caption's place has two names, as in the authors' code and here."""
+    assert request_text("a {cat}", template="Judge [{prompt}].") == "Judge [a {cat}]."
+    assert request_text("a {cat}", template="Judge [{caption}].") == "Judge [a {cat}]."
     own = provenance()
-    assert own == provenance()
-    monkeypatch.setattr(unified_prompt, "TEMPLATE", TEMPLATE + " ")
-    assert provenance() != own
+    assert own == provenance(TEMPLATE) and provenance("Judge [{prompt}].") != own
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "</s>", " <|endoftext|>\n", "<|im_end|><|endoftext|>"])
+def test_end_tokens_behind_the_answer_are_no_part_of_it(token: str) -> None:
+    assert read(lines(4, 3, 2.01) + token) == (4.0, 3.0, 2.01)
+
+
+def test_a_hair_beyond_the_scale_is_its_end() -> None:
+    assert read(lines(5.0003, 0.98, 5.05)) == (5.0, 1.0, 5.0)
+    assert read(lines(5.06, 0.9, 4)) == (None, None, 4.0)

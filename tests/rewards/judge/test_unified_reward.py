@@ -222,7 +222,7 @@ def test_keys_for_another_service_are_not_sent(server: JudgeServer, monkeypatch:
 
 
 def test_a_missing_client_is_one_sentence(server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gdro_cli.rewards.judge.endpoint.find_spec", lambda name: None)
+    monkeypatch.setattr("gdro_cli.rewards.endpoint.find_spec", lambda name: None)
     with pytest.raises(PrerequisiteError, match=r"needs the package openai: run `pip install 'gdro_cli\[judge\]'`"):
         make(server)
 

@@ -13,8 +13,8 @@ from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import store_path, training_identity
 
-HTTP = ("reward.http.url=http://one",)
-"""Of a reward that this recipe does not use; tests/stages/scoring/test_outage.py has one that does."""
+SERVERS = ("reward.http.url=http://one", "reward.vlm.base_url=http://one/v1", "reward.vlm.model=m")
+"""Of rewards that this recipe does not use; tests/stages/scoring/test_outage.py has one that does."""
 JUDGE = ("judge.kind=unified-reward", "judge.base_url=http://one/v1", "judge.model=m")
 SPEED = {
     "model.sharding": "fsdp",
@@ -33,6 +33,12 @@ SPEED = {
     "reward.http.concurrency": "3",
     "reward.http.timeout": "3",
     "reward.http.retries": "3",
+    "reward.vlm.base_url": "http://other/v1",
+    "reward.vlm.api_key_env": "REWARD_API_KEY",
+    "reward.vlm.template": "words.txt",
+    "reward.vlm.concurrency": "3",
+    "reward.vlm.timeout": "3",
+    "reward.vlm.retries": "3",
     "judge.base_url": "http://other/v1",
     "judge.api_key_env": "JUDGE_API_KEY",
     "judge.concurrency": "3",
@@ -66,7 +72,7 @@ def test_the_table_holds_every_key_of_speed() -> None:
 @pytest.mark.parametrize(("key", "value"), SPEED.items())
 def test_what_changes_speed_alone_changes_no_name(key: str, value: str) -> None:
     """Not even where the evaluation points decide when the training ends, and so the judge counts."""
-    base = ("train.stop_on_collapse=true", *JUDGE, *HTTP)
+    base = ("train.stop_on_collapse=true", *JUDGE, *SERVERS)
     assert names(*base, f"{key}={value}") == names(*base)
 
 

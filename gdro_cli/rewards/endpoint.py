@@ -7,6 +7,9 @@ error (another 4xx, such as for an image that is too large, or an unusable answe
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,15 +20,28 @@ from gdro_cli.rewards.address import QUOTED, check_url, without_key
 from gdro_cli.rewards.base import one_line
 
 _REMEDIES = {
-    401: "set the environment variable that the judge's api_key_env names to a valid key",
+    401: "set the environment variable that {owner} api_key_env names to a valid key",
     403: "use a key that may use this model",
-    404: "correct the judge's model or base_url",
+    404: "correct {owner} model or base_url",
 }
 _TEMPORARY = (408, 409, 429)
+_TOP = 20
+"""Alternatives of a token that are asked for; the most that OpenAI's protocol allows."""
 
 
 class NoAnswerError(Exception):
     """A request got no usable answer; the message is the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model answered."""
+
+    text: str
+    complete: bool
+    """Whether the model ended it."""
+    first: Mapping[str, float] = field(default_factory=dict)
+    """Probabilities of the likeliest first tokens, where they were asked for and the server gives them."""
 
 
 class Endpoint:
@@ -37,12 +53,23 @@ class Endpoint:
         key: sent as bearer token; ``None`` for no token.
         timeout: seconds for connecting, and for each silence of the endpoint.
         retries: further attempts after the first.
+        owner: whose endpoint it is, for messages.
     """
 
-    def __init__(self, base_url: str, model: str, *, key: str | None, timeout: float, retries: int) -> None:
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        *,
+        key: str | None,
+        timeout: float,
+        retries: int,
+        owner: str = "the judge's",
+    ) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Omit
 
         self._url, self._model, self._key, self._retries = base_url, model, key, retries
+        self._owner = owner
         # The client takes missing values from OPENAI_* variables, which are meant for another service.
         omitted = ("OpenAI-Organization", "OpenAI-Project", *(("Authorization",) if key is None else ()))
         self._headers: dict[str, Any] = dict.fromkeys(omitted, Omit())
@@ -71,7 +98,7 @@ class Endpoint:
             )
         except APIConnectionError as error:
             raise PrerequisiteError(
-                f"the judge's endpoint {self._url} cannot be reached ({self._cause(error)}): start the server, or "
+                f"{self._owner} endpoint {self._url} cannot be reached ({self._cause(error)}): start the server, or "
                 "correct its base_url"
             ) from None
         except APIStatusError as error:
@@ -84,16 +111,17 @@ class Endpoint:
             return
         if names and self._model not in names:
             raise PrerequisiteError(
-                f"the judge's endpoint {self._url} serves {self._hidden(', '.join(names[:5]))[:QUOTED]}, "
-                f"not {self._model}: correct the judge's model or base_url"
+                f"{self._owner} endpoint {self._url} serves {self._hidden(', '.join(names[:5]))[:QUOTED]}, "
+                f"not {self._model}: correct {self._owner} model or base_url"
             )
 
-    async def ask(self, content: list[dict[str, Any]], *, max_tokens: int) -> tuple[str, bool]:
-        """The model's greedy answer to one message, and whether the answer is complete.
+    async def ask(self, content: list[dict[str, Any]], *, max_tokens: int, probabilities: bool = False) -> Answer:
+        """The model's greedy answer to one message.
 
         Args:
             content: of the message, in the form of OpenAI's protocol.
             max_tokens: tokens after which the answer is cut off.
+            probabilities: ask for those of the first token.
 
         Raises:
             NoAnswerError: no attempt got a usable answer.
@@ -102,6 +130,7 @@ class Endpoint:
         from openai import APIConnectionError, APIStatusError
 
         messages: Any = [{"role": "user", "content": content}]
+        more: Any = {"logprobs": True, "top_logprobs": _TOP} if probabilities else {}
         try:
             answer = await self.client.chat.completions.create(
                 model=self._model,
@@ -109,6 +138,7 @@ class Endpoint:
                 temperature=0,
                 max_tokens=max_tokens,
                 extra_headers=self._headers,
+                **more,
             )
         except APIConnectionError as error:
             raise self._gave_up(self._cause(error)) from None
@@ -117,27 +147,27 @@ class Endpoint:
                 raise self._gave_up(f"HTTP {error.status_code}") from None
             if error.status_code in _REMEDIES or error.status_code < 400:
                 raise self._refusal(error) from None
-            raise NoAnswerError(f"the judge's endpoint answers {self._quoted(error)}") from None
+            raise NoAnswerError(f"{self._owner} endpoint answers {self._quoted(error)}") from None
         except ValueError:
-            raise NoAnswerError("the judge's answer is not JSON") from None
+            raise NoAnswerError(f"{self._owner} answer is not JSON") from None
         try:
             text, complete = answer.choices[0].message.content, answer.choices[0].finish_reason != "length"
         except (TypeError, LookupError, AttributeError):
-            raise NoAnswerError("the judge's answer is not a chat completion") from None
+            raise NoAnswerError(f"{self._owner} answer is not a chat completion") from None
         if not isinstance(text, str):
-            raise NoAnswerError("the judge's answer is not text")
-        return self._hidden(text), complete
+            raise NoAnswerError(f"{self._owner} answer is not text")
+        return Answer(self._hidden(text), complete, _first(answer) if probabilities else {})
 
     def _cause(self, error: Exception) -> str:
         return self._hidden(one_line(error.__cause__ or error))
 
     def _gave_up(self, reason: str) -> NoAnswerError:
         attempts = self._retries + 1
-        return NoAnswerError(f"the judge's endpoint gave no answer in {attempts} attempts, at last {reason}")
+        return NoAnswerError(f"{self._owner} endpoint gave no answer in {attempts} attempts, at last {reason}")
 
     def _refusal(self, error: Any) -> PrerequisiteError:
-        remedy = _REMEDIES.get(error.status_code, "correct the judge's base_url")
-        return PrerequisiteError(f"the judge's endpoint {self._url} answers {self._quoted(error)}: {remedy}")
+        remedy = _REMEDIES.get(error.status_code, "correct {owner} base_url").format(owner=self._owner)
+        return PrerequisiteError(f"{self._owner} endpoint {self._url} answers {self._quoted(error)}: {remedy}")
 
     def _quoted(self, error: Any) -> str:
         """The status and the endpoint's own message in one line, without the key."""
@@ -147,15 +177,24 @@ class Endpoint:
         return without_key(text, self._key)
 
 
-def check_package() -> None:
-    """Raise PrerequisiteError if the client is not installed."""
+def _first(answer: Any) -> dict[str, float]:
+    """The probabilities of the first token's alternatives; empty if the server gives none."""
+    try:
+        alternatives = answer.choices[0].logprobs.content[0].top_logprobs
+        return {str(each.token): math.exp(min(float(each.logprob), 0.0)) for each in alternatives}
+    except (TypeError, LookupError, AttributeError, ValueError):
+        return {}
+
+
+def check_package(who: str = "judge.kind unified-reward") -> None:
+    """Raise PrerequisiteError if the client is not installed, which ``who`` needs."""
     if find_spec("openai") is None:
+        key = who.split()[0]
         raise PrerequisiteError(
-            "judge.kind unified-reward needs the package openai: run `pip install 'gdro_cli[judge]'`, or choose another"
-            " judge.kind"
+            f"{who} needs the package openai: run `pip install 'gdro_cli[judge]'`, or choose another {key}"
         )
 
 
-def check_base_url(base_url: str) -> str:
+def check_base_url(base_url: str, *, owner: str = "the judge's") -> str:
     """The address without a trailing slash. Raises UserError if it is not like http://localhost:8000/v1."""
-    return check_url(base_url, what="the judge's base_url", example="http://localhost:8000/v1", variable="api_key_env")
+    return check_url(base_url, what=f"{owner} base_url", example="http://localhost:8000/v1", variable="api_key_env")

@@ -1,0 +1,39 @@
+"""Words that are sent to a vision-language model with an image: a text file with a place for the prompt."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gdro_cli.errors import UserError
+
+PLACE = re.compile(r"\{(?:prompt|caption)\}")
+_LARGEST = 1 << 16
+
+
+def read_template(path: str, *, key: str) -> str:
+    """The text of a template file, which must have the place ``{prompt}`` (or ``{caption}``).
+
+    Args:
+        path: the file.
+        key: the recipe's key that names it, for messages.
+
+    Raises:
+        UserError: the file cannot be read, is no text, is larger than 64 KiB, or has no such place.
+    """
+    try:
+        data = Path(path).expanduser().read_bytes()
+        text = data.decode("utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{key}: {path} cannot be read as text ({reason}): name a UTF-8 file") from error
+    if len(data) > _LARGEST:
+        raise UserError(f"{key}: {path} has {len(data):,} bytes, more than {_LARGEST:,}: name a file of one request")
+    if not PLACE.search(text):
+        raise UserError(f"{key}: {path} has no place {{prompt}} for the image's prompt: add it")
+    return text.rstrip("\n")
+
+
+def filled(template: str, prompt: str) -> str:
+    """The template with the prompt in its place. Braces in the prompt have no meaning."""
+    return PLACE.sub(lambda _: prompt, template)

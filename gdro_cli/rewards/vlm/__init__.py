@@ -1,0 +1,1 @@
+"""A vision-language model behind an endpoint as a reward."""
