@@ -19,6 +19,8 @@ from gdro_cli.core.measures import Measure
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.base import Reward, one_line
 
+_QUOTED = 200
+"""Characters of another library's message that an error shows."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 """Names that a reward can have."""
 _RESERVED = OWN_KEYS | {"mix", "settings"}
@@ -77,7 +79,19 @@ def _problem(cls: Any, name: str) -> str | None:
         return "its Settings is not a subclass of gdro_cli.rewards.StrictModel"
     if missing := [key for key, field in cls.Settings.model_fields.items() if not field.description]:
         return f"the key {missing[0]} of its Settings has no docstring"
-    return _wrong_fact(cls)
+    return _unwritable(cls.Settings) or _wrong_fact(cls)
+
+
+def _unwritable(settings: type[StrictModel]) -> str | None:
+    """Why the defaults cannot be written into a resolved recipe and read back, if they cannot."""
+    if any(field.is_required() for field in settings.model_fields.values()):
+        return None
+    try:
+        settings.model_validate(settings().model_dump(mode="json"))
+    except Exception as error:  # noqa: BLE001 - pydantic has several, and a validator of the plug-in may raise any
+        words = " ".join(str(error).split())[:_QUOTED]
+        return f"the defaults of its Settings cannot be written into a recipe and read back ({words})"
+    return None
 
 
 def _wrong_fact(cls: Any) -> str | None:

@@ -18,7 +18,7 @@ from gdro_cli.data.prompts import PromptSet, load_prompts
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.geneval.reward import GenEvalReward
-from tests.support.prompt_rewards import COCO, OCR, SHAPES
+from tests.support.prompt_rewards import ANYTHING, COCO, OCR, SHAPES
 from tests.support.rectangles import RectangleDetector
 
 
@@ -41,6 +41,16 @@ def test_text_lines_as_flow_grpo_writes_them(tmp_path: Path) -> None:
     assert [(record.prompt, record.target) for record in prompts.records] == [
         ('New York Skyline with "Hello World" written with fireworks', "Hello World"),
         ("A cat holds “Go!”", "Go!"),
+    ]
+
+
+def test_a_plain_file_serves_a_reward_that_needs_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text('a red kite\n\na sign that says "HI"\n')
+    records = read_prompt_file(path, reward=ANYTHING)
+    assert [(record.prompt, record.target) for record in records] == [
+        ("a red kite", None),
+        ('a sign that says "HI"', None),
     ]
 
 

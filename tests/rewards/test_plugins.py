@@ -123,6 +123,15 @@ def test_its_keys_are_listed(brightness: Path) -> None:
             "class S(StrictModel):\n    a: int = 1\n" + GOOD.format(name="good", extra="Settings = S"),
             "the key a of its Settings has no docstring",
         ),
+        (
+            "from pathlib import Path\nclass S(StrictModel):\n    a: Path = Path('x')\n    'A.'\n"
+            + GOOD.format(name="good", extra="Settings = S"),
+            "the defaults of its Settings cannot be written into a recipe and read back (1 validation error",
+        ),
+        (
+            "class S(StrictModel):\n    a: int = 'x'\n    'A.'\n" + GOOD.format(name="good", extra="Settings = S"),
+            "the defaults of its Settings cannot be written into a recipe and read back (1 validation error",
+        ),
         (GOOD.format(name="good", extra="needs = {'target'}"), "`needs` is not a frozenset"),
         (GOOD.format(name="good", extra="measures = ()"), "`measures` is not a tuple of at least one Measure"),
         (GOOD.format(name="good", extra="judge_axes = ('taste',)"), "`judge_axes` is not a tuple of at least one of"),

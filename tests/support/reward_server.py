@@ -39,6 +39,8 @@ class RewardServer:
         self.seen: list[dict[str, Any]] = []
         self.headers: list[str] = []
         self.at_once = self.most_at_once = 0
+        self.drip = 0.0
+        """Seconds between two bytes of an answer."""
         self.lock, self.closing = threading.Lock(), threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self._http.daemon_threads = True
@@ -87,7 +89,11 @@ def _handler(server: RewardServer) -> type[BaseHTTPRequestHandler]:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(reply.body)))
                 self.end_headers()
-                self.wfile.write(reply.body)
+                if not server.drip:
+                    self.wfile.write(reply.body)
+                for byte in reply.body if server.drip else b"":
+                    self.wfile.write(bytes([byte]))
+                    server.closing.wait(server.drip)
             except (BrokenPipeError, ConnectionResetError):  # the client has stopped waiting
                 self.close_connection = True
 

@@ -13,6 +13,7 @@ import hmac
 import io
 import socket
 from collections.abc import Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -132,10 +133,14 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def run(app: Starlette, listener: socket.socket) -> None:
-    """Answer requests until a signal ends the server."""
+    """Answer requests until a signal ends the server, which is its ordinary end. A second signal does not wait."""
     import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            self.should_exit, self.force_exit = True, self.should_exit
 
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
     )
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config).run(sockets=[listener])

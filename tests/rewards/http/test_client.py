@@ -140,10 +140,11 @@ def test_what_may_pass_is_tried_again(reward_server: RewardServer, reply: Reply)
 
 def test_a_server_that_drips_is_slow(reward_server: RewardServer) -> None:
     """A limit for each pause would never end such an answer."""
-    reward_server.otherwise = lambda payload: answers({}, delay=1.5)
-    assert reasons(score(reward_server, timeout=0.3)) == [
-        "the reward server gave no scores in 2 attempts, at last no answer within 0.3 s"
-    ]
+    asked = reward(reward_server, timeout=0.5, retries=0)
+    asked.load()
+    reward_server.drip = 0.05
+    found = asked.score([Image.new("RGB", (2, 2))], [Prompt("p", None)])
+    assert reasons(found) == ["the reward server gave no scores in 1 attempt, at last no answer within 0.5 s"]
 
 
 def test_attempts_are_bounded_and_a_server_that_is_down_is_not_waited_for_again(reward_server: RewardServer) -> None:
