@@ -13,6 +13,8 @@ from gdro_cli.config.load import build_recipe, load_recipe
 from gdro_cli.config.yamlfile import dump_yaml, dump_yaml_line, parse_yaml
 from gdro_cli.errors import UserError
 
+KINDS = "'ocr', 'geneval', 'clip', 'pickscore', 'hpsv2', 'aesthetic', 'http', 'vlm' or 'mix'"
+
 
 def message(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
@@ -75,8 +77,8 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         ("method=gdro", "method: must be a section of keys and values, not 'gdro'."),
         ("train=null", "train: must be a section of keys and values, not null."),
         ("name=a/b", "name: must be letters, digits, '.', '_' or '-'"),
-        ("reward.kind=orc", "reward.kind: must be 'ocr', 'geneval' or 'http', not 'orc'; did you mean `ocr`?"),
-        ("reward.kind=[ocr]", "reward.kind: must be 'ocr', 'geneval' or 'http', not a list of 1."),
+        ("reward.kind=orc", f"reward.kind: must be {KINDS}, not 'orc'; did you mean `ocr`?"),
+        ("reward.kind=[ocr]", f"reward.kind: must be {KINDS}, not a list of 1."),
         (
             "prompts.task=ocr",
             "prompts.task: is not a key any more, since what prompts must carry follows from reward.kind: remove it.",

@@ -9,13 +9,13 @@ import pytest
 from gdro_cli.config.keys import describe_fields
 from gdro_cli.config.load import load_recipe
 from gdro_cli.config.rules import source_problems
-from gdro_cli.config.sections import PromptSource
+from gdro_cli.config.sections import PromptSource, RewardSection
 from gdro_cli.errors import UserError
 from gdro_cli.identity import digest
 
 
 def messages(reward: str, **keys: Any) -> list[str]:
-    problems = source_problems(PromptSource(**keys), path="here", reward=reward)
+    problems = source_problems(PromptSource(**keys), path="here", reward=RewardSection(kind=reward))
     return [f"{problem.path}: {problem.message}" for problem in problems]
 
 
