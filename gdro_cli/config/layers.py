@@ -33,6 +33,8 @@ _PATHS = (
     *(f"prompts.{split}.file" for split in ("train", "validation", "eval")),
     "model.path",
     "reward.ocr.model_dir",
+    "reward.vlm.template",
+    "judge.template",
 )
 #: Characters that end a key.
 _KEY_ENDS = re.compile(r"[\s:=]")

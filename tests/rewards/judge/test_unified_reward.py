@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from gdro_cli.config.load import load_recipe
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import ImageSource
 from gdro_cli.rewards.geneval.reward import GenEvalReward
@@ -23,6 +24,7 @@ from gdro_cli.rewards.judge.base import AXES, JudgeReward
 from gdro_cli.rewards.judge.unified_prompt import TEMPLATE, request_text
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
 from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.stages.setup.judge import open_judge
 from tests.support.judge_server import MODEL, JudgeServer, Reply, fails, lines, says
 from tests.support.ocr_signs import Prompt
 
@@ -349,3 +351,35 @@ def test_through_a_scoring_pool(server: JudgeServer, monkeypatch: pytest.MonkeyP
         server.otherwise = lambda text: fails(404, message="gone")
         with pytest.raises(PrerequisiteError, match="HTTP 404 .*gone"):
             pool.score(images, [Prompt("a card", None)] * 3)
+
+
+def test_a_recipe_names_the_words(server: JudgeServer, tmp_path: Path) -> None:
+    """Relative to its file; their digest is part of the protocol."""
+    (tmp_path / "words.txt").write_text("Caption {prompt}. Answer as you were tuned to.\n")
+    recipe_file = tmp_path / "own.yaml"
+    settings = f"{{kind: unified-reward, base_url: '{server.url}', model: '{MODEL}', template: words.txt}}"
+    recipe_file.write_text(f"extends: ocr\njudge: {settings}\n")
+    judge = open_judge(load_recipe(str(recipe_file)))
+    assert judge is not None
+    judge.score([plain_image()], [Prompt("a red card", "")])
+    assert (
+        server.seen[0].payload["messages"][0]["content"][1]["text"]
+        == "Caption a red card. Answer as you were tuned to."
+    )
+    plain = open_judge(load_recipe(str(recipe_file), overrides=["judge.template=null"]))
+    assert plain is not None and plain.version != judge.version
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [(None, r"judge\.template: .*words\.txt cannot be read as text"), ("Judge it.", r"has no place \{prompt\}")],
+)
+def test_words_that_cannot_be_used(tmp_path: Path, content: str | None, sentence: str) -> None:
+    file = tmp_path / "words.txt"
+    if content is not None:
+        file.write_text(content)
+    judge = "judge={kind: unified-reward, base_url: 'http://host/v1', model: m}"
+    with pytest.raises(UserError, match=sentence):
+        open_judge(load_recipe("ocr", overrides=[judge, f"judge.template={file}"]))
+    with pytest.raises(UserError, match=r"judge\.template: has no meaning for judge\.kind 'none'"):
+        load_recipe("ocr", overrides=["judge.kind=none", f"judge.template={file}"])
