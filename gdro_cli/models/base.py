@@ -137,6 +137,11 @@ class FlowModel(abc.ABC):
         self._transformer, self._movable = module, False
 
     @property
+    def loaded_transformer(self) -> nn.Module | None:
+        """The transformer, wherever it is at present; None before its first use."""
+        return self._transformer
+
+    @property
     def identity(self) -> dict[str, str | dict[str, str]]:
         """Identity of the weights, see ``PipelineFolder.identity``."""
         return self.folder.identity

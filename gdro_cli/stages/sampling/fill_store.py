@@ -18,6 +18,7 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.shard_times import add_time
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
+from gdro_cli.models.adapters import merged
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
@@ -73,6 +74,7 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
         session.reporter.track(label + own_part(engine, sharded), total=total, unit="images") as progress,
+        merged(session.model),
     ):
         if sharded:
             for number in missing:
