@@ -52,7 +52,7 @@ def test_kernels_of_a_missing_package(flux_folder: Path) -> None:
 @pytest.mark.parametrize("sequence_dim", [1, 2])
 @pytest.mark.parametrize("width", [8, 32, 128])
 def test_rotation_in_one_product_is_diffusers(width: int, sequence_dim: int, dtype: torch.dtype) -> None:
-    """Values and gradient; with the same bits on x86 at widths that real heads have."""
+    """Values and gradient; in float32 with the same bits on x86 at widths that real heads have."""
     generator = torch.Generator().manual_seed(3)
     x = torch.randn((2, 5, 3, width) if sequence_dim == 1 else (2, 3, 5, width), generator=generator).to(dtype)
     gradient = torch.randn(x.shape, generator=generator).to(dtype)
@@ -62,7 +62,7 @@ def test_rotation_in_one_product_is_diffusers(width: int, sequence_dim: int, dty
         own = x.clone().requires_grad_()
         turned = rotate(own, (angles.cos(), angles.sin()), sequence_dim=sequence_dim)
         results.append((turned, *torch.autograd.grad(turned, own, gradient)))
-    exact = width % 16 == 0 and platform.machine() == "x86_64"
+    exact = dtype == torch.float32 and width % 16 == 0 and platform.machine() == "x86_64"
     tolerance = 0.0 if exact else 2e-2 if dtype == torch.bfloat16 else 1e-6
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0.0, atol=tolerance)
