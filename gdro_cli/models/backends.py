@@ -80,9 +80,9 @@ def _rotate_in_one_product(module: Any) -> None:
 def rotated(x: Tensor, freqs_cis: tuple[Tensor, Tensor], *, sequence_dim: int = 2) -> Tensor:
     """The rotary embedding ``apply_rotary_emb`` of diffusers, on the CPU as one complex product.
 
-    In float32 the bits are the same on x86 for heads of a multiple of 16 numbers, which PyTorch multiplies in whole vectors.
-
-    Other devices, whose complex products round in their own way, and compiled code, which has none, keep its form.
+    In float32 the bits are the same on x86 for heads of a multiple of 16 numbers, which PyTorch multiplies in whole
+    vectors. Other devices, whose complex products round in their own way, and compiled code, which has none, keep
+    diffusers' form.
 
     Args:
         x: queries or keys [N, S, H, D] (``sequence_dim`` 1) or [N, H, S, D] (2), interleaved pairs.
