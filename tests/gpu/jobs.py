@@ -38,6 +38,7 @@ from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
+from tests.gpu.peaks import check_peaks
 from tests.support.tiny_families import BUILDERS, build_flux
 
 SIZE = {"height": 32, "width": 48}
@@ -216,5 +217,6 @@ if __name__ == "__main__":
         "attention": check_attention,
         "recipe": run_recipe,
         "resume": check_resume,
+        "peaks": check_peaks,
     }
     JOBS[sys.argv[1]](*sys.argv[2:])

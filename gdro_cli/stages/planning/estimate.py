@@ -17,10 +17,10 @@ import torch
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.footprint import (
     AdapterBytes,
+    Storage,
     Weights,
     adapter_bytes,
     group_step_flops,
-    unpacked_bytes,
     weight_bytes,
 )
 from gdro_cli.models.adapters import attach_lora
@@ -43,8 +43,8 @@ _MASKED_TOKENS = 60
 class Shape:
     """What the traces depend on. Recipes of the same shape share them, since a trace takes seconds."""
 
-    model: tuple[str, DtypeName, int | None]
-    """Path, dtype and longest prompt in tokens."""
+    model: tuple[str, DtypeName, int | None, Storage]
+    """Path, dtype, longest prompt in tokens, and how the linear layers are stored."""
     size: tuple[int, int]
     """Height and width in pixels."""
     guidance: float
@@ -57,17 +57,17 @@ class Shape:
 
 
 @cache
-def without_adapter(path: str, dtype: DtypeName, tokens: int | None) -> MetaModel:
+def without_adapter(path: str, dtype: DtypeName, tokens: int | None, storage: Storage) -> MetaModel:
     """The model on the meta device."""
-    return meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    return meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens, storage=storage)
 
 
 @cache
 def with_adapter(
-    path: str, dtype: DtypeName, tokens: int | None, rank: int, targets: Targets
+    path: str, dtype: DtypeName, tokens: int | None, storage: Storage, rank: int, targets: Targets
 ) -> tuple[tuple[ShallowModel, list[torch.nn.Parameter]], ...]:
     """Other shallow models of it, with the parameters of their adapters, whose scale does not matter here."""
-    model = meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    model = meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens, storage=storage)
     return tuple((part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
 
 
@@ -120,7 +120,7 @@ class Estimate:
         dtype: DtypeName = section.dtype
         if dtype == "auto" and (torch.cuda.is_available() or section.path != EMBEDDED):
             dtype = "bfloat16"
-        model = model_folder(recipe), dtype, section.max_sequence_length
+        model = model_folder(recipe), dtype, section.max_sequence_length, section.quantization
         self.model = without_adapter(*model)
         height, width = recipe.sample.height, recipe.sample.width
         size = self.model.flow.default_size if height is None or width is None else (height, width)
@@ -134,11 +134,6 @@ class Estimate:
     def transformer_bytes(self) -> int:
         """The frozen transformer, as it is stored."""
         return weight_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
-
-    @property
-    def unpacked_bytes(self) -> int:
-        """One quantised layer's matrix in the dtype of the products."""
-        return unpacked_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
 
     @property
     def text_bytes(self) -> int:
@@ -175,7 +170,7 @@ class Estimate:
         forward = forward_work(self.shape, self.recipe.sample.batch_size)
         images = 1 if self.recipe.model.vae_slicing else decoded_at_once(*self.shape.size)
         decoding = decoding_work(self.shape, min(images, self.recipe.sample.batch_size))
-        return max(forward.peak, 0 if decoding is None else decoding.peak) + self.unpacked_bytes
+        return max(forward.peak, 0 if decoding is None else decoding.peak)
 
     @property
     def sampling_bytes(self) -> int:
@@ -230,7 +225,7 @@ class Estimate:
         transformer, unless ``model.offload`` moves them away.
         """
         recipe, weights = self.recipe, self.transformer_bytes + self.adapter.total
-        work = weights + self.unpacked_bytes + self.batch_bytes + self.activation_bytes()
+        work = weights + self.batch_bytes + self.activation_bytes()
         if recipe.model.offload or not (recipe.train.eval_every or recipe.online_method):
             return work
         return max(work + self.vae_bytes, weights + self.text_bytes)

@@ -38,9 +38,9 @@ def training_needs(estimate: Estimate, session: Session) -> Rows:
     other = estimate.activation_bytes(checkpointing=0 if share else 1)
     how = "with checkpointing" if share == 1 else f"with {share:g} of the blocks checkpointed"
     how = how if share else "without checkpointing"
-    beside = gigabytes(estimate.transformer_bytes + estimate.unpacked_bytes)
+    frozen = gigabytes(estimate.transformer_bytes)
     memory = (
-        f"{gigabytes(estimate.training_bytes)} GB: transformer {beside}, adapter {gigabytes(adapter.total)},"
+        f"{gigabytes(estimate.training_bytes)} GB: transformer {frozen}, adapter {gigabytes(adapter.total)},"
         f" activations {gigabytes(own)} for {estimate.images_at_once} images {how}"
         f" ({gigabytes(other)} {'without' if share else 'with'}); {cards(estimate.training_bytes)}"
     )
