@@ -120,6 +120,11 @@ def gpu_hours(flops: float) -> float:
     return flops / (SUSTAINED_TFLOPS * 1e12) / 3600
 
 
+def usable_bytes(card: int) -> float:
+    """Return the share ``USABLE`` of a card of so many GiB, in bytes."""
+    return USABLE * card * 2**30
+
+
 def fits(needed: float) -> tuple[int, ...]:
     """Return the ``CARDS`` (GiB) of which ``needed`` bytes fill at most the share ``USABLE``."""
-    return tuple(card for card in CARDS if needed <= USABLE * card * 2**30)
+    return tuple(card for card in CARDS if needed <= usable_bytes(card))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours
-from gdro_cli.stages.planning.estimate import Estimate
+from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours, usable_bytes
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.estimate import Estimate
 
 Rows = list[tuple[str, str]]
 
@@ -53,8 +53,16 @@ def training_needs(estimate: Estimate, session: Session) -> Rows:
             f" {adapter.optimizer / 1e6:.0f} MB",
         ),
         ("memory, training", memory + shared),
+        ("train.micro_batch=auto", automatic_micro_batches(estimate)),
         *_time(estimate, session),
     ]
+
+
+def automatic_micro_batches(estimate: Estimate) -> str:
+    """What ``train.micro_batch: auto`` would take on each card."""
+    sizes = {card: estimate.largest_micro_batch(usable_bytes(card)) for card in CARDS}
+    chosen = [f"{size} images on a card of {card} GB" for card, size in sizes.items() if size is not None]
+    return f"would take {', '.join(chosen)}" if chosen else f"would not fit a card of {max(CARDS)} GB"
 
 
 def _time(estimate: Estimate, session: Session) -> Rows:

@@ -14,10 +14,10 @@ from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.published import published_name
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.planning import dry_run as plan
-from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import cards, gigabytes, hours
 from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.estimate import Estimate
 
 pytestmark = pytest.mark.slow
 

@@ -8,6 +8,7 @@ counted and what is not.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
@@ -30,7 +31,7 @@ from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, mixed_update, trace_forward, trace_update, whole_update, whole_work
 from gdro_cli.stages.setup.model import EMBEDDED, model_folder
-from gdro_cli.stages.training.batch_sizes import images_at_once, takes_one_pass
+from gdro_cli.stages.training.batch_sizes import images_at_once, micro_batches, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
 
 Targets = tuple[str, ...] | Literal["auto", "all-linear"]
@@ -181,10 +182,6 @@ class Estimate:
     @property
     def images_at_once(self) -> int:
         """Images whose activations one process keeps at once in training."""
-        train, online = self.recipe.train, self.recipe.online_method
-        if online is not None:
-            part = math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round / self.world)
-            return min(train.micro_batch or part, part)
         return images_at_once(self.recipe, self.world)
 
     @property
@@ -192,18 +189,22 @@ class Estimate:
         """Whether training first computes the images' weights (stored groups only)."""
         return not takes_one_pass(self.recipe)
 
-    def update(self, *, checkpointing: float | None = None) -> Update:
-        """A micro-batch's forward and backward pass; ``checkpointing`` replaces the recipe's share of the blocks."""
+    def update(self, *, checkpointing: float | None = None, images: int | None = None) -> Update:
+        """A micro-batch's forward and backward pass.
+
+        ``checkpointing`` replaces the recipe's share of the blocks, ``images`` its micro-batch.
+        """
         train = self.recipe.train
         share = float(train.gradient_checkpointing if checkpointing is None else checkpointing)
-        job = self.shape, train.lora.rank, train.lora.targets, self.images_at_once
+        job = self.shape, train.lora.rank, train.lora.targets, images or self.images_at_once
         if share in (0, 1):
             return update_work(*job, share == 1)
         return mixed_update(update_work(*job, False), update_work(*job, True), share)
 
-    def activation_bytes(self, *, checkpointing: float | None = None) -> int:
+    def activation_bytes(self, *, checkpointing: float | None = None, images: int | None = None) -> int:
         """What a micro-batch needs beside weights; twice that if online training takes two passes."""
-        return self.update(checkpointing=checkpointing).peak * (self.passes if self.recipe.online_method else 1)
+        update = self.update(checkpointing=checkpointing, images=images)
+        return update.peak * (self.passes if self.recipe.online_method else 1)
 
     @property
     def batch_bytes(self) -> int:
@@ -224,11 +225,30 @@ class Estimate:
         With evaluation points or rollouts the autoencoder stays, and at the start the text encoders are beside the
         transformer, unless ``model.offload`` moves them away.
         """
+        beside, start = self._beside_activations
+        return max(beside + self.activation_bytes(), start)
+
+    @property
+    def _beside_activations(self) -> tuple[int, int]:
+        """Bytes of training without a micro-batch at work, and those at the start."""
         recipe, weights = self.recipe, self.transformer_bytes + self.adapter.total
-        work = weights + self.batch_bytes + self.activation_bytes()
+        work = weights + self.batch_bytes
         if recipe.model.offload or not (recipe.train.eval_every or recipe.online_method):
-            return work
-        return max(work + self.vae_bytes, weights + self.text_bytes)
+            return work, 0
+        return work + self.vae_bytes, weights + self.text_bytes
+
+    def largest_micro_batch(self, room: float) -> int | None:
+        """The most images at once with which the steps of a training take at most ``room`` bytes; None if none fit.
+
+        A peak is the highest of counts that are affine in the images, so it lies on or below the line between those of
+        the fewest and of the most images: two traces are enough for any card, and the choice is never too large.
+        """
+        sizes = micro_batches(self.recipe, self.world)
+        low, high = (self.activation_bytes(images=size) for size in (sizes[0], sizes[-1]))
+        slope = (high - low) / max(1, sizes[-1] - sizes[0])
+        beside, _ = self._beside_activations
+        count = bisect_right(sizes, room, key=lambda size: beside + low + slope * (size - sizes[0]))
+        return sizes[count - 1] if count else None
 
     # -- operations ---------------------------------------------------------------------------------------------
 
