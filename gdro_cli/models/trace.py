@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdro_cli.core.flow import velocity_error
+from gdro_cli.core.footprint import Storage
 from gdro_cli.models.base import Conditioning, FlowModel
 
 _LOWERED: set[Any] = {
@@ -84,6 +85,59 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, *
         key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
     result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
     return result
+
+
+_UNPACKING: dict[Storage, tuple[int, int]] = {"int8": (0, 4), "fp8": (8, 8), "nf4": (0, 0)}
+"""Bytes per number of a quantised matrix that unpacking takes beside the result, forwards and backwards (torchao,
+bitsandbytes). ``fp8`` makes a float32 copy and its product with the scales; ``int8`` makes the product only backwards,
+and forwards applies the scales to the layer's result."""
+
+
+def quantised_layers(transformer: nn.Module, storage: Storage) -> nn.Module:
+    """Let the linear layers on the meta device unpack their weights as those of a quantised base do; returns it."""
+    for layer in transformer.modules() if storage != "none" else ():
+        if type(layer) is nn.Linear:
+            layer.__class__, layer.storage = _Quantised, storage  # type: ignore[assignment]
+    return transformer
+
+
+class _Quantised(nn.Linear):
+    """A layer whose ``weight`` stands for the packed matrix, which does not count."""
+
+    storage: Storage
+
+    def forward(self, x: Tensor) -> Tensor:
+        arguments = x.to(self.weight.dtype), self.weight, self.bias, self.storage
+        product: Tensor = _QuantisedProduct.apply(*arguments)  # type: ignore[no-untyped-call]
+        return product
+
+
+class _QuantisedProduct(torch.autograd.Function):
+    """``x @ weight.T + bias``; each pass unpacks the weight, as in ``models.memory``."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, storage: Storage) -> Tensor:
+        context.save_for_backward(weight)
+        before, context.backward_room = _UNPACKING[storage]
+        unpacked = _unpacked(weight, room=before)
+        product = functional.linear(x, weight, bias)
+        del unpacked
+        return product.clone() if storage == "int8" else product
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = context.saved_tensors
+        unpacked = _unpacked(weight, room=context.backward_room)
+        product = gradient @ weight
+        del unpacked
+        return product, None, None, None
+
+
+def _unpacked(weight: Tensor, *, room: int) -> Tensor:
+    """As many bytes as the weight; before they are returned, also ``room`` bytes per number for a moment."""
+    room_and_result = weight.new_empty(weight.numel() * (room + weight.element_size()), dtype=torch.uint8)
+    del room_and_result
+    return torch.empty_like(weight)
 
 
 class _NoModules(nullcontext[None]):

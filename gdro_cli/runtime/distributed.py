@@ -60,6 +60,13 @@ class Engine(ProcessGroup):
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
+    def room(self, share: float) -> int | None:
+        """Bytes of a share of this process's GPU, less what other programs have taken; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(share * total) - (total - free - torch.cuda.memory_reserved(self.device))
+
     @property
     def rank(self) -> int:
         """This process's number, 0 .. world - 1."""

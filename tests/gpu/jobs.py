@@ -38,6 +38,7 @@ from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
+from tests.gpu.peaks import check_peaks
 from tests.support.tiny_families import BUILDERS, build_flux
 
 SIZE = {"height": 32, "width": 48}
@@ -187,6 +188,13 @@ def run_recipe(out: str, *settings: str) -> None:
     print(results)  # noqa: T201
 
 
+def run_on_small_gpu(out: str, *settings: str) -> None:
+    """The same on a GPU of 100 MB, of which 60 are taken, 28 of them by this process."""
+    free, reserved = {"return_value": (40 * 10**6, 100 * 10**6)}, {"return_value": 28 * 10**6}
+    with mock.patch("torch.cuda.mem_get_info", **free), mock.patch("torch.cuda.memory_reserved", **reserved):
+        run_recipe(out, *settings)
+
+
 def check_resume(out: str, *settings: str) -> None:
     """A run that was stopped after its first step and continued has the weights of one that was not."""
     adapters_found = []
@@ -215,6 +223,8 @@ if __name__ == "__main__":
         "planted": check_planted,
         "attention": check_attention,
         "recipe": run_recipe,
+        "small_gpu": run_on_small_gpu,
         "resume": check_resume,
+        "peaks": check_peaks,
     }
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -118,8 +118,8 @@ class _Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def pretend_gpu() -> Iterator[None]:
-    """Believe in one GPU inside the block."""
+def pretend_gpu(*, numbers: bool = True) -> Iterator[None]:
+    """Believe in one GPU inside the block; without ``numbers`` its tensors are the caller's, such as fake ones."""
     import torch.cuda.amp.common as common
 
     compatible = torch._has_compatible_shallow_copy_type
@@ -160,5 +160,6 @@ def pretend_gpu() -> Iterator[None]:
         )
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
-        stack.enter_context(_Watch())
+        if numbers:
+            stack.enter_context(_Watch())
         yield

@@ -45,6 +45,13 @@ def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
     assert [row["gpu_peak_gb"] for row in steps] == [2, 2]
 
 
+def test_automatic_micro_batch_fits_the_gpu(job: Job, tmp_path: Path) -> None:
+    """Of 100 MB a tenth stays free and other programs have 32 MB: 58 MB. Six images would need 63."""
+    job("small_gpu", tmp_path, *SMALL, "train.micro_batch=auto", "train.eval_every=0")
+    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+    assert [json.loads(row)["micro_batch"] for row in metrics.read_text().splitlines()] == [3, 3]
+
+
 def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:
     method = ("group_size=2", "prompts_per_round=2", "updates_per_round=1", "train_sample_steps=3")
     settings = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours
-from gdro_cli.stages.planning.estimate import Estimate
+from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours, usable_bytes
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.estimate import Estimate
 
 Rows = list[tuple[str, str]]
 
@@ -38,9 +38,9 @@ def training_needs(estimate: Estimate, session: Session) -> Rows:
     other = estimate.activation_bytes(checkpointing=0 if share else 1)
     how = "with checkpointing" if share == 1 else f"with {share:g} of the blocks checkpointed"
     how = how if share else "without checkpointing"
-    beside = gigabytes(estimate.transformer_bytes + estimate.unpacked_bytes)
+    frozen = gigabytes(estimate.transformer_bytes)
     memory = (
-        f"{gigabytes(estimate.training_bytes)} GB: transformer {beside}, adapter {gigabytes(adapter.total)},"
+        f"{gigabytes(estimate.training_bytes)} GB: transformer {frozen}, adapter {gigabytes(adapter.total)},"
         f" activations {gigabytes(own)} for {estimate.images_at_once} images {how}"
         f" ({gigabytes(other)} {'without' if share else 'with'}); {cards(estimate.training_bytes)}"
     )
@@ -53,8 +53,16 @@ def training_needs(estimate: Estimate, session: Session) -> Rows:
             f" {adapter.optimizer / 1e6:.0f} MB",
         ),
         ("memory, training", memory + shared),
+        ("train.micro_batch=auto", automatic_micro_batches(estimate)),
         *_time(estimate, session),
     ]
+
+
+def automatic_micro_batches(estimate: Estimate) -> str:
+    """What ``train.micro_batch: auto`` would take on each card."""
+    sizes = {card: estimate.largest_micro_batch(usable_bytes(card)) for card in CARDS}
+    chosen = [f"{size} images on a card of {card} GB" for card, size in sizes.items() if size is not None]
+    return f"would take {', '.join(chosen)}" if chosen else f"would not fit a card of {max(CARDS)} GB"
 
 
 def _time(estimate: Estimate, session: Session) -> Rows:

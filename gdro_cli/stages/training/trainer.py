@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from typing import Never
 
 from gdro_cli.config.sections import TrainSection
@@ -20,6 +21,7 @@ from gdro_cli.stages.evaluation.validation import PointGivenUp, Validation
 from gdro_cli.stages.runs.weights import keep_if_best
 from gdro_cli.stages.setup.reward import missing_limits
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.micro_batch import NotEnoughMemory
 from gdro_cli.stages.training.state import TrainingState
 from gdro_cli.stages.training.step_source import ResumePoint, StepAbandoned, StepGradient, StepSource
 
@@ -73,13 +75,21 @@ class Trainer:
     def _update(self) -> StepGradient:
         """Take one optimizer step, check it and log it."""
         start, state = time.perf_counter(), self.state
-        gradient = self.source.gradient(state.step)
+        gradient = self._gradient()
         norm = state.update(learning_rate(self.session.recipe.train, state.step)) if gradient.learns else 0.0
         state.step += 1
         self._refuse_not_finite(gradient.metrics["loss"], norm)
         if self.session.engine.is_main and (self._is_last() or state.step % self.session.recipe.train.log_every == 0):
             self._log(gradient, norm, seconds=time.perf_counter() - start)
         return gradient
+
+    def _gradient(self) -> StepGradient:
+        """The step's gradient. Attempts for which memory was not enough leave nothing behind."""
+        while True:
+            with suppress(NotEnoughMemory):
+                return self.source.gradient(self.state.step)
+            self.state.optimizer.zero_grad(set_to_none=True)
+            self.source.shrink()
 
     def _refuse_not_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
