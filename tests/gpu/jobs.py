@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from tests.gpu.pretend_gpu import pretend_gpu  # isort: skip - before whatever imports torch
 
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -28,9 +30,10 @@ from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
-from gdro_cli.stages.training import train
+from gdro_cli.stages.training import group_gradient, train
 from gdro_cli.stages.training.group_gradient import GroupGradient
 from tests.gpu import passes
+from tests.gpu.acceptance import __main__ as acceptance
 from tests.gpu.passes import FAMILIES, difference, engine_pass, flat
 
 
@@ -141,6 +144,23 @@ def check_resume(out: str, *settings: str) -> None:
     assert adapters_found[0] == adapters_found[1]
 
 
+def check_acceptance(out: str) -> None:
+    """The acceptance with a wrong gradient, again without it, with an error, and without time; prints exit codes."""
+    pretended = ["--tiny", "--pretend", os.environ["PRETEND_GPU"]]
+    true_weights = group_gradient.image_weights
+
+    def accept(folder: str, *arguments: str) -> int:
+        return acceptance.main([str(Path(out) / folder), *pretended, *arguments])
+
+    with mock.patch.object(group_gradient, "image_weights", lambda **given: 1.1 * true_weights(**given)):
+        codes = [accept("fault", "--sections", "6")]
+    codes.append(accept("fault", "--sections", "6"))
+    with mock.patch.object(FlowModel, "release_encoders", side_effect=RuntimeError("planted\nsecond line")):
+        codes.append(accept("error", "--sections", "8,14"))
+    codes.append(accept("late", "--budget", "0"))
+    print(json.dumps(codes))  # noqa: T201
+
+
 if __name__ == "__main__":
     JOBS = {
         "families": check_families,
@@ -148,5 +168,6 @@ if __name__ == "__main__":
         "attention": check_attention,
         "recipe": run_recipe,
         "resume": check_resume,
+        "acceptance": check_acceptance,
     }
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.core.footprint import USABLE
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
@@ -134,6 +135,10 @@ class Bench:
     def allocated(self) -> float | None:
         """Gigabytes of tensors on the device now."""
         return None if self.pretended else torch.cuda.memory_allocated() / 1e9
+
+    def has_room(self, needed: int) -> bool:
+        """Whether the device has these bytes, by the dry-run's rule."""
+        return self.pretended or needed <= USABLE * torch.cuda.get_device_properties(0).total_memory
 
     # -- recipes and models -------------------------------------------------------------------------------------
 

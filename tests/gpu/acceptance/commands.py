@@ -61,7 +61,6 @@ def stop_and_resume(bench: Bench, section: Section) -> None:
     section.check("losses of all steps", len(a) == len(b) == steps, [len(a), len(b)], [steps, steps])
     worst = max(abs(x - y) / max(abs(x), 1e-6) for x, y in zip(a, b, strict=True))
     section.at_most("largest relative difference of a loss", worst, 1e-3)
-    section.check("the same bits, where kernels allow it", True, a == b, "noted")
 
 
 def losses(out: Path) -> list[float]:

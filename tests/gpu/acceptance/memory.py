@@ -122,7 +122,7 @@ def shallow_flux(bench: Bench) -> Path:
     folder = bench.work / "models/shallow-flux"
     if not (folder / "model_index.json").is_file():
         random = RandomFolder(open_folder(recipe.model.path), DEPTHS)
-        random.load("transformer", dtype=torch.bfloat16).save_pretrained(folder / "transformer")
+        random.load("transformer", dtype=torch.bfloat16).to("cpu").save_pretrained(folder / "transformer")
         free()
         (folder / "vae").mkdir(exist_ok=True)
         (folder / "vae/config.json").write_text(json.dumps(random.config("vae")))

@@ -62,13 +62,15 @@ class Section:
 
     def __init__(self, number: int, journal: Journal) -> None:
         self.number, self._journal = number, journal
-        self._states: set[bool | None] = set()
+        self._states: dict[str, bool | None] = {}
         self._began = self._last = time.perf_counter()
 
     def row(self, name: str, value: Any, wanted: Any, passed: bool | None) -> None:
         """Write a row; its seconds are those since the row before."""
         now = time.perf_counter()
-        self._states.add(passed)
+        if name in self._states:
+            raise ValueError(f"section {self.number} has two rows named {name!r}")
+        self._states[name] = passed
         seconds, self._last = now - (self._began if name == WHOLE else self._last), now
         self._journal.append(
             {
@@ -117,9 +119,10 @@ class Section:
         self.check(f"{name}: exit code", code == wanted, code if code == wanted else f"{code}: {said[-500:]}", wanted)
 
     def end(self) -> None:
-        if False in self._states:
+        states = self._states.values()
+        if False in states:
             self.row(WHOLE, "a check failed", "all checks pass", False)
-        elif None in self._states:
+        elif None in states:
             self.row(WHOLE, "complete but for skipped checks", "all checks pass", None)
         else:
             self.row(WHOLE, "complete", "all checks pass", True)
@@ -141,7 +144,12 @@ def _is_skip(value: Any) -> bool:
 
 
 def _short(value: Any) -> Any:
-    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+    """Six digits of a number; not-a-number and infinity, which JSON lacks, as text."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
+    if isinstance(value, dict):
+        return {key: _short(one) for key, one in value.items()}
+    return [_short(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def exit_code(rows: Iterable[Row]) -> int:

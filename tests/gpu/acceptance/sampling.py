@@ -26,8 +26,10 @@ def sampling(bench: Bench, section: Section) -> None:
         cost = bench.measure(sample, model, recipe, images, steps=STEPS)
         finite = bool(cost.result.isfinite().all())
         section.check(f"{images} images: latents are finite", finite, finite, True)
-        wanted = estimate.transformer_bytes + forward_work(estimate.shape, images).peak
-        section.at_most(f"{images} images: peak memory, GB", cost.gigabytes, 1.1 * wanted / 1e9)
+        weights, work = estimate.transformer_bytes / 1e9, forward_work(estimate.shape, images).peak / 1e9
+        section.at_most(f"{images} images: peak memory, GB", cost.gigabytes, 1.1 * (weights + work))
+        beside = None if cost.gigabytes is None else cost.gigabytes - weights
+        section.figure(f"{images} images: memory beside the weights, GB", beside, note=f"the dry-run says {work:.4g}")
         section.figure(f"{images} images: images per second at {STEPS} steps", cost.rate(images))
         work = images * STEPS * estimate.reference_flops / 1e12
         section.figure(f"{images} images: TFLOP/s", cost.rate(work))
