@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.gpu.acceptance.sections import SECTIONS
 from tests.gpu.conftest import Job
 
 pytestmark = pytest.mark.slow
@@ -51,6 +53,12 @@ def test_rows_and_report(library: Path, tmp_path: Path) -> None:
     report = json.loads(file.read_text())
     assert report["rows"] == rows and report["commit"] == ["abc"]
     assert (report["passed"], report["failed"], report["skipped"]) == (len(passed), 0, len(skipped))
+
+
+def test_the_page_has_every_section() -> None:
+    page = (ROOT / "docs/hardware.md").read_text(encoding="utf-8")
+    _, _, table = page.partition("## Acceptance of a GPU")
+    assert [int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)] == list(SECTIONS)
 
 
 def test_faults_stops_and_second_runs(job: Job, tmp_path: Path) -> None:

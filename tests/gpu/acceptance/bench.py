@@ -68,16 +68,17 @@ class Cost:
 
 
 class RandomFolder(PipelineFolder):
-    """A pipeline folder whose networks get random numbers, made on the GPU; no weights are read.
+    """A pipeline folder whose networks get random numbers; no weights are read.
 
     Args:
         folder: gives classes and configurations.
+        device: where the numbers are made.
         changes: other values in the transformer's configuration.
     """
 
-    def __init__(self, folder: PipelineFolder, changes: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder: PipelineFolder, device: torch.device, changes: dict[str, Any] | None = None) -> None:
         vars(self).update(vars(folder))
-        self._original, self._changes = folder, changes or {}
+        self._original, self._device, self._changes = folder, device, changes or {}
 
     def config(self, name: str, *, file: str = "config.json") -> dict[str, Any]:
         return self._original.config(name, file=file) | (self._changes if name == "transformer" else {})
@@ -94,7 +95,7 @@ class RandomFolder(PipelineFolder):
         transformers, usual = getattr(cls, "config_class", None), torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with torch.device("cuda", 0):
+            with self._device:
                 torch.manual_seed(0)
                 module = cls.from_config(config) if transformers is None else cls(transformers.from_dict(config))
         finally:
@@ -109,14 +110,13 @@ class Bench:
     """One run of the acceptance.
 
     Args:
-        out: folder of the run.
+        work: folder of stores, runs and models.
         pretended: whether the device is a pretended GPU.
         tiny: tiny models in place of full-size ones.
     """
 
-    def __init__(self, out: Path, *, pretended: bool, tiny: bool) -> None:
-        self.out, self.pretended, self.tiny = out.resolve(), pretended, tiny
-        self.work = self.out / "work"
+    def __init__(self, work: Path, *, pretended: bool, tiny: bool) -> None:
+        self.work, self.pretended, self.tiny = work.resolve(), pretended, tiny
 
     # -- the device ---------------------------------------------------------------------------------------------
 
@@ -157,7 +157,14 @@ class Bench:
 
     def random_model(self, recipe: Recipe) -> FlowModel:
         """The recipe's model with random numbers, on the device."""
-        return open_model(recipe, folder=RandomFolder(open_folder(recipe.model.path)))
+        return open_model(recipe, folder=self.random_folder(recipe))
+
+    def random_folder(self, recipe: Recipe, changes: dict[str, Any] | None = None) -> RandomFolder:
+        """The recipe's model folder with random numbers, made on the device, or on the CPU for a pretended one, whose
+        parameters would pass for quantised ones.
+        """
+        device = torch.device("cpu") if self.pretended else torch.device("cuda", 0)
+        return RandomFolder(open_folder(recipe.model.path), device, changes)
 
     def job(self, recipe: Recipe, *, run: str, model: FlowModel | None = None) -> Job:
         """A training of the recipe in the run folder of that name, on a random model unless one is given."""

@@ -80,6 +80,7 @@ def ablation(bench: Bench, section: Section) -> None:
     changes = [*bench.geneval[1::2], "train.steps=4", "prompts.train.count=12", "prompts.validation.count=4"]
     recipe = load_recipe("geneval-fast", overrides=[*changes, "train.eval_every=4"])
     after: list[float | None] = []
+    shutil.rmtree(bench.work / "ablation", ignore_errors=True)  # finished cells would not run again
 
     def note() -> None:
         free_devices()

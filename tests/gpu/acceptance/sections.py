@@ -48,7 +48,8 @@ def run(given: argparse.Namespace, *, began: float) -> int:
         raise SystemExit(f"--sections names {sorted(unknown)}: there are 0 to {max(SECTIONS)}")
     commit = given.commit or environment()["commit"]
     journal = Journal(given.out, commit=commit, device=torch.cuda.get_device_name(0))
-    bench, done = Bench(given.out, pretended=given.pretend is not None, tiny=given.tiny), journal.done()
+    work = given.out / f"work-{(commit or 'unknown')[:12]}"  # nothing of another commit is used again
+    bench, done = Bench(work, pretended=given.pretend is not None, tiny=given.tiny), journal.done()
     for number in numbers:
         if number in done:
             continue
