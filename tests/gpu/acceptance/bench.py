@@ -124,7 +124,7 @@ class Bench:
         """Do the work with these arguments, and say what it took."""
         if self.pretended:
             return Cost(work(*arguments, **named), None, None)
-        free()
+        gc.collect()  # nothing that is no longer used may count; the allocator's cache stays, as it does in a job
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
         began = time.perf_counter()
@@ -300,16 +300,14 @@ def random_batch(session: Session) -> GroupBatch:
     )
 
 
-def sample(model: FlowModel, recipe: Recipe, images: int, *, steps: int) -> Tensor:
-    """Latents of ``images`` images in one batch, of random texts."""
+def sampler(model: FlowModel, recipe: Recipe, images: int) -> Callable[[int], Tensor]:
+    """A function that draws the latents of a batch of images of random texts in a number of steps."""
     height, width = size_of(model, recipe)
     text, noise = random_text(model, images), model.noise(range(images), height=height, width=width)
     if model.guidance_kind == "cfg":
         model._unconditional = text[0]  # in place of the encoded empty prompt
-    guidance = recipe.sample.guidance
-    return sample_latents(
-        model, noise, text, steps=steps, guidance=guidance, height=height, width=width, batch_size=images
-    )
+    options = {"guidance": recipe.sample.guidance, "height": height, "width": width, "batch_size": images}
+    return lambda steps: sample_latents(model, noise, text, steps=steps, **options)
 
 
 def size_of(model: FlowModel, recipe: Recipe) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from tests.gpu.acceptance.rows import Section
 
 RECIPE = ("--recipe", "geneval-fast")
 STOP_AT = 10
+SMALL = ("prompts.train.count=24", "prompts.validation.count=4", "train.groups_per_step=4", "train.steps=4")
 
 
 def main_job(bench: Bench, section: Section) -> None:
@@ -77,7 +78,7 @@ def losses(out: Path) -> list[float]:
 
 def ablation(bench: Bench, section: Section) -> None:
     """Three cells in this process leave nothing on the device; more jobs than GPUs are refused."""
-    changes = [*bench.geneval[1::2], "train.steps=4", "prompts.train.count=12", "prompts.validation.count=4"]
+    changes = [*bench.geneval[1::2], *SMALL]
     recipe = load_recipe("geneval-fast", overrides=[*changes, "train.eval_every=4"])
     after: list[float | None] = []
     shutil.rmtree(bench.work / "ablation", ignore_errors=True)  # finished cells would not run again
@@ -107,7 +108,6 @@ def process_group(bench: Bench, section: Section) -> None:
         section.skip("gdro train in a group of one: exit code")
         return
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m")
-    small = sets("prompts.train.count=24", "prompts.validation.count=4", "train.steps=4", "train.eval_every=2")
-    job = ("train", *RECIPE, *bench.geneval, *small, "--out", bench.work / "group")
+    job = ("train", *RECIPE, *bench.geneval, *sets(*SMALL, "train.eval_every=2"), "--out", bench.work / "group")
     section.exit_code("gdro train in a group of one", end(start(*launcher, "gdro_cli", *job)))
     section.exit_code("sum and gather of the group", end(start(*launcher, "tests.gpu.acceptance.group")))

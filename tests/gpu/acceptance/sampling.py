@@ -9,7 +9,7 @@ import torch
 
 from gdro_cli.models.backends import Attention, ComputeOptions, prepare_transformer
 from gdro_cli.stages.planning.estimate import Estimate, forward_work
-from tests.gpu.acceptance.bench import FLUX, Bench, random_text, sample, size_of
+from tests.gpu.acceptance.bench import FLUX, Bench, random_text, sampler, size_of
 from tests.gpu.acceptance.rows import NOT_HERE, Section
 from tests.gpu.passes import difference
 
@@ -22,8 +22,9 @@ def sampling(bench: Bench, section: Section) -> None:
     recipe = bench.recipe(FLUX)
     estimate, model = Estimate(recipe), bench.random_model(recipe)
     for images in (8, 16):
-        sample(model, recipe, images, steps=1)
-        cost = bench.measure(sample, model, recipe, images, steps=STEPS)
+        draw = sampler(model, recipe, images)
+        draw(1)
+        cost = bench.measure(draw, STEPS)
         finite = bool(cost.result.isfinite().all())
         section.check(f"{images} images: latents are finite", finite, finite, True)
         weights, work = estimate.transformer_bytes / 1e9, forward_work(estimate.shape, images).peak / 1e9
@@ -85,15 +86,16 @@ def compilation(bench: Bench, section: Section) -> None:
 def _times(bench: Bench, *, compiled: bool) -> tuple[float, float]:
     """Milliseconds of a sampling step of 8 images, and of a training step of two groups, both warmed up."""
     recipe = bench.recipe(FLUX, f"model.compile={str(compiled).lower()}", "train.groups_per_step=2")
-    model, steps = bench.random_model(recipe), STEPS
-    for images in (8, 4):
-        sample(model, recipe, images, steps=1)
-    drawing = bench.measure(sample, model, recipe, 8, steps=steps)
+    model = bench.random_model(recipe)
+    sampler(model, recipe, 4)(1)
+    draw = sampler(model, recipe, 8)
+    draw(1)
+    drawing = bench.measure(draw, STEPS)
     job = bench.job(recipe, run=f"compiled-{compiled}", model=model)
     job.checkpointing(1)
     job.step()
     training = bench.measure(job.step)
-    return drawing.milliseconds(steps) or 0.0, training.milliseconds() or 0.0
+    return drawing.milliseconds(STEPS) or 0.0, training.milliseconds() or 0.0
 
 
 class Warnings(logging.Handler):

@@ -11,7 +11,7 @@ from torch import Tensor
 from gdro_cli.stages.planning.estimate import Estimate, forward_work
 from gdro_cli.stages.training.online import OnlineSteps
 from gdro_cli.stages.training.rollout import RolloutImage
-from tests.gpu.acceptance.bench import SD35, Bench, random_text, sample
+from tests.gpu.acceptance.bench import SD35, Bench, random_text, sampler
 from tests.gpu.acceptance.rows import Section
 
 STEPS = 4
@@ -26,8 +26,9 @@ def speed(bench: Bench, section: Section) -> None:
     estimate = Estimate(recipe)
     job = bench.job(recipe, run="sd35")
     images = 8
-    sample(job.model, recipe, images, steps=1)
-    cost = bench.measure(sample, job.model, recipe, images, steps=STEPS)
+    draw = sampler(job.model, recipe, images)
+    draw(1)
+    cost = bench.measure(draw, STEPS)
     section.figure(f"images per second at {STEPS} steps, guidance {recipe.sample.guidance:g}", cost.rate(images))
     weights = estimate.transformer_bytes + estimate.adapter.total
     section.at_most(

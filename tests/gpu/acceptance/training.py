@@ -13,11 +13,12 @@ from torch import Tensor
 from gdro_cli.models import adapters
 from gdro_cli.runtime.checkpoint import flatten_optimizer
 from gdro_cli.stages.planning.estimate import Estimate
-from tests.gpu.acceptance.bench import FLUX, Bench, Job, free, sample
+from tests.gpu.acceptance.bench import FLUX, Bench, Job, free, sampler
 from tests.gpu.acceptance.rows import Section
 from tests.gpu.passes import difference
 
 TWO_GROUPS = "train.groups_per_step=2"
+STEPS = 2
 CASES = (
     ("micro-batches of 6, no block checkpointed", ("train.micro_batch=6", "train.gradient_checkpointing=false")),
     ("micro-batches of 6, 3 of 4 blocks", ("train.micro_batch=6", "train.gradient_checkpointing=0.75")),
@@ -61,23 +62,24 @@ def passes(bench: Bench, section: Section) -> None:
         section.figure(f"{kind}: milliseconds per step", cost.milliseconds())
     error = difference(found["one_pass"], found["two_pass"])
     section.at_most("one pass: difference of the gradient from two passes", error, 1e-2)
-
-    def draw() -> Tensor:
-        return sample(job.model, recipe, 8, steps=2)
-
-    drawn = draw()
+    draw = sampler(job.model, recipe, 8)
+    drawn = draw(STEPS)
     with adapters.reference(job.model):
-        effect = difference(drawn, draw())
+        effect = difference(drawn, draw(STEPS))
     section.figure("adapter: difference of the latents from the base", effect)
-    section.figure("adapter not merged: milliseconds per step of 8 images", bench.measure(draw).milliseconds(2))
+    section.figure(
+        "adapter not merged: milliseconds per step of 8 images", bench.measure(draw, STEPS).milliseconds(STEPS)
+    )
     merged = getattr(adapters, "merged", None)
     if merged is None:
         section.skip("adapter merged: difference of the latents", "gdro_cli.models.adapters has no merged()")
         return
     with merged(job.model):
-        section.at_most("adapter merged: difference of the latents", difference(draw(), drawn), effect / 2)
-        section.figure("adapter merged: milliseconds per step of 8 images", bench.measure(draw).milliseconds(2))
-    section.at_most("adapter after merging: difference of the latents", difference(draw(), drawn), 0.0)
+        section.at_most("adapter merged: difference of the latents", difference(draw(STEPS), drawn), effect / 2)
+        section.figure(
+            "adapter merged: milliseconds per step of 8 images", bench.measure(draw, STEPS).milliseconds(STEPS)
+        )
+    section.at_most("adapter after merging: difference of the latents", difference(draw(STEPS), drawn), 0.0)
 
 
 def resume(bench: Bench, section: Section) -> None:
