@@ -136,7 +136,15 @@ def pretend_gpu(*, numbers: bool = True) -> Iterator[None]:
             "get_device_properties": SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0),
             "get_rng_state": torch.zeros(16, dtype=torch.uint8),
             **dict.fromkeys(
-                ("set_device", "synchronize", "empty_cache", "set_rng_state", "reset_peak_memory_stats", "_lazy_init")
+                (
+                    "set_device",
+                    "synchronize",
+                    "empty_cache",
+                    "set_rng_state",
+                    "reset_peak_memory_stats",
+                    "manual_seed_all",
+                    "_lazy_init",
+                )
             ),
         },
         torch.accelerator: {"is_available": True, "device_count": 1, "current_accelerator": torch.device("cuda")},

@@ -1,6 +1,6 @@
 """The engine and the stages on a pretended GPU: everything that meets must be on it, under CUDA's own autocast.
 
-It has no kernels, no streams, no memory of its own and no NCCL; those need a GPU (``tests/gpu/acceptance.py``).
+It has no kernels, no streams, no memory of its own and no NCCL; those need a GPU (``tests/gpu/acceptance``).
 """
 
 from __future__ import annotations
