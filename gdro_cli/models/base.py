@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -135,6 +136,14 @@ class FlowModel(abc.ABC):
     def transformer(self, module: nn.Module) -> None:
         self._offload.forget("transformer")  # the assigned module stays on its device
         self._transformer, self._movable = module, False
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether the transformer runs under autocast: on CUDA in bfloat16, in sampling as in training.
+
+        So both round alike, and compiled blocks serve both.
+        """
+        return self.device.type == "cuda" and self.dtype == torch.bfloat16
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
@@ -320,7 +329,8 @@ class FlowModel(abc.ABC):
         It takes one pass, so ``guidance`` has an effect only if it is ``embedded``.
         """
         text, grid = self.batch_conditioning(conditioning), self.grid(height=height, width=width)
-        velocity: Tensor = self._velocity(latents.to(self.dtype), sigma, text, guidance, grid)
+        with torch.autocast(self.device.type, self.dtype) if self.autocasts else nullcontext():
+            velocity: Tensor = self._velocity(latents.to(self.dtype), sigma, text, guidance, grid)
         return velocity
 
     @abc.abstractmethod

@@ -208,7 +208,13 @@ def mixed_update(without: Update, checkpointed: Update, share: float) -> Update:
 
 
 def trace_forward(
-    model: FlowModel, images: int, text: dict[str, tuple[int, ...]], *, guidance: float, size: tuple[int, int]
+    model: FlowModel,
+    images: int,
+    text: dict[str, tuple[int, ...]],
+    *,
+    guidance: float,
+    size: tuple[int, int],
+    autocast: torch.dtype | None,
 ) -> Work:
     """Count one pass without gradient, as in sampling.
 
@@ -218,9 +224,10 @@ def trace_forward(
         text: shapes of one prompt's conditioning.
         guidance: guidance scale.
         size: height and width in pixels.
+        autocast: that of ``metered``.
     """
     inputs = _inputs(model, images, text, size)
-    with torch.no_grad(), metered(_tensors(model.transformer)) as meter:
+    with torch.no_grad(), metered(_tensors(model.transformer), autocast=autocast) as meter:
         model.velocity(*inputs, guidance=guidance, height=size[0], width=size[1])
     return Work(meter.flops, meter.peak)
 
@@ -238,8 +245,8 @@ def trace_update(
 ) -> Update:
     """Count the forward and backward pass of the velocity errors of one micro-batch, with the adapter on.
 
-    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block; ``autocast`` is that of
-    ``metered``. The other arguments are those of ``trace_forward``.
+    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block. The other arguments are
+    those of ``trace_forward``.
     """
     inputs = _inputs(model, images, text, size)
     target = torch.empty_like(inputs[0])

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, Never
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, User
 from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.process_group import ProcessGroup
 from gdro_cli.runtime.sharding import shard_frozen
-
-Precision = Literal["no", "bf16"]
 
 PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: longer than any one turn, or anything that the main process does alone."""
@@ -74,11 +72,6 @@ class Engine(ProcessGroup):
     def local_world(self) -> int:
         """The number of processes on this machine."""
         return min(self.world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Compute in the engine's precision inside the block."""
-        context: AbstractContextManager[None] = self._accelerator.autocast()
-        return context
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss``."""
@@ -188,15 +181,12 @@ def _connection() -> Iterator[None]:
         ) from error
 
 
-def make_engine(
-    *, trackers: Sequence[str] = (), out: Path | None = None, precision: Precision = "no", cpu: bool = False
-) -> Engine:
+def make_engine(*, trackers: Sequence[str] = (), out: Path | None = None, cpu: bool = False) -> Engine:
     """Join the job that accelerate launched, or be a job of one process.
 
     Args:
         trackers: names that accelerate knows, e.g. ``tensorboard``, ``wandb``, ``trackio``.
         out: folder for trackers that write files.
-        precision: of ``autocast``; "no" leaves every tensor in its own dtype.
         cpu: stay off the GPUs.
 
     Raises:
@@ -210,7 +200,7 @@ def make_engine(
     _check_trackers(trackers)
     _check_launcher()
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no",  # models have their own
         # without it, and without GPUs, accelerate treats each process as the only one
         cpu=cpu or not torch.accelerator.is_available(),
         log_with=list(trackers) or None,

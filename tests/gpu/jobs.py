@@ -11,7 +11,6 @@ from tests.gpu.pretend_gpu import pretend_gpu  # isort: skip - before whatever i
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,7 +82,6 @@ def group_gradient(model: FlowModel, latents: Tensor, text: tuple[Any, ...]) -> 
         visits=(0, 0),
         conditioning=text,
     )
-    mixed = model.dtype != torch.float32
     step = GroupGradient(
         model=model,
         loss=loss_arguments(method),
@@ -92,7 +90,6 @@ def group_gradient(model: FlowModel, latents: Tensor, text: tuple[Any, ...]) -> 
         size=(SIZE["height"], SIZE["width"]),
         micro_batch=2,
         one_pass=False,
-        autocast=lambda: torch.autocast(model.device.type, dtype=model.dtype) if mixed else nullcontext(),
         backward=lambda loss: loss.backward(),
     )
     return step(noisy_groups(model, batch, draw_noise(batch, method, seed=0))).loss.cpu()
@@ -175,6 +172,24 @@ def check_attention(out: str) -> None:
     assert set(calls) == {False, True}, calls
 
 
+def check_autocast(out: str, *settings: str) -> None:
+    """Two precisions in one process. In each, sampling, training and evaluation run in one state of autocast."""
+    for dtype, expected in (("bfloat16", (True, torch.bfloat16)), ("float32", (False, None))):
+        states = set()
+
+        def note(*_: Any, seen: set[Any] = states) -> None:
+            on = torch.is_autocast_enabled("cuda")
+            seen.add((torch.is_grad_enabled(), on, torch.get_autocast_dtype("cuda") if on else None))
+
+        with pretend_gpu():
+            recipe = load_recipe("smoke", overrides=[*settings, f"model.dtype={dtype}"])
+            session = Session(recipe, Path(out) / dtype, Reporter())
+            transformer: Any = session.model.transformer
+            transformer.transformer_blocks[0].register_forward_pre_hook(note)
+            train.run(session)
+        assert states == {(False, *expected), (True, *expected)}, (dtype, states)
+
+
 def run_recipe(out: str, *settings: str) -> None:
     """Train the smoke recipe with changes, and evaluate it; prints the summaries."""
     results = []
@@ -214,6 +229,7 @@ if __name__ == "__main__":
         "families": check_families,
         "planted": check_planted,
         "attention": check_attention,
+        "autocast": check_autocast,
         "recipe": run_recipe,
         "resume": check_resume,
     }

@@ -45,6 +45,10 @@ def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
     assert [row["gpu_peak_gb"] for row in steps] == [2, 2]
 
 
+def test_sampling_and_training_share_a_state_of_autocast(job: Job, tmp_path: Path) -> None:
+    job("autocast", tmp_path, *SMALL)
+
+
 def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:
     method = ("group_size=2", "prompts_per_round=2", "updates_per_round=1", "train_sample_steps=3")
     settings = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")

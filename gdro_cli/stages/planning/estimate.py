@@ -71,12 +71,23 @@ def with_adapter(
     return tuple((part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
 
 
+def autocast(flow: FlowModel) -> torch.dtype | None:
+    """The dtype of autocast, as ``FlowModel.autocasts`` has it on a GPU."""
+    return torch.bfloat16 if flow.dtype == torch.bfloat16 else None
+
+
 @cache
 def forward_work(shape: Shape, images: int) -> Work:
     """A sampling pass."""
     text, parts = shape.text(), without_adapter(*shape.model).parts
     return whole_work(
-        (part.times, trace_forward(part.flow, images, text, guidance=shape.guidance, size=shape.size)) for part in parts
+        (
+            part.times,
+            trace_forward(
+                part.flow, images, text, guidance=shape.guidance, size=shape.size, autocast=autocast(part.flow)
+            ),
+        )
+        for part in parts
     )
 
 
@@ -99,7 +110,7 @@ def update_work(shape: Shape, rank: int, targets: Targets, images: int, checkpoi
             guidance=shape.guidance,
             size=shape.size,
             checkpointing=checkpointing,
-            autocast=torch.bfloat16 if flow.dtype == torch.bfloat16 else None,  # as stages.setup.model.precision
+            autocast=autocast(flow),
         )
 
     parts = with_adapter(*shape.model, rank, targets)

@@ -88,7 +88,6 @@ class OnlineSteps:
             method=method,
             guidance=policy_guidance(recipe, method),
             size=session.image_size,
-            autocast=session.engine.autocast,
         )
         self.conditioning: dict[str, Conditioning] = {}
         self.round: Round | None = None
