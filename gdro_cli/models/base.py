@@ -102,6 +102,8 @@ class FlowModel(abc.ABC):
         self._max_sequence_length = max_sequence_length
         self._offload = OneAtATime(device)
         self._movable = True
+        self._away = False
+        """Whether the transformer has left the device until its next use."""
         self._transformer: nn.Module | None = None
         self._loaded: dict[str, Any] = {}
         self._unconditional: Conditioning | None = None
@@ -128,6 +130,9 @@ class FlowModel(abc.ABC):
         """The network to train, frozen as loaded; assign the wrapped module (DDP, FSDP) to use it."""
         if self._transformer is None:
             self._transformer = self._load_network("transformer")
+        if self._away:
+            self._transformer.to(self.device)
+            self._away = False
         if self.memory.offload and self._movable:
             self._offload.use("transformer", "transformer", self._transformer)
         return self._transformer
@@ -164,6 +169,19 @@ class FlowModel(abc.ABC):
     def release_decoder(self) -> None:
         """Free the autoencoder; the next ``decode`` loads it again."""
         self._release(["vae"])
+
+    def leave_device(self, *, whole: bool) -> None:
+        """Make room for another program on the device: free the text encoders and the autoencoder.
+
+        With ``whole``, which a sharded transformer forbids, the transformer also waits on the CPU. All return at their
+        next use.
+        """
+        if self._transformer is not None and self._movable and whole and self.device.type != "cpu":
+            self._offload.clear()
+            self._transformer.to("cpu")
+            self._away = True
+        self.release_encoders()
+        self.release_decoder()
 
     def _release(self, names: Sequence[str]) -> None:
         for name in names:

@@ -32,6 +32,8 @@ from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import DtypeName, load_flow_model
 from gdro_cli.models.sampling import sample_latents
+from gdro_cli.rewards.ocr.reward import OcrReward
+from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
@@ -202,6 +204,25 @@ def run_recipe(out: str, *settings: str) -> None:
     print(results)  # noqa: T201
 
 
+def check_device_scorer(out: str, *settings: str) -> None:
+    """While stores are scored on the GPU, nothing of the model is there; afterwards training and sampling continue."""
+    found = []
+
+    def score(pool: ScoringPool, *args: Any, **kwargs: Any) -> Any:
+        model: Any = session.model
+        left = [name for name in model._loaded if name.startswith(("text_encoder", "vae"))]
+        found.append((left, {parameter.device.type for parameter in model._transformer.parameters()}))
+        return real(pool, *args, **kwargs)
+
+    real = ScoringPool.score
+    changes = mock.patch.object(OcrReward, "resources", "device"), mock.patch.object(ScoringPool, "score", score)
+    with pretend_gpu(), changes[0], changes[1]:
+        for stage in (train, evaluate):
+            session = Session(load_recipe("smoke", overrides=[*settings, "train.eval_every=0"]), Path(out), Reporter())
+            stage.run(session)  # type: ignore[attr-defined]
+    assert len(found) >= 3 and all(each == ([], {"cpu"}) for each in found), found
+
+
 def check_resume(out: str, *settings: str) -> None:
     """A run that was stopped after its first step and continued has the weights of one that was not."""
     adapters_found = []
@@ -232,5 +253,6 @@ if __name__ == "__main__":
         "autocast": check_autocast,
         "recipe": run_recipe,
         "resume": check_resume,
+        "device-scorer": check_device_scorer,
     }
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -49,6 +49,10 @@ def test_sampling_and_training_share_a_state_of_autocast(job: Job, tmp_path: Pat
     job("autocast", tmp_path, *SMALL)
 
 
+def test_the_model_leaves_the_gpu_to_scorers_that_need_it(job: Job, tmp_path: Path) -> None:
+    job("device-scorer", tmp_path, *SMALL)
+
+
 def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:
     method = ("group_size=2", "prompts_per_round=2", "updates_per_round=1", "train_sample_steps=3")
     settings = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")
