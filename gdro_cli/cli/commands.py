@@ -148,9 +148,10 @@ def train(
         return _describe(job, num_processes)
     if launch.several(num_processes):
         return launch.run_in_processes(job, num_processes)
+    from gdro_cli.stages.planning.estimate import image_flops
     from gdro_cli.stages.training import train as stage
 
-    tables.print_result("Training", stage.run(launch.start(job)).summary)
+    tables.print_result("Training", stage.run(launch.start(job), image_flops=image_flops).summary)
 
 
 @app.command(name="eval")

@@ -36,6 +36,7 @@ from gdro_cli.rewards.ocr.reward import OcrReward
 from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
+from gdro_cli.stages.planning.estimate import image_flops
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
@@ -197,10 +198,10 @@ def run_recipe(out: str, *settings: str) -> None:
     results = []
     with pretend_gpu():
         recipe = load_recipe("smoke", overrides=list(settings))
-        for stage in (train, evaluate):
+        for work in (partial(train.run, image_flops=image_flops), evaluate.run):
             session = Session(recipe, Path(out), Reporter())
             assert session.engine.device.type == "cuda"
-            results.append(stage.run(session).summary)  # type: ignore[attr-defined]
+            results.append(work(session).summary)
     print(results)  # noqa: T201
 
 

@@ -26,6 +26,7 @@ from gdro_cli.runtime.metrics import ValidationRow, validation_rows
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.runtime.terminal import printable
 from gdro_cli.stages.evaluation.validation import Protocol, Validation, validation_protocol
+from gdro_cli.stages.planning.estimate import image_flops
 from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.runs.weights import applied, early_end, evaluated_weights
 from gdro_cli.stages.setup.session import Session
@@ -177,7 +178,7 @@ def free_devices() -> None:
 def _run(session: Session, trial: TrialRun) -> TrialOutcome:
     try:
         if not trial.trained:
-            train.run(session.part(trial.cell.recipe))
+            train.run(session.part(trial.cell.recipe), image_flops=image_flops)
         if not trial.finished:
             measure_end(session, trial)
     except StoreError as error:

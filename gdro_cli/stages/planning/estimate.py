@@ -293,6 +293,19 @@ class Estimate:
             raise TypeError(f"{self.recipe.method.name} is not an online method")
         rounds = math.ceil(self.recipe.train.steps / method.steps_per_round)
         images = rounds * method.prompts_per_round * method.group_size
-        step = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
         drawing = self.drawing_flops(images, steps=method.train_sample_steps, passes=self.passes)
-        return drawing, images * method.inner_epochs * method.trained_sample_steps * self.passes * step
+        return drawing, images * method.inner_epochs * self.image_flops
+
+    @property
+    def image_flops(self) -> float:
+        """Operations with which an optimizer step learns from one image."""
+        method = self.recipe.online_method
+        if method is None:
+            return self.step_flops / (self.recipe.train.groups_per_step * self.recipe.group_method.k)
+        step = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
+        return method.trained_sample_steps * self.passes * step
+
+
+def image_flops(recipe: Recipe, world: int) -> float:
+    """``Estimate.image_flops`` of a job of ``world`` processes."""
+    return Estimate(recipe, world=world).image_flops

@@ -26,7 +26,7 @@ from gdro_cli.stages.training.online import OnlineSteps
 from gdro_cli.stages.training.rounds import RoundSteps
 from gdro_cli.stages.training.state import TrainingState
 from gdro_cli.stages.training.step_source import StepSource
-from gdro_cli.stages.training.trainer import Trainer
+from gdro_cli.stages.training.trainer import ImageFlops, Trainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +61,10 @@ class TrainResult:
         return rows | {"adapter": str(self.run.path / LORA_FILE)}
 
 
-def run(session: Session) -> TrainResult:
+def run(session: Session, *, image_flops: ImageFlops | None = None) -> TrainResult:
     """Train the recipe's adapter; makes missing samples and scores first and resumes an interrupted run.
+
+    ``image_flops`` is asked once, on a GPU, for the metrics' TFLOP/s.
 
     Raises:
         UserError: the recipe cannot be trained on these prompts or in these processes.
@@ -90,7 +92,7 @@ def run(session: Session) -> TrainResult:
                     if recipe.train.eval_every:
                         validation = Validation.open(session, folder.path, stack, rewards=pool)
             if source is not None:
-                Trainer(session, state, source, validation).train()
+                Trainer(session, state, source, validation, image_flops).train()
             with engine.together():
                 if engine.is_main:
                     folder.write_json("resolved.json", recipe.resolved())
