@@ -36,7 +36,6 @@ _LOWERED: set[Any] = {
 }
 _RAISED: set[Any] = {
     functional.layer_norm,
-    functional.rms_norm,
     functional.group_norm,
     functional.softmax,
     torch.softmax,
@@ -52,19 +51,25 @@ _RAISED: set[Any] = {
 (from the lists in torch's autocast_mode.h)."""
 
 
+def raised_by_autocast() -> set[Any]:
+    """``_RAISED`` of the installed torch: ``rms_norm`` belongs to it from torch 2.12 on."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+    return _RAISED | ({functional.rms_norm} if has_kernel else set())
+
+
 class _AsOnGpu(TorchFunctionMode):
     """CUDA's fused attention, which keeps queries, keys, values, the result and one number per row, but not the matrix
     of all pairs; and with ``lower`` the dtypes of CUDA's autocast, which the meta device does not have."""
 
     def __init__(self, lower: torch.dtype | None) -> None:
         super().__init__()
-        self.lower = lower
+        self.lower, self.raised = lower, raised_by_autocast()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.lower is not None and func in _LOWERED:
             args, kwargs = _cast((args, kwargs), self.lower)
-        elif self.lower is not None and func in _RAISED:
+        elif self.lower is not None and func in self.raised:
             args, kwargs = _cast((args, kwargs), torch.float32)
         if func is functional.scaled_dot_product_attention:
             return _fused_attention(*args, **kwargs)
@@ -262,7 +267,13 @@ def mixed_update(without: Update, checkpointed: Update, share: float) -> Update:
 
 
 def trace_forward(
-    model: FlowModel, images: int, text: dict[str, tuple[int, ...]], *, guidance: float, size: tuple[int, int]
+    model: FlowModel,
+    images: int,
+    text: dict[str, tuple[int, ...]],
+    *,
+    guidance: float,
+    size: tuple[int, int],
+    autocast: torch.dtype | None,
 ) -> Work:
     """Count one pass without gradient, as in sampling.
 
@@ -272,9 +283,10 @@ def trace_forward(
         text: shapes of one prompt's conditioning.
         guidance: guidance scale.
         size: height and width in pixels.
+        autocast: that of ``metered``.
     """
     inputs = _inputs(model, images, text, size)
-    with torch.no_grad(), metered(_tensors(model.transformer)) as meter:
+    with torch.no_grad(), metered(_tensors(model.transformer), autocast=autocast) as meter:
         model.velocity(*inputs, guidance=guidance, height=size[0], width=size[1])
     return Work(meter.flops, meter.peak)
 
@@ -292,8 +304,8 @@ def trace_update(
 ) -> Update:
     """Count the forward and backward pass of the velocity errors of one micro-batch, with the adapter on.
 
-    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block; ``autocast`` is that of
-    ``metered``. The other arguments are those of ``trace_forward``.
+    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block. The other arguments are
+    those of ``trace_forward``.
     """
     inputs = _inputs(model, images, text, size)
     target = torch.empty_like(inputs[0])

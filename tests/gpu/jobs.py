@@ -27,6 +27,8 @@ from gdro_cli.errors import Interrupted
 from gdro_cli.models import adapters
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
+from gdro_cli.rewards.ocr.reward import OcrReward
+from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
@@ -111,15 +113,33 @@ def check_attention(out: str) -> None:
     assert set(calls) == {False, True}, calls
 
 
+def check_autocast(out: str, *settings: str) -> None:
+    """Two precisions in one process. In each, sampling, training and evaluation run in one state of autocast."""
+    for dtype, expected in (("bfloat16", (True, torch.bfloat16)), ("float32", (False, None))):
+        states = set()
+
+        def note(*_: Any, seen: set[Any] = states) -> None:
+            on = torch.is_autocast_enabled("cuda")
+            seen.add((torch.is_grad_enabled(), on, torch.get_autocast_dtype("cuda") if on else None))
+
+        with pretend_gpu():
+            recipe = load_recipe("smoke", overrides=[*settings, f"model.dtype={dtype}"])
+            session = Session(recipe, Path(out) / dtype, Reporter())
+            transformer: Any = session.model.transformer
+            transformer.transformer_blocks[0].register_forward_pre_hook(note)
+            train.run(session)
+        assert states == {(False, *expected), (True, *expected)}, (dtype, states)
+
+
 def run_recipe(out: str, *settings: str) -> None:
     """Train the smoke recipe with changes, and evaluate it; prints the summaries."""
     results = []
     with pretend_gpu():
         recipe = load_recipe("smoke", overrides=list(settings))
-        for stage in (train, evaluate):
+        for work in (train.run, evaluate.run):
             session = Session(recipe, Path(out), Reporter())
             assert session.engine.device.type == "cuda"
-            results.append(stage.run(session).summary)  # type: ignore[attr-defined]
+            results.append(work(session).summary)
     print(results)  # noqa: T201
 
 
@@ -128,6 +148,25 @@ def run_on_small_gpu(out: str, *settings: str) -> None:
     free, reserved = {"return_value": (40 * 10**6, 100 * 10**6)}, {"return_value": 28 * 10**6}
     with mock.patch("torch.cuda.mem_get_info", **free), mock.patch("torch.cuda.memory_reserved", **reserved):
         run_recipe(out, *settings)
+
+
+def check_device_scorer(out: str, *settings: str) -> None:
+    """While stores are scored on the GPU, nothing of the model is there; afterwards training and sampling continue."""
+    found = []
+
+    def score(pool: ScoringPool, *args: Any, **kwargs: Any) -> Any:
+        model: Any = session.model
+        left = [name for name in model._loaded if name.startswith(("text_encoder", "vae"))]
+        found.append((left, {parameter.device.type for parameter in model._transformer.parameters()}))
+        return real(pool, *args, **kwargs)
+
+    real = ScoringPool.score
+    changes = mock.patch.object(OcrReward, "resources", "device"), mock.patch.object(ScoringPool, "score", score)
+    with pretend_gpu(), changes[0], changes[1]:
+        for stage in (train, evaluate):
+            session = Session(load_recipe("smoke", overrides=[*settings, "train.eval_every=0"]), Path(out), Reporter())
+            stage.run(session)  # type: ignore[attr-defined]
+    assert len(found) >= 3 and all(each == ([], {"cpu"}) for each in found), found
 
 
 def check_resume(out: str, *settings: str) -> None:
@@ -174,10 +213,12 @@ if __name__ == "__main__":
         "families": check_families,
         "planted": check_planted,
         "attention": check_attention,
+        "autocast": check_autocast,
         "recipe": run_recipe,
         "small_gpu": run_on_small_gpu,
         "resume": check_resume,
         "peaks": check_peaks,
         "acceptance": check_acceptance,
+        "device-scorer": check_device_scorer,
     }
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +78,6 @@ def group_gradient(model: FlowModel, latents: Tensor, text: tuple[Any, ...], *, 
         visits=(0, 0),
         conditioning=text,
     )
-    mixed = model.dtype != torch.float32
     step = GroupGradient(
         model=model,
         loss=loss_arguments(method),
@@ -88,7 +86,6 @@ def group_gradient(model: FlowModel, latents: Tensor, text: tuple[Any, ...], *, 
         size=(SIZE["height"], SIZE["width"]),
         micro_batch=2,
         one_pass=one_pass,
-        autocast=lambda: torch.autocast(model.device.type, dtype=model.dtype) if mixed else nullcontext(),
         backward=lambda loss: loss.backward(),
     )
     return step(noisy_groups(model, batch, draw_noise(batch, method, seed=0))).loss.cpu()

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
+from gdro_cli.rewards.base import ImageSource, Resources, UnreadableImageError, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.endpoint import Endpoint, NoAnswerError, check_package, check_url, read_key
 from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, provenance, read_answer, request_text
@@ -66,6 +66,11 @@ class UnifiedRewardJudge:
     def version(self) -> Mapping[str, Any]:
         """Provenance: the model's name, the digest of the prompt, how answers are generated and read."""
         return {"judge": "unified-reward", "model": self._model, **provenance()}
+
+    @property
+    def resources(self) -> Resources:
+        """An endpoint, which gets several requests at a time."""
+        return "server"
 
     def load(self) -> None:
         """Read the key and check the endpoint; a second call does nothing.

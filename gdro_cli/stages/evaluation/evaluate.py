@@ -24,7 +24,13 @@ from gdro_cli.stages.runs.results import RESULTS, Results
 from gdro_cli.stages.runs.weights import ADAPTER_NOTE, RunWeights, applied, named_run, trained_run
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing
-from gdro_cli.stages.setup.scorers import open_judge_pool, open_judge_table, open_reward_pool, open_reward_table
+from gdro_cli.stages.setup.scorers import (
+    leave_device,
+    open_judge_pool,
+    open_judge_table,
+    open_reward_pool,
+    open_reward_table,
+)
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_store, stores_folder
 
@@ -129,11 +135,13 @@ def _measure(session: Session, folder: Path, *, weights: str) -> Tables:
 
     tables = engine.from_main(open_tables)
     fill_store(session, tables.rewards.store, plan, label=f"sampling, {who}")
+    leave_device(session, session.reward)
     score_missing(session, tables.rewards, open_reward_pool(session), label=f"scoring, {who}")
     with engine.together():
         refuse_failures(tables.rewards, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
     judges = open_judge_pool(session)
-    if judges is not None and tables.judgements is not None:
+    if session.judge is not None and judges is not None and tables.judgements is not None:
+        leave_device(session, session.judge)
         score_missing(session, tables.judgements, judges, label=f"judging, {who}", refuse_empty=True)
         with engine.together():
             refuse_failures(tables.judgements, allowed=recipe.judge.max_failed_share, key="judge.max_failed_share")

@@ -17,7 +17,7 @@ from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.meta_model import open_folder
 from gdro_cli.models.published import PublishedFolder
-from gdro_cli.stages.planning.needs import evaluation_time, sampling_needs, training_needs
+from gdro_cli.stages.planning.needs import evaluation_time, sampling_needs, scoring_needs, training_needs
 from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.setup.model import model_folder, open_model
 from gdro_cli.stages.setup.session import Session
@@ -65,17 +65,20 @@ def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> 
     ]
     if not has_weights:
         rows.append(("weights", f"not here; described from the published configuration of {recipe.model.path}"))
+    scoring = [] if stage == "sample" else scoring_needs(session)
     if stage == "eval":
-        return rows + _evaluation(session) + sampling_needs(estimate) + evaluation_time(estimate, session)
+        return rows + _evaluation(session) + sampling_needs(estimate) + scoring + evaluation_time(estimate, session)
     if recipe.online_method is not None:
-        return rows + _online(session, recipe.online_method, has_weights) + training_needs(estimate, session)
+        return rows + _online(session, recipe.online_method, has_weights) + training_needs(estimate, session) + scoring
     rows += describe_store(session, has_weights=has_weights)
     if stage == "score":
-        return rows
+        return rows + scoring
     size = len(session.prompts("train")) * estimate.text_per_prompt
     rows.append(("text encodings", f"{size / 1e6:.0f} MB more on disk, and in the CPU's memory while training"))
     rows += sampling_needs(estimate)
-    return rows + _training(session, world) + training_needs(estimate, session) if stage == "train" else rows
+    if stage == "train":
+        rows += _training(session, world) + training_needs(estimate, session)
+    return rows + scoring
 
 
 def describe_store(session: Session, *, has_weights: bool = True) -> list[tuple[str, str]]:

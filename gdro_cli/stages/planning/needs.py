@@ -65,6 +65,18 @@ def automatic_micro_batches(estimate: Estimate) -> str:
     return f"would take {', '.join(chosen)}" if chosen else f"would not fit a card of {max(CARDS)} GB"
 
 
+def scoring_needs(session: Session) -> Rows:
+    """Which networks that score also take the GPU; their memory is not counted."""
+    recipe = session.recipe
+    names = [f"reward {recipe.reward.kind}"] if session.reward.resources == "device" else []
+    names += [f"judge {recipe.judge.kind}"] if recipe.judge.kind == "unified-reward-local" else []
+    if not names:
+        return []
+    where = f"the networks of {' and '.join(names)} also take the GPU"
+    when = "the transformer leaves it while a store is scored, not at evaluation points and in rounds of online methods"
+    return [("memory, scoring", f"not counted: {where}; {when}")]
+
+
 def _time(estimate: Estimate, session: Session) -> Rows:
     recipe = estimate.recipe
     if recipe.online_method is None:

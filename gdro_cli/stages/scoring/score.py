@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gdro_cli.data.scores import ScoreSummary, ScoreTable
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import refuse_failures, score_missing
-from gdro_cli.stages.setup.scorers import open_reward_pool, open_reward_table
+from gdro_cli.stages.setup.scorers import leave_device, open_reward_pool, open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan, open_training_store, training_plan
 
@@ -75,6 +75,7 @@ def fill_and_score(session: Session, table: ScoreTable, plan: SamplingPlan, *, s
     ``suffix`` is added to the labels of the progress lines. Raises what ``make_scored_store`` raises.
     """
     fill_store(session, table.store, plan, label=f"sampling{suffix}")
+    leave_device(session, session.reward)
     made = score_missing(session, table, open_reward_pool(session), label=f"scoring{suffix}")
     with session.engine.together():
         refuse_failures(table, allowed=session.recipe.reward.max_failed_share, key="reward.max_failed_share")

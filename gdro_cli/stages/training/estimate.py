@@ -72,12 +72,23 @@ def with_adapter(
     return tuple((part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
 
 
+def autocast(flow: FlowModel) -> torch.dtype | None:
+    """The dtype of autocast, as ``FlowModel.autocasts`` has it on a GPU."""
+    return torch.bfloat16 if flow.dtype == torch.bfloat16 else None
+
+
 @cache
 def forward_work(shape: Shape, images: int) -> Work:
     """A sampling pass."""
     text, parts = shape.text(), without_adapter(*shape.model).parts
     return whole_work(
-        (part.times, trace_forward(part.flow, images, text, guidance=shape.guidance, size=shape.size)) for part in parts
+        (
+            part.times,
+            trace_forward(
+                part.flow, images, text, guidance=shape.guidance, size=shape.size, autocast=autocast(part.flow)
+            ),
+        )
+        for part in parts
     )
 
 
@@ -100,7 +111,7 @@ def update_work(shape: Shape, rank: int, targets: Targets, images: int, checkpoi
             guidance=shape.guidance,
             size=shape.size,
             checkpointing=checkpointing,
-            autocast=torch.bfloat16 if flow.dtype == torch.bfloat16 else None,  # as stages.setup.model.precision
+            autocast=autocast(flow),
         )
 
     parts = with_adapter(*shape.model, rank, targets)
@@ -297,6 +308,19 @@ class Estimate:
             raise TypeError(f"{self.recipe.method.name} is not an online method")
         rounds = math.ceil(self.recipe.train.steps / method.steps_per_round)
         images = rounds * method.prompts_per_round * method.group_size
-        step = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
         drawing = self.drawing_flops(images, steps=method.train_sample_steps, passes=self.passes)
-        return drawing, images * method.inner_epochs * method.trained_sample_steps * self.passes * step
+        return drawing, images * method.inner_epochs * self.image_flops
+
+    @property
+    def image_flops(self) -> float:
+        """Operations with which an optimizer step learns from one image."""
+        method = self.recipe.online_method
+        if method is None:
+            return self.step_flops / (self.recipe.train.groups_per_step * self.recipe.group_method.k)
+        step = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
+        return method.trained_sample_steps * self.passes * step
+
+
+def image_flops(recipe: Recipe, world: int) -> float:
+    """``Estimate.image_flops`` of a job of ``world`` processes."""
+    return Estimate(recipe, world=world).image_flops

@@ -29,7 +29,6 @@ from gdro_cli.models.adapters import Ema
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
-from gdro_cli.stages.setup.model import precision
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares, micro_batch, takes_one_pass
 from gdro_cli.stages.training.group_gradient import (
@@ -87,7 +86,6 @@ class GroupSteps:
             size=session.image_size,
             micro_batch=micro_batch(recipe),
             one_pass=takes_one_pass(recipe),
-            autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
             between_micro_batches=partial(_hear_stop, session, self._micro),
         )
@@ -160,7 +158,7 @@ class GroupSteps:
             "draws": self.dataset.digest,
             "batches": [recipe.train.groups_per_step, recipe.train.micro_batch, engine.world],
             "device": engine.device.type,
-            "precision": precision(recipe),
+            "precision": "bf16" if self.session.model.autocasts else "no",
             "compute": [recipe.model.compile, recipe.model.attention],
         }
 

@@ -89,7 +89,6 @@ class OnlineSteps:
             method=method,
             guidance=policy_guidance(recipe, method),
             size=session.image_size,
-            autocast=session.engine.autocast,
         )
         self._micro = MicroBatch(session)
         self.conditioning: dict[str, Conditioning] = {}

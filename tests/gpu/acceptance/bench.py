@@ -245,7 +245,6 @@ class Job:
             size=self.session.image_size,
             micro_batch=recipe.train.micro_batch,
             one_pass=takes_one_pass(recipe),
-            autocast=self.session.engine.autocast,
             backward=self.session.engine.backward,
         )
         noise = draw_noise(self.batch, recipe.group_method, seed=seed)

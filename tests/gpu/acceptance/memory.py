@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gdro_cli.stages.planning.estimate import Estimate
 from torch import Tensor, nn
 
 from gdro_cli.config.recipe import Recipe
@@ -15,6 +14,7 @@ from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.checkpoint import flatten_optimizer, restore_optimizer
 from gdro_cli.runtime.optimizer import make_optimizer
 from gdro_cli.stages.setup.model import open_model
+from gdro_cli.stages.training.estimate import Estimate
 from tests.gpu.acceptance.bench import FLUX, Bench, Job, free, random_text, size_of
 from tests.gpu.acceptance.rows import Section
 from tests.gpu.passes import difference

@@ -6,9 +6,9 @@ import logging
 from typing import Any
 
 import torch
-from gdro_cli.stages.planning.estimate import Estimate, forward_work
 
 from gdro_cli.models.backends import Attention, ComputeOptions, prepare_transformer
+from gdro_cli.stages.training.estimate import Estimate, forward_work
 from tests.gpu.acceptance.bench import FLUX, Bench, random_text, sampler, size_of
 from tests.gpu.acceptance.rows import NOT_HERE, Section
 from tests.gpu.passes import difference

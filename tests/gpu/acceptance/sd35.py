@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from gdro_cli.stages.planning.estimate import Estimate, forward_work
 from PIL import Image
 from torch import Tensor
 
+from gdro_cli.stages.training.estimate import Estimate, forward_work
 from gdro_cli.stages.training.online import OnlineSteps
 from gdro_cli.stages.training.rollout import RolloutImage
 from tests.gpu.acceptance.bench import SD35, Bench, random_text, sampler

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from gdro_cli.stages.planning.estimate import Estimate
 from torch import Tensor
 
 from gdro_cli.models import adapters
 from gdro_cli.runtime.checkpoint import flatten_optimizer
+from gdro_cli.stages.training.estimate import Estimate
 from tests.gpu.acceptance.bench import FLUX, Bench, Job, free, sampler
 from tests.gpu.acceptance.rows import Section
 from tests.gpu.passes import difference

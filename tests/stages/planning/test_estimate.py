@@ -42,6 +42,7 @@ def test_every_shipped_recipe_is_described_and_makes_nothing(name: str, tmp_path
     rows = dict(plan.describe(load_recipe(name), "train", out))
     assert {"memory, training", "adapter", "operations", "GPU hours"} <= rows.keys()
     assert ("weights" in rows) == (name in REAL)
+    assert ("reward geneval also take the GPU" in rows.get("memory, scoring", "")) == name.endswith("-geneval")
     evaluated = dict(plan.describe(load_recipe(name), "eval", out))
     assert {"held-out prompts", "memory, sampling", "GPU hours"} <= evaluated.keys()
     assert not out.exists()
