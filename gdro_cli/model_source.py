@@ -9,14 +9,15 @@ import hashlib
 import json
 import re
 import sys
+import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import sha256_file
+from gdro_cli.errors import PrerequisiteError, StoreError
+from gdro_cli.files import cache_folder, json_bytes, parse_json, sha256, sha256_file, write_bytes
 
 WEIGHTS = "*.safetensors"
 
@@ -25,6 +26,11 @@ _NEVER_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.py
 _LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
 """Prefixes of the ids of repositories whose licence the user must accept before the Hub serves their files."""
 _HASH_THREADS = 4
+_REMEMBERED_FROM = 2**27
+"""Bytes from which a file's SHA-256 is remembered; a smaller file is read in a tenth of a second."""
+_CLOCK_TICK = 2 * 10**9
+"""Nanoseconds; the coarsest times of files that are in use."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _LOGGING = ("diffusers.utils.logging", "transformers.utils.logging")
 
 
@@ -188,11 +194,36 @@ def weights_problem(
 
 
 def files_digest(files: Mapping[str, Path]) -> str:
-    """Return a SHA-256 over the names and contents of files; reads all of them."""
+    """Return a SHA-256 over the names and contents of files; reads those that have changed since the last time."""
     with ThreadPoolExecutor(_HASH_THREADS) as pool:
-        sums = list(pool.map(sha256_file, files.values()))
+        sums = list(pool.map(_remembered_sha256, files.values()))
     lines = sorted(f"{name} {digest}\n" for name, digest in zip(files, sums, strict=True))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _remembered_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes; that of a large one is kept in the user's cache until the file's stamp changes."""
+    stamp = _stamp(path)
+    if stamp["size"] < _REMEMBERED_FROM:
+        return sha256_file(path)
+    note = cache_folder() / "digests" / f"{sha256(str(path.resolve()).encode())[:32]}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        known = parse_json(note.read_bytes())
+        if known["stamp"] == stamp and _SHA256.fullmatch(known["sha256"]):
+            return str(known["sha256"])
+    began = time.time_ns()
+    digest = sha256_file(path)
+    # A file that changes again within a clock tick keeps its stamp.
+    if _stamp(path) == stamp and began - stamp["changed"] > _CLOCK_TICK:
+        with suppress(StoreError):  # without a cache, the next command reads the file again
+            write_bytes(note, json_bytes({"stamp": stamp, "sha256": digest}))
+    return digest
+
+
+def _stamp(path: Path) -> dict[str, int]:
+    """What changes with a file's content: its size and times. ``changed`` also changes if a copy keeps the other."""
+    about = path.stat()
+    return {"size": about.st_size, "modified": about.st_mtime_ns, "changed": about.st_ctime_ns}
 
 
 def _transformers_options(*, network: bool) -> dict[str, Any]:

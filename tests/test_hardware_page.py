@@ -9,8 +9,8 @@ import pytest
 
 from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, USABLE, fits
-from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import gigabytes
+from gdro_cli.stages.training.estimate import Estimate
 
 pytestmark = pytest.mark.slow
 

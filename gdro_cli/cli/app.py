@@ -14,10 +14,15 @@ from gdro_cli.runtime.terminal import UNREAD
 _NOISY_PACKAGES = ("bitsandbytes", "diffusers.quantizers.torchao", "torch.utils._pytree", "torchao")
 """Loggers that warn at each start about kernels and classes that this tool does not use."""
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Names of the settings of torch's allocator; the first is that of torch 2.9 and later."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its code: the console script ``gdro``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if sys.platform == "linux" and not any(name in os.environ for name in _ALLOCATOR):
+        os.environ[_ALLOCATOR[0]] = "expandable_segments:True"  # against fragmentation; read when torch is imported
     os.environ["PYTHONSAFEPATH"] = "1"  # no process started here imports from the working folder
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does for letters that its encoding lacks

@@ -164,9 +164,9 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(f"train.{key}", f"{getattr(train, key)} is more than train.steps ({train.steps})")
     if train.stop_on_collapse and not train.eval_every:
         yield Problem("train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0")
-    if isinstance(recipe.method, OnlineMethod) or train.group_gradient != "one_pass" or train.micro_batch is None:
+    if isinstance(recipe.method, OnlineMethod) or train.group_gradient != "one_pass":
         return
-    if train.micro_batch < recipe.method.k:
+    if isinstance(train.micro_batch, int) and train.micro_batch < recipe.method.k:
         yield Problem(
             "train.group_gradient",
             "'one_pass' needs a whole group in one forward pass, but train.micro_batch "

@@ -264,9 +264,11 @@ class TrainSection(StrictModel):
     bitsandbytes)."""
     max_grad_norm: float = Field(1.0, gt=0)
     """Norm to which the gradient is clipped. Above 0."""
-    micro_batch: Annotated[int | None, Affects("speed")] = Field(None, ge=1)
-    """Images per forward pass in one process, 1 or more. Unset: all images of the step. Changes memory and speed, and
-    the gradient by rounding only. For online methods an image counts once per sampling step."""
+    micro_batch: Annotated[Annotated[int, Field(ge=1)] | Literal["auto"] | None, Affects("speed")] = None
+    """Images per forward pass in one process, 1 or more. Unset: all images of the step. `auto`: the most that fit the
+    GPU by the estimate of `--dry-run`; on the CPU as if it was unset. If memory runs out in the first steps, `auto` is
+    halved and the step tried again (not with `model.sharding: fsdp`). Changes memory and speed, and the gradient by
+    rounding only. For online methods an image counts once per sampling step."""
     rounds: Annotated[int, StoredGroupsOnly()] = Field(1, ge=1)
     """Rounds with equal numbers of steps, 1 or more, at most `steps`. Every round after the first samples and scores
     new groups with the adapter's average at that point. The reference stays the base model."""

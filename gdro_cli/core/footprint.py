@@ -35,20 +35,13 @@ class Weights:
     """Those in the matrices of linear layers."""
     outputs: int = 0
     """Outputs of all linear layers."""
-    largest: int = 0
-    """Numbers in the largest matrix of a linear layer."""
 
     def __add__(self, other: Weights) -> Weights:
-        return Weights(
-            self.values + other.values,
-            self.linear + other.linear,
-            self.outputs + other.outputs,
-            max(self.largest, other.largest),
-        )
+        return Weights(self.values + other.values, self.linear + other.linear, self.outputs + other.outputs)
 
     def times(self, count: int) -> Weights:
         """``count`` such networks; negative to subtract them."""
-        return Weights(self.values * count, self.linear * count, self.outputs * count, self.largest)
+        return Weights(self.values * count, self.linear * count, self.outputs * count)
 
 
 def depth_plan(depths: Mapping[str, int], *, shallow: int) -> list[tuple[int, dict[str, int]]]:
@@ -84,11 +77,6 @@ def weight_bytes(weights: Weights, *, width: int, storage: Storage = "none") -> 
     if storage == "nf4":
         return rest + -(-weights.linear // 2) + -(-weights.linear // _BLOCK_NF4) * _FLOAT32
     return rest + weights.linear + weights.outputs * _FLOAT32
-
-
-def unpacked_bytes(weights: Weights, *, width: int, storage: Storage) -> int:
-    """Return the bytes of the largest quantised matrix once unpacked to be multiplied; one is unpacked at a time."""
-    return 0 if storage == "none" else weights.largest * width
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +120,11 @@ def gpu_hours(flops: float) -> float:
     return flops / (SUSTAINED_TFLOPS * 1e12) / 3600
 
 
+def usable_bytes(card: int) -> float:
+    """Return the share ``USABLE`` of a card of so many GiB, in bytes."""
+    return USABLE * card * 2**30
+
+
 def fits(needed: float) -> tuple[int, ...]:
     """Return the ``CARDS`` (GiB) of which ``needed`` bytes fill at most the share ``USABLE``."""
-    return tuple(card for card in CARDS if needed <= USABLE * card * 2**30)
+    return tuple(card for card in CARDS if needed <= usable_bytes(card))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from gdro_cli.errors import PrerequisiteError, UserError
@@ -52,6 +54,7 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
         _refuse_if_ignored(module)
         if not name.startswith("native"):
             _keep_dtype_of_queries_and_keys(module)
+    _rotate_in_one_product(module)
     if options.compile:
         # A job runs a block with and without gradient, autocast and adapter, at several batch sizes. Versions beyond
         # dynamo's own limit of 8 would run uncompiled.
@@ -65,6 +68,38 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
                 f"model.compile has no effect on this transformer ({type(module).__name__}), whose class names no"
                 " repeated blocks: set it to false"
             ) from error
+
+
+def _rotate_in_one_product(module: Any) -> None:
+    """Replace the rotary embedding of FLUX's classes, for all models of the process, by ``rotated``."""
+    classes: Any = sys.modules[type(module).__module__]
+    if hasattr(classes, "apply_rotary_emb"):
+        classes.apply_rotary_emb = rotated
+
+
+def rotated(x: Tensor, freqs_cis: tuple[Tensor, Tensor], *, sequence_dim: int = 2) -> Tensor:
+    """The rotary embedding ``apply_rotary_emb`` of diffusers, on the CPU as one complex product.
+
+    In float32 the bits are the same on x86 for heads of a multiple of 16 numbers, which PyTorch multiplies in whole
+    vectors. Other devices, whose complex products round in their own way, and compiled code, which has none, keep
+    diffusers' form.
+
+    Args:
+        x: queries or keys [N, S, H, D] (``sequence_dim`` 1) or [N, H, S, D] (2), interleaved pairs.
+        freqs_cis: cosines and sines [S, D], each number twice.
+        sequence_dim: 1 or 2.
+
+    Returns:
+        The shape and dtype of ``x``.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        from diffusers.models import embeddings
+
+        own: Any = embeddings.apply_rotary_emb(x, freqs_cis, sequence_dim=sequence_dim)  # type: ignore[arg-type]
+        return cast(Tensor, own)
+    cos, sin = (part[:, ::2].unsqueeze(2 - sequence_dim) for part in freqs_cis)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def _refuse_if_ignored(module: Any) -> None:

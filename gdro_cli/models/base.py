@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -101,6 +102,8 @@ class FlowModel(abc.ABC):
         self._max_sequence_length = max_sequence_length
         self._offload = OneAtATime(device)
         self._movable = True
+        self._away = False
+        """Whether the transformer has left the device until its next use."""
         self._transformer: nn.Module | None = None
         self._loaded: dict[str, Any] = {}
         self._unconditional: Conditioning | None = None
@@ -127,6 +130,9 @@ class FlowModel(abc.ABC):
         """The network to train, frozen as loaded; assign the wrapped module (DDP, FSDP) to use it."""
         if self._transformer is None:
             self._transformer = self._load_network("transformer")
+        if self._away:
+            self._transformer.to(self.device)
+            self._away = False
         if self.memory.offload and self._movable:
             self._offload.use("transformer", "transformer", self._transformer)
         return self._transformer
@@ -135,6 +141,19 @@ class FlowModel(abc.ABC):
     def transformer(self, module: nn.Module) -> None:
         self._offload.forget("transformer")  # the assigned module stays on its device
         self._transformer, self._movable = module, False
+
+    @property
+    def loaded_transformer(self) -> nn.Module | None:
+        """The transformer, wherever it is at present; None before its first use."""
+        return self._transformer
+
+    @property
+    def autocasts(self) -> bool:
+        """Whether the transformer runs under autocast: on CUDA in bfloat16, in sampling as in training.
+
+        So both round alike, and compiled blocks serve both.
+        """
+        return self.device.type == "cuda" and self.dtype == torch.bfloat16
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
@@ -155,6 +174,19 @@ class FlowModel(abc.ABC):
     def release_decoder(self) -> None:
         """Free the autoencoder; the next ``decode`` loads it again."""
         self._release(["vae"])
+
+    def leave_device(self, *, whole: bool) -> None:
+        """Make room for another program on the device: free the text encoders and the autoencoder.
+
+        With ``whole``, which a sharded transformer forbids, the transformer also waits on the CPU. All return at their
+        next use.
+        """
+        if self._transformer is not None and self._movable and whole and self.device.type != "cpu":
+            self._offload.clear()
+            self._transformer.to("cpu")
+            self._away = True
+        self.release_encoders()
+        self.release_decoder()
 
     def _release(self, names: Sequence[str]) -> None:
         for name in names:
@@ -320,7 +352,8 @@ class FlowModel(abc.ABC):
         It takes one pass, so ``guidance`` has an effect only if it is ``embedded``.
         """
         text, grid = self.batch_conditioning(conditioning), self.grid(height=height, width=width)
-        velocity: Tensor = self._velocity(latents.to(self.dtype), sigma, text, guidance, grid)
+        with torch.autocast(self.device.type, self.dtype) if self.autocasts else nullcontext():
+            velocity: Tensor = self._velocity(latents.to(self.dtype), sigma, text, guidance, grid)
         return velocity
 
     @abc.abstractmethod

@@ -267,7 +267,7 @@ class PipelineFolder:
     def identity(self) -> dict[str, str | dict[str, str]]:
         """Path as given, pipeline and component classes, and the ``commit`` (Hub) or ``digest`` (local) of the files.
 
-        ``digest`` is a SHA-256 over the index and every component file; its first use reads all of them.
+        ``digest`` is a SHA-256 over the index and every component file; its first use reads those that are new.
         """
         commit = self._source.commit
         version = {"digest": files_digest(self.files())} if commit is None else {"commit": commit}

@@ -54,14 +54,18 @@ class OneAtATime:
             module: the module that is about to run.
         """
         if part != self._part:
-            for other in self._on_device.values():
-                other.to("cpu")
-            self._on_device.clear()
+            self.clear()
             self._part = part
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
         if self._on_device.get(name) is not module:
             self._on_device[name] = module.to(self._device)
+
+    def clear(self) -> None:
+        """Move all modules to the CPU."""
+        for module in self._on_device.values():
+            module.to("cpu")
+        self._on_device.clear()
 
     def forget(self, name: str) -> None:
         """Drop the reference to a module that is freed."""

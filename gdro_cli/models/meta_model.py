@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from gdro_cli.core.footprint import Weights, depth_plan
+from gdro_cli.core.footprint import Storage, Weights, depth_plan
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import DtypeName, load_flow_model
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.published import PublishedFolder, published_name
-from gdro_cli.models.trace import Work, metered
+from gdro_cli.models.trace import Work, metered, quantised_layers
 
 _SHALLOW = 2
 """Blocks of a kind in the shallow models: the first and the last block can differ."""
@@ -85,8 +85,12 @@ def open_folder(path: str) -> PipelineFolder:
     return folder
 
 
-def meta_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length: int | None = None) -> MetaModel:
+def meta_model(
+    folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length: int | None = None, storage: Storage = "none"
+) -> MetaModel:
     """Build a pipeline's networks without numbers, the transformer at a few shallow depths.
+
+    ``storage``: how the transformer's linear layers are stored, which decides what their passes unpack.
 
     Raises:
         PrerequisiteError: a configuration is missing.
@@ -100,7 +104,7 @@ def meta_model(folder: PipelineFolder, *, dtype: DtypeName, max_sequence_length:
     for times, depths in depth_plan(whole.depths(), shallow=_SHALLOW):
         shallow = _Reconfigured(folder, whole.at_depths(depths))
         flow = on_meta(shallow)
-        flow.transformer = shallow.meta_component("transformer", dtype=flow.dtype)
+        flow.transformer = quantised_layers(shallow.meta_component("transformer", dtype=flow.dtype), storage)
         parts.append(ShallowModel(times, flow, count_weights(flow.transformer)))
     return MetaModel(tuple(parts), _frozen_weights(folder, "text_encoder"), _frozen_weights(folder, "vae"))
 
@@ -122,7 +126,6 @@ def count_weights(module: nn.Module) -> Weights:
         values=sum(tensor.numel() for tensor in tensors),
         linear=sum(layer.weight.numel() for layer in linear),
         outputs=sum(layer.out_features for layer in linear),
-        largest=max((layer.weight.numel() for layer in linear), default=0),
     )
 
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdro_cli.core.flow import velocity_error
+from gdro_cli.core.footprint import Storage
 from gdro_cli.models.base import Conditioning, FlowModel
 
 _LOWERED: set[Any] = {
@@ -35,7 +36,6 @@ _LOWERED: set[Any] = {
 }
 _RAISED: set[Any] = {
     functional.layer_norm,
-    functional.rms_norm,
     functional.group_norm,
     functional.softmax,
     torch.softmax,
@@ -51,19 +51,25 @@ _RAISED: set[Any] = {
 (from the lists in torch's autocast_mode.h)."""
 
 
+def raised_by_autocast() -> set[Any]:
+    """``_RAISED`` of the installed torch: ``rms_norm`` belongs to it from torch 2.12 on."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+    return _RAISED | ({functional.rms_norm} if has_kernel else set())
+
+
 class _AsOnGpu(TorchFunctionMode):
     """CUDA's fused attention, which keeps queries, keys, values, the result and one number per row, but not the matrix
     of all pairs; and with ``lower`` the dtypes of CUDA's autocast, which the meta device does not have."""
 
     def __init__(self, lower: torch.dtype | None) -> None:
         super().__init__()
-        self.lower = lower
+        self.lower, self.raised = lower, raised_by_autocast()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.lower is not None and func in _LOWERED:
             args, kwargs = _cast((args, kwargs), self.lower)
-        elif self.lower is not None and func in _RAISED:
+        elif self.lower is not None and func in self.raised:
             args, kwargs = _cast((args, kwargs), torch.float32)
         if func is functional.scaled_dot_product_attention:
             return _fused_attention(*args, **kwargs)
@@ -84,6 +90,59 @@ def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, *
         key, value = key.repeat_interleave(heads, dim=1), value.repeat_interleave(heads, dim=1)
     result: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, False)[0]
     return result
+
+
+_UNPACKING: dict[Storage, tuple[int, int]] = {"int8": (0, 4), "fp8": (8, 8), "nf4": (0, 0)}
+"""Bytes per number of a quantised matrix that unpacking takes beside the result, forwards and backwards (torchao,
+bitsandbytes). ``fp8`` makes a float32 copy and its product with the scales; ``int8`` makes the product only backwards,
+and forwards applies the scales to the layer's result."""
+
+
+def quantised_layers(transformer: nn.Module, storage: Storage) -> nn.Module:
+    """Let the linear layers on the meta device unpack their weights as those of a quantised base do; returns it."""
+    for layer in transformer.modules() if storage != "none" else ():
+        if type(layer) is nn.Linear:
+            layer.__class__, layer.storage = _Quantised, storage  # type: ignore[assignment]
+    return transformer
+
+
+class _Quantised(nn.Linear):
+    """A layer whose ``weight`` stands for the packed matrix, which does not count."""
+
+    storage: Storage
+
+    def forward(self, x: Tensor) -> Tensor:
+        arguments = x.to(self.weight.dtype), self.weight, self.bias, self.storage
+        product: Tensor = _QuantisedProduct.apply(*arguments)  # type: ignore[no-untyped-call]
+        return product
+
+
+class _QuantisedProduct(torch.autograd.Function):
+    """``x @ weight.T + bias``; each pass unpacks the weight, as in ``models.memory``."""
+
+    @staticmethod
+    def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None, storage: Storage) -> Tensor:
+        context.save_for_backward(weight)
+        before, context.backward_room = _UNPACKING[storage]
+        unpacked = _unpacked(weight, room=before)
+        product = functional.linear(x, weight, bias)
+        del unpacked
+        return product.clone() if storage == "int8" else product
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (weight,) = context.saved_tensors
+        unpacked = _unpacked(weight, room=context.backward_room)
+        product = gradient @ weight
+        del unpacked
+        return product, None, None, None
+
+
+def _unpacked(weight: Tensor, *, room: int) -> Tensor:
+    """As many bytes as the weight; before they are returned, also ``room`` bytes per number for a moment."""
+    room_and_result = weight.new_empty(weight.numel() * (room + weight.element_size()), dtype=torch.uint8)
+    del room_and_result
+    return torch.empty_like(weight)
 
 
 class _NoModules(nullcontext[None]):
@@ -208,7 +267,13 @@ def mixed_update(without: Update, checkpointed: Update, share: float) -> Update:
 
 
 def trace_forward(
-    model: FlowModel, images: int, text: dict[str, tuple[int, ...]], *, guidance: float, size: tuple[int, int]
+    model: FlowModel,
+    images: int,
+    text: dict[str, tuple[int, ...]],
+    *,
+    guidance: float,
+    size: tuple[int, int],
+    autocast: torch.dtype | None,
 ) -> Work:
     """Count one pass without gradient, as in sampling.
 
@@ -218,9 +283,10 @@ def trace_forward(
         text: shapes of one prompt's conditioning.
         guidance: guidance scale.
         size: height and width in pixels.
+        autocast: that of ``metered``.
     """
     inputs = _inputs(model, images, text, size)
-    with torch.no_grad(), metered(_tensors(model.transformer)) as meter:
+    with torch.no_grad(), metered(_tensors(model.transformer), autocast=autocast) as meter:
         model.velocity(*inputs, guidance=guidance, height=size[0], width=size[1])
     return Work(meter.flops, meter.peak)
 
@@ -238,8 +304,8 @@ def trace_update(
 ) -> Update:
     """Count the forward and backward pass of the velocity errors of one micro-batch, with the adapter on.
 
-    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block; ``autocast`` is that of
-    ``metered``. The other arguments are those of ``trace_forward``.
+    ``parameters`` are the adapter's; ``checkpointing`` recomputes activations block by block. The other arguments are
+    those of ``trace_forward``.
     """
     inputs = _inputs(model, images, text, size)
     target = torch.empty_like(inputs[0])

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Never
+from typing import Any, Never
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,11 @@ from gdro_cli.runtime.interrupt import StopFlag
 from gdro_cli.runtime.process_group import ProcessGroup
 from gdro_cli.runtime.sharding import shard_frozen
 
-Precision = Literal["no", "bf16"]
-
 PATIENCE = timedelta(hours=6)
 """How long processes wait for each other: longer than any one turn, or anything that the main process does alone."""
+
+TRANSFER = timedelta(minutes=30)
+"""How long a message between GPUs may take. NCCL does not see that a process is gone; it ends the others after this."""
 
 _SHARDING = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -42,9 +44,11 @@ class Engine(ProcessGroup):
     what is built on it, see ``ProcessGroup``), so that a failure or a stop in one of them ends them all.
     """
 
-    def __init__(self, accelerator: Any, *, tracked: bool) -> None:
+    def __init__(self, accelerator: Any, *, tracked: bool, waiting: Any = None) -> None:
         self._accelerator = accelerator
         self._tracked = tracked
+        self._waiting = waiting
+        """A gloo group for objects, flags and waits, where the tensors go through another backend (NCCL)."""
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +64,13 @@ class Engine(ProcessGroup):
         torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
+    def room(self, share: float) -> int | None:
+        """Bytes of a share of this process's GPU, less what other programs have taken; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        free, total = torch.cuda.mem_get_info(self.device)
+        return int(share * total) - (total - free - torch.cuda.memory_reserved(self.device))
+
     @property
     def rank(self) -> int:
         """This process's number, 0 .. world - 1."""
@@ -74,11 +85,6 @@ class Engine(ProcessGroup):
     def local_world(self) -> int:
         """The number of processes on this machine."""
         return min(self.world, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-    def autocast(self) -> AbstractContextManager[None]:
-        """Compute in the engine's precision inside the block."""
-        context: AbstractContextManager[None] = self._accelerator.autocast()
-        return context
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of ``loss``."""
@@ -101,6 +107,7 @@ class Engine(ProcessGroup):
     def sum(self, values: Tensor) -> Tensor:
         """Add a tensor over all processes."""
         with _connection():
+            self._meet()
             total: Tensor = self._accelerator.reduce(values, reduction="sum")
         return total
 
@@ -111,6 +118,7 @@ class Engine(ProcessGroup):
     def gather_rows(self, rows: Tensor) -> Tensor:
         """Join tensors [n, ...], of the same shape in all processes, into [world * n, ...] in order of rank."""
         with _connection():
+            self._meet()
             joined: Tensor = self._accelerator.gather(rows)
         return joined
 
@@ -118,7 +126,10 @@ class Engine(ProcessGroup):
         """Whether the flag is set in any process; the same answer in all of them."""
         if self.world == 1:
             return flag
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+        number = torch.tensor(float(flag))
+        with _connection():
+            torch.distributed.all_reduce(number, group=self._waiting)
+        return bool(number > 0)
 
     def hear(self, stop: StopFlag) -> bool:
         """Whether a stop was requested in any process; the same answer in all of them."""
@@ -144,12 +155,17 @@ class Engine(ProcessGroup):
 
     def gather_objects(self, items: list[Any]) -> list[Any]:
         """Join the lists of all processes in order of rank; every process gets the result."""
-        from accelerate.utils import gather_object
-
         if self.world == 1:
             return list(items)
+        lists: list[Any] = [None] * self.world
         with _connection():
-            return list(gather_object(list(items)))
+            torch.distributed.all_gather_object(lists, list(items), group=self._waiting)
+        return [item for part in lists for item in part]
+
+    def _meet(self) -> None:
+        """Wait for all processes where gloo sees that one is gone, before a message through a backend that does not."""
+        if self._waiting is not None:
+            torch.distributed.all_reduce(torch.zeros(1), group=self._waiting)
 
     def shard(self, module: nn.Module) -> nn.Module:
         """Move a frozen module to the devices, a part of each layer to each process (FSDP).
@@ -188,15 +204,12 @@ def _connection() -> Iterator[None]:
         ) from error
 
 
-def make_engine(
-    *, trackers: Sequence[str] = (), out: Path | None = None, precision: Precision = "no", cpu: bool = False
-) -> Engine:
+def make_engine(*, trackers: Sequence[str] = (), out: Path | None = None, cpu: bool = False) -> Engine:
     """Join the job that accelerate launched, or be a job of one process.
 
     Args:
         trackers: names that accelerate knows, e.g. ``tensorboard``, ``wandb``, ``trackio``.
         out: folder for trackers that write files.
-        precision: of ``autocast``; "no" leaves every tensor in its own dtype.
         cpu: stay off the GPUs.
 
     Raises:
@@ -209,17 +222,25 @@ def make_engine(
 
     _check_trackers(trackers)
     _check_launcher()
+    cpu = cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision="no",  # models have their own
         # without it, and without GPUs, accelerate treats each process as the only one
-        cpu=cpu or not torch.accelerator.is_available(),
+        cpu=cpu,
         log_with=list(trackers) or None,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE if cpu else TRANSFER)],
         project_dir=None if out is None else str(out),
     )
     # A launcher's setting would divide every loss, but a step here has its whole gradient at once.
     accelerator.gradient_accumulation_steps = 1
-    return Engine(accelerator, tracked=bool(trackers))
+    waiting = None if cpu or accelerator.num_processes == 1 else _waiting_group()
+    return Engine(accelerator, tracked=bool(trackers), waiting=waiting)
+
+
+@cache
+def _waiting_group() -> Any:
+    """One for all engines of this process, as accelerate's own group."""
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 def _check_launcher() -> None:

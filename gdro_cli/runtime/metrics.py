@@ -45,6 +45,9 @@ class TrainRow(_Row):
     grad_norm: float | None = None
     lr: float | None = None
     gpu_peak_gb: float | None = None
+    micro_batch: Count | None = None
+    images_per_second: float | None = None
+    tflops: float | None = None
     # group methods
     loss_method: float | None = None
     loss_stabiliser: float | None = None

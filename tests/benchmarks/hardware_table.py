@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.core.footprint import fits
-from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import gigabytes
+from gdro_cli.stages.training.estimate import Estimate
 
 SMALL_FLUX = (
     "model.quantization=int8",

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -83,7 +82,6 @@ def group_gradient(
         size=(side, side),
         micro_batch=micro_batch,
         one_pass=one_pass,
-        autocast=nullcontext,
         backward=lambda loss: loss.backward(),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -37,6 +38,17 @@ def loaded_by(*commands: list[str]) -> list[tuple[int, list[str]]]:
     probe = [sys.executable, "-c", PROBE, json.dumps(commands)]
     done = subprocess.run(probe, capture_output=True, text=True, check=True)
     return [(code, names) for code, names in json.loads(done.stderr.splitlines()[-1])]
+
+
+@pytest.mark.parametrize("users", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}])
+def test_the_allocator_grows_its_segments_unless_the_user_sets_it(users: dict[str, str]) -> None:
+    ours = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    probe = f"import atexit, os; atexit.register(lambda: print([os.environ.get(name) for name in {ours}]))"
+    given = {name: value for name, value in os.environ.items() if name not in ours} | users
+    command = [sys.executable, "-c", f"{probe}; from gdro_cli.cli.app import main; main(['--help'])"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=given)
+    found = [None if users else "expandable_segments:True", users.get(ours[1]), None]
+    assert done.stdout.splitlines()[-1] == str(found)
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -12,11 +12,10 @@ from gdro_cli.core.footprint import (
     fits,
     gpu_hours,
     group_step_flops,
-    unpacked_bytes,
     weight_bytes,
 )
 
-NETWORK = Weights(values=1000, linear=640, outputs=20, largest=320)
+NETWORK = Weights(values=1000, linear=640, outputs=20)
 """Two linear layers of 10 x 32 numbers and 360 others."""
 
 
@@ -31,12 +30,10 @@ NETWORK = Weights(values=1000, linear=640, outputs=20, largest=320)
 )
 def test_weights_by_hand(storage: str, size: int) -> None:
     assert weight_bytes(NETWORK, width=2, storage=storage) == size  # type: ignore[arg-type]
-    unpacked = unpacked_bytes(NETWORK, width=2, storage=storage)  # type: ignore[arg-type]
-    assert unpacked == (0 if storage == "none" else 320 * 2)
 
 
 def test_networks_add_up() -> None:
-    assert NETWORK.times(2) + Weights(5, 4, 1, 4) == Weights(2005, 1284, 41, 320)
+    assert NETWORK.times(2) + Weights(5, 4, 1) == Weights(2005, 1284, 41)
 
 
 def test_adapter_by_hand() -> None:

@@ -37,7 +37,7 @@ STAGES: Mapping[str, Sequence[str]] = {
 }
 POLL_SECONDS = 0.01
 """Seconds between two looks at the workspace."""
-_TIMES = ("seconds", "created")
+_TIMES = ("seconds", "created", "images_per_second")
 
 
 @dataclass

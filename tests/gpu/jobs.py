@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from tests.gpu.pretend_gpu import pretend_gpu  # isort: skip - before whatever imports torch
 
+import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,79 +23,21 @@ from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from gdro_cli.config.load import load_recipe
-from gdro_cli.config.methods import GdroMethod
-from gdro_cli.core.seeds import generator
-from gdro_cli.data.dataset import GroupBatch
-from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import Interrupted
 from gdro_cli.models import adapters
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
-from gdro_cli.models.diffusers_flow import DtypeName, load_flow_model
-from gdro_cli.models.sampling import sample_latents
+from gdro_cli.rewards.ocr.reward import OcrReward
+from gdro_cli.rewards.pool import ScoringPool
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
-from gdro_cli.stages.training import train
-from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, loss_arguments, noisy_groups
-from tests.support.tiny_families import BUILDERS, build_flux
-
-SIZE = {"height": 32, "width": 48}
-PROMPTS = ("a red sign", "two blue stars on a brick wall")
-K = 3
-FAMILIES: dict[str, Callable[[Path], Path]] = {"flux-dev": partial(build_flux, guidance_embeds=True), **BUILDERS}
-
-
-def draw(*shape: int, name: str) -> Tensor:
-    return torch.randn(shape, generator=generator(0, name))
-
-
-def engine_pass(
-    folder: Path, device: str, dtype: DtypeName = "float32", compute: ComputeOptions | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Latents [2, ...] of two sampling steps, and the adapter's gradients of a checkpointed step in two passes."""
-    model = load_flow_model(folder, dtype=dtype, device=device, compute=compute)
-    text, noise = model.encode(PROMPTS), model.noise([1, 2], **SIZE)
-    latents = sample_latents(model, noise, text, steps=2, guidance=2.0, batch_size=2, **SIZE)
-    assert None not in model.decode(latents, **SIZE)
-    parameters = adapters.attach_lora(model, rank=2, alpha=4)
-    with torch.no_grad():
-        for number, parameter in enumerate(parameters):
-            parameter.copy_(0.1 * draw(*parameter.shape, name=f"parameter {number}"))
-    transformer: Any = model.transformer
-    transformer.enable_gradient_checkpointing()
-    gradient = group_gradient(model, latents.cpu(), tuple(text))
-    assert gradient.isfinite(), gradient
-    return latents.cpu(), {
-        name: p.grad.cpu() for name, p in transformer.named_parameters() if p.requires_grad and p.grad is not None
-    }
-
-
-def group_gradient(model: FlowModel, latents: Tensor, text: tuple[Any, ...]) -> Tensor:
-    """Backward of one step of two groups of K images, in micro-batches of two; returns the loss."""
-    method = GdroMethod(name="gdro", k=K)
-    batch = GroupBatch(
-        latents=latents[:, None] + draw(2, K, *latents.shape[1:], name="latents"),
-        rewards=torch.tensor([[0.1, 0.9, 0.4], [1.0, 0.0, 0.2]]),
-        mask=torch.ones(2, K, dtype=torch.bool),
-        prompts=tuple(PromptRecord(id=str(i), prompt=prompt) for i, prompt in enumerate(PROMPTS)),
-        image_indices=torch.arange(K).repeat(2, 1),
-        visits=(0, 0),
-        conditioning=text,
-    )
-    mixed = model.dtype != torch.float32
-    step = GroupGradient(
-        model=model,
-        loss=loss_arguments(method),
-        reduction=method.reduction,
-        guidance=2.0,
-        size=(SIZE["height"], SIZE["width"]),
-        micro_batch=2,
-        one_pass=False,
-        autocast=lambda: torch.autocast(model.device.type, dtype=model.dtype) if mixed else nullcontext(),
-        backward=lambda loss: loss.backward(),
-    )
-    return step(noisy_groups(model, batch, draw_noise(batch, method, seed=0))).loss.cpu()
+from gdro_cli.stages.training import group_gradient, train
+from gdro_cli.stages.training.group_gradient import GroupGradient
+from tests.gpu import passes
+from tests.gpu.acceptance import __main__ as acceptance
+from tests.gpu.passes import FAMILIES, difference, engine_pass, flat
+from tests.gpu.peaks import check_peaks
 
 
 def check_families(out: str, *names: str) -> None:
@@ -107,18 +49,14 @@ def check_families(out: str, *names: str) -> None:
             found, found_gradients = engine_pass(folder, "cuda")
             _, rounded = engine_pass(folder, "cuda", "bfloat16")
         torch.testing.assert_close(found, latents, rtol=1e-4, atol=1e-4)
-        difference = (flat(found_gradients) - flat(gradients)).norm() / flat(gradients).norm()
-        assert difference < 1e-3, (name, difference)
+        error = difference(flat(found_gradients), flat(gradients))
+        assert error < 1e-3, (name, error)
         assert flat(rounded).isfinite().all() and flat(rounded).dtype == torch.float32
         print(name)  # noqa: T201
 
 
-def flat(gradients: dict[str, Tensor]) -> Tensor:
-    return torch.cat([gradients[name].flatten() for name in sorted(gradients)])
-
-
 _reference_errors, _batch_conditioning = GroupGradient.reference_errors, FlowModel.batch_conditioning
-_noisy_groups = noisy_groups
+_noisy_groups = passes.noisy_groups
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "reference": (GroupGradient, "reference_errors", lambda *args: _reference_errors(*args).cpu()),
     "text": (
@@ -127,7 +65,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
         lambda *args: {key: value.cpu() for key, value in _batch_conditioning(*args).items()},
     ),
     "sigma": (
-        sys.modules[__name__],
+        passes,
         "noisy_groups",
         lambda *args, **kwargs: replace(groups := _noisy_groups(*args, **kwargs), sigma=groups.sigma.cpu()),
     ),
@@ -175,16 +113,60 @@ def check_attention(out: str) -> None:
     assert set(calls) == {False, True}, calls
 
 
+def check_autocast(out: str, *settings: str) -> None:
+    """Two precisions in one process. In each, sampling, training and evaluation run in one state of autocast."""
+    for dtype, expected in (("bfloat16", (True, torch.bfloat16)), ("float32", (False, None))):
+        states = set()
+
+        def note(*_: Any, seen: set[Any] = states) -> None:
+            on = torch.is_autocast_enabled("cuda")
+            seen.add((torch.is_grad_enabled(), on, torch.get_autocast_dtype("cuda") if on else None))
+
+        with pretend_gpu():
+            recipe = load_recipe("smoke", overrides=[*settings, f"model.dtype={dtype}"])
+            session = Session(recipe, Path(out) / dtype, Reporter())
+            transformer: Any = session.model.transformer
+            transformer.transformer_blocks[0].register_forward_pre_hook(note)
+            train.run(session)
+        assert states == {(False, *expected), (True, *expected)}, (dtype, states)
+
+
 def run_recipe(out: str, *settings: str) -> None:
     """Train the smoke recipe with changes, and evaluate it; prints the summaries."""
     results = []
     with pretend_gpu():
         recipe = load_recipe("smoke", overrides=list(settings))
-        for stage in (train, evaluate):
+        for work in (train.run, evaluate.run):
             session = Session(recipe, Path(out), Reporter())
             assert session.engine.device.type == "cuda"
-            results.append(stage.run(session).summary)  # type: ignore[attr-defined]
+            results.append(work(session).summary)
     print(results)  # noqa: T201
+
+
+def run_on_small_gpu(out: str, *settings: str) -> None:
+    """The same on a GPU of 100 MB, of which 60 are taken, 28 of them by this process."""
+    free, reserved = {"return_value": (40 * 10**6, 100 * 10**6)}, {"return_value": 28 * 10**6}
+    with mock.patch("torch.cuda.mem_get_info", **free), mock.patch("torch.cuda.memory_reserved", **reserved):
+        run_recipe(out, *settings)
+
+
+def check_device_scorer(out: str, *settings: str) -> None:
+    """While stores are scored on the GPU, nothing of the model is there; afterwards training and sampling continue."""
+    found = []
+
+    def score(pool: ScoringPool, *args: Any, **kwargs: Any) -> Any:
+        model: Any = session.model
+        left = [name for name in model._loaded if name.startswith(("text_encoder", "vae"))]
+        found.append((left, {parameter.device.type for parameter in model._transformer.parameters()}))
+        return real(pool, *args, **kwargs)
+
+    real = ScoringPool.score
+    changes = mock.patch.object(OcrReward, "resources", "device"), mock.patch.object(ScoringPool, "score", score)
+    with pretend_gpu(), changes[0], changes[1]:
+        for stage in (train, evaluate):
+            session = Session(load_recipe("smoke", overrides=[*settings, "train.eval_every=0"]), Path(out), Reporter())
+            stage.run(session)  # type: ignore[attr-defined]
+    assert len(found) >= 3 and all(each == ([], {"cpu"}) for each in found), found
 
 
 def check_resume(out: str, *settings: str) -> None:
@@ -209,12 +191,34 @@ def check_resume(out: str, *settings: str) -> None:
     assert adapters_found[0] == adapters_found[1]
 
 
+def check_acceptance(out: str) -> None:
+    """The acceptance with a wrong gradient, again without it, with an error, and without time; prints exit codes."""
+    pretended = ["--tiny", "--pretend", os.environ["PRETEND_GPU"]]
+    true_weights = group_gradient.image_weights
+
+    def accept(folder: str, *arguments: str) -> int:
+        return acceptance.main([str(Path(out) / folder), *pretended, *arguments])
+
+    with mock.patch.object(group_gradient, "image_weights", lambda **given: 1.1 * true_weights(**given)):
+        codes = [accept("fault", "--sections", "6")]
+    codes.append(accept("fault", "--sections", "6"))
+    with mock.patch.object(FlowModel, "release_encoders", side_effect=RuntimeError("planted\nsecond line")):
+        codes.append(accept("error", "--sections", "8,14"))
+    codes.append(accept("late", "--budget", "0"))
+    print(json.dumps(codes))  # noqa: T201
+
+
 if __name__ == "__main__":
     JOBS = {
         "families": check_families,
         "planted": check_planted,
         "attention": check_attention,
+        "autocast": check_autocast,
         "recipe": run_recipe,
+        "small_gpu": run_on_small_gpu,
         "resume": check_resume,
+        "peaks": check_peaks,
+        "acceptance": check_acceptance,
+        "device-scorer": check_device_scorer,
     }
     JOBS[sys.argv[1]](*sys.argv[2:])

@@ -118,8 +118,8 @@ class _Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def pretend_gpu() -> Iterator[None]:
-    """Believe in one GPU inside the block."""
+def pretend_gpu(*, numbers: bool = True) -> Iterator[None]:
+    """Believe in one GPU inside the block; without ``numbers`` its tensors are the caller's, such as fake ones."""
     import torch.cuda.amp.common as common
 
     compatible = torch._has_compatible_shallow_copy_type
@@ -136,7 +136,15 @@ def pretend_gpu() -> Iterator[None]:
             "get_device_properties": SimpleNamespace(total_memory=80 * 2**30, major=9, minor=0),
             "get_rng_state": torch.zeros(16, dtype=torch.uint8),
             **dict.fromkeys(
-                ("set_device", "synchronize", "empty_cache", "set_rng_state", "reset_peak_memory_stats", "_lazy_init")
+                (
+                    "set_device",
+                    "synchronize",
+                    "empty_cache",
+                    "set_rng_state",
+                    "reset_peak_memory_stats",
+                    "manual_seed_all",
+                    "_lazy_init",
+                )
             ),
         },
         torch.accelerator: {"is_available": True, "device_count": 1, "current_accelerator": torch.device("cuda")},
@@ -160,5 +168,6 @@ def pretend_gpu() -> Iterator[None]:
         )
         stack.callback(torch._C._set_only_lift_cpu_tensors, torch._C._only_lift_cpu_tensors())
         torch._C._set_only_lift_cpu_tensors(True)
-        stack.enter_context(_Watch())
+        if numbers:
+            stack.enter_context(_Watch())
         yield

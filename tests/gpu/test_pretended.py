@@ -1,6 +1,6 @@
 """The engine and the stages on a pretended GPU: everything that meets must be on it, under CUDA's own autocast.
 
-It has no kernels, no streams, no memory of its own and no NCCL; those need a GPU (``tests/gpu/acceptance.py``).
+It has no kernels, no streams, no memory of its own and no NCCL; those need a GPU (``tests/gpu/acceptance``).
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gdro_cli.config.load import load_recipe
+from gdro_cli.stages.training.estimate import Estimate
 from tests.gpu.conftest import Job
 
 pytestmark = pytest.mark.slow
@@ -43,6 +45,23 @@ def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
     (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
     steps = [row for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "train"]
     assert [row["gpu_peak_gb"] for row in steps] == [2, 2]
+    expected = Estimate(load_recipe("smoke", overrides=list(SMALL))).step_flops / 1e12
+    assert [row["tflops"] * row["seconds"] for row in steps] == pytest.approx([expected, expected])
+
+
+def test_sampling_and_training_share_a_state_of_autocast(job: Job, tmp_path: Path) -> None:
+    job("autocast", tmp_path, *SMALL)
+
+
+def test_the_model_leaves_the_gpu_to_scorers_that_need_it(job: Job, tmp_path: Path) -> None:
+    job("device-scorer", tmp_path, *SMALL)
+
+
+def test_automatic_micro_batch_fits_the_gpu(job: Job, tmp_path: Path) -> None:
+    """Of 100 MB a tenth stays free and other programs have 32 MB: 58 MB. Six images would need 63."""
+    job("small_gpu", tmp_path, *SMALL, "train.micro_batch=auto", "train.eval_every=0")
+    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+    assert [json.loads(row)["micro_batch"] for row in metrics.read_text().splitlines()] == [3, 3]
 
 
 def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.models.transformers import transformer_flux
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.models.adapters import attach_lora, reference
-from gdro_cli.models.backends import ComputeOptions, prepare_transformer
+from gdro_cli.models.backends import ComputeOptions, prepare_transformer, rotated
 from gdro_cli.models.diffusers_flow import load_flow_model
 
 from .conftest import PROMPTS, SIZE
@@ -43,6 +46,31 @@ def test_kernels_of_a_missing_package(flux_folder: Path) -> None:
         PrerequisiteError, match=r"model\.attention flash_3 cannot be used here .*model\.attention=auto"
     ):
         _ = model.transformer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sequence_dim", [1, 2])
+@pytest.mark.parametrize("width", [8, 32, 128])
+def test_rotation_in_one_product_is_diffusers(width: int, sequence_dim: int, dtype: torch.dtype) -> None:
+    """Values and gradient; in float32 with the same bits on x86 at widths that real heads have."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn((2, 5, 3, width) if sequence_dim == 1 else (2, 3, 5, width), generator=generator).to(dtype)
+    gradient = torch.randn(x.shape, generator=generator).to(dtype)
+    angles = (torch.arange(5.0)[:, None] * torch.rand(width // 2, generator=generator)).repeat_interleave(2, dim=1)
+    results = []
+    for rotate in (rotated, apply_rotary_emb):
+        own = x.clone().requires_grad_()
+        turned = rotate(own, (angles.cos(), angles.sin()), sequence_dim=sequence_dim)
+        results.append((turned, *torch.autograd.grad(turned, own, gradient)))
+    exact = dtype == torch.float32 and width % 16 == 0 and platform.machine() == "x86_64"
+    tolerance = 0.0 if exact else 2e-2 if dtype == torch.bfloat16 else 1e-6
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.0, atol=tolerance)
+
+
+def test_flux_rotates_in_one_product(flux_folder: Path) -> None:
+    load_flow_model(flux_folder).transformer  # noqa: B018 - loading it is the point
+    assert transformer_flux.apply_rotary_emb is rotated
 
 
 def test_only_the_repeated_blocks_are_compiled(flux_folder: Path) -> None:

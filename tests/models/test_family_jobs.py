@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +150,7 @@ def test_online_steps_are_those_of_sampling_with_both_passes_and_have_a_gradient
     assert guidance == GUIDANCE
     assert "classifier-free, in rounds and updates" in dict(plan.describe(recipe, "train", Path("out")))["guidance"]
     parameters = attach_adapter(recipe, model)
-    policy = Policy(model, method, guidance, (32, 48), nullcontext)
+    policy = Policy(model, method, guidance, (32, 48))
     names = [RolloutImage(prompt, 0, 0) for prompt in Session(recipe, Path()).prompts("train").records]
     text = model.encode([name.prompt.prompt for name in names])
     rollout = roll_out(policy, names, text, seed=1)
@@ -162,5 +161,5 @@ def test_online_steps_are_those_of_sampling_with_both_passes_and_have_a_gradient
     torch.testing.assert_close(log_prob(after, step), rollout.log_probs[chosen])
     log_prob(after, step).sum().backward()
     assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in parameters)
-    single = Policy(model, method, 1.0, (32, 48), nullcontext).step(rollout.states[chosen], steps, batched)
+    single = Policy(model, method, 1.0, (32, 48)).step(rollout.states[chosen], steps, batched)
     assert (single.mean - step.mean).abs().max() > 1e-4

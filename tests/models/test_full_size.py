@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +169,6 @@ def training_step(model: FlowModel, parameters: list[torch.nn.Parameter]) -> Non
         size=(512, 512),
         micro_batch=4,
         one_pass=False,
-        autocast=nullcontext,
         backward=torch.autograd.backward,
     )
     assert torch.isfinite(gradient(groups).loss)

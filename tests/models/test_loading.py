@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from gdro_cli import files, model_source
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
@@ -36,6 +39,58 @@ def test_identity_is_a_digest_of_the_bytes(flux_folder: Path, copy: Path) -> Non
     data[-1] ^= 1
     weights.write_bytes(data)
     assert load_flow_model(copy).identity["digest"] != original["digest"]
+
+
+def test_a_large_file_is_read_again_only_when_it_has_changed(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def sha256_file(path: Path) -> str:
+        read.append(path.name)
+        return files.sha256_file(path)
+
+    def digest() -> object:
+        read.clear()
+        return PipelineFolder(copy).identity["digest"]
+
+    monkeypatch.setattr(model_source, "sha256_file", sha256_file)
+    expected = digest()
+    assert len(read) == len(PipelineFolder(copy).files())  # small files are always read
+    monkeypatch.setattr(model_source, "_REMEMBERED_FROM", 1)
+    monkeypatch.setenv("GDRO_CACHE", str(tmp_path / "cache"))
+    assert (digest(), digest()) == (expected, expected) and read  # the files are newer than a clock tick
+    monkeypatch.setattr(model_source, "_CLOCK_TICK", -(10**9))
+    assert digest() == expected and read
+    assert digest() == expected and not read
+
+    weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
+    before, data = weights.stat(), bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    changed = digest()
+    assert changed != expected and read == [weights.name]
+
+    for note in (tmp_path / "cache" / "digests").iterdir():
+        note.write_text('{"stamp": 1}')
+    assert digest() == changed and read
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GDRO_CACHE", str(tmp_path / "file"))  # nothing can be written below it
+    assert digest() == changed and read
+
+
+@pytest.mark.parametrize("name", ["transformer", "text_encoder", "text_encoder_2", "vae"])
+def test_weights_stay_in_their_files_until_they_move_to_a_gpu(name: str, flux_folder: Path) -> None:
+    """So the processes of a machine share them. A weight has one copy in memory if its file has another dtype."""
+    module = PipelineFolder(flux_folder).load(name, dtype=torch.float32)
+    lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+    files = [fields[0].split("-") for fields in lines if fields[-1].endswith(".safetensors")]
+    inside = [
+        any(int(start, 16) <= parameter.data_ptr() < int(end, 16) for start, end in files)
+        for parameter in module.parameters()
+    ]
+    assert inside and all(inside)
 
 
 def test_default_size_is_the_autoencoders(flux_folder: Path) -> None:

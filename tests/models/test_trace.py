@@ -139,7 +139,7 @@ def test_the_peak_of_a_pass_without_gradient_does_not_depend_on_depth() -> None:
     name = "FLUX.1-dev"
     text = {"prompt_embeds": (TEXT, 64), "pooled_prompt_embeds": (768,)}
     parts = meta_model(Small(name), dtype="float32", max_sequence_length=TEXT).parts
-    peaks = {trace_forward(part.flow, IMAGES, text, guidance=3.5, size=SIZE).peak for part in parts}
+    peaks = {trace_forward(part.flow, IMAGES, text, guidance=3.5, size=SIZE, autocast=None).peak for part in parts}
     assert len(peaks) == 1
 
 
@@ -173,3 +173,15 @@ def test_autocast_has_the_dtypes_of_cuda() -> None:
         assert y.dtype == torch.bfloat16
         assert functional.layer_norm(y, (4,)).dtype == torch.float32
         assert (y * 2).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("listed", "expected"), [(True, torch.float32), (False, torch.bfloat16)])
+def test_rms_norm_has_the_dtype_of_the_installed_torch(
+    listed: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before torch 2.12 autocast leaves it alone."""
+    name, known = "_dispatch_has_kernel_for_dispatch_key", torch._C._dispatch_has_kernel_for_dispatch_key
+    monkeypatch.setattr(torch._C, name, lambda op, key: listed if op == "aten::rms_norm" else known(op, key))
+    x = torch.empty(2, 4, device="meta", dtype=torch.bfloat16)
+    with metered([x], autocast=torch.bfloat16):
+        assert functional.rms_norm(x, (4,)).dtype == expected

@@ -10,6 +10,11 @@ from gdro_cli.runtime.metrics import TrainRow, ValidationRow
 from gdro_cli.stages.runs.results import Results
 
 
+def timeless(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what differs from run to run: wall times and speeds."""
+    return {key: value for key, value in row.items() if not key.startswith(("seconds", "images_per_second"))}
+
+
 def step(number: int, **values: Any) -> TrainRow:
     """A training step."""
     return TrainRow.model_validate({"step": number, **values})

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from gdro_cli.rewards.base import ImageSource, PromptLike, Score
+from gdro_cli.rewards.base import ImageSource, PromptLike, Resources, Score
 
 AXES = ("alignment", "coherence", "style")
 """Does the image show what the prompt says? Is it free of glitches and distortions? Is it pleasing?"""
@@ -58,6 +58,11 @@ class Judge(Protocol):
         """Provenance as JSON values: equal versions give equal judgements."""
         ...
 
+    @property
+    def resources(self) -> Resources:
+        """What limits the number of processes."""
+        ...
+
     def load(self) -> None:
         """Load models or check connections; a second call does nothing. Raises ``PrerequisiteError``."""
         ...
@@ -92,6 +97,11 @@ class JudgeReward:
     def version(self) -> Mapping[str, Any]:
         """Provenance: the judge's own, and the axes of ``u``."""
         return {"judge": dict(self._judge.version), "axes": list(self._axes)}
+
+    @property
+    def resources(self) -> Resources:
+        """Those of the judge."""
+        return self._judge.resources
 
     def load(self) -> None:
         """Load the judge; a second call does nothing. Raises ``PrerequisiteError``."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gdro_cli.files import sha256_file
-from gdro_cli.rewards.base import ImageSource, read_all
+from gdro_cli.rewards.base import ImageSource, Resources, read_all
 from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement
 from gdro_cli.rewards.layers import ResidualBlock, to_pixels
 
@@ -115,6 +115,11 @@ class EmbeddedJudge:
         """Provenance: the digests of the weights and of the configuration with the calibration."""
         files = {name: sha256_file(self._folder / name) for name in ("config.json", "model.safetensors")}
         return {"judge": "embedded", "files": files}
+
+    @property
+    def resources(self) -> Resources:
+        """A small network on the CPU."""
+        return "cores"
 
     def load(self) -> None:
         """Load the network; a second call does nothing."""

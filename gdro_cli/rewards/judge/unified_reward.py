@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gdro_cli.rewards.address import read_key
-from gdro_cli.rewards.base import ImageSource, UnreadableImageError, read_rgb
+from gdro_cli.rewards.base import ImageSource, Resources, UnreadableImageError, read_rgb
 from gdro_cli.rewards.endpoint import Endpoint, NoAnswerError, check_base_url, check_package
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, TEMPLATE, provenance, read_answer, request_text
@@ -67,6 +67,11 @@ class UnifiedRewardJudge:
     def version(self) -> Mapping[str, Any]:
         """Provenance: the model's name, the digest of the prompt, how answers are generated and read."""
         return {"judge": "unified-reward", "model": self._model, **provenance(self._template)}
+
+    @property
+    def resources(self) -> Resources:
+        """An endpoint, which gets several requests at a time."""
+        return "server"
 
     def load(self) -> None:
         """Read the key and check the endpoint; a second call does nothing.

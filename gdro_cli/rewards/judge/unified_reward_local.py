@@ -22,7 +22,7 @@ from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.model_source import WEIGHTS, ModelSource
-from gdro_cli.rewards.base import ImageSource, UnreadableImageError, one_line, read_rgb
+from gdro_cli.rewards.base import ImageSource, Resources, UnreadableImageError, one_line, read_rgb
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.unified_prompt import MAX_TOKENS, TEMPLATE, provenance, read_answer, request_text
 
@@ -77,6 +77,11 @@ class UnifiedRewardLocal:
             "precision": str(self._dtype).removeprefix("torch."),
             "transformers": metadata.version("transformers"),
         }
+
+    @property
+    def resources(self) -> Resources:
+        """One large network."""
+        return "device"
 
     def load(self) -> None:
         """Load the network; a second call does nothing. Raises ``PrerequisiteError`` for missing or damaged files."""

@@ -18,8 +18,9 @@ from typing import Any, Literal
 from PIL import Image
 
 from gdro_cli.errors import PrerequisiteError
+from gdro_cli.files import cache_folder
 from gdro_cli.rewards.base import one_line
-from gdro_cli.rewards.ocr.models import OcrModels, cache_folder
+from gdro_cli.rewards.ocr.models import OcrModels
 
 EngineKind = Literal["onnxruntime", "paddle"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Any, Literal
 import yaml
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.files import sha256, sha256_file
+from gdro_cli.files import cache_folder, sha256, sha256_file
 from gdro_cli.rewards.base import one_line
 
 DETECTION_MODEL = "PP-OCRv6_small_det"
@@ -72,15 +71,6 @@ class OcrModels:
             "recognition": {"name": self.recognition.name, "sha256": self.recognition.sha256},
             "recognition_width": self.recognition_width,
         }
-
-
-def cache_folder() -> Path:
-    """The user's cache: ``$GDRO_CACHE``, else ``$XDG_CACHE_HOME/gdro_cli``, else ``~/.cache/gdro_cli``."""
-    own = os.environ.get("GDRO_CACHE")
-    if own:
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "gdro_cli"
 
 
 def find_models(

@@ -24,7 +24,13 @@ from gdro_cli.stages.runs.results import RESULTS, Results
 from gdro_cli.stages.runs.weights import ADAPTER_NOTE, RunWeights, applied, named_run, trained_run
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import refuse_failures, score_by, score_missing, score_with_reward
-from gdro_cli.stages.setup.scorers import open_judge_pool, open_judge_table, open_reward_table, open_table_of
+from gdro_cli.stages.setup.scorers import (
+    leave_device,
+    open_judge_pool,
+    open_judge_table,
+    open_reward_table,
+    open_table_of,
+)
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_store, stores_folder
 
@@ -137,7 +143,8 @@ def _measure(session: Session, folder: Path, *, weights: str) -> Tables:
             allowed = recipe.reward.max_failed_share
             refuse_failures(tables.others[reward.name], allowed=allowed, key="reward.max_failed_share")
     judges = open_judge_pool(session)
-    if judges is not None and tables.judgements is not None:
+    if session.judge is not None and judges is not None and tables.judgements is not None:
+        leave_device(session, session.judge)
         allowed = recipe.judge.max_failed_share
         score_missing(session, tables.judgements, judges, label=f"judging, {who}", refuse_empty=True, allowed=allowed)
         with engine.together():

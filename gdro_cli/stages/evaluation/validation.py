@@ -22,6 +22,7 @@ from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import json_bytes, parse_json, sha256, write_bytes, write_json
 from gdro_cli.identity import digest
+from gdro_cli.models.adapters import merged
 from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import Pool, ScoringStopped
 from gdro_cli.runtime.metrics import ValidationRow
@@ -215,7 +216,10 @@ class Validation:
             for prompt in self.prompts.records
         ]
         size, engine = self.session.recipe.sample.batch_size, self.session.engine
-        latents = sample_images(self.session.model, self.conditioning, seeds, self.plan, batch_size=size, split=engine)
+        with merged(self.session.model):
+            latents = sample_images(
+                self.session.model, self.conditioning, seeds, self.plan, batch_size=size, split=engine
+            )
         rated, given_up = None, False
         with engine.together():
             try:

@@ -11,18 +11,25 @@ from pathlib import Path
 from gdro_cli.config.methods import OnlineMethod
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.flow import Reduction
+from gdro_cli.core.footprint import CARDS, usable_bytes
 from gdro_cli.core.implicit import equivalent_beta
 from gdro_cli.data.store import GroupStore
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.meta_model import open_folder
 from gdro_cli.models.published import PublishedFolder
-from gdro_cli.stages.planning.estimate import Estimate
-from gdro_cli.stages.planning.needs import evaluation_time, sampling_needs, training_needs
+from gdro_cli.stages.planning.needs import evaluation_time, sampling_needs, scoring_needs, training_needs
 from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.setup.model import model_folder, open_model
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import runs_folder, store_path, stores_folder, training_identity, training_plan
-from gdro_cli.stages.training.batch_sizes import check_shares, images_per_process, takes_one_pass
+from gdro_cli.stages.training.batch_sizes import (
+    check_shares,
+    images_at_once,
+    images_per_process,
+    takes_one_pass,
+    with_micro_batch,
+)
+from gdro_cli.stages.training.estimate import Estimate
 from gdro_cli.stages.training.rollout import policy_guidance
 from gdro_cli.stages.training.rounds import steps_per_round
 
@@ -33,15 +40,20 @@ PIXEL_BYTES = 1.6
 def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> list[tuple[str, str]]:
     """Lines about ``stage`` (sample, score, train or eval) in ``world`` processes, as (what, how much).
 
+    ``train.micro_batch: auto`` is described as on the largest of ``CARDS``.
+
     Raises:
         UserError: the reward cannot use the prompts, or the processes cannot share a training step.
         PrerequisiteError: the model is missing.
     """
+    if stage == "train":
+        check_shares(recipe, world)
+    if recipe.train.micro_batch == "auto":
+        most = Estimate(recipe, world=world).largest_micro_batch(usable_bytes(max(CARDS)))
+        recipe = with_micro_batch(recipe, most or 1)
     session = Session(recipe, workspace, planning=True)
     if stage in ("sample", "score"):
         session.require_store(stage)
-    if stage == "train":
-        check_shares(recipe, world)
     folder = open_folder(model_folder(recipe))
     has_weights = not isinstance(folder, PublishedFolder)
     estimate = Estimate(recipe, world=world)
@@ -53,17 +65,20 @@ def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> 
     ]
     if not has_weights:
         rows.append(("weights", f"not here; described from the published configuration of {recipe.model.path}"))
+    scoring = [] if stage == "sample" else scoring_needs(session)
     if stage == "eval":
-        return rows + _evaluation(session) + sampling_needs(estimate) + evaluation_time(estimate, session)
+        return rows + _evaluation(session) + sampling_needs(estimate) + scoring + evaluation_time(estimate, session)
     if recipe.online_method is not None:
-        return rows + _online(session, recipe.online_method, has_weights) + training_needs(estimate, session)
+        return rows + _online(session, recipe.online_method, has_weights) + training_needs(estimate, session) + scoring
     rows += describe_store(session, has_weights=has_weights)
     if stage == "score":
-        return rows
+        return rows + scoring
     size = len(session.prompts("train")) * estimate.text_per_prompt
     rows.append(("text encodings", f"{size / 1e6:.0f} MB more on disk, and in the CPU's memory while training"))
     rows += sampling_needs(estimate)
-    return rows + _training(session, world) + training_needs(estimate, session) if stage == "train" else rows
+    if stage == "train":
+        rows += _training(session, world) + training_needs(estimate, session)
+    return rows + scoring
 
 
 def describe_store(session: Session, *, has_weights: bool = True) -> list[tuple[str, str]]:
@@ -135,7 +150,7 @@ def _training(session: Session, world: int) -> list[tuple[str, str]]:
     recipe, model = session.recipe, session.model
     train, method = recipe.train, recipe.group_method
     images, own = train.groups_per_step * method.k, images_per_process(recipe, world)
-    micro = min(train.micro_batch or own, own)
+    micro = images_at_once(recipe, world)
     height, width = session.image_size
     other: Reduction = "sum" if method.reduction == "mean" else "mean"
     dims = math.prod(model.latent_shape(height=height, width=width))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours
-from gdro_cli.stages.planning.estimate import Estimate
+from gdro_cli.core.footprint import CARDS, SUSTAINED_TFLOPS, Weights, fits, gpu_hours, usable_bytes
+from gdro_cli.rewards.mix import MixReward
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.estimate import Estimate
 
 Rows = list[tuple[str, str]]
 
@@ -38,9 +39,9 @@ def training_needs(estimate: Estimate, session: Session) -> Rows:
     other = estimate.activation_bytes(checkpointing=0 if share else 1)
     how = "with checkpointing" if share == 1 else f"with {share:g} of the blocks checkpointed"
     how = how if share else "without checkpointing"
-    beside = gigabytes(estimate.transformer_bytes + estimate.unpacked_bytes)
+    frozen = gigabytes(estimate.transformer_bytes)
     memory = (
-        f"{gigabytes(estimate.training_bytes)} GB: transformer {beside}, adapter {gigabytes(adapter.total)},"
+        f"{gigabytes(estimate.training_bytes)} GB: transformer {frozen}, adapter {gigabytes(adapter.total)},"
         f" activations {gigabytes(own)} for {estimate.images_at_once} images {how}"
         f" ({gigabytes(other)} {'without' if share else 'with'}); {cards(estimate.training_bytes)}"
     )
@@ -53,8 +54,29 @@ def training_needs(estimate: Estimate, session: Session) -> Rows:
             f" {adapter.optimizer / 1e6:.0f} MB",
         ),
         ("memory, training", memory + shared),
+        ("train.micro_batch=auto", automatic_micro_batches(estimate)),
         *_time(estimate, session),
     ]
+
+
+def automatic_micro_batches(estimate: Estimate) -> str:
+    """What ``train.micro_batch: auto`` would take on each card."""
+    sizes = {card: estimate.largest_micro_batch(usable_bytes(card)) for card in CARDS}
+    chosen = [f"{size} images on a card of {card} GB" for card, size in sizes.items() if size is not None]
+    return f"would take {', '.join(chosen)}" if chosen else f"would not fit a card of {max(CARDS)} GB"
+
+
+def scoring_needs(session: Session) -> Rows:
+    """Which networks that score also take the GPU; their memory is not counted."""
+    recipe = session.recipe
+    rewards = session.reward.parts.values() if isinstance(session.reward, MixReward) else [session.reward]
+    names = [f"reward {reward.name}" for reward in rewards if reward.resources == "device"]
+    names += [f"judge {recipe.judge.kind}"] if recipe.judge.kind == "unified-reward-local" else []
+    if not names:
+        return []
+    where = f"the networks of {' and '.join(names)} also take the GPU"
+    when = "the transformer leaves it while a store is scored, not at evaluation points and in rounds of online methods"
+    return [("memory, scoring", f"not counted: {where}; {when}")]
 
 
 def _time(estimate: Estimate, session: Session) -> Rows:

@@ -55,6 +55,9 @@ DIAGNOSTICS: Mapping[str, str] = {
     "approx_kl": "how far the policy has gone since it drew the round's images, in nats per latent value",
     "kl": "divergence from the base model",
     "loss": "training loss",
+    "images_per_second": "images that the training learnt from per second, over all processes",
+    "tflops": "TFLOP/s of each GPU in training (operations counted from shapes)",
+    "gpu_peak_gb": "peak memory of the first GPU, in 1e9 bytes",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from PIL import Image
@@ -18,6 +18,7 @@ from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.shard_times import add_time
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
+from gdro_cli.models.adapters import merged
 from gdro_cli.models.base import Conditioning, FlowModel
 from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
@@ -43,7 +44,8 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
     own = missing if sharded else engine.share(missing)
     total = sum(len(store.shards[number]) for number in own) * plan.images_per_prompt
     stopped = f"stopped while {label}; finished shards are kept in {store.path}: run the command again to continue"
-    image_steps = 0
+    image_steps, ended = 0, 0.0
+    pending: list[Future[None]] = []
 
     def advance(images: int) -> None:
         nonlocal image_steps
@@ -53,6 +55,17 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
             stop.check(stopped)
         elif engine.hear(stop):  # a process that stopped alone would leave the others waiting inside the model
             engine.stop_together(stopped)
+
+    def write(number: int, groups: list[Group], start: float) -> None:
+        nonlocal ended
+        store.write_shard(number, groups)
+        began, ended = max(start, ended), time.perf_counter()  # the times of shards do not overlap
+        add_time(store.path, number, ended - began, processes=1 if sharded else engine.world)
+
+    def finish() -> None:
+        """Wait for the shard that is being written. Raises what the writing raised."""
+        while pending:
+            pending.pop().result()
 
     def make(number: int) -> None:
         start = time.perf_counter()
@@ -64,21 +77,25 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
             on_step=advance,
             split=engine if sharded else None,
         )
-        with engine.together() if sharded else nullcontext():
-            if groups:
-                store.write_shard(number, groups)
-                processes = 1 if sharded else engine.world
-                add_time(store.path, number, time.perf_counter() - start, processes=processes)
+        finish()
+        if groups:  # written while the next images are drawn
+            pending.append(writer.submit(write, number, groups, start))
 
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
+        ThreadPoolExecutor(1, thread_name_prefix="shard") as writer,
         session.reporter.track(label + own_part(engine, sharded), total=total, unit="images") as progress,
+        merged(session.model),
     ):
         if sharded:
             for number in missing:
                 make(number)
+                with engine.together():
+                    finish()
         else:
             engine.take_turns(missing, make)
+            with engine.together():
+                finish()
     return len(missing)
 
 

@@ -16,7 +16,7 @@ from gdro_cli.rewards.pool import Pool, ScoringStopped
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.sampling.fill_store import own_part
 from gdro_cli.stages.scoring.score_rows import score_rows
-from gdro_cli.stages.setup.scorers import open_pool_of, open_table_of
+from gdro_cli.stages.setup.scorers import leave_device, open_pool_of, open_table_of
 from gdro_cli.stages.setup.session import Session
 
 
@@ -103,7 +103,8 @@ def score_with_reward(session: Session, table: ScoreTable, *, label: str) -> int
 
 
 def score_by(session: Session, reward: Reward, table: ScoreTable, *, label: str) -> int:
-    """Fill the table of any reward but a mixture; see ``score_missing``."""
+    """Fill the table of any reward but a mixture; see ``score_missing``. A reward that needs the GPU gets it."""
+    leave_device(session, reward)
     allowed, server = session.recipe.reward.max_failed_share, reward.resources == "server"
     return score_missing(
         session, table, open_pool_of(session, reward), label=label, refuse_empty=server, allowed=allowed

@@ -12,15 +12,10 @@ from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.memory import MemoryOptions
-from gdro_cli.runtime.distributed import Engine, Precision
+from gdro_cli.runtime.distributed import Engine
 
 EMBEDDED = "tiny"
 """The ``model.path`` of the model inside the package."""
-
-
-def precision(recipe: Recipe) -> Precision:
-    """Precision of matrix products: bfloat16 on CUDA unless the recipe says otherwise, float32 elsewhere."""
-    return "bf16" if torch.cuda.is_available() and recipe.model.dtype in ("auto", "bfloat16") else "no"
 
 
 def model_folder(recipe: Recipe) -> str:

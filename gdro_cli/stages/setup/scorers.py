@@ -5,6 +5,7 @@ from __future__ import annotations
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.rewards.base import Reward
+from gdro_cli.rewards.judge.base import JudgeReward
 from gdro_cli.rewards.mix import MixReward
 from gdro_cli.rewards.mixed_pool import MixedPool
 from gdro_cli.rewards.pool import LARGEST_CHUNK, Pool, ScoringPool, usable_cores
@@ -48,15 +49,21 @@ def open_table_of(store: GroupStore, reward: Reward, *, command: str = "gdro sco
     return ScoreTable.create_or_open(store, reward.name, provenance=provenance(reward), command=command)
 
 
+def leave_device(session: Session, scorer: Reward | JudgeReward) -> None:
+    """Free the model's memory on the GPU if the scorer needs a GPU; the model returns at its next use."""
+    if scorer.resources == "device":
+        session.model.leave_device(whole=session.recipe.model.sharding == "none")
+
+
 def open_judge_pool(session: Session, *, sharing: int | None = None) -> ScoringPool | None:
     """Processes that judge, or None without a judge.
 
-    One process is enough for an endpoint, to which it sends several requests at a time, and for a large local model.
+    An endpoint gets several requests at a time from one process.
     """
     judge = session.judge
     if judge is None:
         return None
-    if dict(judge.version["judge"]).get("judge") == "embedded":
+    if judge.resources == "cores":
         return ScoringPool(judge, workers=_own_cores(session, sharing))
     return ScoringPool(judge, workers=1, largest_chunk=4 * session.recipe.judge.concurrency)
 

@@ -18,7 +18,7 @@ from gdro_cli.runtime.distributed import Engine, make_engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.setup.judge import open_judge
-from gdro_cli.stages.setup.model import open_model, precision
+from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.reward import open_reward
 
 Split = Literal["train", "validation", "eval"]
@@ -94,7 +94,7 @@ class Session:
         if self._parent is not None and not self._tracked:
             return self._parent.engine
         trackers = self.recipe.train.trackers if self._tracked else ()
-        return make_engine(trackers=trackers, out=self.workspace, precision=precision(self.recipe))
+        return make_engine(trackers=trackers, out=self.workspace)
 
     @cached_property
     def model(self) -> FlowModel:

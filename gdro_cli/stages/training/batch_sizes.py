@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import UserError
 
@@ -19,20 +21,43 @@ def check_shares(recipe: Recipe, world: int) -> None:
 
 
 def images_per_process(recipe: Recipe, world: int) -> int:
-    """Images of an optimizer step in each of ``world`` processes."""
+    """Images of an optimizer step in each of ``world`` processes; for online methods the mean, rounded up."""
+    online = recipe.online_method
+    if online is not None:
+        return math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round / world)
     return recipe.train.groups_per_step // world * recipe.group_method.k
+
+
+def micro_batch(recipe: Recipe) -> int | None:
+    """``train.micro_batch`` as a number; None for all images, and for ``auto`` that has not been chosen."""
+    return None if recipe.train.micro_batch == "auto" else recipe.train.micro_batch
+
+
+def with_micro_batch(recipe: Recipe, images: int | None) -> Recipe:
+    """The recipe with this ``train.micro_batch``."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": images})})
+
+
+def micro_batches(recipe: Recipe, world: int) -> list[int]:
+    """The micro-batches that differ, from the smallest: in one pass whole groups, else any number of images."""
+    images, way = images_per_process(recipe, world), recipe.train.group_gradient
+    if recipe.online_method is not None or way == "two_pass":
+        return list(range(1, images + 1))
+    k = recipe.group_method.k
+    return [*(range(1, k) if way == "auto" else ()), *range(k, images + 1, k)]
 
 
 def takes_one_pass(recipe: Recipe) -> bool:
     """Whether a group goes forward and backward once, with the activations of all its images kept."""
-    train = recipe.train
-    fits = train.micro_batch is None or recipe.group_method.k <= train.micro_batch
-    return train.group_gradient == "one_pass" or (train.group_gradient == "auto" and fits)
+    size, way = micro_batch(recipe), recipe.train.group_gradient
+    return way == "one_pass" or (way == "auto" and (size is None or recipe.group_method.k <= size))
 
 
 def images_at_once(recipe: Recipe, world: int) -> int:
     """Images whose activations one of ``world`` processes keeps at once."""
-    images, k = images_per_process(recipe, world), recipe.group_method.k
-    if recipe.train.micro_batch is None:
+    images, size = images_per_process(recipe, world), micro_batch(recipe)
+    if size is None:
         return images
-    return min(images, recipe.train.micro_batch // k * k if takes_one_pass(recipe) else recipe.train.micro_batch)
+    if recipe.online_method is None and takes_one_pass(recipe):
+        size = size // recipe.group_method.k * recipe.group_method.k
+    return min(images, size)

@@ -6,7 +6,6 @@ Shapes: B groups of K images, N = B * K images in all; latents [N, ...].
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +116,6 @@ class GroupGradient:
     """Images per forward; None = all."""
     one_pass: bool
     """Whether the activations of whole groups are kept, as many groups at a time as ``micro_batch`` has room for."""
-    autocast: Callable[[], AbstractContextManager[None]]
     backward: Callable[[Tensor], None]
     between_micro_batches: Callable[[], None] = lambda: None
     """May raise to abandon the step; not called when only its last backward pass is done."""
@@ -186,15 +184,14 @@ class GroupGradient:
         group = groups.group[part]
         conditioning = {key: value[group] for key, value in groups.conditioning.items()}
         latents, target = groups.at(part)
-        with self.autocast():
-            velocity = self.model.velocity(
-                latents,
-                groups.sigma[part],
-                conditioning,
-                guidance=self.guidance,
-                height=self.size[0],
-                width=self.size[1],
-            )
+        velocity = self.model.velocity(
+            latents,
+            groups.sigma[part],
+            conditioning,
+            guidance=self.guidance,
+            height=self.size[0],
+            width=self.size[1],
+        )
         if not torch.is_grad_enabled():
             self.between_micro_batches()
         return velocity_error(velocity, target, reduction=self.reduction)

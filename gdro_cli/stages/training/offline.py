@@ -29,9 +29,8 @@ from gdro_cli.models.adapters import Ema
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
-from gdro_cli.stages.setup.model import precision
 from gdro_cli.stages.setup.session import Session
-from gdro_cli.stages.training.batch_sizes import check_shares, takes_one_pass
+from gdro_cli.stages.training.batch_sizes import check_shares, micro_batch, takes_one_pass
 from gdro_cli.stages.training.group_gradient import (
     GroupGradient,
     NoisyGroups,
@@ -40,6 +39,7 @@ from gdro_cli.stages.training.group_gradient import (
     noise_draw,
     noisy_groups,
 )
+from gdro_cli.stages.training.micro_batch import MicroBatch
 from gdro_cli.stages.training.prefetch import Prefetch
 from gdro_cli.stages.training.step_source import ResumePoint, StepAbandoned, StepGradient
 
@@ -54,7 +54,8 @@ class GroupSteps:
     }
     remedy = "lower train.lr or method.beta"
 
-    def __init__(self, session: Session, table: ScoreTable) -> None:
+    def __init__(self, session: Session, table: ScoreTable, micro: MicroBatch | None = None) -> None:
+        self._micro = micro or MicroBatch(session)
         recipe, model, engine = session.recipe, session.model, session.engine
         method = recipe.group_method
         check_shares(recipe, engine.world)
@@ -69,24 +70,33 @@ class GroupSteps:
             session.reporter.say(_left_out(self.dataset))
         # No method of this object is passed on here and below. It would close a cycle, and the model and the images of
         # a finished training would stay in memory.
+        self._prefetch = Prefetch(
+            partial(_draw, session, self.dataset), steps=recipe.train.steps if recipe.train.prefetch else 0
+        )
+        self._use_micro_batch()
+
+    def _use_micro_batch(self) -> None:
+        """Compute in the recipe's micro-batches from here on."""
+        session, recipe, method, engine = self.session, self.session.recipe, self.method, self.session.engine
         self._gradient = GroupGradient(
-            model=model,
+            model=session.model,
             loss=loss_arguments(method),
             reduction=method.reduction,
             guidance=recipe.sample.guidance,
             size=session.image_size,
-            micro_batch=recipe.train.micro_batch,
+            micro_batch=micro_batch(recipe),
             one_pass=takes_one_pass(recipe),
-            autocast=engine.autocast,
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
-            between_micro_batches=partial(_hear_stop, session),
-        )
-        self._prefetch = Prefetch(
-            partial(_draw, session, self.dataset), steps=recipe.train.steps if recipe.train.prefetch else 0
+            between_micro_batches=partial(_hear_stop, session, self._micro),
         )
         # A sharded model's passes take all processes, so none may skip a pass because it already has the errors.
         cached = recipe.train.cache_reference and recipe.model.sharding == "none"
-        self._cache = ReferenceErrors(table.store, self._reference_settings()) if cached else None
+        self._cache = ReferenceErrors(self.table.store, self._reference_settings()) if cached else None
+
+    def shrink(self) -> None:
+        """Halve the micro-batch."""
+        self._micro.halve()
+        self._use_micro_batch()
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
         """Note the time that the store took."""
@@ -106,10 +116,12 @@ class GroupSteps:
     def gradient(self, step: int) -> StepGradient:
         """The gradient of this process's share of the step's groups."""
         batch, noise = self._prefetch.take(step)
-        groups = noisy_groups(self.session.model, batch, noise)
-        output = self._gradient(groups, self._reference_errors(batch, groups))
+        with self._micro.trial():
+            groups = noisy_groups(self.session.model, batch, noise)
+            output = self._gradient(groups, self._reference_errors(batch, groups))
         metrics = averages(self.session.engine, {"loss": output.loss, **output.metrics})
-        return StepGradient({**metrics, "dropped_groups_share": self.dataset.counts.dropped_share})
+        share = {"dropped_groups_share": self.dataset.counts.dropped_share}
+        return StepGradient({**metrics, **share, **self._micro.metrics})
 
     def close(self) -> None:
         """End the thread that draws ahead."""
@@ -146,7 +158,7 @@ class GroupSteps:
             "draws": self.dataset.digest,
             "batches": [recipe.train.groups_per_step, recipe.train.micro_batch, engine.world],
             "device": engine.device.type,
-            "precision": precision(recipe),
+            "precision": "bf16" if self.session.model.autocasts else "no",
             "compute": [recipe.model.compile, recipe.model.attention],
         }
 
@@ -161,14 +173,16 @@ def _draw(session: Session, dataset: GroupDataset, step: int) -> tuple[GroupBatc
     return batch, (sigma, noise)
 
 
-def _hear_stop(session: Session) -> None:
+def _hear_stop(session: Session, micro: MicroBatch) -> None:
     """Abandon the step if the user asked to stop: a large one takes minutes, and clusters do not wait so long.
 
     Several processes must agree, so they look only where all are at the same place: between backward passes. Without
-    gradient one may compute fewer micro-batches than another, because it has some of the errors.
+    gradient one may compute fewer micro-batches than another, because it has some of the errors. On trial one may run
+    out of memory.
     """
     engine, stop = session.engine, session.stop
-    if stop.requested if engine.world == 1 else torch.is_grad_enabled() and engine.hear(stop):
+    alike = torch.is_grad_enabled() and not micro.on_trial
+    if stop.requested if engine.world == 1 else alike and engine.hear(stop):
         raise StepAbandoned
 
 

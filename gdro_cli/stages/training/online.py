@@ -32,7 +32,8 @@ from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.scoring.score_rows import score_images, why_none
 from gdro_cli.stages.setup.scorers import open_reward_pool
 from gdro_cli.stages.setup.session import Session
-from gdro_cli.stages.training.batch_sizes import check_shares
+from gdro_cli.stages.training.batch_sizes import check_shares, micro_batch
+from gdro_cli.stages.training.micro_batch import MicroBatch
 from gdro_cli.stages.training.rollout import (
     Policy,
     Rollout,
@@ -88,8 +89,8 @@ class OnlineSteps:
             method=method,
             guidance=policy_guidance(recipe, method),
             size=session.image_size,
-            autocast=session.engine.autocast,
         )
+        self._micro = MicroBatch(session)
         self.conditioning: dict[str, Conditioning] = {}
         self.round: Round | None = None
 
@@ -203,11 +204,12 @@ class OnlineSteps:
         sums = torch.zeros(len(_SUMS), device=self.model.device)
         images = own.repeat(current.steps.shape[1])  # one step of every image, then the next
         steps = current.steps[own].T.flatten()
-        size = self.session.recipe.train.micro_batch or max(1, len(own))
+        size = micro_batch(self.session.recipe) or max(1, len(own))
         starts = range(0, len(images), size)
-        for start in starts:
-            micro = slice(start, start + size)
-            sums += self._backward(current, images[micro], steps[micro], total)
+        with self._micro.trial():
+            for start in starts:
+                micro = slice(start, start + size)
+                sums += self._backward(current, images[micro], steps[micro], total)
         sound = current.rollout.states.isfinite().flatten(1).all(1).float().argmax().view(1).cpu()  # nan times 0 is nan
         for _ in range(self._idle_passes(len(starts))):
             self._backward(current, sound, current.steps[sound, 0], total, weight=0.0)
@@ -215,8 +217,12 @@ class OnlineSteps:
         metrics = dict(zip(_SUMS, means, strict=True))
         if not self.method.beta_kl:
             del metrics["kl"]
-        metrics |= {"images": len(chosen), **current.metrics}
+        metrics |= {"images": len(chosen), **current.metrics, **self._micro.metrics}
         return StepGradient(metrics, learns=total > 0, seconds=current.seconds)
+
+    def shrink(self) -> None:
+        """Halve the micro-batch."""
+        self._micro.halve()
 
     def _part(self, current: Round, epoch: int, part: int) -> Tensor:
         """The images of one update in all processes: a random part of those whose advantage is not 0."""

@@ -6,8 +6,7 @@ and restarts change only the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Self
@@ -44,7 +43,6 @@ class Policy:
     guidance: float
     size: tuple[int, int]
     """Height and width in pixels."""
-    autocast: Callable[[], AbstractContextManager[None]]
 
     def schedule(self) -> Tensor:
         """Noise levels [T + 1] of a rollout of T steps; the first T - 1 steps are stochastic."""
@@ -54,10 +52,9 @@ class Policy:
         """The velocity [N, ...] of latents [N, ...] at noise levels [N], with guidance as in sampling."""
         (height, width), guidance = self.size, self.guidance
         away = away_from(self.model, len(latents), guidance=guidance)
-        with self.autocast():
-            return guided_velocity(
-                self.model, latents, sigma, conditioning, away, guidance=guidance, height=height, width=width
-            )
+        return guided_velocity(
+            self.model, latents, sigma, conditioning, away, guidance=guidance, height=height, width=width
+        )
 
     def step(self, latents: Tensor, steps: Tensor, conditioning: Conditioning) -> SdeStep:
         """The distribution of the latents after stochastic steps ``steps`` [N] of the schedule, 0 .. T - 2."""

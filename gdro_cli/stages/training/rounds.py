@@ -33,6 +33,7 @@ from gdro_cli.stages.scoring.score import fill_and_score
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan, open_store, training_plan
+from gdro_cli.stages.training.micro_batch import MicroBatch
 from gdro_cli.stages.training.offline import GroupSteps
 from gdro_cli.stages.training.step_source import ResumePoint, StepGradient
 
@@ -60,7 +61,8 @@ class RoundSteps:
         self.session = session
         self._round_steps = steps_per_round(session.recipe)
         self._number = 0
-        self._steps: GroupSteps | None = GroupSteps(session, table)
+        self._micro = MicroBatch(session)
+        self._steps: GroupSteps | None = GroupSteps(session, table, self._micro)
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
         """Take the folder of the rounds and the average that draws their images."""
@@ -79,7 +81,7 @@ class RoundSteps:
         if number != self._number or self._steps is None:
             self._close()
             self._steps = None  # frees its images before others are loaded
-            self._steps = GroupSteps(self.session, self._table(number, step))
+            self._steps = GroupSteps(self.session, self._table(number, step), self._micro)
             self._number = number
         return True
 
@@ -88,6 +90,11 @@ class RoundSteps:
         if self._steps is None:
             raise RuntimeError("call prepare() before gradient()")
         return self._steps.gradient(step)
+
+    def shrink(self) -> None:
+        """Halve the micro-batch."""
+        if self._steps is not None:
+            self._steps.shrink()
 
     def _close(self) -> None:
         if self._steps is not None:

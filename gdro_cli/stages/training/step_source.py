@@ -71,7 +71,11 @@ class StepSource(Protocol):
 
         Raises:
             StepAbandoned: the user asked to stop, and a run can continue before this step.
+            NotEnoughMemory: in all processes; the step can be tried again after ``shrink``.
         """
+
+    def shrink(self) -> None:
+        """Take fewer images at once from here on."""
 
     def resume_point(self, steps: int) -> ResumePoint:
         """Whether a run that stops after ``steps`` steps can continue as if it had not."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 from typing import Never
 
 from gdro_cli.config.sections import TrainSection
@@ -20,6 +21,8 @@ from gdro_cli.stages.evaluation.validation import PointGivenUp, Validation
 from gdro_cli.stages.runs.weights import keep_if_best
 from gdro_cli.stages.setup.reward import missing_limits
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.estimate import image_flops
+from gdro_cli.stages.training.micro_batch import NotEnoughMemory
 from gdro_cli.stages.training.state import TrainingState
 from gdro_cli.stages.training.step_source import ResumePoint, StepAbandoned, StepGradient, StepSource
 
@@ -39,6 +42,9 @@ class Trainer:
     ) -> None:
         self.session, self.state, self.source, self.validation = session, state, source, validation
         self._checkpoint_due, self._saved_at = False, time.monotonic()
+        engine = session.engine
+        counts = engine.is_main and engine.device.type == "cuda" and not state.finished
+        self._image_flops = image_flops(session.recipe, engine.world) if counts else None
         self._best = -1
         """Step of the best evaluation point, in the main process only."""
 
@@ -73,13 +79,21 @@ class Trainer:
     def _update(self) -> StepGradient:
         """Take one optimizer step, check it and log it."""
         start, state = time.perf_counter(), self.state
-        gradient = self.source.gradient(state.step)
+        gradient = self._gradient()
         norm = state.update(learning_rate(self.session.recipe.train, state.step)) if gradient.learns else 0.0
         state.step += 1
         self._refuse_not_finite(gradient.metrics["loss"], norm)
         if self.session.engine.is_main and (self._is_last() or state.step % self.session.recipe.train.log_every == 0):
             self._log(gradient, norm, seconds=time.perf_counter() - start)
         return gradient
+
+    def _gradient(self) -> StepGradient:
+        """The step's gradient. Attempts for which memory was not enough leave nothing behind."""
+        while True:
+            with suppress(NotEnoughMemory):
+                return self.source.gradient(self.state.step)
+            self.state.optimizer.zero_grad(set_to_none=True)
+            self.source.shrink()
 
     def _refuse_not_finite(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -95,12 +109,24 @@ class Trainer:
         numbers = {**gradient.metrics, "grad_norm": norm, "lr": self.state.optimizer.param_groups[0]["lr"]}
         peak = self.session.engine.peak_gigabytes()
         numbers |= {} if peak is None else {"gpu_peak_gb": peak}
+        numbers |= self._speed(gradient, seconds)
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
         times = {f"seconds_{name}": value for name, value in gradient.seconds.items()}
         times |= {"seconds_updates": seconds} if times else {}
         times["seconds"] = seconds + sum(gradient.seconds.values())
         self.state.folder.append_metrics(TrainRow.model_validate({"step": self.state.step, **finite, **times}))
         self.session.engine.log(finite, self.state.step)
+
+    def _speed(self, gradient: StepGradient, seconds: float) -> dict[str, float]:
+        """Images per second of all processes and, where operations are counted, TFLOP/s of each."""
+        recipe = self.session.recipe
+        images = gradient.metrics.get("images")
+        if images is None:
+            images = recipe.train.groups_per_step * recipe.group_method.k
+        speed = {"images_per_second": images / seconds}
+        if self._image_flops is not None:
+            speed["tflops"] = self._image_flops * images / self.session.engine.world / seconds / 1e12
+        return speed
 
     def _is_last(self) -> bool:
         return self.state.step == self.session.recipe.train.steps

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from gdro_cli.rewards.base import ImageSource, Reward
+from gdro_cli.rewards.base import ImageSource, Resources, Reward
 from gdro_cli.rewards.geneval.reward import GenEvalReward
 from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward
 from gdro_cli.rewards.ocr.reward import OcrReward
@@ -27,6 +27,8 @@ class PaperJudge:
     @property
     def version(self) -> Mapping[str, Any]:
         return {"judge": "paper"}
+
+    resources: Resources = "cores"
 
     def load(self) -> None:
         self.loads += 1

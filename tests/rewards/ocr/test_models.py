@@ -12,8 +12,9 @@ import yaml
 
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.errors import PrerequisiteError
+from gdro_cli.files import cache_folder
 from gdro_cli.rewards.ocr.engine import OcrEngine, engine_version
-from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, OcrModels, cache_folder, find_models
+from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, OcrModels, find_models
 from gdro_cli.rewards.ocr.reward import OcrReward
 from tests.support.ocr_signs import sign
 

@@ -14,7 +14,7 @@ from gdro_cli.core.geneval import TAGS
 from gdro_cli.core.measures import Measure
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
-from gdro_cli.rewards.base import ImageSource, Reward
+from gdro_cli.rewards.base import ImageSource, Resources, Reward
 from gdro_cli.rewards.geneval.reward import GenEvalReward
 from gdro_cli.rewards.judge.base import AXES, Judgement, JudgeReward
 from gdro_cli.rewards.ocr.reward import OcrReward
@@ -36,6 +36,8 @@ class SpokenJudge:
     @property
     def version(self) -> Mapping[str, Any]:
         return {"judge": "spoken"}
+
+    resources: Resources = "cores"
 
     def load(self) -> None:
         pass

@@ -42,6 +42,7 @@ from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import open_training_store
 from gdro_cli.stages.training import train
 from tests.support.judge_server import MODEL, JudgeServer, Reply, lines, says
+from tests.support.rows import timeless as without_times
 
 pytestmark = pytest.mark.slow
 
@@ -443,7 +444,7 @@ def test_a_run_that_ended_early_is_not_continued(
 
 def timeless(run: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return [without_times(row) for row in rows]
 
 
 @pytest.fixture

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 
 from gdro_cli.config.load import load_recipe, shipped_recipes
-from gdro_cli.core.footprint import adapter_bytes, group_step_flops, weight_bytes
+from gdro_cli.core.footprint import CARDS, adapter_bytes, group_step_flops, usable_bytes, weight_bytes
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.models.published import published_name
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.planning import dry_run as plan
-from gdro_cli.stages.planning.estimate import Estimate
 from gdro_cli.stages.planning.needs import cards, gigabytes, hours
 from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.batch_sizes import micro_batches, with_micro_batch
+from gdro_cli.stages.training.estimate import Estimate
 
 pytestmark = pytest.mark.slow
 
@@ -41,6 +42,7 @@ def test_every_shipped_recipe_is_described_and_makes_nothing(name: str, tmp_path
     rows = dict(plan.describe(load_recipe(name), "train", out))
     assert {"memory, training", "adapter", "operations", "GPU hours"} <= rows.keys()
     assert ("weights" in rows) == (name in REAL)
+    assert ("reward geneval also take the GPU" in rows.get("memory, scoring", "")) == name.endswith("-geneval")
     evaluated = dict(plan.describe(load_recipe(name), "eval", out))
     assert {"held-out prompts", "memory, sampling", "GPU hours"} <= evaluated.keys()
     assert not out.exists()
@@ -133,7 +135,37 @@ def test_an_estimate_adds_up() -> None:
     smaller = Estimate(load_recipe("sd35-ocr", overrides=["model.quantization=nf4", "model.offload=true"]))
     assert smaller.transformer_bytes < 0.35 * estimate.transformer_bytes
     assert smaller.sampling_bytes == smaller.text_bytes + smaller.at_work  # the text encoders are the largest part
-    assert smaller.unpacked_bytes > 0 and smaller.update() == update
+    assert smaller.update().kept == update.kept and smaller.update().peak > update.peak  # what it unpacks
+
+
+def test_the_largest_micro_batch_that_fits_is_chosen() -> None:
+    """Never one that does not fit, and the next larger one does not fit."""
+    recipe = load_recipe("sd35-ocr", overrides=["train.micro_batch=auto", "model.quantization=fp8"])
+    estimate = Estimate(recipe)
+    sizes = micro_batches(recipe, 1)
+    chosen = {card: estimate.largest_micro_batch(usable_bytes(card)) for card in CARDS}
+    assert None not in chosen.values() and len(set(chosen.values())) == 3
+    for card, size in chosen.items():
+        larger = sizes[sizes.index(size) + 1]
+        needed = [Estimate(with_micro_batch(recipe, one)).training_bytes for one in (size, larger)]
+        assert needed[0] <= usable_bytes(card) < needed[1], (card, size, needed)
+    beside = estimate.transformer_bytes + estimate.adapter.total
+    assert estimate.largest_micro_batch(beside) is None
+    assert estimate.largest_micro_batch(1e15) == sizes[-1] == 528
+    online = Estimate(load_recipe("ocr-flow-grpo", overrides=["train.micro_batch=auto"]))
+    assert online.largest_micro_batch(1e15) == online.images_at_once
+
+
+def test_a_dry_run_shows_what_auto_would_take(tmp_path: Path) -> None:
+    """The shipped numbers of FLUX are what it takes on 80 GB; with auto the page describes that card."""
+    rows = [
+        dict(plan.describe(load_recipe("flux-ocr", overrides=overrides), "train", tmp_path))
+        for overrides in ([], ["train.micro_batch=auto"])
+    ]
+    label = "train.micro_batch=auto"
+    assert rows[0][label] == rows[1][label] == "would take 2 images on a card of 48 GB, 6 images on a card of 80 GB"
+    assert rows[0]["memory, training"] == rows[1]["memory, training"]
+    assert rows[1]["step"].endswith("in micro-batches of 6")
 
 
 def test_online_estimates_count_rollouts_and_updates() -> None:

@@ -89,7 +89,13 @@ def make_metrics() -> list[MetricsRow]:
         for number, protocol, reward in points
     ]
     return rows + [
-        step(number, loss=2.0, implicit_accuracy=0.5 + number / 100, top1_error_gap=-number / 1000)
+        step(
+            number,
+            loss=2.0,
+            implicit_accuracy=0.5 + number / 100,
+            top1_error_gap=-number / 1000,
+            images_per_second=number,
+        )
         for number in range(1, 21)
     ]
 
@@ -316,6 +322,7 @@ def test_first_and_last_training_steps_by_hand(written: Callable[..., str]) -> N
     page = Page(written())
     assert page.row("implicit_accuracy", columns=5)[1:4] == ["0.530", "0.680", "5"]
     assert page.row("top1_error_gap", columns=5)[1:3] == ["-0.0030", "-0.018"]
+    assert page.row("images_per_second", columns=5)[1:3] == ["3.000", "18.000"]
     assert not [row for row in page.rows if row and row[0] == "bottom1_error_gap"]
 
 

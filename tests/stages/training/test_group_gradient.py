@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -118,7 +117,6 @@ def test_the_gradient_does_not_depend_on_passes_and_micro_batches(
             size=(64, 64),
             micro_batch=micro_batch,
             one_pass=one_pass,
-            autocast=nullcontext,
             backward=backward,
         )
         output = compute(groups)

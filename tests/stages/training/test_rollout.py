@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def model(make_online: MakeRecipe) -> FlowModel:
 
 def policy_of(recipe: Recipe, model: FlowModel) -> Policy:
     assert recipe.online_method is not None
-    return Policy(model, recipe.online_method, 1.0, (64, 64), nullcontext)
+    return Policy(model, recipe.online_method, 1.0, (64, 64))
 
 
 def images_of(recipe: Recipe, *, visit: int = 0) -> list[RolloutImage]:

@@ -8,6 +8,7 @@ counted and what is not.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Literal
@@ -17,10 +18,10 @@ import torch
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.footprint import (
     AdapterBytes,
+    Storage,
     Weights,
     adapter_bytes,
     group_step_flops,
-    unpacked_bytes,
     weight_bytes,
 )
 from gdro_cli.models.adapters import attach_lora
@@ -30,7 +31,7 @@ from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, mixed_update, trace_forward, trace_update, whole_update, whole_work
 from gdro_cli.stages.setup.model import EMBEDDED, model_folder
-from gdro_cli.stages.training.batch_sizes import images_at_once, takes_one_pass
+from gdro_cli.stages.training.batch_sizes import images_at_once, micro_batches, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
 
 Targets = tuple[str, ...] | Literal["auto", "all-linear"]
@@ -43,8 +44,8 @@ _MASKED_TOKENS = 60
 class Shape:
     """What the traces depend on. Recipes of the same shape share them, since a trace takes seconds."""
 
-    model: tuple[str, DtypeName, int | None]
-    """Path, dtype and longest prompt in tokens."""
+    model: tuple[str, DtypeName, int | None, Storage]
+    """Path, dtype, longest prompt in tokens, and how the linear layers are stored."""
     size: tuple[int, int]
     """Height and width in pixels."""
     guidance: float
@@ -57,18 +58,23 @@ class Shape:
 
 
 @cache
-def without_adapter(path: str, dtype: DtypeName, tokens: int | None) -> MetaModel:
+def without_adapter(path: str, dtype: DtypeName, tokens: int | None, storage: Storage) -> MetaModel:
     """The model on the meta device."""
-    return meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    return meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens, storage=storage)
 
 
 @cache
 def with_adapter(
-    path: str, dtype: DtypeName, tokens: int | None, rank: int, targets: Targets
+    path: str, dtype: DtypeName, tokens: int | None, storage: Storage, rank: int, targets: Targets
 ) -> tuple[tuple[ShallowModel, list[torch.nn.Parameter]], ...]:
     """Other shallow models of it, with the parameters of their adapters, whose scale does not matter here."""
-    model = meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens)
+    model = meta_model(open_folder(path), dtype=dtype, max_sequence_length=tokens, storage=storage)
     return tuple((part, attach_lora(part.flow, rank=rank, alpha=rank, targets=targets)) for part in model.parts)
+
+
+def autocast(flow: FlowModel) -> torch.dtype | None:
+    """The dtype of autocast, as ``FlowModel.autocasts`` has it on a GPU."""
+    return torch.bfloat16 if flow.dtype == torch.bfloat16 else None
 
 
 @cache
@@ -76,7 +82,13 @@ def forward_work(shape: Shape, images: int) -> Work:
     """A sampling pass."""
     text, parts = shape.text(), without_adapter(*shape.model).parts
     return whole_work(
-        (part.times, trace_forward(part.flow, images, text, guidance=shape.guidance, size=shape.size)) for part in parts
+        (
+            part.times,
+            trace_forward(
+                part.flow, images, text, guidance=shape.guidance, size=shape.size, autocast=autocast(part.flow)
+            ),
+        )
+        for part in parts
     )
 
 
@@ -99,7 +111,7 @@ def update_work(shape: Shape, rank: int, targets: Targets, images: int, checkpoi
             guidance=shape.guidance,
             size=shape.size,
             checkpointing=checkpointing,
-            autocast=torch.bfloat16 if flow.dtype == torch.bfloat16 else None,  # as stages.setup.model.precision
+            autocast=autocast(flow),
         )
 
     parts = with_adapter(*shape.model, rank, targets)
@@ -120,7 +132,7 @@ class Estimate:
         dtype: DtypeName = section.dtype
         if dtype == "auto" and (torch.cuda.is_available() or section.path != EMBEDDED):
             dtype = "bfloat16"
-        model = model_folder(recipe), dtype, section.max_sequence_length
+        model = model_folder(recipe), dtype, section.max_sequence_length, section.quantization
         self.model = without_adapter(*model)
         height, width = recipe.sample.height, recipe.sample.width
         size = self.model.flow.default_size if height is None or width is None else (height, width)
@@ -134,11 +146,6 @@ class Estimate:
     def transformer_bytes(self) -> int:
         """The frozen transformer, as it is stored."""
         return weight_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
-
-    @property
-    def unpacked_bytes(self) -> int:
-        """One quantised layer's matrix in the dtype of the products."""
-        return unpacked_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
 
     @property
     def text_bytes(self) -> int:
@@ -175,7 +182,7 @@ class Estimate:
         forward = forward_work(self.shape, self.recipe.sample.batch_size)
         images = 1 if self.recipe.model.vae_slicing else decoded_at_once(*self.shape.size)
         decoding = decoding_work(self.shape, min(images, self.recipe.sample.batch_size))
-        return max(forward.peak, 0 if decoding is None else decoding.peak) + self.unpacked_bytes
+        return max(forward.peak, 0 if decoding is None else decoding.peak)
 
     @property
     def sampling_bytes(self) -> int:
@@ -186,10 +193,6 @@ class Estimate:
     @property
     def images_at_once(self) -> int:
         """Images whose activations one process keeps at once in training."""
-        train, online = self.recipe.train, self.recipe.online_method
-        if online is not None:
-            part = math.ceil(online.prompts_per_round * online.group_size / online.updates_per_round / self.world)
-            return min(train.micro_batch or part, part)
         return images_at_once(self.recipe, self.world)
 
     @property
@@ -197,18 +200,22 @@ class Estimate:
         """Whether training first computes the images' weights (stored groups only)."""
         return not takes_one_pass(self.recipe)
 
-    def update(self, *, checkpointing: float | None = None) -> Update:
-        """A micro-batch's forward and backward pass; ``checkpointing`` replaces the recipe's share of the blocks."""
+    def update(self, *, checkpointing: float | None = None, images: int | None = None) -> Update:
+        """A micro-batch's forward and backward pass.
+
+        ``checkpointing`` replaces the recipe's share of the blocks, ``images`` its micro-batch.
+        """
         train = self.recipe.train
         share = float(train.gradient_checkpointing if checkpointing is None else checkpointing)
-        job = self.shape, train.lora.rank, train.lora.targets, self.images_at_once
+        job = self.shape, train.lora.rank, train.lora.targets, images or self.images_at_once
         if share in (0, 1):
             return update_work(*job, share == 1)
         return mixed_update(update_work(*job, False), update_work(*job, True), share)
 
-    def activation_bytes(self, *, checkpointing: float | None = None) -> int:
+    def activation_bytes(self, *, checkpointing: float | None = None, images: int | None = None) -> int:
         """What a micro-batch needs beside weights; twice that if online training takes two passes."""
-        return self.update(checkpointing=checkpointing).peak * (self.passes if self.recipe.online_method else 1)
+        update = self.update(checkpointing=checkpointing, images=images)
+        return update.peak * (self.passes if self.recipe.online_method else 1)
 
     @property
     def batch_bytes(self) -> int:
@@ -229,11 +236,30 @@ class Estimate:
         With evaluation points or rollouts the autoencoder stays, and at the start the text encoders are beside the
         transformer, unless ``model.offload`` moves them away.
         """
+        beside, start = self._beside_activations
+        return max(beside + self.activation_bytes(), start)
+
+    @property
+    def _beside_activations(self) -> tuple[int, int]:
+        """Bytes of training without a micro-batch at work, and those at the start."""
         recipe, weights = self.recipe, self.transformer_bytes + self.adapter.total
-        work = weights + self.unpacked_bytes + self.batch_bytes + self.activation_bytes()
+        work = weights + self.batch_bytes
         if recipe.model.offload or not (recipe.train.eval_every or recipe.online_method):
-            return work
-        return max(work + self.vae_bytes, weights + self.text_bytes)
+            return work, 0
+        return work + self.vae_bytes, weights + self.text_bytes
+
+    def largest_micro_batch(self, room: float) -> int | None:
+        """The most images at once with which the steps of a training take at most ``room`` bytes; None if none fit.
+
+        A peak is the highest of counts that are affine in the images, so it lies on or below the line between those of
+        the fewest and of the most images: two traces are enough for any card, and the choice is never too large.
+        """
+        sizes = micro_batches(self.recipe, self.world)
+        low, high = (self.activation_bytes(images=size) for size in (sizes[0], sizes[-1]))
+        slope = (high - low) / max(1, sizes[-1] - sizes[0])
+        beside, _ = self._beside_activations
+        count = bisect_right(sizes, room, key=lambda size: beside + low + slope * (size - sizes[0]))
+        return sizes[count - 1] if count else None
 
     # -- operations ---------------------------------------------------------------------------------------------
 
@@ -282,6 +308,19 @@ class Estimate:
             raise TypeError(f"{self.recipe.method.name} is not an online method")
         rounds = math.ceil(self.recipe.train.steps / method.steps_per_round)
         images = rounds * method.prompts_per_round * method.group_size
-        step = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
         drawing = self.drawing_flops(images, steps=method.train_sample_steps, passes=self.passes)
-        return drawing, images * method.inner_epochs * method.trained_sample_steps * self.passes * step
+        return drawing, images * method.inner_epochs * self.image_flops
+
+    @property
+    def image_flops(self) -> float:
+        """Operations with which an optimizer step learns from one image."""
+        method = self.recipe.online_method
+        if method is None:
+            return self.step_flops / (self.recipe.train.groups_per_step * self.recipe.group_method.k)
+        step = self.update().flops / self.images_at_once + (self.reference_flops if method.beta_kl > 0 else 0.0)
+        return method.trained_sample_steps * self.passes * step
+
+
+def image_flops(recipe: Recipe, world: int) -> float:
+    """``Estimate.image_flops`` of a job of ``world`` processes."""
+    return Estimate(recipe, world=world).image_flops
