@@ -1,11 +1,12 @@
 """From files and ``--set`` to one mapping: ``extends:``, overrides, and what a later layer replaces.
 
 A recipe is a stack of layers: the recipe it extends (and whatever that one extends), its own file, then all ``--set``
-together. A later layer wins key by key: sections are merged, lists and plain values are replaced. Two choices replace
+together. A later layer wins key by key: sections are merged, lists and plain values are replaced. Three choices replace
 more:
 
 - A layer that changes ``method.name`` drops the inherited keys that the new method does not use, also in ``ablation``.
   The keys that this layer itself sets must belong to the new method.
+- A layer that gives a mixture weights replaces the inherited weights and ranges; other ranges replace the ranges.
 - A layer that names a prompt ``file`` instead of an inherited ``builtin`` set (or the reverse) replaces the whole
   source.
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from gdro_cli.config.keys import foreign_keys, full_key
 from gdro_cli.config.methods import METHODS
+from gdro_cli.config.rewards import MIX
 from gdro_cli.config.yamlfile import describe, parse_yaml, read_yaml, shown
 from gdro_cli.errors import UserError
 
@@ -34,6 +36,9 @@ _PATHS = (
     "model.path",
     "reward.ocr.model_dir",
     "reward.vlm.template",
+    "reward.clip.model",
+    *(f"reward.{key}" for key in ("pickscore.model", "pickscore.processor", "hpsv2.model", "hpsv2.base")),
+    *(f"reward.aesthetic.{key}" for key in ("model", "head")),
     "judge.template",
 )
 #: Characters that end a key.
@@ -154,11 +159,16 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_replaced(below: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """``below`` without what the layer's choice of another method or prompt source replaces."""
+    """``below`` without what the layer's choice of another method, mixture or prompt source replaces."""
     remaining = dict(below)
     method, chosen = below.get("method"), _inner(layer.get("method"), "name")
     if isinstance(method, dict) and isinstance(chosen, str) and chosen != method.get("name") and chosen in METHODS:
         remaining = _without(remaining, foreign_keys(chosen))
+    reward, mix = below.get("reward"), _inner(layer.get("reward"), MIX)
+    inherited = _inner(reward, MIX)
+    if isinstance(reward, dict) and isinstance(inherited, dict) and isinstance(mix, Mapping):
+        replaced = {"weights", "ranges"} if _inner(mix, "weights") is not None else set(mix)
+        remaining["reward"] = {**reward, MIX: {key: value for key, value in inherited.items() if key not in replaced}}
     prompts, sources = below.get("prompts"), layer.get("prompts")
     if isinstance(prompts, dict) and isinstance(sources, Mapping):
         remaining["prompts"] = {

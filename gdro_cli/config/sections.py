@@ -332,7 +332,7 @@ class EvalSection(StrictModel):
     which is also `best` if there are no evaluation points."""
     rewards: Annotated[tuple[RewardName, ...], Field(strict=False), Affects("evaluation")] = ()
     """Rewards that `gdro eval` reports beside the trained one, such as [clip, aesthetic]. A trained model that gains in
-    its own reward and loses in others has hacked its own."""
+    its own reward and loses in others has probably hacked its own."""
     bootstrap: int = Field(2000, ge=100)
     """Bootstrap resamples over prompts for each 95 % confidence interval. 100 or more."""
     grid_prompts: Annotated[int, Affects("evaluation")] = Field(8, ge=0)

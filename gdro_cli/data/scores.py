@@ -26,6 +26,7 @@ from gdro_cli.identity import canonical_json, digest
 
 TABLE_SCHEMA = 1
 _KIND = "gdro score table"
+_ACCEPTED = "accepted"
 _MANIFEST = "manifest.json"
 
 
@@ -186,6 +187,16 @@ class ScoreTable:
         if not self._is_scored(number):
             raise StoreError(f"the score table {self.path} has no scores of shard {number:05d}: run `{self.command}`")
         return read_scores(self._path(number), self._images(number), remedy=self._remedy(number))
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a command has used the scores, so that they must not change any more."""
+        return (self.path / _ACCEPTED).exists()
+
+    def accept(self) -> None:
+        """Note that a command uses the scores. Raises StoreError if the disk refuses."""
+        if not self.accepted:
+            write_bytes(self.path / _ACCEPTED, b"")
 
     def rows(self) -> Iterator[ScoreRow]:
         """Every row, in the order of the store's shards, prompts and images.

@@ -155,6 +155,8 @@ class Reward(ABC):
     """The judge's axes whose mean is u, the quality. Leave out an axis that rises when the reward is hacked."""
     scale: ClassVar[tuple[float, float]] = UNIT
     """The range of the values. Only rewards from 0 to 1 have a corrected score."""
+    unit_details: ClassVar[frozenset[str]] = frozenset()
+    """Details from 0 to 1 (or true and false), which a mixture may use without a range."""
     columns: ClassVar[tuple[str, ...]] = ()
     """Details that come first in results.csv; the others follow in alphabetical order."""
 

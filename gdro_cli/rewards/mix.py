@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from gdro_cli.config.base import StrictModel
 from gdro_cli.config.rewards import MIX, part_of, reward_names
 from gdro_cli.core.measures import Measure, measured
-from gdro_cli.errors import GdroError
+from gdro_cli.errors import GdroError, UserError
 from gdro_cli.rewards.base import UNIT, ImageSource, PromptLike, Resources, Reward, Score
 from gdro_cli.suggest import similar
 
@@ -21,7 +21,7 @@ class MixSettings(StrictModel):
     """Settings of a mixture. A term is a reward such as `ocr`, or a number that it also measures, as `ocr.exact`."""
 
     weights: dict[str, float]
-    """The weight of each term, 0 or more. The mixture is the weighted mean."""
+    """The weight of each term, above 0. The mixture is the weighted mean."""
     ranges: dict[str, Annotated[tuple[float, float], Field(strict=False)]] = Field(default_factory=dict)
     """For terms that do not go from 0 to 1: the value that counts as 0, and the value that counts as 1. Values beyond
     them count as 0 or 1. A first value above the second one makes less better."""
@@ -32,10 +32,10 @@ class MixSettings(StrictModel):
         for term, weight in self.weights.items():
             if part_of(term) not in names:
                 raise ValueError(f"the weight of {term!r} belongs to no reward{similar(part_of(term), names)}")
-            if not (math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"the weight of {term!r} is {weight:g}: it must be 0 or more")
-        if not any(self.weights.values()):
-            raise ValueError("`weights` needs a term with a weight above 0, such as {ocr: 0.8, ocr.exact: 0.2}")
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"the weight of {term!r} is {weight:g}: it must be above 0, or the term left out")
+        if not self.weights:
+            raise ValueError("`weights` needs at least one term, as in {ocr: 0.8, ocr.exact: 0.2}")
         for term, (worst, best) in self.ranges.items():
             if term not in self.weights:
                 raise ValueError(f"the range of {term!r} has no weight: it has {', '.join(self.weights)}")
@@ -57,6 +57,9 @@ class MixReward(Reward):
     Args:
         settings: weights and ranges.
         parts: the rewards of the terms by name, opened with their own settings.
+
+    Raises:
+        UserError: a term is no number that its reward reports.
     """
 
     name = MIX
@@ -68,6 +71,8 @@ class MixReward(Reward):
         super().__init__(settings)
         self.parts = dict(parts)
         every, axes = self.parts.values(), Reward.judge_axes
+        for term in settings.weights:
+            self._check_term(term)
         self.needs = frozenset().union(*(part.needs for part in every))  # type: ignore[misc]
         self.measures = (Measure("reward"), *self._measures_of_parts())  # type: ignore[misc]
         self.signals = {  # type: ignore[misc]
@@ -84,8 +89,20 @@ class MixReward(Reward):
             details = [measure.detail for measure in part.measures if isinstance(measure.detail, str)]
             yield from (Measure(key, key) for key in (name, *(f"{name}.{detail}" for detail in dict.fromkeys(details))))
 
+    def _check_term(self, term: str) -> None:
+        """Refuse a detail that no score has before anything is sampled."""
+        name, dot, detail = term.partition(".")
+        part = self.parts[name]
+        measured = {measure.detail for measure in part.measures if isinstance(measure.detail, str)}
+        known = sorted(part.unit_details | measured | part.signals.keys())
+        if dot and detail not in known:
+            names = ", ".join(f"{name}.{each}" for each in known) or "none"
+            raise UserError(f"reward.mix.weights: {term} is no number that {name} reports (it reports {names})")
+
     def _is_unit(self, term: str) -> bool:
-        return term in self.settings.ranges or self.parts[part_of(term)].scale == UNIT
+        name, _, detail = term.partition(".")
+        part = self.parts[name]
+        return term in self.settings.ranges or (detail in part.unit_details if detail else part.scale == UNIT)
 
     @property
     def resources(self) -> Resources:

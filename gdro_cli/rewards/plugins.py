@@ -9,6 +9,7 @@ import contextlib
 import inspect
 import re
 import sys
+from dataclasses import fields
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -16,8 +17,10 @@ from gdro_cli.config.base import StrictModel
 from gdro_cli.config.rewards import distribution, plugin_entries
 from gdro_cli.config.schema import OWN_KEYS
 from gdro_cli.core.measures import Measure
+from gdro_cli.core.signals import ImageSignals
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.rewards.base import Reward, one_line
+from gdro_cli.rewards.judge.base import AXES
 
 _QUOTED = 200
 """Characters of another library's message that an error shows."""
@@ -25,6 +28,8 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]{0,63}")
 """Names that a reward can have."""
 _RESERVED = OWN_KEYS | {"mix", "settings"}
 """Keys that the section ``reward`` has or may get."""
+_MEASURED = {"reward", "u", "corrected", "unjudged", *AXES, *(signal.name for signal in fields(ImageSignals))}
+"""Details that images have besides those of their reward."""
 
 
 def load_plugin(name: str) -> type[Reward]:
@@ -55,7 +60,7 @@ def _imported(entry: EntryPoint, who: str) -> Any:
 
 def name_problem(name: str) -> str | None:
     """What keeps a reward from having a name."""
-    if NAME.fullmatch(name) and name not in _RESERVED and not hasattr(StrictModel, name):
+    if NAME.fullmatch(name) and name not in _RESERVED | _MEASURED and not hasattr(StrictModel, name):
         return None
     return "a reward cannot have this name: take another one of letters, digits, '_' and '-'"
 

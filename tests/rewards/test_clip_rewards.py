@@ -16,13 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gdro_cli.config.rewards import REWARDS
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.rewards.base import Reward
+from gdro_cli.rewards.base import UNIT, Reward
 from gdro_cli.rewards.clip.rewards import AestheticReward, ClipReward, HpsReward, PickScoreReward
 from gdro_cli.rewards.pool import ScoringPool
-from gdro_cli.rewards.registry import reward_class
+from gdro_cli.rewards.registry import provenance, reward_class
 from tests.support.tiny_clip import SIZE, tiny_clip
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
@@ -326,6 +325,21 @@ def test_weights_of_another_size_are_refused(folder: Path, tmp_path: Path, base:
         reward.load()
 
 
+def test_a_head_for_other_directions_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Once, and not as a missing score for every image."""
+    weights = {f"layers.{name}": tensor.clone() for name, tensor in head(24).state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors")
+    reward = AestheticReward(AestheticReward.Settings(model=str(folder), head=str(tmp_path)))
+    with pytest.raises(PrerequisiteError, match=r"for directions of 24 numbers, and those of .* have 16: set it to"):
+        reward.load()
+
+
+def test_the_same_files_elsewhere_have_the_same_provenance(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "moved")
+    here, there = (ClipReward(ClipReward.Settings(model=str(each))) for each in (folder, tmp_path / "moved"))
+    assert provenance(here) == provenance(there)
+
+
 def test_another_kind_of_model_is_refused(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "other")
     (tmp_path / "other" / "config.json").write_text('{"model_type": "bert"}')
@@ -335,5 +349,5 @@ def test_another_kind_of_model_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_only_rewards_from_0_to_1_have_a_corrected_score() -> None:
-    """So none of these has."""
-    assert {name for name in REWARDS if reward_class(name).scale == (0.0, 1.0)} == {"ocr", "geneval"}
+    """None of these has."""
+    assert UNIT not in [reward_class(name).scale for name in ("clip", "pickscore", "hpsv2", "aesthetic")]

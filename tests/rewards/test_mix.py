@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -27,7 +28,8 @@ class Grey(Reward):
 
     name = "ocr"
     purpose = "to be bright"
-    measures = (Measure("reward"), Measure("white share", "white"))
+    measures = (Measure("reward"), Measure("white share", "white"), Measure("words", "words"))
+    unit_details = frozenset({"white"})
     judge_axes = ("coherence", "style")
 
     @property
@@ -37,7 +39,9 @@ class Grey(Reward):
     def score_image(self, image: Image.Image, prompt: Any) -> Score:
         level = image.convert("L").getpixel((0, 0))
         assert isinstance(level, int)
-        return Score(None, "too dark") if level == 0 else Score(level / 255, None, {"white": level == 255})
+        return (
+            Score(None, "too dark") if level == 0 else Score(level / 255, None, {"white": level == 255, "words": level})
+        )
 
 
 class Points(Reward):
@@ -73,7 +77,7 @@ def test_a_mixture_is_the_weighted_mean_of_its_terms() -> None:
     both = mix({"ocr": 3, "clip": 1}, {"clip": (10, 20)})
     assert values(both) == [None, pytest.approx((3 * 0.2 + 0.8) / 4), pytest.approx(3 / 4)]
     assert values(mix({"ocr": 1, "ocr.white": 1})) == [None, pytest.approx(0.1), 1]
-    assert values(mix({"clip": 1, "clip.ink": 0})) == pytest.approx([20, 18, 10])
+    assert values(mix({"clip": 1})) == pytest.approx([20, 18, 10])
 
 
 def test_ranges_end_at_0_and_1_and_can_be_turned_round() -> None:
@@ -82,23 +86,29 @@ def test_ranges_end_at_0_and_1_and_can_be_turned_round() -> None:
 
 
 def test_an_image_that_misses_a_part_misses_the_mixture() -> None:
-    """Even a part of weight 0. What the other parts found stays among the details."""
-    first = mix({"clip": 1, "ocr": 0}).score(IMAGES, PROMPTS)[0]
+    """What the other parts found stays among the details."""
+    first = mix({"clip": 1, "ocr": 1}).score(IMAGES, PROMPTS)[0]
     assert (first.value, first.reason) == (None, "ocr: too dark")
     assert first.details == {"clip": 20, "clip.ink": 1, "ocr": None}
-    unknown = mix({"clip": 1, "clip.paint": 1}).score(IMAGES, PROMPTS)[1]
-    assert (unknown.value, unknown.reason) == (None, "its score has no number clip.paint")
 
 
 def test_what_a_mixture_says_about_itself() -> None:
     reward = mix({"ocr": 0.8, "clip": 0.2}, {"clip": (10, 20)})
-    assert [measure.name for measure in reward.measures] == ["reward", "ocr", "ocr.white", "clip"]
+    assert [measure.name for measure in reward.measures] == ["reward", "ocr", "ocr.white", "ocr.words", "clip"]
     assert reward.signals == {"clip.ink": "share of ink"}
     assert reward.judge_axes == ("coherence", "style")
-    assert reward.scale == UNIT
-    assert mix({"ocr": 0.8, "clip": 0.2}).scale != UNIT
     facts = dict(reward.facts({"ocr": 0.25, "ocr.text": "HI", "clip": None}))
     assert facts == {"ocr": "0.25", "read": "HI"}
+    assert reward.scale == UNIT
+    assert mix({"ocr": 0.8, "clip": 0.2}).scale != UNIT
+    assert mix({"ocr.white": 1}).scale == UNIT and mix({"ocr.words": 1}).scale != UNIT
+    assert mix({"ocr.words": 1}, {"ocr.words": (0, 9)}).scale == UNIT
+
+
+@pytest.mark.parametrize("term", ["ocr.nosuch", "ocr.", "clip.paint"])
+def test_a_term_that_no_score_has_is_refused_before_anything_is_sampled(term: str) -> None:
+    with pytest.raises(UserError, match=rf"{re.escape(term)} is no number that (ocr|clip) reports \(it reports "):
+        mix({term: 1})
 
 
 def test_other_weights_are_another_mixture_of_the_same_parts() -> None:
@@ -141,11 +151,11 @@ def test_a_recipe_opens_the_parts_with_their_own_settings() -> None:
     ("overrides", "sentence"),
     [
         ([], r"reward\.mix\.weights: is missing"),
-        (["reward.mix.weights={}"], r"reward\.mix: `weights` needs a term"),
-        (["reward.mix.weights={ocr: 0}"], r"reward\.mix: `weights` needs a term"),
+        (["reward.mix.weights={}"], r"reward\.mix: `weights` needs at least one term"),
+        (["reward.mix.weights={ocr: 0}"], r"'ocr' is 0: it must be above 0, or the term left out"),
         (["reward.mix.weights={ocrr: 1}"], r"reward\.mix: the weight of 'ocrr' belongs to no reward.*'?ocr'?"),
         (["reward.mix.weights={mix: 1}"], r"reward\.mix: the weight of 'mix' belongs to no reward"),
-        (["reward.mix.weights={ocr: -1, clip: 2}"], r"reward\.mix: the weight of 'ocr' is -1: it must be 0 or more"),
+        (["reward.mix.weights={ocr: -1, clip: 2}"], r"reward\.mix: the weight of 'ocr' is -1: it must be above 0"),
         (["reward.mix.weights={ocr: much}"], r"reward\.mix\.weights: must be a number, not 'much'"),
         (["reward.mix.weights={ocr: 1}", "reward.mix.ranges={clip: [0, 1]}"], r"the range of 'clip' has no weight"),
         (["reward.mix.weights={ocr: 1}", "reward.mix.ranges={ocr: [1, 1]}"], r"'ocr' must be two different numbers"),
@@ -165,3 +175,18 @@ def test_bad_mixtures_are_one_sentence(overrides: Sequence[str], sentence: str) 
     with pytest.raises(UserError, match=sentence) as caught:
         load_recipe("ocr", overrides=["reward.kind=mix", *overrides])
     assert "Traceback" not in str(caught.value) and "pydantic" not in str(caught.value)
+
+
+def test_a_later_layer_replaces_the_whole_mixture() -> None:
+    """So terms can be left out. Other ranges replace the ranges, and nothing else of the section is lost."""
+
+    def mixture(*overrides: str) -> dict[str, Any]:
+        recipe = load_recipe("flux-ocr-pickscore", overrides=[*overrides, "reward.clip.model=own/clip"])
+        own: dict[str, Any] = recipe.reward.mix.model_dump(mode="json")  # type: ignore[attr-defined]
+        assert recipe.reward.clip.model == "own/clip"  # type: ignore[attr-defined]
+        return own
+
+    inherited = {"weights": {"ocr": 0.8, "pickscore": 0.2}, "ranges": {"pickscore": [17.0, 24.0]}}
+    assert mixture() == inherited
+    assert mixture("reward.mix.weights={ocr: 1}") == {"weights": {"ocr": 1.0}, "ranges": {}}
+    assert mixture("reward.mix.ranges={pickscore: [0, 26]}") == {**inherited, "ranges": {"pickscore": [0.0, 26.0]}}

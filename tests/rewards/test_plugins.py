@@ -9,6 +9,7 @@ import pytest
 
 from gdro_cli.config.keys import describe_fields, values_that_affect
 from gdro_cli.config.load import build_recipe, load_recipe
+from gdro_cli.config.rewards import REWARDS
 from gdro_cli.errors import GdroError, PrerequisiteError, UserError
 from gdro_cli.rewards.registry import open_reward, provenance, reward_class
 from tests.support.plugins import BRIGHTNESS, install
@@ -98,7 +99,7 @@ def test_its_keys_are_listed(brightness: Path) -> None:
     from gdro_cli.config.schema import schema_with
 
     docs = {doc.path: doc for doc in describe_fields(schema_with(["brightness"]))}
-    assert docs["reward.kind"].type == "ocr | geneval | http | brightness"
+    assert docs["reward.kind"].type == " | ".join([*REWARDS, "brightness"])
     assert docs["reward.brightness"].text == "What counts as bright."
     assert docs["reward.brightness.power"].reward == "brightness"
     assert docs["reward.brightness.power"].affects == {"scores", "measurement"}
@@ -145,7 +146,7 @@ def test_a_bad_plug_in_is_one_sentence_with_its_package(site: Path, code: str, w
     assert words in str(error) and "gdro-reward-good 0.1.0" in str(error)
 
 
-@pytest.mark.parametrize("name", ["workers", "json", "mix", "a.b", "9"])
+@pytest.mark.parametrize("name", ["workers", "json", "settings", "u", "corrected", "edge_density", "a.b", "9"])
 def test_a_name_that_a_section_cannot_have(site: Path, name: str) -> None:
     install(site, name, HEAD + GOOD.format(name=name, extra=""), target="Good", package="gdro-reward-odd")
     assert "a reward cannot have this name" in str(refused(f"reward.kind='{name}'"))

@@ -39,6 +39,7 @@ REWARD = {
     "score_image": "(self, image: 'Image.Image', prompt: 'PromptLike') -> 'float | Score'",
     "signals": "Mapping[str, str]",
     "trained_on": "Detail",
+    "unit_details": "frozenset[str]",
     "version": "Mapping[str, Any]",
 }
 

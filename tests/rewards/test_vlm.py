@@ -74,6 +74,7 @@ def test_ratings(answer: str, value: float) -> None:
         ("Score: 4\nScore: 5", "has 4 and 5, not one score"),
         ("Score: 7", "has the score 7, which is not between 1 and 5"),
         ("Score: nan", "has no number, not one score"),
+        ("Score: 4/10", "is a number out of 10, not out of 5"),
     ],
 )
 def test_unusable_ratings(answer: str, reason: str) -> None:
@@ -86,6 +87,8 @@ def test_yes_and_no() -> None:
     assert read_yes("<think>no</think>yes", {}) == 1
     assert read_yes("Yes", {"Yes": 0.6, " yes": 0.2, "No": 0.2}) == pytest.approx(0.8)
     assert read_yes("yes", {"Maybe": 0.9}) == 1
+    # A word in the tail of the probabilities says nothing.
+    assert read_yes("Yes, the card", {"The": 0.9, "no": 1e-6}) == 1
     for answer in ("", "perhaps", "42"):
         with pytest.raises(UnusableAnswerError, match="says neither yes nor no"):
             read_yes(answer, {})
@@ -217,6 +220,11 @@ def test_bad_words(server: JudgeServer, tmp_path: Path, content: bytes | None, s
             "reward.vlm={model: m, base_url: 'http://host/v1', scale: [5, 1]}",
             r"vlm: the first number of `scale`",
         ),
+        (
+            "reward.vlm={model: m, base_url: 'http://host/v1', mean: geometric}",
+            r"`mean` has no meaning for `ask: r",
+        ),
+        ("reward.vlm={model: m, base_url: 'http://host/v1', ask: yes_no, scale: [0, 1]}", r"`scale` has no meaning"),
         ("reward.vlm={model: m, base_url: 'http://host/v1', ask: maybe}", r"reward\.vlm\.ask: must be 'rating'"),
     ],
 )

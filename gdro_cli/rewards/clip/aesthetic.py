@@ -43,8 +43,12 @@ class AestheticHead:
             self._source.get(WEIGHTS)
         return self._source.version(WEIGHTS)
 
-    def load(self) -> None:
-        """Load the weights; a second call does nothing. Raises ``PrerequisiteError``."""
+    def load(self, *, width: int) -> None:
+        """Load the weights for directions of ``width`` numbers; a second call does nothing.
+
+        Raises:
+            PrerequisiteError: they are missing, damaged, or of another head.
+        """
         if self._layers is not None:
             return
         source, found = self._source, dict[tuple[int, str], Tensor]()
@@ -59,13 +63,18 @@ class AestheticHead:
             fits = fits and all(len(a[0]) == b[0].shape[1] for a, b in pairwise(layers))
         except (OSError, SafetensorError, KeyError) as error:
             raise PrerequisiteError(f"model {source.name} cannot be read ({error}): {source.remedy}") from error
+        if fits and layers[0][0].shape[1] != width:
+            raise PrerequisiteError(
+                f"model {source.name} is a head for directions of {layers[0][0].shape[1]} numbers, and those of"
+                f" reward.aesthetic.model have {width}: set it to the CLIP that the head was trained on"
+            )
         if not fits:
             raise PrerequisiteError(f"model {source.name} is not LAION's aesthetic head: {source.remedy}")
         self._layers = layers
 
     def __call__(self, directions: Tensor) -> list[float]:
         """The aesthetic scores of directions [N, D]."""
-        self.load()
+        self.load(width=directions.shape[1])
         hidden = directions.cpu()
         for weight, bias in self._layers or ():
             hidden = linear(hidden, weight, bias)

@@ -44,6 +44,11 @@ class ClipNetwork:
         return own if self._parts is self._files else {**own, "processor": self._parts.version}
 
     @property
+    def width(self) -> int:
+        """Numbers of a direction, D."""
+        return int(self._files.config["projection_dim"])
+
+    @property
     def logit_scale(self) -> float:
         """The factor of a cosine in CLIP's logits: ``exp`` of the network's parameter."""
         return float(self._network()[0].logit_scale.exp())

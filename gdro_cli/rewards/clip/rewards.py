@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from gdro_cli.config.base import StrictModel
+from gdro_cli.config.base import Affects, StrictModel
 from gdro_cli.rewards.clip.batched import BatchedReward
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from gdro_cli.rewards.clip.aesthetic import AestheticHead
     from gdro_cli.rewards.clip.network import ClipNetwork
 
-ModelName = Annotated[str, Field(min_length=1)]
+ModelName = Annotated[str, Field(min_length=1), Affects("speed")]
+"""The version has the Hub id and commit, or the digest of the files, wherever they are."""
 
 
 class ClipSettings(StrictModel):
@@ -189,7 +190,7 @@ class AestheticReward(BatchedReward):
     def load(self) -> None:
         """Load network and head; a second call does nothing. Raises ``PrerequisiteError``."""
         self.network.load()
-        self.head.load()
+        self.head.load(width=self.network.width)
 
     def values(self, images: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
         """The head's numbers; the texts do not count."""

@@ -52,6 +52,7 @@ class GenEvalReward(Reward):
     )
     # The prompts describe no details, so a judge's alignment rises when a hacked model leaves details out.
     judge_axes = ("coherence", "style")
+    unit_details = frozenset({"accuracy", "strict", "soft"})
     columns = ("accuracy", "strict", "soft")
     settings: GenEvalSettings
     classes: tuple[str, ...]

@@ -39,6 +39,7 @@ class OcrReward(Reward):
         Measure("text area", "text_area"),
     )
     signals: ClassVar = {"text_area": "share of the image that text covers"}
+    unit_details = frozenset({"exact", "similarity", "text_area"})
     columns = ("exact", "similarity", "text", "confidence")
     settings: OcrSettings
     _engine: OcrEngine | None = None

@@ -21,14 +21,14 @@ Does this image show what the prompt asks for? Answer with one word, yes or no.
 Prompt: {prompt}"""
 QUESTION = """\
 {prompt} Answer with one word, yes or no."""
-RULE = "vlm-1"
+RULE = "vlm-2"
 """Name of the rule in the provenance; it changes whenever the same answer would be read differently."""
 
 _END = re.compile(r"(?:\s*(?:<\|[a-z_]+\|>|</s>|<end_of_turn>))+\s*$")
 _MARKUP = re.compile(r"[*_`#>]")
 _SCORE = re.compile(
     r"(?:[a-z ]{0,40}(?:score|rating)\s*(?:\([^()]{0,20}\)\s*)?[:=]\s*)?(-?[0-9]{1,6}(?:\.[0-9]{1,12})?)"
-    r"(?:\s*/\s*[0-9]{1,4})?\s*\.?",
+    r"(?:\s*/\s*([0-9]{1,4}))?\s*\.?",
     re.IGNORECASE,
 )
 _WORD = re.compile(r"[a-z]+", re.IGNORECASE)
@@ -41,12 +41,17 @@ class UnusableAnswerError(Exception):
 def read_rating(answer: str, *, low: float, high: float) -> float:
     """The number of an answer, as a share of the scale: 0 for ``low``, 1 for ``high``.
 
-    A line counts if it has only a number, with or without "Score:" before it and "/5" behind it. Nothing is guessed.
+    A line counts if it has only a number, with or without "Score:" before it and "/5", the end of the scale, behind it.
+    Nothing is guessed.
 
     Raises:
         UnusableAnswerError: no line has a number, lines have different ones, or it is off the scale.
     """
-    numbers = {float(match[1]) for line in _final(answer).splitlines() if (match := _SCORE.fullmatch(_plain(line)))}
+    matches = [match for line in _final(answer).splitlines() if (match := _SCORE.fullmatch(_plain(line)))]
+    for match in matches:
+        if match[2] is not None and float(match[2]) != high:
+            raise UnusableAnswerError(f"is a number out of {match[2]}, not out of {high:g}")
+    numbers = {float(match[1]) for match in matches}
     if len(numbers) != 1:
         found = " and ".join(f"{number:g}" for number in sorted(numbers)) or "no number"
         raise UnusableAnswerError(f"has {found}, not one score")
@@ -59,8 +64,8 @@ def read_rating(answer: str, *, low: float, high: float) -> float:
 def read_yes(answer: str, first: Mapping[str, float]) -> float:
     """How likely the answer is yes, 0 to 1.
 
-    By the probabilities of its first token, P(yes) / (P(yes) + P(no)), where the server gives them; else 1 or 0 by its
-    first word.
+    By the probabilities of its first token, P(yes) / (P(yes) + P(no)), if the two have most of the probability; else 1
+    or 0 by its first word.
 
     Args:
         answer: the text.
@@ -74,7 +79,7 @@ def read_yes(answer: str, first: Mapping[str, float]) -> float:
         word = token.strip(" \u2581\u0120").lower()
         if word in share:
             share[word] += probability
-    if total := sum(share.values()):
+    if (total := sum(share.values())) > 0.5:
         return share["yes"] / total
     word_found = _WORD.search(_final(answer))
     word = word_found[0].lower() if word_found else ""

@@ -43,6 +43,11 @@ def signal_measures(reward: Reward | type[Reward]) -> tuple[Measure, ...]:
     return tuple(Measure(name, name) for name in names)
 
 
+def other_measure(name: str) -> Measure:
+    """The value of a reward that was not trained on: ``clip reward``. No reward has a detail with a space."""
+    return Measure(f"{name} reward", f"{name} reward")
+
+
 @dataclass(frozen=True, slots=True)
 class CorrectedOfMeans(Measure):
     """The corrected score of the mean of ``reward`` and the mean u."""

@@ -25,6 +25,7 @@ from gdro_cli.stages.evaluation.measures import (
     GROUP_SIGNALS,
     Measured,
     measured,
+    other_measure,
     quality_measures,
     signal_measures,
 )
@@ -64,7 +65,7 @@ def rate_tables(
 ) -> Rated:
     """Put a store's tables together, and measure the signals of its images.
 
-    The value of another reward is a detail of its name.
+    The value of another reward is the detail that ``other_measure`` names.
     """
     rows: list[ScoreRow] = []
     shards = range(len(rewards.store.shards))
@@ -74,8 +75,9 @@ def rate_tables(
         shard = [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
         for name, table in others.items():
             values = (other.value for other in table.read_shard(number))
+            key = other_measure(name).name
             shard = [
-                replace(row, details={**row.details, name: value}) for row, value in zip(shard, values, strict=True)
+                replace(row, details={**row.details, key: value}) for row, value in zip(shard, values, strict=True)
             ]
         rows += shard
     images = (decoded(stored.path) for number in shards for stored in rewards.store.images(number))

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.core.measures import Measure
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.identity import digest
-from gdro_cli.stages.evaluation.measures import reported_measures, signal_measures
+from gdro_cli.stages.evaluation.measures import other_measure, reported_measures, signal_measures
 from gdro_cli.stages.evaluation.quality import Rated, changes, pair_verdict, rate_tables
 from gdro_cli.stages.runs.results import KIND, SCHEMA, ImageRow, Images, Results, Weights
 from gdro_cli.stages.runs.weights import RunWeights
@@ -47,7 +46,7 @@ def compare_models(
     before, after = (
         rate_tables(reward, tables.rewards, tables.judgements, tables.others) for tables in (base, trained)
     )
-    others = tuple(Measure(name, name) for name in base.others)
+    others = tuple(other_measure(name) for name in base.others)
     protocol = evaluation_protocol(session, base)
     return Results(
         kind=KIND,

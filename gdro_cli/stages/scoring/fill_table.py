@@ -102,39 +102,48 @@ def score_with_reward(session: Session, table: ScoreTable, *, label: str) -> int
     return made
 
 
-def score_by(session: Session, reward: Reward, table: ScoreTable, *, label: str) -> int:
-    """Fill the table of any reward but a mixture; see ``score_missing``. A reward that needs the GPU gets it."""
+def score_by(session: Session, reward: Reward, table: ScoreTable, *, label: str, allowed: float | None = None) -> int:
+    """Fill the table of any reward but a mixture; see ``score_missing``. A reward that needs the GPU gets it.
+
+    ``allowed``: as in ``shards_to_score``. Default: the recipe's.
+    """
     leave_device(session, reward)
-    allowed, server = session.recipe.reward.max_failed_share, reward.resources == "server"
+    server = reward.resources == "server"
+    allowed = session.recipe.reward.max_failed_share if allowed is None else allowed
     return score_missing(
         session, table, open_pool_of(session, reward), label=label, refuse_empty=server, allowed=allowed
     )
 
 
 def _mix(session: Session, reward: MixReward, table: ScoreTable, shards: Sequence[int], *, label: str) -> None:
-    """Make these shards of a mixture's table."""
+    """Make these shards of a mixture's table. After a refusal, all failures of its parts are retried."""
+    engine, limit = session.engine, session.recipe.reward.max_failed_share
+    allowed = limit if engine.from_main(table.missing_shards) else 0.0
     parts: dict[str, ScoreTable] = {}
     for name, part in reward.parts.items():
-        parts[name] = session.engine.from_main(partial(open_table_of, table.store, part, command=table.command))
-        score_by(session, part, parts[name], label=f"{label}, {name}")
-    with session.engine.together():
-        for number in shards if session.engine.is_main else ():
-            _combine(reward, table, parts, number)
+        parts[name] = engine.from_main(partial(open_table_of, table.store, part, command=table.command))
+        score_by(session, part, parts[name], label=f"{label}, {name}", allowed=allowed)
+        with engine.together():
+            _refuse(parts[name], allowed=limit, key="reward.max_failed_share")
+    with engine.held_by_main(folder_lock(table.path / "lock")), engine.together():
+        if engine.is_main:
+            times = [total_time(part.path, shards=len(table.store.shards)) for part in parts.values()]
+            known = [seconds for seconds in times if seconds is not None]
+            for number in shards:
+                session.stop.check(f"stopped while {label}; run the command again to continue")
+                _combine(reward, table, parts, number)
+                if len(known) == len(times):
+                    add_time(table.path, number, sum(known) / len(table.store.shards))
 
 
 def _combine(reward: MixReward, table: ScoreTable, parts: Mapping[str, ScoreTable], number: int) -> None:
-    """Make one shard of a mixture's table from those of its parts; its time is their mean time per shard."""
+    """Make one shard of a mixture's table from those of its parts."""
     scores = {
         name: [Score(row.value, row.reason, row.details) for row in part.read_shard(number)]
         for name, part in parts.items()
     }
     images = table.store.images(number)
     table.write_shard(number, score_rows([(image.prompt, image.index) for image in images], reward.combined(scores)))
-    shards = len(table.store.shards)
-    times = [total_time(part.path, shards=shards) for part in parts.values()]
-    known = [seconds for seconds in times if seconds is not None]
-    if len(known) == len(times):
-        add_time(table.path, number, sum(known) / shards)
 
 
 def shards_to_score(table: ScoreTable, *, allowed: float) -> list[int]:
@@ -144,17 +153,22 @@ def shards_to_score(table: ScoreTable, *, allowed: float) -> list[int]:
     Its failed images are scored once more: a server may be back, or a cause removed.
     """
     missing = table.missing_shards()
-    if missing or table.summary().missing_share > allowed:
+    if not table.accepted and (missing or table.summary().missing_share > allowed):
         return sorted({*missing, *table.shards_with_failures()})
     return missing
 
 
 def refuse_failures(table: ScoreTable, *, allowed: float, key: str) -> None:
-    """Check the share of images without a score.
+    """Check the share of images without a score; the scores of a table that passes are not made again.
 
     Raises:
         StoreError: it is above ``allowed``, the value of the recipe key ``key``.
     """
+    _refuse(table, allowed=allowed, key=key)
+    table.accept()
+
+
+def _refuse(table: ScoreTable, *, allowed: float, key: str) -> None:
     totals = table.summary()
     if totals.missing_share > allowed:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.errors import UserError
+from gdro_cli.errors import StoreError, UserError
 from gdro_cli.rewards import pool as pool_module
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
@@ -37,14 +37,35 @@ class Width(Reward):
 """
 
 
+FLAKY = """
+import os
+from gdro_cli.rewards import Reward
+
+class Flaky(Reward):
+    name = "{name}"
+    purpose = "to be there"
+    version = {{"reward": "{name}"}}
+
+    def score_image(self, image, prompt):
+        level = sum(image.convert("L").tobytes())
+        if os.path.exists({down!r}) and level % 2 == {parity}:
+            raise RuntimeError("down")
+        return 0.5
+"""
+"""Fails on every other image while a file is there."""
+
+
 @pytest.fixture(autouse=True)
 def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "site").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     install(tmp_path / "site", "brightness", BRIGHTNESS, target="Brightness")
     install(tmp_path / "site", "width", WIDTH, target="Width")
+    for parity, name in enumerate(("even", "odd")):
+        code = FLAKY.format(name=name, down=str(tmp_path / "down"), parity=parity)
+        install(tmp_path / "site", name, code, target="Flaky")
     yield
-    for name in ("brightness_reward", "width_reward"):
+    for name in ("brightness_reward", "width_reward", "even_reward", "odd_reward"):
         sys.modules.pop(name, None)
 
 
@@ -98,11 +119,11 @@ def test_rewards_that_were_not_trained_on(make_recipe: MakeRecipe, quiet: Report
     recipe = make_recipe(train=small, eval={"rewards": ["brightness"]}, reward={"brightness": {"power": 2}})
     results = evaluate.run(Session(recipe, out, quiet)).results
     assert results.run == run.path.name  # it is no other training
-    change = results.measures["brightness"]
+    change = results.measures["brightness reward"]
     assert 0 < change.base.mean < 1 and change.base.images == change.trained.images == 8
     assert change.difference.mean == pytest.approx(change.trained.mean - change.base.mean)
     for row in results.images.base:
-        assert 0 < row.details["brightness"] < 1
+        assert 0 < row.details["brightness reward"] < 1
     assert results.protocol["others"]["brightness"]["settings"] == {"power": 2}
 
 
@@ -116,3 +137,33 @@ def test_prompts_must_carry_what_the_other_rewards_need(
         UserError, match=r"eval\.rewards: width cannot score '.*' of prompts\.eval: the key size is missing"
     ):
         evaluate.run(Session(recipe, out, quiet))
+
+
+def test_a_mixture_that_was_refused_is_completed_by_the_same_command(
+    make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
+) -> None:
+    """Each part lacks fewer images than are allowed, and together they lack all."""
+    reward = mixture({"even": 1, "odd": 1}) | {"max_failed_share": 0.9}
+    recipe, out = make_recipe(reward=reward), tmp_path / "out"
+    (tmp_path / "down").touch()
+    with pytest.raises(StoreError, match=r"16 of 16 images in .* could not be scored, .*(even|odd): .*down"):
+        score.run(Session(recipe, out, quiet))
+    (tmp_path / "down").unlink()
+    totals = score.run(Session(recipe, out, quiet)).totals
+    assert (totals.scored, totals.mean) == (16, 0.5)
+
+
+def test_scores_that_a_command_has_used_are_not_made_again(
+    make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
+) -> None:
+    """Another recipe that allows fewer failures is refused; a training on these scores may have begun."""
+    out = tmp_path / "out"
+    (tmp_path / "down").touch()
+    generous = make_recipe(reward={"kind": "even", "workers": 1, "max_failed_share": 0.9})
+    before = list(score.run(Session(generous, out, quiet)).table.rows())
+    assert any(row.value is None for row in before)
+    (tmp_path / "down").unlink()
+    strict = make_recipe(reward={"kind": "even", "workers": 1, "max_failed_share": 0})
+    with pytest.raises(StoreError, match="delete that folder"):
+        score.run(Session(strict, out, quiet))
+    assert list(score.run(Session(generous, out, quiet)).table.rows()) == before
