@@ -45,7 +45,8 @@ def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
     (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
     steps = [row for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "train"]
     assert [row["gpu_peak_gb"] for row in steps] == [2, 2]
-    expected = Estimate(load_recipe("smoke", overrides=list(SMALL))).step_flops / 1e12
+    on_gpu = load_recipe("smoke", overrides=[*SMALL, "model.dtype=bfloat16"])
+    expected = Estimate(on_gpu).step_flops / 1e12
     assert [row["tflops"] * row["seconds"] for row in steps] == pytest.approx([expected, expected])
 
 

@@ -23,6 +23,7 @@ from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.batch_sizes import micro_batches
+from tests.support.rows import timeless
 from tests.support.short_memory import plant
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ def bits(run: Path) -> dict[str, bytes]:
 
 def without_times(run: Path) -> list[dict[str, Any]]:
     rows = [row.to_json() for row in RunFolder(run).metrics()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds") and k != "micro_batch"} for row in rows]
+    return [{k: v for k, v in timeless(row).items() if k != "micro_batch"} for row in rows]
 
 
 def sizes(run: Path) -> list[Any]:
