@@ -172,8 +172,10 @@ def _refuse(table: ScoreTable, *, allowed: float, key: str) -> None:
     totals = table.summary()
     if totals.missing_share > allowed:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in totals.reasons[:3])
+        remedy = "fix the cause and run the command again, which scores them once more"
+        if table.accepted:
+            remedy = f"raise {key}, or delete that folder, which earlier commands have used, to score them once more"
         raise StoreError(
             f"{totals.images - totals.scored} of {totals.images} images in {table.path} could not be scored, more than"
-            f" {key} ({allowed:g}) allows ({reasons}): fix the cause and run the command again, which"
-            " scores them once more"
+            f" {key} ({allowed:g}) allows ({reasons}): {remedy}"
         )
