@@ -13,6 +13,12 @@ from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.registry import reward_class
 
 BUILT_IN = "built in"
+_BY_SETTINGS = {
+    "http": "what its server says",
+    "vlm": "nothing, or questions for reward.vlm.ask: questions",
+    "mix": "what its parts need",
+}
+"""What rewards need whose facts depend on their settings."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +35,22 @@ class ListedReward:
 
     @property
     def needs(self) -> str:
-        """What a prompt must carry, as text; that of a server is known when it is asked."""
-        if self.cls is None or self.name == "http":
-            return "what its server says" if self.cls else ""
+        """What a prompt must carry, as text."""
+        if self.cls is None or self.name in _BY_SETTINGS:
+            return _BY_SETTINGS[self.name] if self.cls else ""
         return ", ".join(sorted(self.cls.needs)) or "nothing"
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as a JSON object."""
+        """The facts as a JSON object; None for what depends on the settings."""
         facts: dict[str, Any] = {"name": self.name, "source": self.source, "problem": self.problem}
         if self.cls is None:
             return facts
         keys = [{"key": doc.path, "type": doc.type, "default": doc.default, "text": doc.text} for doc in self.settings]
         return facts | {
             "purpose": self.cls.purpose,
-            "needs": sorted(self.cls.needs),
+            "needs": None if self.name in _BY_SETTINGS else sorted(self.cls.needs),
             "measures": [measure.name for measure in self.cls.measures],
-            "scale": list(self.cls.scale),
+            "scale": None if self.name in _BY_SETTINGS else list(self.cls.scale),
             "settings": keys,
         }
 
