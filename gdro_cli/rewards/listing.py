@@ -44,7 +44,7 @@ class ListedReward:
             "purpose": self.cls.purpose,
             "needs": sorted(self.cls.needs),
             "measures": [measure.name for measure in self.cls.measures],
-            "scale": list(self.cls.scale),
+            "scale": list(self.cls.scale) if isinstance(self.cls.scale, tuple) else None,
             "settings": keys,
         }
 

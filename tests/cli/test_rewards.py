@@ -95,7 +95,7 @@ def test_a_check(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("code", "words"),
     [
         (RANDOM, "two runs of the reward brightness do not agree: image 0 got 0."),
-        (BRIGHTNESS.replace("/ 255", ""), "outside its scale (0 to 1): correct `scale`"),
+        (BRIGHTNESS.replace("/ 255", ""), "outside its scale (0 to 1): correct the class attribute `scale`"),
         (
             BRIGHTNESS.replace("(ImageStat", "1 / 0, (ImageStat"),
             "scored none of 8 images (the reward brightness failed",

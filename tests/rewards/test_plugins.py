@@ -98,7 +98,10 @@ def test_its_keys_are_listed(brightness: Path) -> None:
     from gdro_cli.config.schema import schema_with
 
     docs = {doc.path: doc for doc in describe_fields(schema_with(["brightness"]))}
-    assert docs["reward.kind"].type == "ocr | geneval | http | brightness"
+    assert (
+        docs["reward.kind"].type
+        == "ocr | geneval | clip | pickscore | hpsv2 | aesthetic | http | vlm | mix | brightness"
+    )
     assert docs["reward.brightness"].text == "What counts as bright."
     assert docs["reward.brightness.power"].reward == "brightness"
     assert docs["reward.brightness.power"].affects == {"scores", "measurement"}
@@ -136,6 +139,8 @@ def test_its_keys_are_listed(brightness: Path) -> None:
         (GOOD.format(name="good", extra="measures = ()"), "`measures` is not a tuple of at least one Measure"),
         (GOOD.format(name="good", extra="judge_axes = ('taste',)"), "`judge_axes` is not a tuple of at least one of"),
         (GOOD.format(name="good", extra="scale = 1"), "`scale` is not a pair of numbers"),
+        (GOOD.format(name="good", extra="scale = (0, '1')"), "`scale` is not a pair of numbers"),
+        (GOOD.format(name="good", extra="scale = (1, 1)"), "the first number of `scale` is not below the second"),
     ],
 )
 def test_a_bad_plug_in_is_one_sentence_with_its_package(site: Path, code: str, words: str) -> None:
@@ -145,7 +150,7 @@ def test_a_bad_plug_in_is_one_sentence_with_its_package(site: Path, code: str, w
     assert words in str(error) and "gdro-reward-good 0.1.0" in str(error)
 
 
-@pytest.mark.parametrize("name", ["workers", "json", "mix", "a.b", "9"])
+@pytest.mark.parametrize("name", ["workers", "json", "a.b", "9"])
 def test_a_name_that_a_section_cannot_have(site: Path, name: str) -> None:
     install(site, name, HEAD + GOOD.format(name=name, extra=""), target="Good", package="gdro-reward-odd")
     assert "a reward cannot have this name" in str(refused(f"reward.kind='{name}'"))

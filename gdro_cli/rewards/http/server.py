@@ -11,6 +11,7 @@ import base64
 import binascii
 import hmac
 import io
+import math
 import socket
 from collections.abc import Mapping, Sequence
 from types import FrameType
@@ -49,13 +50,14 @@ def make_app(reward: Reward, version: Mapping[str, Any], pool: ScoringPool, *, k
         key: what a request must have as bearer token; ``None`` for no token.
     """
     turn = asyncio.Lock()
-    info = {
+    info: dict[str, Any] = {
         "protocol": PROTOCOL,
         "reward": reward.name,
         "version": dict(version),
         "needs": sorted(reward.needs),
-        "scale": list(reward.scale),
     }
+    if all(map(math.isfinite, reward.scale)):
+        info["scale"] = list(reward.scale)
 
     def check(request: Request) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")

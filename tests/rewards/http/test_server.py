@@ -81,7 +81,7 @@ def test_ocr_behind_a_server_gives_the_scores_of_ocr(serve: Serve, reward: OcrRe
     images = [sign([word], colour="#2850be") for word in WORDS]
     remote = HttpReward(HttpSettings(url=url, images_per_request=2))
     assert remote.score(images, [ask(word) for word in WORDS]) == reward.score(images, [ask(word) for word in WORDS])
-    assert remote.version == {"reward": "http", "server": provenance(reward)}
+    assert remote.version == {"reward": "http", "server": provenance(reward), "scale": [0.0, 1.0]}
     assert remote.read_prompt('a "B"', target=None, metadata={}) == "B"
 
 
@@ -95,6 +95,15 @@ def test_a_crash_costs_its_image_and_a_give_up_its_request(serve: Serve) -> None
     assert remote.version["server"]["settings"] == {"power": 2.0}
     assert post(url, one(Image.new("RGB", (17, 4)))).json() == {"error": "no such width"}
     assert post(url, one(Image.new("RGB", (5, 4)))).json()["scores"] == [{"value": 0.0, "details": {}}]
+
+
+def test_a_server_states_no_scale_that_is_not_finite(serve: Serve, tmp_path: Path) -> None:
+    code = BRIGHTNESS.replace("    version", "    scale = (0.0, float('inf'))\n    version").replace("/ 255", "")
+    install(tmp_path, "brightness", code, target="Brightness")
+    url = serve("brightness", "--set", "reward.workers=1")
+    assert "scale" not in httpx2.get(url).json()
+    remote = HttpReward(HttpSettings(url=url, scale=(0, 255)))
+    assert remote.score([Image.new("RGB", (5, 4), "white")], [Prompt("p", None)]) == [Score(255.0)]
 
 
 def test_bad_requests(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
