@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, FiniteFloat, field_validator
+from pydantic import Field, field_validator
 
 from gdro_cli.config.base import Affects, StrictModel
 from gdro_cli.errors import PrerequisiteError
@@ -28,7 +28,7 @@ class HttpSettings(StrictModel):
     api_key_env: Annotated[str | None, Affects("speed")] = Field(None, min_length=1)
     """Name of the environment variable with the server's key, if the server needs one. The key itself is never
     stored."""
-    scale: Annotated[Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)] | None, Affects("speed")] = None
+    scale: Annotated[Annotated[tuple[float, float], Field(strict=False)] | None, Affects("speed")] = None
     """Range of the values, lowest and highest, which names the scores; a value outside is missing. Only a reward from 0
     to 1 has a corrected score. Unset: what the server states. Must be set if the server states none."""
     images_per_request: Annotated[int, Affects("speed")] = Field(8, ge=1, le=256)
