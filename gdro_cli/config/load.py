@@ -9,9 +9,12 @@ from typing import Any
 
 from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, override_layer, shipped_recipes
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.rewards import reward_names
 from gdro_cli.config.sections import RewardSection
 from gdro_cli.config.validation import validate
+from gdro_cli.errors import UserError
 from gdro_cli.files import read_object
+from gdro_cli.suggest import similar
 
 __all__ = ["build_recipe", "load_recipe", "load_resolved", "load_reward_section", "shipped_recipes"]
 
@@ -36,10 +39,19 @@ def load_resolved(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_reward_section(kind: str, *, overrides: Sequence[str] = ()) -> RewardSection:
     """The section ``reward`` of a recipe with the reward ``kind`` and ``--set`` applied. Raises as ``load_recipe``."""
+    names = reward_names()
+    if kind not in names:
+        raise UserError(
+            f"there is no reward {kind!r} in this installation (it has {', '.join(names)}): install the package that"
+            f" has it{similar(kind, names)}"
+        )
     source = {"file": "prompts.txt"}  # never read
     prompts = {"train": source, "validation": source, "eval": source}
     data = merge_layers([{"name": "reward", "prompts": prompts, "reward": {"kind": kind}}, override_layer(overrides)])
-    return build_recipe(data, source=f"the reward {kind} with --set" if overrides else "gdro rewards").reward
+    section = build_recipe(data, source=f"the reward {kind} with --set" if overrides else "gdro rewards").reward
+    if section.kind != kind:
+        raise UserError(f"--set names the reward {section.kind!r}, and the command {kind!r}: remove reward.kind")
+    return section
 
 
 def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:

@@ -23,6 +23,8 @@ _ADDRESSES = {
     "reward.vlm.base_url": "reward.vlm.api_key_env",
 }
 """Keys with the address of a server, and those that name the variable with its API key."""
+_USER = re.compile(r"://[^/?#\s]*@")
+"""The end of a user name or password in an address."""
 _VARIABLE = re.compile(r"(?!hf_)[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -208,6 +210,19 @@ def _servers(recipe: Recipe) -> Iterator[Problem]:
         settings = getattr(recipe.reward, sections[0], None) if sections else None
         for key in (address, variable) if settings is not None else ():
             yield from _secret(key, getattr(settings, key.rpartition(".")[2]), path=key)
+    yield from _passwords(recipe.reward.model_dump(mode="json"), "reward")
+
+
+def _passwords(value: Any, path: str) -> Iterator[Problem]:
+    """Refuse addresses with a user name or a password anywhere in the settings of rewards, which runs publish."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _passwords(inner, f"{path}.{key}")
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _passwords(inner, path)
+    elif isinstance(value, str) and path not in _ADDRESSES and _USER.search(value):
+        yield Problem(path, "must not hold an address with a user name or a password: runs publish their settings")
 
 
 def _judge(recipe: Recipe) -> Iterator[Problem]:
@@ -235,13 +250,21 @@ def _secret(key: str, value: Any, *, path: str) -> Iterator[Problem]:
         yield Problem(
             path, f"must not hold a user name, a key or a query: name the key's variable in {_ADDRESSES[key]}"
         )
-    elif key not in _ADDRESSES and not _VARIABLE.fullmatch(value):
-        section = key.split(".")[0].upper()
-        yield Problem(
-            path,
-            "must be the name of an environment variable (letters, digits and '_'), not the key itself: put the key"
-            f" into a variable such as {section}_API_KEY and give its name",
-        )
+    elif key not in _ADDRESSES and (problem := variable_problem(value, example=f"{key.split('.')[0].upper()}_API_KEY")):
+        yield Problem(path, problem)
+
+
+def variable_problem(name: str, *, example: str) -> str | None:
+    """What is wrong with the name of an environment variable that holds a key; it may be the key itself.
+
+    ``example``: the name of such a variable.
+    """
+    if _VARIABLE.fullmatch(name):
+        return None
+    return (
+        "must be the name of an environment variable (letters, digits and '_'), not the key itself: put the key into a"
+        f" variable such as {example} and give its name"
+    )
 
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
@@ -254,3 +277,5 @@ def _ablation(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(path, "needs at least one value")
         for value in values:
             yield from _secret(key or name, value, path=path)
+            if key is not None and key.startswith("reward.") and key not in _ADDRESSES:
+                yield from _passwords(value, path)

@@ -27,12 +27,16 @@ def schema_of(data: Mapping[str, Any]) -> type[Recipe]:
     Raises:
         PrerequisiteError: it names a plug-in that cannot be used.
     """
+    named = _named(data) - set(RewardSection.model_fields)
+    return schema_with([name for name in reward_names() if name in named]) if named else Recipe
+
+
+def _named(data: Mapping[str, Any]) -> set[str]:
+    """The rewards that ``data`` names, and other keys of its section ``reward``."""
     section, evaluation = data.get("reward"), data.get("eval")
     named = named_rewards(section) if isinstance(section, Mapping) else set()
     others = evaluation.get("rewards") if isinstance(evaluation, Mapping) else None
-    named |= {name for name in others if isinstance(name, str)} if isinstance(others, list | tuple) else set()
-    named -= set(RewardSection.model_fields)
-    return schema_with([name for name in reward_names() if name in named]) if named else Recipe
+    return named | ({name for name in others if isinstance(name, str)} if isinstance(others, list | tuple) else set())
 
 
 def schema_with(names: Collection[str]) -> type[Recipe]:
@@ -62,14 +66,13 @@ def _schema(sections: tuple[tuple[str, type[BaseModel]], ...]) -> type[Recipe]:
 
 
 def with_own_section(data: Mapping[str, Any], schema: type[Recipe]) -> Mapping[str, Any]:
-    """``data`` with an empty section for the settings of its reward, so that a missing key is named in full."""
-    section = data.get("reward")
+    """``data`` with empty sections for the settings of the rewards that it names, so that a missing key is named in
+    full."""
+    section = data.get("reward", {})
     if not isinstance(section, Mapping):
         return data
-    kind = section.get("kind")
-    if not isinstance(kind, str) or kind in section or kind not in sections_of(schema):
-        return data
-    return {**data, "reward": {**section, kind: {}}}
+    lacking = (_named(data) & sections_of(schema)) - section.keys()
+    return {**data, "reward": {**{name: {} for name in lacking}, **section}} if lacking else data
 
 
 def sections_of(schema: type[Recipe]) -> frozenset[str]:

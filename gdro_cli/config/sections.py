@@ -165,10 +165,12 @@ class RewardSection(StrictModel):
     """The reward, built in or of an installed plug-in (`gdro rewards` lists both). Its settings are the section of its
     name."""
     workers: Annotated[Annotated[int, Field(ge=1, le=_MOST_WORKERS)] | Literal["auto"], Affects("speed")] = "auto"
-    """Scoring processes, 1 or more. `auto`: one per available CPU core; a single one for mask2former and clip."""
+    """Scoring processes of a reward that runs on the CPU, 1 or more. `auto`: one per available CPU core. Other rewards
+    (large networks, servers) always have a single one."""
     timeout: Annotated[float, Affects("speed")] = Field(120.0, gt=0)
     """Seconds that a scoring process may take for one image, on average over those that it gets at a time. Above 0. A
-    process that takes longer is ended and replaced; its images are tried once more, one by one."""
+    process that takes longer is ended and replaced; its images are tried once more, one by one. Rewards that ask a
+    server have limits of their own."""
     max_failed_share: Annotated[float, Affects("evaluation")] = Field(0.02, ge=0, le=1)
     """Share of images that may lack a score, 0 to 1. Above it, `gdro score` and `gdro eval` stop with an error, and an
     evaluation point cannot be the best one. A failed image has no score, never a score of 0. Online methods continue

@@ -42,6 +42,10 @@ Resources = Literal["cores", "device", "server"]
 
 UNIT = (0.0, 1.0)
 """The scale of a reward with a corrected score."""
+_ROUNDING = 1e-6
+"""Share of a scale by which a value may exceed it."""
+OUTSIDE = "outside its scale"
+"""What the reason of a value that does says."""
 
 MOST_PIXELS = 2**25
 """Images with more pixels are not decoded: a small file can expand to many gigabytes."""
@@ -154,7 +158,8 @@ class Reward(ABC):
     judge_axes: ClassVar[tuple[str, ...]] = ("alignment", "coherence", "style")
     """The judge's axes whose mean is u, the quality. Leave out an axis that rises when the reward is hacked."""
     scale: ClassVar[tuple[float, float]] = UNIT
-    """The range of the values. Only rewards from 0 to 1 have a corrected score."""
+    """The range of the values; one outside a finite range is missing. Only rewards from 0 to 1 have a corrected
+    score."""
     unit_details: ClassVar[frozenset[str]] = frozenset()
     """Details from 0 to 1 (or true and false), which a mixture may use without a range."""
     columns: ClassVar[tuple[str, ...]] = ()
@@ -239,11 +244,29 @@ class Reward(ABC):
             return Score(None, str(error))
         try:
             score = self.score_image(image, prompt)
-            return score if isinstance(score, Score) else Score(score)
+            return in_scale(score if isinstance(score, Score) else Score(score), self)
         except GdroError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a reward raises concerns this image, not the others
             return Score(None, f"the reward {self.name} failed on this image: {one_line(error)}")
+
+
+def in_scale(score: Score, reward: Reward) -> Score:
+    """The score of a reward, missing with a reason if its value is outside the reward's finite ``scale``.
+
+    Rounding may exceed the scale by a millionth of its range.
+    """
+    return within(score, reward.scale, who=f"the reward {reward.name}", remedy="correct the class attribute `scale`")
+
+
+def within(score: Score, scale: tuple[float, float], *, who: str, remedy: str) -> Score:
+    """``in_scale`` with the words of its reason: who gave the value, and what to do."""
+    low, high = scale
+    rounding = _ROUNDING * (high - low)
+    if score.value is None or math.isinf(rounding) or low - rounding <= score.value <= high + rounding:
+        return score
+    reason = f"{who} gave {score.value:g}, {OUTSIDE} ({low:g} to {high:g}): {remedy}"
+    return Score(None, reason, score.details)
 
 
 def read_needs(needs: frozenset[str], prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:

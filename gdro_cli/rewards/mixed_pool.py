@@ -38,6 +38,16 @@ class MixedPool(Pool):
         """End the workers."""
         self._stack.close()
 
+    def reopen(self) -> None:
+        """Start the workers again that an error has ended. Raises ``PrerequisiteError``."""
+        for pool in self._pools.values():
+            pool.reopen()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process numbers of the workers."""
+        return tuple(pid for pool in self._pools.values() for pid in pool.pids)
+
     def score(
         self,
         images: Sequence[ImageSource],

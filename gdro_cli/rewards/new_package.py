@@ -80,6 +80,8 @@ def write_package(name: str, folder: Path) -> list[Path]:
     cls = "".join(part[:1].upper() + part[1:] for part in name.replace("_", "-").split("-"))
     if problem := name_problem(name):
         raise UserError(f"{name!r}: {problem}")
+    if not name[-1].isalnum():
+        raise UserError(f"{name!r}: pip accepts no package of that name: choose one that ends in a letter or a digit")
     if name in reward_names():
         raise UserError(f"there is already a reward {name!r} (gdro rewards lists them): choose another name")
     if keyword.iskeyword(cls):

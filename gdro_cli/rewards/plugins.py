@@ -107,6 +107,9 @@ def _wrong_fact(cls: Any) -> str | None:
     axes = Reward.judge_axes
     if not (isinstance(cls.judge_axes, tuple) and cls.judge_axes and set(cls.judge_axes) <= set(axes)):
         return f"`judge_axes` is not a tuple of at least one of {', '.join(axes)}"
-    if not (isinstance(cls.scale, tuple) and len(cls.scale) == 2):
+    scale = cls.scale
+    if not (isinstance(scale, tuple) and len(scale) == 2 and all(isinstance(end, int | float) for end in scale)):
         return "`scale` is not a pair of numbers"
+    if not scale[0] < scale[1]:
+        return "the first number of `scale` is not below the second"
     return None

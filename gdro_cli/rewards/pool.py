@@ -87,6 +87,15 @@ class Pool(Protocol):
         """End the workers."""
         ...
 
+    def reopen(self) -> None:
+        """Start the workers again that an error has ended. Raises ``PrerequisiteError``."""
+        ...
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process numbers of the workers."""
+        ...
+
     def score(
         self,
         images: Sequence[ImageSource],
@@ -110,7 +119,7 @@ class ScoringPool(Pool):
     Args:
         scorer: not loaded; it is pickled and sent to the workers.
         workers: number of processes; ``None`` for one per usable core. The cores are divided among them as threads.
-        largest_chunk: the most images that a worker gets at a time.
+        largest_chunk: the most images that a worker gets at a time; ``None`` for all at once, divided equally.
         timeout: seconds that a worker may take for each image of a chunk; one that takes longer is replaced as if it
             had died. ``None`` for no limit.
     """
@@ -120,7 +129,7 @@ class ScoringPool(Pool):
         scorer: Scorer,
         *,
         workers: int | None = None,
-        largest_chunk: int = LARGEST_CHUNK,
+        largest_chunk: int | None = LARGEST_CHUNK,
         timeout: float | None = None,
     ) -> None:
         if workers is not None and workers < 1:
@@ -226,7 +235,7 @@ class _Batch:
 
     images: Sequence[ImageSource]
     prompts: Sequence[PromptLike]
-    largest_chunk: int
+    largest_chunk: int | None
     timeout: float | None
     replace: Callable[[_Worker], int | None]
     """Replaces a dead worker, and returns its exit code."""
@@ -240,8 +249,10 @@ class _Batch:
 
     def run(self, workers: Sequence[_Worker]) -> list[Score]:
         """Send chunks to the workers and collect the scores until no image is left."""
-        # At least four chunks per worker, so that all workers finish at about the same time.
-        size = max(1, min(self.largest_chunk, len(self.images) // (4 * len(workers))))
+        if self.largest_chunk is None:
+            size = max(1, math.ceil(len(self.images) / len(workers)))
+        else:  # At least four chunks per worker, so that all workers finish at about the same time.
+            size = max(1, min(self.largest_chunk, len(self.images) // (4 * len(workers))))
         indices = range(len(self.images))
         self.waiting.extend(_Chunk(tuple(indices[i : i + size])) for i in indices[::size])
         while True:

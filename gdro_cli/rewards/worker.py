@@ -22,7 +22,7 @@ from typing import Any
 
 from gdro_cli.errors import GdroError, PrerequisiteError, StoreError, UserError
 from gdro_cli.processes import only_gpu
-from gdro_cli.rewards.base import ImageSource, PromptLike, Score, Scorer, one_line
+from gdro_cli.rewards.base import ImageSource, PromptLike, Reward, Score, Scorer, in_scale, one_line
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -197,6 +197,8 @@ def _answer(scorer: Scorer, message: bytes) -> list[Score] | Failure:
     try:
         request: Request = pickle.loads(message)
         scores = list(scorer.score(request.images, request.prompts))
+        if isinstance(scorer, Reward):
+            scores = [in_scale(score, scorer) if type(score) is Score else score for score in scores]
     except GdroError as error:
         return Failure(str(error), _plain_error(error))
     except Exception as error:  # noqa: BLE001 - a defect on some images must not end the scoring of the others

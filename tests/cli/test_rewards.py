@@ -95,7 +95,7 @@ def test_a_check(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ("code", "words"),
     [
         (RANDOM, "two runs of the reward brightness do not agree: image 0 got 0."),
-        (BRIGHTNESS.replace("/ 255", ""), "outside its scale (0 to 1): correct `scale`"),
+        (BRIGHTNESS.replace("/ 255", ""), "outside its scale (0 to 1): correct the class attribute `scale`"),
         (
             BRIGHTNESS.replace("(ImageStat", "1 / 0, (ImageStat"),
             "scored none of 8 images (the reward brightness failed",
@@ -113,6 +113,68 @@ def test_a_check_that_fails_is_one_sentence(
     assert run("rewards", "check", "brightness") in (2, 3)
     errors = capsys.readouterr().err
     assert words in errors and errors.count("\n") == 1
+
+
+def test_details_that_differ_are_a_note(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as times; only values must agree."""
+    code = BRIGHTNESS.replace("return (", "from gdro_cli.rewards import Score; import time; return Score((")
+    code = code.replace("self.settings.power", "self.settings.power, None, {'when': time.time()})")
+    install(site, "brightness", code, target="Brightness")
+    assert run("rewards", "check", "brightness") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "two runs agree" in out and "note the detail when of image 0 differs between the two runs" in out
+
+
+def test_reasons_that_differ_are_no_disagreement(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = BRIGHTNESS.replace(
+        "        from PIL", "        if image.width == 13: raise OSError(id(self))\n        from PIL"
+    )
+    code = code.replace("OSError(id(self))", "OSError(str(__import__('os').getpid()))")
+    install(site, "brightness", code, target="Brightness")
+    (site / "images").mkdir()
+    for width in (12, 13):
+        Image.new("RGB", (width, 8)).save(site / "images" / f"{width}.png")
+    assert run("rewards", "check", "brightness", "--images", str(site / "images")) == 0
+    assert "two runs agree" in " ".join(capsys.readouterr().out.split())
+
+
+def test_one_value_outside_the_scale_fails_the_check(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = BRIGHTNESS.replace("    version", "    scale = (0.0, 0.5)\n    version")
+    install(site, "brightness", code, target="Brightness")
+    (site / "images").mkdir()
+    for grey in (0, 255):
+        Image.new("RGB", (8, 8), (grey, grey, grey)).save(site / "images" / f"{grey}.png")
+    assert run("rewards", "check", "brightness", "--images", str(site / "images")) == 3
+    assert "gave 1, outside its scale (0 to 0.5)" in capsys.readouterr().err
+
+
+def test_a_mixture_is_checked(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With the processes of its parts, as a job opens them: a crash names the part."""
+    code = BRIGHTNESS.replace(
+        "        from PIL", "        if image.width == 13: __import__('os')._exit(3)\n        from PIL"
+    )
+    install(site, "brightness", code, target="Brightness")
+    (site / "images").mkdir()
+    for width in (12, 13):
+        Image.new("RGB", (width, 8)).save(site / "images" / f"{width}.png")
+    sets = ("--images", str(site / "images"), "--set", "reward.mix.weights={ocr: 1, brightness: 1}")
+    assert run("rewards", "check", "mix", *sets) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "images scored 1 of 2" in out and "brightness: the scoring worker died" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["music"], "there is no reward 'music' in this installation (it has ocr, geneval"),
+        (["music"], ": install the package that has it"),
+        (["occr"], "install the package that has it; did you mean `ocr`?"),
+        (["ocr", "--set", "reward.kind=clip"], "--set names the reward 'clip', and the command 'ocr': remove reward"),
+    ],
+)
+def test_a_reward_that_cannot_be_named(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("rewards", "check", *arguments) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_a_check_of_a_built_in_reward_draws_what_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,6 +220,8 @@ def test_a_new_package_is_installed_tested_and_checked(
         ("json", "a reward cannot have this name"),
         ("ocr", "there is already a reward 'ocr'"),
         ("None", "is a word of Python"),
+        ("a_", "pip accepts no package of that name: choose one that ends in a letter or a digit"),
+        ("a-", "pip accepts no package of that name"),
     ],
 )
 def test_a_name_that_a_new_reward_cannot_have(

@@ -68,6 +68,8 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         ("method.share_noise=1", "method.share_noise: must be true or false, not 1."),
         ("method.share_noise=no", "method.share_noise: must be true or false, not 'no'."),
         ("reward.workers=many", "reward.workers: must be a whole number or 'auto', not 'many'."),
+        ("eval.rewards=[http]", "reward.http.url: is missing"),
+        ("reward={kind: mix, mix: {weights: {ocr: 1, http: 1}}}", "reward.http.url: is missing"),
         ("reward.workers=0", "reward.workers: must be at least 1 or 'auto', not 0."),
         ("train.adam_betas=[0.9]", "train.adam_betas[1]: is missing."),
         ("train.adam_betas=[0.9, 1]", "train.adam_betas[1]: must be less than 1, not 1."),

@@ -30,6 +30,7 @@ from gdro_cli.rewards import *
 
 class Odd(Reward):
     name, purpose, version = "odd", "to be odd", {{"reward": "odd"}}
+    scale = (0.0, 100.0)
     {extra}
     def score_image(self, image, prompt):
         if image.width == 13:
@@ -120,6 +121,21 @@ def test_an_error_of_a_class_that_only_the_plug_in_has(site: Path) -> None:
     extra = "class Mine(UserError):\n        def __init__(self, a, b): super().__init__(a + b)"
     with pytest.raises(UserError, match="^one two$"):
         score(pool(site, body="raise self.Mine('one ', 'two')", extra=extra), *WIDTHS)
+
+
+@pytest.mark.parametrize("method", ["score_image", "score"])
+def test_a_value_outside_the_scale_is_missing(site: Path, method: str) -> None:
+    """Whether the base class or the plug-in makes the scores."""
+    code = CODE.format(body="pass", extra="")
+    if method == "score":
+        code = code.replace("score_image(self, image, prompt)", "score_one(self, image)")
+        code += (
+            "    def score(self, images, prompts):\n        return [Score(self.score_one(i), None) for i in images]\n"
+        )
+    install(site, "odd", code, target="Odd")
+    found = score(ScoringPool(open_reward(load_recipe("ocr", overrides=["reward.kind=odd"]).reward), workers=1), 7, 101)
+    reason = "the reward odd gave 101, outside its scale (0 to 100): correct the class attribute `scale`"
+    assert found == [Score(7.0), Score(None, reason)]
 
 
 @pytest.mark.parametrize("chunk", [1, 40], ids=["alone", "among others"])

@@ -30,6 +30,7 @@ class Width(Reward):
     name = "width"
     Settings = WidthSettings
     settings: WidthSettings
+    scale = (0.0, 2.0)
     loads = 0
 
     @property
@@ -69,11 +70,44 @@ def test_numbers_become_scores_and_failures_are_missing(tmp_path: Path) -> None:
     assert Width().score(images(10), [ask("A")]) == [Score(1.0)]
 
 
+@pytest.mark.parametrize(
+    ("scale", "values"),
+    [
+        ((0.0, 2.0), [2.0, 0.5, 2.000001, None]),
+        ((1.0, 2.0), [2.0, None, 2.000001, None]),
+        ((-math.inf, math.inf), [2.0, 0.5, 2.000001, 3.0]),
+        ((0.0, math.inf), [2.0, 0.5, 2.000001, 3.0]),
+    ],
+)
+def test_a_value_outside_the_scale_is_missing(scale: tuple[float, float], values: list[float | None]) -> None:
+    reward = Listed([2.0, 0.5, 2.000001, 3.0])
+    vars(reward)["scale"] = scale
+    scores = reward.score(images(1, 1, 1, 1), [ask("A")] * 4)
+    assert [score.value for score in scores] == values
+    if values[3] is None:
+        assert scores[3].reason == (
+            f"the reward listed gave 3, outside its scale ({scale[0]:g} to 2): correct the class attribute `scale`"
+        )
+
+
 def test_errors_that_concern_every_image_are_raised() -> None:
     with pytest.raises(PrerequisiteError, match="the ruler is missing"):
         Width().score(images(19), [ask("A")])
     with pytest.raises(ValueError, match="zip"):
         Width().score(images(1, 2), [ask("A")])
+
+
+class Listed(Width):
+    """The next of some values."""
+
+    name = "listed"
+
+    def __init__(self, values: list[float]) -> None:
+        super().__init__()
+        self.values = values
+
+    def score_image(self, image: Image.Image, prompt: PromptLike) -> float:
+        return self.values.pop(0)
 
 
 class Unfinished(Reward):

@@ -95,6 +95,52 @@ def test_it_is_imported_when_a_recipe_names_it_and_never_otherwise(site: Path) -
     )
 
 
+ADDRESSED = """
+class AddressedSettings(StrictModel):
+    "Where it is."
+
+    site: str
+    "Its address."
+    mirrors: list[str] = []
+    "Other addresses."
+
+class Addressed(Reward):
+    name, purpose, version = "addressed", "to be found", {"reward": "addressed"}
+    Settings = AddressedSettings
+    def score_image(self, image, prompt):
+        return 1
+"""
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("reward.addressed.site=ftp://me:hidden@host/x", "reward.addressed.site"),
+        ("reward.addressed.mirrors=['http://a', 'at http://hidden@b']", "reward.addressed.mirrors"),
+        ("ablation={reward.addressed.site: ['http://me:hidden@host']}", "ablation.reward.addressed.site"),
+        ("reward.clip={model: 'http://me:hidden@host'}", "reward.clip.model"),
+    ],
+)
+def test_no_setting_holds_an_address_with_a_password(site: Path, override: str, key: str) -> None:
+    install(site, "addressed", HEAD + ADDRESSED, target="Addressed")
+    kind = ("reward.kind=addressed", "reward.addressed.site=http://h")
+    error = str(refused(*kind, override))
+    assert f"{key}: must not hold an address with a user name or a password" in error and "hidden" not in error
+    load_recipe("ocr", overrides=[*kind, "reward.addressed.mirrors=['http://h/@x', 'a@b', 'http://h?to=a@b']"])
+
+
+def test_its_addresses_leave_with_no_export(site: Path) -> None:
+    from gdro_cli.stages.reporting.redaction import changed_keys, public_recipe
+
+    install(site, "addressed", HEAD + ADDRESSED, target="Addressed")
+    reward = "reward={kind: addressed, addressed: {site: 'http://in.house', mirrors: ['s3://in.house/x', plain]}}"
+    recipe = load_recipe("ocr", overrides=[reward, "ablation={reward.addressed.site: ['http://in.house/y', here]}"])
+    public = public_recipe(recipe)
+    assert "in.house" not in repr((public, changed_keys(recipe)))
+    assert public["reward"]["addressed"]["mirrors"] == ["https://reward.invalid", "plain"]
+    assert public["ablation"]["reward.addressed.site"] == ["https://reward.invalid", "here"]
+
+
 def test_its_keys_are_listed(brightness: Path) -> None:
     from gdro_cli.config.schema import schema_with
 
@@ -137,6 +183,8 @@ def test_its_keys_are_listed(brightness: Path) -> None:
         (GOOD.format(name="good", extra="measures = ()"), "`measures` is not a tuple of at least one Measure"),
         (GOOD.format(name="good", extra="judge_axes = ('taste',)"), "`judge_axes` is not a tuple of at least one of"),
         (GOOD.format(name="good", extra="scale = 1"), "`scale` is not a pair of numbers"),
+        (GOOD.format(name="good", extra="scale = (0, '1')"), "`scale` is not a pair of numbers"),
+        (GOOD.format(name="good", extra="scale = (1, 1)"), "the first number of `scale` is not below the second"),
     ],
 )
 def test_a_bad_plug_in_is_one_sentence_with_its_package(site: Path, code: str, words: str) -> None:

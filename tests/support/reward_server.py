@@ -33,7 +33,7 @@ class RewardServer:
     """``replies`` are used up first, one per request for scores; then ``otherwise`` answers."""
 
     def __init__(self) -> None:
-        self.info = answers({"version": VERSION})
+        self.info = answers({"version": VERSION, "scale": [0, 1]})
         self.replies: deque[Reply] = deque()
         self.otherwise: Callable[[dict[str, Any]], Reply] = halves
         self.seen: list[dict[str, Any]] = []

@@ -5,6 +5,7 @@ Importing this module loads no network library: recipes are checked against the 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -165,7 +166,7 @@ class AestheticReward(BatchedReward):
     name = "aesthetic"
     purpose = "to draw pleasing images, by LAION's aesthetic predictor"
     Settings = AestheticSettings
-    scale = (1.0, 10.0)
+    scale = (-math.inf, math.inf)
     settings: AestheticSettings
 
     @cached_property

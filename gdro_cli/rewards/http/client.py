@@ -50,7 +50,7 @@ class RewardClient:
     """
 
     def __init__(self, url: str, *, key: str | None, timeout: float) -> None:
-        self._url, self._key, self._timeout = url, key, timeout
+        self._url, self.key, self._timeout = url, key, timeout
         headers = {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         self.connections = httpx2.AsyncClient(headers=headers, follow_redirects=False, timeout=timeout)
 
@@ -65,7 +65,7 @@ class RewardClient:
             self._refuse(status, body)
             if status != 200:
                 raise PrerequisiteError(f"the reward server {self._url} answers HTTP {status}: look at its messages")
-            return read_info(body)
+            return read_info(body, key=self.key)
         except _NoContactError as error:
             raise PrerequisiteError(
                 f"the reward server {self._url} cannot be reached ({error}): start it, or correct reward.http.url"
@@ -119,7 +119,7 @@ class RewardClient:
         except TimeoutError:
             raise _NoContactError(f"no answer within {self._timeout:g} s") from None
         except httpx2.HTTPError as error:
-            raise _NoContactError(without_key(one_line(error), self._key)) from None
+            raise _NoContactError(without_key(one_line(error), self.key)) from None
 
     def _refuse(self, status: int, answer: bytes) -> None:
         if status in _REMEDIES or 300 <= status < 400:
@@ -130,5 +130,5 @@ class RewardClient:
 
     def _quoted(self, answer: bytes) -> str:
         """The server's own message in one line, without the key."""
-        text = without_key(" ".join(answer.decode("utf-8", "replace").split()), self._key)[:QUOTED]
+        text = without_key(" ".join(answer.decode("utf-8", "replace").split()), self.key)[:QUOTED]
         return f" ({text})" if text else ""

@@ -6,14 +6,18 @@ lists of one length, returns ``{"version", "scores"}``: for each image ``{"value
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gdro_cli.rewards.address import without_key
 from gdro_cli.rewards.base import PromptLike, Score, one_line
 
 PROTOCOL = 1
+"""The number of this protocol. A server may state it, and a client refuses another one."""
 MOST_IMAGES = 256
 """Images of one request."""
 LARGEST_REQUEST = 2**28
@@ -36,7 +40,7 @@ class Info:
     needs: frozenset[str] = frozenset()
     """What a prompt must carry: ``target``, keys of its metadata, or nothing."""
     scale: tuple[float, float] | None = None
-    """The range of the values, if the server states it."""
+    """The range of the values, two finite numbers, if the server states it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +91,11 @@ def answer_content(version: Mapping[str, Any], scores: Sequence[Score]) -> dict[
     return {"version": dict(version), "scores": rows}
 
 
-def read_info(body: bytes) -> Info:
-    """The answer to ``GET``. Raises ``BadAnswerError``."""
-    content = _json(body)
+def read_info(body: bytes, *, key: str | None = None) -> Info:
+    """The answer to ``GET``, without the key that it may repeat. Raises ``BadAnswerError``."""
+    content = _json(body, key)
+    if content.get("protocol", PROTOCOL) != PROTOCOL:
+        raise BadAnswerError(f"has the protocol {_short(content['protocol'])}, and this gdro_cli speaks {PROTOCOL}")
     version, needs, scale = content.get("version"), content.get("needs", []), content.get("scale")
     if not isinstance(version, dict) or not version:
         raise BadAnswerError("has no object `version`")
@@ -97,17 +103,26 @@ def read_info(body: bytes) -> Info:
         raise BadAnswerError("has `needs` that are not a list of texts")
     if scale is None:
         return Info(version, frozenset(needs))
-    if not (isinstance(scale, list) and len(scale) == 2 and all(_is(end, int | float) for end in scale)):
-        raise BadAnswerError("has a `scale` that is not a list of two numbers")
-    return Info(version, frozenset(needs), (float(scale[0]), float(scale[1])))
+    return Info(version, frozenset(needs), _scale(scale))
 
 
-def read_answer(body: bytes, *, count: int) -> tuple[Any, list[Score]]:
+def _scale(scale: Any) -> tuple[float, float]:
+    if isinstance(scale, list) and len(scale) == 2 and all(_is(end, int | float) for end in scale):
+        with contextlib.suppress(OverflowError):
+            low, high = map(float, scale)
+            if math.isfinite(low) and math.isfinite(high) and low < high:
+                return low, high
+    raise BadAnswerError("has a `scale` that is not a list of two finite numbers, the lower one first")
+
+
+def read_answer(body: bytes, *, count: int, key: str | None = None) -> tuple[Any, list[Score]]:
     """The version in an answer and its ``count`` scores; a wrong one is missing with a reason.
+
+    The key, which an answer may repeat, is removed from every text.
 
     Raises ``BadAnswerError`` if the whole answer is unusable.
     """
-    content = _json(body)
+    content = _json(body, key)
     rows = content.get("scores")
     if not isinstance(rows, list):
         raise BadAnswerError("has no list `scores`")
@@ -132,14 +147,25 @@ def _score(row: Any) -> Score:
         return Score(None, f"the reward server gave a wrong score ({one_line(error)})")
 
 
-def _json(body: bytes) -> dict[str, Any]:
+def _json(body: bytes, key: str | None) -> dict[str, Any]:
     try:
-        content = json.loads(body)
+        content = _cleaned(json.loads(body), key)
     except (ValueError, RecursionError) as error:
         raise BadAnswerError("is not JSON") from error
     if not isinstance(content, dict):
         raise BadAnswerError("is not a JSON object")
     return content
+
+
+def _cleaned(value: Any, key: str | None) -> Any:
+    """JSON values without the key in their texts."""
+    if isinstance(value, str):
+        return without_key(value, key)
+    if isinstance(value, list):
+        return [_cleaned(inner, key) for inner in value]
+    if isinstance(value, dict):
+        return {without_key(name, key): _cleaned(inner, key) for name, inner in value.items()}
+    return value
 
 
 def _is(value: Any, kind: Any) -> bool:

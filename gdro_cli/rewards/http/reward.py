@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gdro_cli.config.base import Affects, StrictModel
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.identity import differences
-from gdro_cli.rewards.base import ImageSource, PromptLike, Resources, Reward, Score, read_needs
+from gdro_cli.rewards.base import ImageSource, PromptLike, Resources, Reward, Score, read_needs, within
 
 if TYPE_CHECKING:
     from gdro_cli.rewards.http.client import RewardClient
@@ -28,9 +28,9 @@ class HttpSettings(StrictModel):
     api_key_env: Annotated[str | None, Affects("speed")] = Field(None, min_length=1)
     """Name of the environment variable with the server's key, if the server needs one. The key itself is never
     stored."""
-    scale: Annotated[tuple[float, float], Field(strict=False)] = (0.0, 1.0)
-    """Range of the values. Only a reward from 0 to 1 has a corrected score. Must be what the server states, if it
-    states one."""
+    scale: Annotated[Annotated[tuple[float, float], Field(strict=False)] | None, Affects("speed")] = None
+    """Range of the values, lowest and highest, which names the scores; a value outside is missing. Only a reward from 0
+    to 1 has a corrected score. Unset: what the server states. Must be set if the server states none."""
     images_per_request: Annotated[int, Affects("speed")] = Field(8, ge=1, le=256)
     """Images of one request. 1 to 256."""
     concurrency: Annotated[int, Affects("speed")] = Field(4, ge=1)
@@ -40,6 +40,13 @@ class HttpSettings(StrictModel):
     retries: Annotated[int, Affects("speed")] = Field(4, ge=0)
     """Repetitions of a request that got no answer, or an error that may be temporary. 0 or more. After the last one its
     images have no score."""
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, scale: tuple[float, float] | None) -> tuple[float, float] | None:
+        if scale is not None and not scale[0] < scale[1]:
+            raise ValueError("the first number must be below the second")
+        return scale
 
 
 class HttpReward(Reward):
@@ -56,13 +63,18 @@ class HttpReward(Reward):
 
     def __init__(self, settings: HttpSettings | None = None) -> None:
         super().__init__(settings)
-        vars(self)["scale"] = self.settings.scale
         self._checked = self._down = False
 
     @property
     def resources(self) -> Resources:
         """One process that asks."""
         return "server"
+
+    @property
+    def scale(self) -> tuple[float, float]:  # type: ignore[override]
+        """The range that the recipe states, or else the server. Raises ``PrerequisiteError`` as ``version``."""
+        scale: Any = self.settings.scale or self._info.scale
+        return scale  # type: ignore[no-any-return]
 
     def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
         """Check that a prompt carries what the server's reward needs. Raises ``PrerequisiteError`` as ``version``."""
@@ -71,15 +83,20 @@ class HttpReward(Reward):
     @property
     def version(self) -> Mapping[str, Any]:
         """The version of the server's reward. Raises ``PrerequisiteError`` if the server cannot be asked."""
-        return {"reward": self.name, "server": dict(self._info.version)}
+        return {"reward": self.name, "server": dict(self._info.version), "scale": list(self.scale)}
 
     @cached_property
     def _info(self) -> Info:
-        info = asyncio.run(self._ask_about_it())
-        if info.scale is not None and info.scale != self.scale:
+        info, own = asyncio.run(self._ask_about_it()), self.settings.scale
+        if info.scale is None and own is None:
+            raise PrerequisiteError(
+                f"the reward server {self.settings.url} does not state a scale: set reward.http.scale to the lowest and"
+                " highest value, such as [0, 1]"
+            )
+        if info.scale is not None and own is not None and info.scale != own:
             raise PrerequisiteError(
                 f"the reward of {self.settings.url} has the scale {list(info.scale)}, and reward.http.scale is"
-                f" {list(self.scale)}: make them equal"
+                f" {list(own)}: make them equal"
             )
         return info
 
@@ -128,8 +145,10 @@ class HttpReward(Reward):
                 # a server that has just been down for all attempts is not waited for again
                 answer = await client.ask(body, attempts=1 if self._down else 1 + self.settings.retries)
                 self._down = False
-                version, measured = read_answer(answer, count=len(images))
+                version, given = read_answer(answer, count=len(images), key=client.key)
                 self._compare(version)
+                remedy = "correct reward.http.scale, or the server"
+                measured = [within(score, self.scale, who="the reward server", remedy=remedy) for score in given]
             except NoAnswerError as error:
                 self._down |= error.down
                 measured = [Score(None, str(error))] * len(images)

@@ -11,6 +11,7 @@ import base64
 import binascii
 import hmac
 import io
+import math
 import socket
 from collections.abc import Mapping, Sequence
 from types import FrameType
@@ -32,14 +33,14 @@ from gdro_cli.rewards.http.protocol import (
     answer_content,
     read_request,
 )
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.rewards.pool import Pool
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 """Hosts that only this machine reaches."""
 _FORMATS = ("PNG", "WEBP", "JPEG")
 
 
-def make_app(reward: Reward, version: Mapping[str, Any], pool: ScoringPool, *, key: str | None) -> Starlette:
+def make_app(reward: Reward, version: Mapping[str, Any], pool: Pool, *, key: str | None) -> Starlette:
     """The application.
 
     Args:
@@ -49,13 +50,14 @@ def make_app(reward: Reward, version: Mapping[str, Any], pool: ScoringPool, *, k
         key: what a request must have as bearer token; ``None`` for no token.
     """
     turn = asyncio.Lock()
-    info = {
+    info: dict[str, Any] = {
         "protocol": PROTOCOL,
         "reward": reward.name,
         "version": dict(version),
         "needs": sorted(reward.needs),
-        "scale": list(reward.scale),
     }
+    if all(map(math.isfinite, reward.scale)):
+        info["scale"] = list(reward.scale)
 
     def check(request: Request) -> None:
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -86,7 +88,7 @@ def make_app(reward: Reward, version: Mapping[str, Any], pool: ScoringPool, *, k
     return Starlette(routes=routes, exception_handlers={HTTPException: failed, GdroError: failed})
 
 
-def _score(reward: Reward, pool: ScoringPool, texts: Sequence[str], prompts: Sequence[RemotePrompt]) -> list[Score]:
+def _score(reward: Reward, pool: Pool, texts: Sequence[str], prompts: Sequence[RemotePrompt]) -> list[Score]:
     """The scores of a request. Raises what the pool raises, after which the next request opens the pool again."""
     scores: dict[int, Score] = {}
     images: dict[int, Image.Image] = {}

@@ -11,6 +11,8 @@ from typing import Any
 from gdro_cli.config.keys import full_key
 from gdro_cli.config.load import load_recipe, shipped_recipes
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.rewards import REWARDS
+from gdro_cli.config.schema import OWN_KEYS
 from gdro_cli.config.yamlfile import dump_yaml, dump_yaml_line
 from gdro_cli.errors import UserError
 from gdro_cli.identity import differences
@@ -18,7 +20,9 @@ from gdro_cli.stages.setup.model import EMBEDDED
 
 ADDRESS = "https://judge.invalid/v1"
 """Replaces the address of a judge."""
-_ADDRESSES = {"judge.base_url": ADDRESS, "reward.http.url": "https://reward.invalid", "reward.vlm.base_url": ADDRESS}
+_REWARD_ADDRESS = "https://reward.invalid"
+"""Replaces those of rewards."""
+_ADDRESSES = {"judge.base_url": ADDRESS, "reward.http.url": _REWARD_ADDRESS, "reward.vlm.base_url": ADDRESS}
 _FILES = (
     "prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir", "judge.template",
     "reward.vlm.template",
@@ -87,11 +91,21 @@ def _public(value: Any, path: str) -> Any:
     if not isinstance(value, str):
         return value
     if path.startswith("ablation."):
-        path = full_key(path.removeprefix("ablation.")) or path
+        key = path.removeprefix("ablation.")
+        path = full_key(key) or key
     if path in _ADDRESSES:
         return _ADDRESSES[path]
+    if "://" in value and _of_plugin(path):
+        return _REWARD_ADDRESS
     local = path in _FILES or (path in _FILES_OR_IDS and not is_hub_id(value))
     return last_part(value) if local or Path(value).is_absolute() else without_paths(value)
+
+
+def _of_plugin(path: str) -> bool:
+    """Whether a key is a setting of a plug-in."""
+    section, _, rest = path.partition(".")
+    name = rest.partition(".")[0]
+    return section == "reward" and name != rest and name not in OWN_KEYS and name not in REWARDS
 
 
 def is_hub_id(name: str) -> bool:

@@ -19,9 +19,9 @@ from gdro_cli.data.prompts import load_prompts
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.identity import canonical_json
-from gdro_cli.rewards.base import ImageSource, Reward, Score
-from gdro_cli.rewards.pool import ScoringPool
+from gdro_cli.rewards.base import OUTSIDE, ImageSource, Reward, Score
 from gdro_cli.rewards.registry import open_reward, provenance
+from gdro_cli.stages.setup.scorers import make_reward_pool
 
 _SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _MOST = 16
@@ -43,7 +43,7 @@ class RewardCheck:
     """From the start of a process to its first score."""
     image_seconds: float
     peak_bytes: int | None
-    """Most memory of the process; None where the system does not say."""
+    """Most memory of a process; None where the system does not say."""
 
     @property
     def values(self) -> list[float]:
@@ -56,19 +56,27 @@ class RewardCheck:
         name = self.reward.name
         if not self.values:
             return f"the reward {name} scored none of {len(self.scores)} images ({self.scores[0].reason})"
-        differing = [i for i, pair in enumerate(zip(self.scores, self.again, strict=True)) if pair[0] != pair[1]]
-        if differing:
-            one, other = self.scores[differing[0]], self.again[differing[0]]
+        if self._disagreement is not None:
+            one, other = self.scores[self._disagreement], self.again[self._disagreement]
             return (
-                f"two runs of the reward {name} do not agree: image {differing[0]} got {_shown(one)} and then"
+                f"two runs of the reward {name} do not agree: image {self._disagreement} got {_shown(one)} and then"
                 f" {_shown(other)}; equal versions must give equal scores"
             )
-        low, high = self.reward.scale
-        if min(self.values) < low or max(self.values) > high:
-            return (
-                f"the reward {name} gave {min(self.values):g} to {max(self.values):g}, outside its scale ({low:g} to"
-                f" {high:g}): correct `scale`, which decides about the corrected score"
-            )
+        return next((score.reason for score in self.scores if OUTSIDE in (score.reason or "")), None)
+
+    @property
+    def _disagreement(self) -> int | None:
+        """The first image with two values, or with a value in only one of the runs."""
+        pairs = enumerate(zip(self.scores, self.again, strict=True))
+        return next((index for index, (one, other) in pairs if one.value != other.value), None)
+
+    @property
+    def _note(self) -> str | None:
+        """A detail that the two runs do not share; it may be a time."""
+        for index, (one, other) in enumerate(zip(self.scores, self.again, strict=True)):
+            for key in sorted(one.details.keys() | other.details.keys()):
+                if one.details.get(key) != other.details.get(key):
+                    return f"the detail {key} of image {index} differs between the two runs"
         return None
 
     @property
@@ -85,7 +93,8 @@ class RewardCheck:
             rows["values"] = f"{min(values):.4g} to {max(values):.4g}, mean {math.fsum(values) / len(values):.4g}"
         rows |= {f"missing, {count} x": str(reason) for reason, count in missing.items()}
         rows |= {
-            "two runs": "agree" if self.scores == self.again else "differ",
+            "two runs": "agree" if self._disagreement is None else "differ",
+            **({} if self._note is None else {"note": self._note}),
             "time to the first score": f"{self.load_seconds:.2f} s",
             "time per image": f"{1000 * self.image_seconds:.1f} ms",
         }
@@ -113,13 +122,13 @@ def run(section: RewardSection, *, images: Path | None = None, prompts: Path | N
     times: list[tuple[float, float]] = []
     peak = None
     for _ in range(2):
-        with ScoringPool(reward, workers=1, timeout=section.timeout) as pool:
+        with make_reward_pool(reward, section.model_copy(update={"workers": 1}), cores=1) as pool:
             start = time.perf_counter()
             pool.score(sources[:1], asked[:1])
             loaded = time.perf_counter()
             runs.append(pool.score(sources, asked))
             times.append((loaded - start, (time.perf_counter() - loaded) / len(sources)))
-            peak = _peak_bytes(pool.pids[0])
+            peak = max(filter(None, map(_peak_bytes, pool.pids)), default=None)
     return RewardCheck(reward, version, runs[0], runs[1], times[0][0], times[0][1], peak)
 
 

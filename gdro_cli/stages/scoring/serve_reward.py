@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from gdro_cli.config.rules import variable_problem
 from gdro_cli.config.sections import RewardSection
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.address import read_key
-from gdro_cli.rewards.pool import ScoringPool, usable_cores
+from gdro_cli.rewards.pool import usable_cores
 from gdro_cli.rewards.registry import open_reward, provenance
+from gdro_cli.stages.setup.scorers import make_reward_pool
 
 
 def run(section: RewardSection, *, host: str, port: int, key_env: str | None, say: Callable[[str], object]) -> None:
@@ -22,7 +24,8 @@ def run(section: RewardSection, *, host: str, port: int, key_env: str | None, sa
         say: prints the address, once requests are answered.
 
     Raises:
-        UserError: the address cannot be used, or others could reach the server without a key.
+        UserError: the address cannot be used, ``key_env`` is no name of a variable, or others could reach the server
+            without a key.
         PrerequisiteError: the server's packages, the key, or something that the reward needs is missing.
     """
     from gdro_cli.rewards.http.packages import check_packages
@@ -30,6 +33,8 @@ def run(section: RewardSection, *, host: str, port: int, key_env: str | None, sa
     check_packages()
     from gdro_cli.rewards.http import server
 
+    if key_env is not None and (problem := variable_problem(key_env, example="REWARD_API_KEY")):
+        raise UserError(f"--key-env {problem}")
     key = read_key(key_env, owner="the server's")
     if key is None and host not in server.LOOPBACK:
         raise UserError(
@@ -38,10 +43,7 @@ def run(section: RewardSection, *, host: str, port: int, key_env: str | None, sa
         )
     reward = open_reward(section)
     version = provenance(reward)
-    workers = section.workers
-    if workers == "auto":
-        workers = usable_cores() if reward.resources == "cores" else 1
-    with server.listen(host, port) as listener, ScoringPool(reward, workers=workers, timeout=section.timeout) as pool:
+    with server.listen(host, port) as listener, make_reward_pool(reward, section, cores=usable_cores()) as pool:
         app = server.make_app(reward, version, pool, key=key)
         shown = f"[{host}]" if ":" in host else host
         say(f"the reward {reward.name} is at http://{shown}:{listener.getsockname()[1]} (Ctrl-C ends the server)")

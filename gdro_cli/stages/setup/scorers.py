@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from gdro_cli.config.sections import RewardSection
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.judge.base import JudgeReward
 from gdro_cli.rewards.mix import MixReward
 from gdro_cli.rewards.mixed_pool import MixedPool
-from gdro_cli.rewards.pool import LARGEST_CHUNK, Pool, ScoringPool, usable_cores
+from gdro_cli.rewards.pool import Pool, ScoringPool, usable_cores
 from gdro_cli.rewards.registry import provenance
 from gdro_cli.stages.setup.session import Session
-
-SERVER_CHUNK = 64
-"""Images that a process gets at a time which only asks a server: several requests at a time."""
 
 
 def open_reward_pool(session: Session, *, sharing: int | None = None) -> Pool:
@@ -21,20 +19,32 @@ def open_reward_pool(session: Session, *, sharing: int | None = None) -> Pool:
 
     ``sharing``: how many processes on this machine, each with a pool, share its cores. Default: all of the job's.
     """
-    reward = session.reward
-    if isinstance(reward, MixReward):
-        pools = {name: open_pool_of(session, part, sharing=sharing) for name, part in reward.parts.items()}
-        return MixedPool(reward, pools)
-    return open_pool_of(session, reward, sharing=sharing)
+    return make_reward_pool(session.reward, session.recipe.reward, cores=_own_cores(session, sharing))
 
 
 def open_pool_of(session: Session, reward: Reward, *, sharing: int | None = None) -> ScoringPool:
-    """Processes of any reward, of the number that the recipe sets; see ``open_reward_pool``."""
-    workers = session.recipe.reward.workers
-    if workers == "auto":
-        workers = _own_cores(session, sharing) if reward.resources == "cores" else 1
-    chunk = SERVER_CHUNK if reward.resources == "server" else LARGEST_CHUNK
-    return ScoringPool(reward, workers=workers, largest_chunk=chunk, timeout=session.recipe.reward.timeout)
+    """Processes of any reward but a mixture, as the recipe sets them; see ``open_reward_pool``."""
+    return _make_pool(reward, session.recipe.reward, cores=_own_cores(session, sharing))
+
+
+def make_reward_pool(reward: Reward, section: RewardSection, *, cores: int) -> Pool:
+    """Processes that score with a reward, as its section of a recipe sets them; those of a mixture are its parts'.
+
+    Args:
+        reward: the reward.
+        section: has the number of workers and the time limit.
+        cores: CPU cores to use.
+    """
+    if isinstance(reward, MixReward):
+        return MixedPool(reward, {name: _make_pool(part, section, cores=cores) for name, part in reward.parts.items()})
+    return _make_pool(reward, section, cores=cores)
+
+
+def _make_pool(reward: Reward, section: RewardSection, *, cores: int) -> ScoringPool:
+    if reward.resources == "server":  # it divides the images into requests, and bounds the time of each
+        return ScoringPool(reward, workers=1, largest_chunk=None)
+    workers = 1 if reward.resources == "device" else cores if section.workers == "auto" else section.workers
+    return ScoringPool(reward, workers=workers, timeout=section.timeout)
 
 
 def open_reward_table(session: Session, store: GroupStore, *, command: str = "gdro score") -> ScoreTable:

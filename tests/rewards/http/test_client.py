@@ -189,11 +189,12 @@ def test_a_refusal_and_a_redirect_end_the_command(
         (answers({}), "has no object `version`"),
         (answers({"version": {}}), "has no object `version`"),
         (answers({"version": VERSION, "needs": "target"}), "`needs` that are not a list of texts"),
-        (answers({"version": VERSION, "scale": [1]}), "`scale` that is not a list of two numbers"),
-        (
-            answers({"version": VERSION, "scale": [0, 10]}),
-            r"scale \[0.0, 10.0\], and reward.http.scale is \[0.0, 1.0\]",
-        ),
+        (answers({"version": VERSION, "scale": [1]}), "`scale` that is not a list of two finite numbers"),
+        (answers({"version": VERSION, "scale": [float("nan"), 1]}), "`scale` that is not a list of two finite numbers"),
+        (answers({"version": VERSION, "scale": [0, 10**400]}), "`scale` that is not a list of two finite numbers"),
+        (answers({"version": VERSION, "scale": [1, 0]}), "`scale` that is not .* the lower one first"),
+        (answers({"version": VERSION}), r"does not state a scale: set reward.http.scale to .*, such as \[0, 1\]"),
+        (answers({"version": VERSION, "protocol": 2}), "has the protocol 2, and this gdro_cli speaks 1"),
         (answers({}, status=500), "answers HTTP 500: look at its messages"),
         (Reply(b"", hang_up=True), r"cannot be reached \(RemoteProtocolError.*: start it"),
     ],
@@ -205,11 +206,37 @@ def test_a_server_that_says_nothing_useful_about_itself(reward_server: RewardSer
     assert "\n" not in str(caught.value)
 
 
+def test_two_scales_must_be_equal(reward_server: RewardServer) -> None:
+    reward_server.info = answers({"version": VERSION, "scale": [0, 10], "protocol": 1})
+    with pytest.raises(PrerequisiteError, match=r"scale \[0.0, 10.0\], and reward.http.scale is \[0.0, 1.0\]: make"):
+        _ = reward(reward_server, scale=(0, 1)).version
+    assert reward(reward_server).scale == reward(reward_server, scale=(0, 10)).scale == (0.0, 10.0)
+    assert provenance(reward(reward_server)) == provenance(reward(reward_server, scale=(0, 10)))
+
+
+@pytest.mark.parametrize("stated", [True, False])
+def test_a_value_outside_the_scale_is_missing(reward_server: RewardServer, stated: bool) -> None:
+    reward_server.info = answers({"version": VERSION, **({"scale": [0, 20]} if stated else {})})
+    reward_server.replies.append(scores({"value": 20.00001, "details": {}}, {"value": 21.5, "details": {"a": 1}}))
+    found = score(reward_server, 2, **({} if stated else {"scale": (0, 20)}))
+    reason = "the reward server gave 21.5, outside its scale (0 to 20): correct reward.http.scale, or the server"
+    assert found == [Score(20.00001), Score(None, reason, {"a": 1})]
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [("[1, 0]", "the first number must be below the second"), ("[0, .inf]", "must be a finite number")],
+)
+def test_the_scale_of_a_recipe_is_two_finite_numbers(scale: str, words: str) -> None:
+    with pytest.raises(UserError, match=rf"reward\.http\.scale.*{words}"):
+        load_recipe("ocr", overrides=["reward.kind=http", "reward.http.url=http://h", f"reward.http.scale={scale}"])
+
+
 def test_the_version_of_the_servers_reward_names_the_scores(reward_server: RewardServer) -> None:
     assert provenance(reward(reward_server)) == {
         "reward": "http",
         "server": VERSION,
-        "settings": {"scale": [0.0, 1.0]},
+        "scale": [0.0, 1.0],
     }
 
 
@@ -233,7 +260,7 @@ def test_a_scoring_process_notices_another_version_when_it_starts(reward_server:
 
 
 def test_prompts_must_carry_what_the_server_needs(reward_server: RewardServer) -> None:
-    reward_server.info = answers({"version": VERSION, "needs": ["target", "tag"]})
+    reward_server.info = answers({"version": VERSION, "scale": [0, 1], "needs": ["target", "tag"]})
     asked = reward(reward_server)
     with pytest.raises(ValueError, match="the key tag is missing"):
         asked.read_prompt('a "B"', target=None, metadata={})
@@ -247,6 +274,15 @@ def test_the_key_is_sent_and_never_shown(reward_server: RewardServer, monkeypatc
     reward_server.otherwise = lambda payload: answers({"you": "secret-key-1234"}, status=400)
     (found,) = score(reward_server, api_key_env="MY_KEY")
     assert "secret" not in str(found.reason) and "***" in str(found.reason)
+    told = {"value": 0.5, "details": {"a secret-key-1234": ["secret-key-1234"]}}
+    version = {"rule": "secret-key-1234"}
+    reward_server.info = answers({"version": version, "scale": [0, 1]})
+    reward_server.otherwise = lambda payload: scores(told, {"error": "secret-key-1234"}, version=version)
+    assert score(reward_server, 2, api_key_env="MY_KEY") == [
+        Score(0.5, None, {"a ***": ["***"]}),
+        Score(None, "the reward server failed on this image: ***"),
+    ]
+    assert reward(reward_server, api_key_env="MY_KEY").version["server"] == {"rule": "***"}
     monkeypatch.delenv("MY_KEY")
     with pytest.raises(PrerequisiteError, match="variable MY_KEY is empty: put the reward server's API key into it"):
         score(reward_server, api_key_env="MY_KEY")

@@ -81,7 +81,7 @@ def test_ocr_behind_a_server_gives_the_scores_of_ocr(serve: Serve, reward: OcrRe
     images = [sign([word], colour="#2850be") for word in WORDS]
     remote = HttpReward(HttpSettings(url=url, images_per_request=2))
     assert remote.score(images, [ask(word) for word in WORDS]) == reward.score(images, [ask(word) for word in WORDS])
-    assert remote.version == {"reward": "http", "server": provenance(reward)}
+    assert remote.version == {"reward": "http", "server": provenance(reward), "scale": [0.0, 1.0]}
     assert remote.read_prompt('a "B"', target=None, metadata={}) == "B"
 
 
@@ -95,6 +95,27 @@ def test_a_crash_costs_its_image_and_a_give_up_its_request(serve: Serve) -> None
     assert remote.version["server"]["settings"] == {"power": 2.0}
     assert post(url, one(Image.new("RGB", (17, 4)))).json() == {"error": "no such width"}
     assert post(url, one(Image.new("RGB", (5, 4)))).json()["scores"] == [{"value": 0.0, "details": {}}]
+
+
+def test_a_server_states_no_scale_that_is_not_finite(serve: Serve, tmp_path: Path) -> None:
+    code = BRIGHTNESS.replace("    version", "    scale = (0.0, float('inf'))\n    version").replace("/ 255", "")
+    install(tmp_path, "brightness", code, target="Brightness")
+    url = serve("brightness", "--set", "reward.workers=1")
+    assert "scale" not in httpx2.get(url).json()
+    remote = HttpReward(HttpSettings(url=url, scale=(0, 255)))
+    assert remote.score([Image.new("RGB", (5, 4), "white")], [Prompt("p", None)]) == [Score(255.0)]
+
+
+def test_a_mixture_behind_a_server_has_the_processes_of_its_parts(serve: Serve) -> None:
+    url = serve("mix", "--set", "reward.mix.weights={ocr: 1, brightness: 3}", "--set", "reward.workers=1")
+    remote = HttpReward(HttpSettings(url=url))
+    prompt = ask("HELLO")
+    crash, good = remote.score([Image.new("RGB", (13, 4)), sign(["HELLO"], colour="#ffffff")], [prompt] * 2)
+    assert str(crash.reason).startswith("the reward server failed on this image: brightness: the scoring worker died")
+    assert good.value is not None and good.details["ocr"] == 1.0
+    body = request_body([png_base64(Image.new("RGB", (17, 4)))], [prompt])
+    assert post(url, body).json() == {"error": "no such width"}  # which ends the processes of one part
+    assert remote.score([sign(["HELLO"], colour="#ffffff")], [prompt]) == [good]
 
 
 def test_bad_requests(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,6 +152,7 @@ def test_bad_requests(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
         (["brightness", "--host", "0.0.0.0"], 2, "others can reach 0.0.0.0: name the environment variable with a key"),
         (["brightness", "--host", "256.1.1.1", "--key-env", "REWARD_KEY"], 2, "cannot listen on 256.1.1.1, port 8000"),
         (["brightness", "--key-env", "NO_SUCH"], 3, "the environment variable NO_SUCH is empty"),
+        (["brightness", "--key-env", "sk-secretkey1"], 2, "--key-env must be the name of an environment variable"),
         (["brightnes"], 2, "did you mean `brightness`?"),
         (["brightness", "--set", "reward.brightness.power=x"], 2, "reward.brightness.power: must be a number"),
     ],
@@ -141,3 +163,4 @@ def test_a_server_that_cannot_start_says_why(options: list[str], code: int, word
     command = [sys.executable, "-m", "gdro_cli", "rewards", "serve", *options]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, words in done.stderr) == (code, True), done.stderr
+    assert "secretkey" not in done.stderr

@@ -32,6 +32,7 @@ SPEED = {
     "reward.http.images_per_request": "3",
     "reward.http.concurrency": "3",
     "reward.http.timeout": "3",
+    "reward.http.scale": "[0, 3]",
     "reward.http.retries": "3",
     "reward.clip.model": "other/clip",
     "reward.pickscore.model": "other/pickscore",

@@ -103,7 +103,7 @@ def test_the_whole_job_and_the_identity_of_its_run(
         http = {"url": other.url, "retries": 3, "images_per_request": 4, "concurrency": 2, "timeout": 9.0}
         same = make_recipe(name="served", reward={"kind": "http", "http": http}, train={"steps": 2, "eval_every": 2})
         assert run_path(Session(same, tmp_path)) == run.path
-        other.info = answers({"version": {"reward": "width", "rule": "two"}})
+        other.info = answers({"version": {"reward": "width", "rule": "two"}, "scale": [0, 1]})
         assert run_path(Session(same, tmp_path)) != run.path
     finally:
         other.close()
@@ -112,7 +112,7 @@ def test_the_whole_job_and_the_identity_of_its_run(
 def test_nothing_is_sampled_without_the_server_or_for_prompts_that_it_cannot_use(
     make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path, reward_server: RewardServer
 ) -> None:
-    reward_server.info = answers({"version": {"rule": "one"}, "needs": ["mood"]})
+    reward_server.info = answers({"version": {"rule": "one"}, "scale": [0, 1], "needs": ["mood"]})
     with pytest.raises(UserError, match="ocr-train does not fit the reward http .the key mood is missing"):
         score.run(Session(served(make_recipe, reward_server), tmp_path, quiet))
     reward_server.info = Reply(b"", hang_up=True)
