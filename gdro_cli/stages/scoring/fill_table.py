@@ -9,10 +9,11 @@ from functools import partial
 
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.shard_times import add_time, total_time
-from gdro_cli.errors import Interrupted, StoreError
+from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError
 from gdro_cli.rewards.base import Reward, Score
 from gdro_cli.rewards.mix import MixReward
 from gdro_cli.rewards.pool import Pool, ScoringStopped
+from gdro_cli.rewards.registry import provenance
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.sampling.fill_store import own_part
 from gdro_cli.stages.scoring.score_rows import score_rows
@@ -106,9 +107,17 @@ def score_by(session: Session, reward: Reward, table: ScoreTable, *, label: str,
     """Fill the table of any reward but a mixture; see ``score_missing``. A reward that needs the GPU gets it.
 
     ``allowed``: as in ``shards_to_score``. Default: the recipe's.
+
+    Raises:
+        PrerequisiteError: the server of this process has another version than the table's.
     """
     leave_device(session, reward)
     server = reward.resources == "server"
+    with session.engine.together():  # each process has asked the server itself
+        if server and provenance(reward) != table.provenance:
+            raise PrerequisiteError(
+                f"the reward {reward.name} has another version than when {table.path} was opened: run the command again"
+            )
     allowed = session.recipe.reward.max_failed_share if allowed is None else allowed
     return score_missing(
         session, table, open_pool_of(session, reward), label=label, refuse_empty=server, allowed=allowed

@@ -15,7 +15,10 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.runs.identity import run_path
 from gdro_cli.stages.scoring import score
+from gdro_cli.stages.scoring.fill_table import score_with_reward
+from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.store import open_training_store
 from gdro_cli.stages.training import train
 from tests.support.judge_server import Reply
 from tests.support.reward_server import RewardServer, answers, scores
@@ -64,6 +67,20 @@ def test_the_same_command_completes_the_scores(
     assert len(reward_server.seen) == 3 + 8
     reward_server.seen.clear()
     assert score.run(Session(recipe, tmp_path, quiet)).shards_made == 0 and reward_server.seen == []
+
+
+def test_a_server_that_was_updated_after_the_table_was_opened(
+    make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path, reward_server: RewardServer
+) -> None:
+    """As another process of the job may find it: its scores would be of another version than the table's."""
+    session = Session(served(make_recipe, reward_server), tmp_path, quiet)
+    store = open_training_store(session)
+    table = open_reward_table(session, store)
+    reward_server.info = answers({"version": {"reward": "width", "rule": "two"}, "scale": [0, 1]})
+    del session.reward
+    with pytest.raises(PrerequisiteError, match=r"the reward http has another version than when .* was opened: run"):
+        score_with_reward(session, table, label="scoring")
+    assert reward_server.seen == []
 
 
 def test_a_complete_table_that_was_refused_is_scored_once_more(
