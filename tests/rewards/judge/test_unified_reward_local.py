@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import ImageSource
-from gdro_cli.rewards.judge import unified_prompt, unified_reward_local
+from gdro_cli.rewards.judge import unified_reward_local
 from gdro_cli.rewards.judge.base import AXES
 from gdro_cli.rewards.judge.unified_reward_local import UnifiedRewardLocal
 from tests.support.judge_server import lines
@@ -32,14 +31,6 @@ CHAT = (
 )
 IMAGES = {"red": Image.new("RGB", (16, 8), "#ff0000"), "blue": Image.new("RGB", (16, 8), "#0000ff")}
 ANSWERS = {"red": lines(4.5, 3, 2), "blue": lines(1, 5, 3.25)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def short_template() -> Iterator[None]:
-    """The models are too small for the real prompt."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(unified_prompt, "TEMPLATE", TEMPLATE)
-        yield
 
 
 def letter_tokenizer() -> PreTrainedTokenizerFast:
@@ -138,7 +129,7 @@ def judged(judge: UnifiedRewardLocal, *images: ImageSource) -> list[tuple[float 
 
 
 def test_each_image_gets_the_memorised_answer(folder: Path, tmp_path: Path) -> None:
-    judge = UnifiedRewardLocal(folder, device="cpu")
+    judge = UnifiedRewardLocal(folder, template=TEMPLATE, device="cpu")
     stored, broken = tmp_path / "blue.png", tmp_path / "broken.png"
     IMAGES["blue"].save(stored)
     broken.write_bytes(b"no")
@@ -150,23 +141,21 @@ def test_each_image_gets_the_memorised_answer(folder: Path, tmp_path: Path) -> N
 def test_an_answer_that_was_cut_off_loses_its_last_number(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each letter is a token; all but the last one are allowed."""
     monkeypatch.setattr(unified_reward_local, "MAX_TOKENS", len(lines(4.5, 3, 2)) - 1)
-    assert judged(UnifiedRewardLocal(folder, device="cpu"), IMAGES["red"]) == [(4.5, 3.0, None)]
+    assert judged(UnifiedRewardLocal(folder, template=TEMPLATE, device="cpu"), IMAGES["red"]) == [(4.5, 3.0, None)]
 
 
 def test_a_prompt_that_contains_the_model_s_image_mark_is_missing(folder: Path) -> None:
-    (judgement,) = UnifiedRewardLocal(folder, device="cpu").judge([IMAGES["red"]], ["a <|image_pad|>"])
+    (judgement,) = UnifiedRewardLocal(folder, template=TEMPLATE, device="cpu").judge(
+        [IMAGES["red"]], ["a <|image_pad|>"]
+    )
     assert judgement.reason is not None and "2 times" in judgement.reason
 
 
-def test_provenance_covers_the_files_and_the_prompt(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_provenance_covers_the_files_and_the_prompt(folder: Path, tmp_path: Path) -> None:
     version = UnifiedRewardLocal(folder).version
     copy = shutil.copytree(folder, tmp_path / "copy")
     assert UnifiedRewardLocal(copy).version == version
-    with monkeypatch.context() as patch:
-        patch.setattr(unified_prompt, "TEMPLATE", TEMPLATE + " ")
-        assert UnifiedRewardLocal(folder).version != version
+    assert UnifiedRewardLocal(folder, template=TEMPLATE).version != version
     assert version["precision"] == "float32"
     with (copy / "config.json").open("a") as file:
         file.write("\n")
