@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from gdro_cli.errors import UserError
+from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.model_source import WEIGHTS, ModelSource
 
 _CONFIG = "config.json"
@@ -76,6 +79,38 @@ class ModelFiles:
     def load_part(self, cls: Any) -> Any:
         """A tokenizer or image processor of the class ``cls``. Raises ``PrerequisiteError``."""
         return self._source.load(cls)
+
+
+class WeightFiles:
+    """Weights without a configuration: all ``*.safetensors`` of a folder or Hub id. Constructing this loads nothing.
+
+    Raises:
+        PrerequisiteError: the folder does not exist, or has no weights.
+    """
+
+    def __init__(self, model: str, *, key: str) -> None:
+        self.source = ModelSource(model, key=key)
+        if self.source.on_hub:
+            self.source.in_cache(WEIGHTS)  # knows the commit of weights that are there
+        else:
+            self.source.require(WEIGHTS)
+
+    @property
+    def version(self) -> dict[str, str]:
+        """The Hub id and commit, or the digest of the files. Raises ``PrerequisiteError``."""
+        if self.source.on_hub and self.source.commit is None:
+            self.source.get(WEIGHTS)
+        return self.source.version(WEIGHTS)
+
+    def read(self) -> dict[str, Tensor]:
+        """All weights by name, on the CPU. Raises ``PrerequisiteError`` if they are missing or damaged."""
+        source, weights = self.source, dict[str, Tensor]()
+        try:
+            for file in sorted(source.get(WEIGHTS).glob(WEIGHTS)):
+                weights |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise PrerequisiteError(f"model {source.name} cannot be read ({error}): {source.remedy}") from error
+        return weights
 
 
 def pick_device(device: str) -> torch.device:

@@ -6,13 +6,11 @@ import re
 from itertools import pairwise
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.model_source import WEIGHTS, ModelSource
+from gdro_cli.rewards.pretrained import WeightFiles
 
 _LAYER = re.compile(r"(?:mlp\.)?layers\.(\d+)\.(weight|bias)")
 
@@ -29,19 +27,13 @@ class AestheticHead:
     """
 
     def __init__(self, model: str) -> None:
-        self._source = ModelSource(model, key="reward.aesthetic.head")
+        self._files = WeightFiles(model, key="reward.aesthetic.head")
         self._layers: list[tuple[Tensor, Tensor]] | None = None
-        if self._source.on_hub:
-            self._source.in_cache(WEIGHTS)  # knows the commit of weights that are there
-        else:
-            self._source.require(WEIGHTS)
 
     @property
     def version(self) -> dict[str, Any]:
         """The weights' Hub id and commit or digest."""
-        if self._source.on_hub and self._source.commit is None:
-            self._source.get(WEIGHTS)
-        return self._source.version(WEIGHTS)
+        return self._files.version
 
     def load(self, *, width: int) -> None:
         """Load the weights for directions of ``width`` numbers; a second call does nothing.
@@ -51,18 +43,14 @@ class AestheticHead:
         """
         if self._layers is not None:
             return
-        source, found = self._source, dict[tuple[int, str], Tensor]()
-        try:
-            for file in sorted(source.get(WEIGHTS).glob(WEIGHTS)):
-                for name, tensor in load_file(file).items():
-                    if match := _LAYER.fullmatch(name):
-                        found[int(match[1]), match[2]] = tensor.float()
-            numbers = sorted({number for number, _ in found})
-            layers = [(found[number, "weight"], found[number, "bias"]) for number in numbers]
-            fits = bool(layers) and len(layers[-1][0]) == 1
-            fits = fits and all(len(a[0]) == b[0].shape[1] for a, b in pairwise(layers))
-        except (OSError, SafetensorError, KeyError) as error:
-            raise PrerequisiteError(f"model {source.name} cannot be read ({error}): {source.remedy}") from error
+        source, found = self._files.source, dict[tuple[int, str], Tensor]()
+        for name, tensor in self._files.read().items():
+            if match := _LAYER.fullmatch(name):
+                found[int(match[1]), match[2]] = tensor.float()
+        numbers = sorted({number for number, part in found if part == "weight"})
+        fits = bool(numbers) and all((number, "bias") in found for number in numbers)
+        layers = [(found[number, "weight"], found[number, "bias"]) for number in numbers] if fits else []
+        fits = fits and len(layers[-1][0]) == 1 and all(len(a[0]) == b[0].shape[1] for a, b in pairwise(layers))
         if fits and layers[0][0].shape[1] != width:
             raise PrerequisiteError(
                 f"model {source.name} is a head for directions of {layers[0][0].shape[1]} numbers, and those of"

@@ -8,16 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gdro_cli.errors import PrerequisiteError
-from gdro_cli.model_source import WEIGHTS, ModelSource, weights_problem
+from gdro_cli.model_source import weights_problem
 from gdro_cli.rewards.clip.network import ClipNetwork, processor_files
-from gdro_cli.rewards.pretrained import pick_device
+from gdro_cli.rewards.pretrained import WeightFiles, pick_device
 
-_KEY = "reward.hpsv2.model"
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
 """Of RGB, as CLIP was trained."""
@@ -63,20 +60,14 @@ class HpsNetwork(ClipNetwork):
 
     def __init__(self, model: str, *, base: str, device: str = "auto") -> None:
         self._files = self._parts = processor_files(base, "reward.hpsv2.base")
-        self._weights = ModelSource(model, key=_KEY)
+        self._weights = WeightFiles(model, key="reward.hpsv2.model")
         self._device = device
         self._loaded = None
-        if self._weights.on_hub:
-            self._weights.in_cache(WEIGHTS)  # knows the commit of weights that are there
-        else:
-            self._weights.require(WEIGHTS)
 
     @property
     def version(self) -> dict[str, Any]:
         """The weights' Hub id and commit or digest; the base's."""
-        if self._weights.on_hub and self._weights.commit is None:
-            self._weights.get(WEIGHTS)
-        return {**self._weights.version(WEIGHTS), "base": super().version}
+        return {**self._weights.version, "base": super().version}
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """As HPSv2's code does: the longer side fits, the rest is black, and no part is cut off."""
@@ -86,15 +77,7 @@ class HpsNetwork(ClipNetwork):
     def _load_network(self) -> Any:
         from transformers import CLIPConfig, CLIPModel
 
-        source = self._weights
-        folder = source.get(WEIGHTS)
-        try:
-            weights = {
-                name: tensor for file in sorted(folder.glob(WEIGHTS)) for name, tensor in load_file(file).items()
-            }
-        except (OSError, SafetensorError) as error:
-            raise PrerequisiteError(f"model {source.name} cannot be read ({error}): {source.remedy}") from error
-        weights = named_as_in_transformers(weights)
+        source, weights = self._weights.source, named_as_in_transformers(self._weights.read())
         network = CLIPModel(CLIPConfig.from_dict(self._files.config))
         own = network.state_dict()
         problem = weights_problem(

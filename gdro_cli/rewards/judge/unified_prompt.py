@@ -13,8 +13,8 @@ import re
 from typing import Any
 
 from gdro_cli.files import sha256
+from gdro_cli.rewards.chat import filled, final_text
 from gdro_cli.rewards.judge.base import AXES, HIGHEST, LOWEST, Judgement, on_scale
-from gdro_cli.rewards.templates import filled
 
 RULE = "unified-reward-lines-2"
 """Name of the rule in the provenance; it changes whenever the same answer would be read differently."""
@@ -36,7 +36,6 @@ MAX_TOKENS = 1024
 """Tokens of an answer; three lines need about a hundred."""
 
 _MARGIN = 0.05
-_END = re.compile(r"(?:\s*(?:<\|im_end\|>|<\|endoftext\|>|<\|eot_id\|>|<\|end\|>|<end_of_turn>|</s>))+\s*$")
 _QUOTED = 500
 """Characters of an answer that the details keep."""
 _MARKUP = re.compile(r"[*_`#>|]|\\(?=[()\-])")
@@ -70,7 +69,7 @@ def read_answer(answer: str, *, complete: bool = True) -> Judgement:
         answer: the model's text.
         complete: whether the model ended it. If not, its last line may lack digits and is not read.
     """
-    final = _END.sub("", answer.rpartition("</think>")[2].partition("<think>")[0])
+    final = final_text(answer)
     lines = final.splitlines()
     numbers: dict[str, set[float]] = {axis: set() for axis in AXES}
     for line in lines if complete else lines[:-1]:

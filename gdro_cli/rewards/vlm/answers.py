@@ -6,6 +6,8 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from gdro_cli.rewards.chat import final_text
+
 RATING = """\
 Look at the image. It was made from this prompt:
 
@@ -24,7 +26,6 @@ QUESTION = """\
 RULE = "vlm-2"
 """Name of the rule in the provenance; it changes whenever the same answer would be read differently."""
 
-_END = re.compile(r"(?:\s*(?:<\|[a-z_]+\|>|</s>|<end_of_turn>))+\s*$")
 _MARKUP = re.compile(r"[*_`#>]")
 _SCORE = re.compile(
     r"(?:[a-z ]{0,40}(?:score|rating)\s*(?:\([^()]{0,20}\)\s*)?[:=]\s*)?(-?[0-9]{1,6}(?:\.[0-9]{1,12})?)"
@@ -47,7 +48,7 @@ def read_rating(answer: str, *, low: float, high: float) -> float:
     Raises:
         UnusableAnswerError: no line has a number, lines have different ones, or it is off the scale.
     """
-    matches = [match for line in _final(answer).splitlines() if (match := _SCORE.fullmatch(_plain(line)))]
+    matches = [match for line in final_text(answer).splitlines() if (match := _SCORE.fullmatch(_plain(line)))]
     for match in matches:
         if match[2] is not None and float(match[2]) != high:
             raise UnusableAnswerError(f"is a number out of {match[2]}, not out of {high:g}")
@@ -81,7 +82,7 @@ def read_yes(answer: str, first: Mapping[str, float]) -> float:
             share[word] += probability
     if (total := sum(share.values())) > 0.5:
         return share["yes"] / total
-    word_found = _WORD.search(_final(answer))
+    word_found = _WORD.search(final_text(answer))
     word = word_found[0].lower() if word_found else ""
     if word not in share:
         raise UnusableAnswerError("says neither yes nor no")
@@ -93,10 +94,6 @@ def mean_of(values: Sequence[float], *, geometric: bool) -> float:
     if not geometric:
         return math.fsum(values) / len(values)
     return 0.0 if min(values) <= 0 else math.exp(math.fsum(map(math.log, values)) / len(values))
-
-
-def _final(answer: str) -> str:
-    return _END.sub("", answer.rpartition("</think>")[2].partition("<think>")[0])
 
 
 def _plain(line: str) -> str:

@@ -102,7 +102,7 @@ class VlmReward(Reward):
     @cached_property
     def template(self) -> str:
         """The words of a request. Raises ``UserError``."""
-        from gdro_cli.rewards.templates import read_template
+        from gdro_cli.rewards.chat import read_template
 
         settings = self.settings
         if settings.template is not None:
@@ -150,9 +150,9 @@ class VlmReward(Reward):
         self, endpoint: Endpoint, gate: asyncio.Semaphore, source: ImageSource, prompt: PromptLike
     ) -> Score:
         from gdro_cli.rewards.base import UnreadableImageError, read_rgb
+        from gdro_cli.rewards.chat import filled
         from gdro_cli.rewards.endpoint import NoAnswerError
         from gdro_cli.rewards.png import png_base64
-        from gdro_cli.rewards.templates import filled
 
         questions = _questions(prompt.metadata) if self.settings.ask == "questions" else [prompt.prompt]
         values: list[float] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
 
 import torch
 from PIL import Image
@@ -44,8 +45,7 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
     own = missing if sharded else engine.share(missing)
     total = sum(len(store.shards[number]) for number in own) * plan.images_per_prompt
     stopped = f"stopped while {label}; finished shards are kept in {store.path}: run the command again to continue"
-    image_steps, ended = 0, 0.0
-    pending: list[Future[None]] = []
+    image_steps = 0
 
     def advance(images: int) -> None:
         nonlocal image_steps
@@ -55,17 +55,6 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
             stop.check(stopped)
         elif engine.hear(stop):  # a process that stopped alone would leave the others waiting inside the model
             engine.stop_together(stopped)
-
-    def write(number: int, groups: list[Group], start: float) -> None:
-        nonlocal ended
-        store.write_shard(number, groups)
-        began, ended = max(start, ended), time.perf_counter()  # the times of shards do not overlap
-        add_time(store.path, number, ended - began, processes=1 if sharded else engine.world)
-
-    def finish() -> None:
-        """Wait for the shard that is being written. Raises what the writing raised."""
-        while pending:
-            pending.pop().result()
 
     def make(number: int) -> None:
         start = time.perf_counter()
@@ -77,13 +66,11 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
             on_step=advance,
             split=engine if sharded else None,
         )
-        finish()
-        if groups:  # written while the next images are drawn
-            pending.append(writer.submit(write, number, groups, start))
+        writer.write(number, groups, start)
 
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
-        ThreadPoolExecutor(1, thread_name_prefix="shard") as writer,
+        _ShardWriter(store, processes=1 if sharded else engine.world) as writer,
         session.reporter.track(label + own_part(engine, sharded), total=total, unit="images") as progress,
         merged(session.model),
     ):
@@ -91,12 +78,50 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
             for number in missing:
                 make(number)
                 with engine.together():
-                    finish()
+                    writer.finish()
         else:
             engine.take_turns(missing, make)
             with engine.together():
-                finish()
+                writer.finish()
     return len(missing)
+
+
+class _ShardWriter:
+    """Writes a shard on a thread while the next images are drawn; one at a time.
+
+    Args:
+        store: where the shards belong.
+        processes: number of processes that make shards in parallel.
+    """
+
+    def __init__(self, store: GroupStore, *, processes: int) -> None:
+        self._store, self._processes = store, processes
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="shard")
+        self._pending: Future[None] | None = None
+        self._ended = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def write(self, number: int, groups: list[Group], start: float) -> None:
+        """Begin to write a shard whose images were begun at ``start``. Raises what the last writing raised."""
+        self.finish()
+        if groups:
+            self._pending = self._thread.submit(self._write, number, groups, start)
+
+    def finish(self) -> None:
+        """Wait for the shard that is being written. Raises what the writing raised."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, number: int, groups: list[Group], start: float) -> None:
+        self._store.write_shard(number, groups)
+        began, self._ended = max(start, self._ended), time.perf_counter()  # the times of shards do not overlap
+        add_time(self._store.path, number, self._ended - began, processes=self._processes)
 
 
 def own_part(engine: Engine, sharded: bool = False) -> str:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.embedded import tiny_judge_path
+from gdro_cli.rewards.chat import read_template
 from gdro_cli.rewards.judge.base import Judge, JudgeReward
 from gdro_cli.rewards.judge.unified_prompt import TEMPLATE
-from gdro_cli.rewards.templates import read_template
 from gdro_cli.stages.setup.model import EMBEDDED
 from gdro_cli.stages.setup.reward import open_reward
 

@@ -1,4 +1,4 @@
-"""Words that are sent to a vision-language model with an image: a text file with a place for the prompt."""
+"""Words to and from a vision-language model: a template with a place for the prompt, and the end of an answer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from gdro_cli.errors import UserError
 
 PLACE = re.compile(r"\{(?:prompt|caption)\}")
 _LARGEST = 1 << 16
+_END = re.compile(r"(?:\s*(?:<\|[a-z_]+\|>|</s>|<end_of_turn>))+\s*$")
 
 
 def read_template(path: str, *, key: str) -> str:
@@ -37,3 +38,8 @@ def read_template(path: str, *, key: str) -> str:
 def filled(template: str, prompt: str) -> str:
     """The template with the prompt in its place. Braces in the prompt have no meaning."""
     return PLACE.sub(lambda _: prompt, template)
+
+
+def final_text(answer: str) -> str:
+    """An answer without what the model thought before it and the end tokens that some servers leave behind it."""
+    return _END.sub("", answer.rpartition("</think>")[2].partition("<think>")[0])
