@@ -7,8 +7,8 @@ more:
 - A layer that changes ``method.name`` drops the inherited keys that the new method does not use, also in ``ablation``.
   The keys that this layer itself sets must belong to the new method.
 - A layer that gives a mixture weights replaces the inherited weights and ranges; other ranges replace the ranges.
-- A layer that names a prompt ``file`` instead of an inherited ``builtin`` set (or the reverse) replaces the whole
-  source.
+- A layer that names another kind of prompt source than the inherited one (``file``, ``builtin``, ``imported``)
+  replaces the whole source.
 
 ``name`` and ``description`` are not inherited.
 """
@@ -18,12 +18,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.keys import foreign_keys, full_key
 from gdro_cli.config.methods import METHODS
 from gdro_cli.config.rewards import MIX
+from gdro_cli.config.sections import SOURCE_KINDS
 from gdro_cli.config.yamlfile import describe, parse_yaml, read_yaml, shown
 from gdro_cli.errors import UserError
 
@@ -195,8 +197,8 @@ def _inner(section: object, key: str) -> object:
 
 
 def _other_kind(inherited: object, source: object) -> bool:
-    """Whether a prompt source changes from a file to a built-in set or back."""
+    """Whether a prompt source changes its kind."""
     return any(
         _inner(inherited, old) is not None and _inner(source, new) is not None and _inner(source, old) is None
-        for old, new in (("file", "builtin"), ("builtin", "file"))
+        for old, new in permutations(SOURCE_KINDS, 2)
     )

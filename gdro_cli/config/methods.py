@@ -32,9 +32,16 @@ class GroupMethod(AnyMethod):
     loss_settings: ClassVar[tuple[str, ...]] = ()
     """The keys that the method's loss (``core.losses.LOSSES``) takes; beta and gamma come with every loss."""
 
+    needs_order: ClassVar[bool] = True
+    """Whether the method learns nothing from images of equal reward."""
+
     k: int = Field(6, ge=2)
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
     Paper: 6; 2 is unstable."""
+    k_policy: Literal["drop", "whole"] = "drop"
+    """What becomes of a group with fewer than `k` scored images, such as an imported one. `drop`: it is left out;
+    `whole`: all its scored images are drawn, so `k` is the most. A step computes places for `k` images in any group, so
+    a `k` far above most groups costs time."""
     beta: float = Field(12.0, gt=0)
     """Strength of the implicit reward, beta = T * beta_KL (eq. 3), for the `reduction` below. Above 0. Paper: 12 for
     OCR, 6 for GenEval; if it is too low, the images collapse."""
@@ -99,6 +106,25 @@ class DpoMethod(GroupMethod):
     pairs: Literal["best_worst", "all"] = "best_worst"
     """`best_worst`: one pair per group, the highest against the lowest reward. `all`: every pair of different
     rewards."""
+
+
+class SftMethod(GroupMethod):
+    """Supervised fine-tuning: the velocity errors of a group's images, weighted by softmax(r / tau). No reference."""
+
+    title: ClassVar[str] = "supervised fine-tuning on the best images of each group"
+    loss_settings: ClassVar[tuple[str, ...]] = ("tau",)
+    needs_order: ClassVar[bool] = False
+    name: Literal["sft"]
+    k: int = Field(1, ge=1)
+    """Images drawn from a stored group per visit (K). At least 1 (demonstrations: one image each), at most
+    `sample.images_per_prompt`."""
+    tau: float = Field(0.0, ge=0)
+    """Temperature of the weights softmax(r / tau), in units of the reward. 0 or more; 0 trains on the best image
+    alone."""
+    beta: float = Field(12.0, gt=0)
+    """Strength of the implicit reward in the diagnostics; it changes nothing in the training. Above 0."""
+    gamma: float = Field(0.0, ge=0)
+    """More weight for the best image alone. 0 or more."""
 
 
 class OnlineMethod(AnyMethod):
@@ -181,7 +207,8 @@ class DanceGrpoMethod(OnlineMethod):
 
 
 Method = Annotated[
-    GdroMethod | RankMethod | Top1Method | DpoMethod | FlowGrpoMethod | DanceGrpoMethod, Field(discriminator="name")
+    GdroMethod | RankMethod | Top1Method | DpoMethod | SftMethod | FlowGrpoMethod | DanceGrpoMethod,
+    Field(discriminator="name"),
 ]
 
 #: The methods by the value of ``method.name``.

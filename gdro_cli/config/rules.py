@@ -13,7 +13,7 @@ from gdro_cli.config.methods import GroupMethod, OnlineMethod
 from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, OPTIONS, fitting_sets
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.rewards import MIX, reward_needs
-from gdro_cli.config.sections import PromptSource, RewardSection
+from gdro_cli.config.sections import SOURCE_KINDS, PromptSource, RewardSection
 from gdro_cli.suggest import similar, similar_key
 
 _DOTTED = re.compile(r"[a-z_]+(?:\.[a-z_]+)+")
@@ -72,6 +72,11 @@ def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
             f"cannot be combined with method.name {method.name!r}: compiled passes with and without gradient round"
             " differently, by more than method.clip_range; set it to false",
         )
+    if recipe.prompts.train.imported is not None:
+        message = (
+            f"has no meaning for method.name {method.name!r}, which makes its images: name a `file` or a `builtin` set"
+        )
+        yield Problem("prompts.train.imported", message)
     images = method.prompts_per_round * method.group_size
     if method.updates_per_round > images:
         message = f"is more than the {images} images of a round (method.prompts_per_round * method.group_size)"
@@ -79,8 +84,8 @@ def _online(recipe: Recipe, method: OnlineMethod) -> Iterator[Problem]:
 
 
 def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
-    images = recipe.sample.images_per_prompt
-    if method.k > images:
+    images, imported = recipe.sample.images_per_prompt, recipe.prompts.train.imported is not None
+    if method.k > images and not imported:
         message = f"{method.k} is more than sample.images_per_prompt ({images}): lower k or sample more images"
         yield Problem("method.k", message)
     if method.sigma_min >= method.sigma_max:
@@ -101,16 +106,18 @@ def source_problems(source: PromptSource, *, path: str, reward: RewardSection | 
         path: the dotted path of its section in messages.
         reward: the reward that a built-in set must fit. Default: any set will do.
     """
-    if source.file is None and source.builtin is None:
+    kinds = [kind for kind in SOURCE_KINDS if getattr(source, kind, None) is not None]
+    if not kinds:
         yield Problem(path, "needs a `file` or a `builtin` set")
-    elif source.file is not None and source.builtin is not None:
-        yield Problem(path, "names both a `file` and a `builtin` set: keep one")
+    elif len(kinds) > 1:
+        yield Problem(path, f"names both {SOURCE_KINDS[kinds[0]]} and {SOURCE_KINDS[kinds[1]]}: keep one")
     elif source.builtin is not None:
         yield from _builtin(source, source.builtin, path=path, reward=reward)
     else:
-        for key in ("seed", *OPTIONS):
+        for key in ("seed", *OPTIONS, *(("count",) if kinds == ["imported"] else ())):
             if _is_set(source, key):
-                yield Problem(f"{path}.{key}", "only applies to a `builtin` set, not to a `file`: remove it")
+                applies = "does not apply" if key == "count" else f"only applies to {SOURCE_KINDS['builtin']}, not"
+                yield Problem(f"{path}.{key}", f"{applies} to {SOURCE_KINDS[kinds[0]]}: remove it")
 
 
 def _builtin(source: PromptSource, name: str, *, path: str, reward: RewardSection | None) -> Iterator[Problem]:
@@ -164,6 +171,10 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
     for key in ("warmup_steps", "rounds"):
         if getattr(train, key) > train.steps:
             yield Problem(f"train.{key}", f"{getattr(train, key)} is more than train.steps ({train.steps})")
+    stored = {"prompts.train.imported": recipe.prompts.train.imported, "train.scores": train.scores}
+    for key, name in stored.items():
+        if name is not None and train.rounds > 1:
+            yield Problem(key, "cannot be combined with train.rounds above 1, which samples and scores new images")
     if train.stop_on_collapse and not train.eval_every:
         yield Problem("train.stop_on_collapse", "needs evaluation points: set train.eval_every above 0")
     if isinstance(recipe.method, OnlineMethod) or train.group_gradient != "one_pass":

@@ -17,6 +17,10 @@ Attention = Literal[
 ]
 Objective = Literal["soft", "strict", "accuracy"]
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
+SOURCE_KINDS = {"file": "a `file`", "builtin": "a `builtin` set", "imported": "`imported` data"}
+"""Keys that say where prompts come from, and their words in messages."""
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""What imported data and scores may be called: the name becomes part of a path."""
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
 
 
@@ -85,11 +89,20 @@ class PromptSource(StrictModel):
     `correct` ("three knives")."""
 
 
+class TrainingPrompts(PromptSource):
+    """Where the training prompts come from: a `file`, a `builtin` set, or data that was `imported` with its images;
+    exactly one of them."""
+
+    imported: str | None = Field(None, pattern=NAME)
+    """Name under which `gdro import` stored prompts with their images. Nothing is then sampled. Not for online methods,
+    which make their images."""
+
+
 class PromptsSection(StrictModel):
     """The prompts for training, evaluation points and the final evaluation. What they must carry follows from the
     reward."""
 
-    train: Annotated[PromptSource, Affects("images", "training")]
+    train: Annotated[TrainingPrompts, Affects("images", "training")]
     """Prompts whose groups are sampled, scored and trained on."""
     validation: Annotated[PromptSource, Affects("measurement")]
     """Prompts of the evaluation points during training. Their results may be used to choose settings."""
@@ -274,6 +287,9 @@ class TrainSection(StrictModel):
     rounds: Annotated[int, StoredGroupsOnly()] = Field(1, ge=1)
     """Rounds with equal numbers of steps, 1 or more, at most `steps`. Every round after the first samples and scores
     new groups with the adapter's average at that point. The reference stays the base model."""
+    scores: Annotated[str | None, StoredGroupsOnly()] = Field(None, pattern=NAME)
+    """Name of imported scores to train on, instead of those of the recipe's reward: those that came with the images
+    (`gdro import`), or those of `gdro score --import`. The reward still measures validation and held-out images."""
     group_gradient: Annotated[Literal["auto", "one_pass", "two_pass"], Affects("speed"), StoredGroupsOnly()] = "auto"
     """`one_pass`: each group goes forward and backward once, as many groups at a time as fit into `micro_batch`.
     `two_pass` computes the images' weights first, at the cost of one more forward pass, and can split a group. The

@@ -1,9 +1,9 @@
-"""The group losses: GDRO, its rank and top-1 forms, DPO, and the top-1 stabilisation.
+"""The group losses: GDRO, its rank and top-1 forms, DPO, fine-tuning on the best, and the top-1 stabilisation.
 
 Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19). Every loss takes the implicit rewards ``s``
 and the explicit rewards ``r`` of B groups of K images, both [B, K] in any order inside a group, and returns a
-``LossOutput``. All losses depend only on differences of ``s`` inside a group. A group with fewer than two scored images
-adds 0.
+``LossOutput``. All losses but ``sft_loss`` depend only on differences of ``s`` inside a group. To them, a group with
+fewer than two scored images adds 0.
 
 Common arguments: ``mask`` is [B, K] bool, True = scored, None = all scored. An unscored image adds no loss and no
 gradient, whatever its values. ``tau`` is the temperature of the target distribution, >= 0, in units of the reward; 0 is
@@ -132,6 +132,26 @@ def dpo_loss(s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: T
     return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
 
 
+def sft_loss(errors: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:
+    """Supervised fine-tuning: the velocity errors of the group's images, weighted by ``q = softmax(r / tau)``.
+
+        L = sum_{i=1..K} q(i, tau) e_i
+
+    At tau = 0 it fine-tunes on the best image alone; at K = 1, on demonstrations. No reference takes part.
+
+    Args:
+        errors: velocity errors of the policy [B, K].
+        rewards: explicit rewards [B, K].
+        tau: see the module.
+        mask: see the module.
+    """
+    ranking = rank_images(rewards, mask)
+    values = ranking.sort(_check(errors, rewards))
+    target = target_distributions(ranking, tau=tau)[:, 0].to(values.dtype) * ranking.valid
+    per_group = (target * values).sum(dim=1)
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
+
+
 def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
     """Top-1 likelihood stabilisation (eqs. 8-9): the velocity error of the image with the highest reward.
 
@@ -155,7 +175,22 @@ GroupLoss = Callable[..., LossOutput]
 """A method's loss: ``loss(s, rewards, *, mask=None, ...)``, s and rewards [B, K], with settings of its own."""
 
 LOSSES: Mapping[str, GroupLoss] = {"gdro": gdro_loss, "rank": rank_loss, "top1": top1_loss, "dpo": dpo_loss}
-"""The losses on stored groups by ``method.name``."""
+"""The losses of implicit rewards by ``method.name``."""
+
+ERROR_LOSSES: Mapping[str, GroupLoss] = {"sft": sft_loss}
+"""The losses of the velocity errors themselves, which take the place of s."""
+
+
+def _objective(
+    method: str, s: Tensor, errors: Tensor, rewards: Tensor, mask: Tensor | None, settings: Mapping[str, Any]
+) -> LossOutput:
+    if method in ERROR_LOSSES:
+        return ERROR_LOSSES[method](errors, rewards, mask=mask, **settings)
+    return LOSSES[method](s, rewards, mask=mask, **settings)
+
+
+def _weighted(per_group: Tensor, weights: Tensor | None) -> Tensor:
+    return per_group if weights is None else per_group * weights.to(per_group.dtype)
 
 
 def group_loss(
@@ -167,18 +202,20 @@ def group_loss(
     *,
     beta: float,
     gamma: float,
+    weights: Tensor | None = None,
     **settings: Any,
 ) -> LossOutput:
     """Return the whole training loss (eqs. 8-9): ``L_final = L_method(s) + gamma * e_theta(best image)``.
 
     Args:
-        method: a key of ``LOSSES``.
+        method: a key of ``LOSSES`` or ``ERROR_LOSSES``.
         errors: velocity errors of the policy [B, K]; the gradient flows into these.
         reference_errors: velocity errors of the reference on the same latents, sigma and noise [B, K].
         rewards: explicit rewards [B, K].
         mask: see the module.
         beta: strength of the implicit reward, in 1 / unit of the errors.
         gamma: weight of the top-1 stabilisation, >= 0, in 1 / unit of the errors.
+        weights: [B] weights of the groups, >= 0; None: all 1.
         settings: settings of the method's loss, such as ``tau`` or ``pairs``.
 
     Returns:
@@ -190,12 +227,13 @@ def group_loss(
         TypeError: the method's loss takes other settings.
     """
     s = implicit_reward(errors, reference_errors, beta=beta)
-    objective = LOSSES[method](s, rewards, mask=mask, **settings)
-    stabiliser = gamma * top1_stabiliser(errors, rewards, mask)
-    per_group = objective.per_group + stabiliser
+    objective = _objective(method, s, errors, rewards, mask, settings)
+    own = _weighted(objective.per_group, weights)
+    stabiliser = _weighted(gamma * top1_stabiliser(errors, rewards, mask), weights)
+    per_group = own + stabiliser
     metrics = group_metrics(s, errors, reference_errors, rewards, mask, tau=settings.get("tau", 0.0))
     metrics |= objective.metrics
-    metrics["loss_method"] = objective.loss.detach()
+    metrics["loss_method"] = own.detach().mean()
     metrics["loss_stabiliser"] = stabiliser.detach().mean()
     return LossOutput(per_group.mean(), per_group, metrics)
 
@@ -209,6 +247,7 @@ def image_weights(
     *,
     beta: float,
     gamma: float,
+    weights: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
     """Return ``w = d loss / d errors`` of ``group_loss``, the weights of the two-pass gradient.
@@ -227,7 +266,9 @@ def image_weights(
         reference, explicit = reference_errors.detach().clone(), rewards.detach().clone()
         valid = None if mask is None else mask.clone()
         s = implicit_reward(leaf, reference, beta=beta)
-        objective = LOSSES[method](s, explicit, mask=valid, **settings)
-        loss = objective.loss + gamma * top1_stabiliser(leaf, explicit, valid).mean()
-        (weights,) = torch.autograd.grad(loss, leaf)
-    return weights
+        of_groups = None if weights is None else weights.clone()
+        objective = _objective(method, s, leaf, explicit, valid, settings)
+        stabiliser = gamma * top1_stabiliser(leaf, explicit, valid)
+        loss = _weighted(objective.per_group, of_groups).mean() + _weighted(stabiliser, of_groups).mean()
+        (of_images,) = torch.autograd.grad(loss, leaf)
+    return of_images

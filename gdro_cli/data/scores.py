@@ -232,7 +232,7 @@ class ScoreTable:
 
     def _images(self, number: int) -> list[tuple[str, int]]:
         prompts = self.store.shards[number]
-        return [(prompt.id, index) for prompt in prompts for index in range(self.store.images_per_prompt)]
+        return [(prompt.id, index) for prompt in prompts for index in range(self.store.sizes[prompt.id])]
 
     def _path(self, number: int) -> Path:
         return self.path / f"{number:05d}.jsonl"

@@ -1,9 +1,9 @@
 """One shard of a group store: the files of a few prompts, written together and checked when they are read.
 
     shards/00003/manifest.json         the prompts, and size and SHA-256 of every other file
-                 index.jsonl           one row per image: prompt id, index, seed, file
+                 index.jsonl           one row per image: prompt id, index, seed or source, file
                  tensors.safetensors   <prompt id>/latents [K, ...] and <prompt id>/conditioning/<name>
-                 images/<prompt id>-<index, three digits>.png
+                 images/<prompt id>-<index, three digits>.png, unless the store keeps no images
 
 File names are derived from the prompt ids and never read from a file, so nothing outside the shard is touched.
 """
@@ -28,7 +28,7 @@ from gdro_cli.errors import StoreError
 from gdro_cli.files import json_bytes, json_lines, new_folder, parse_json, read_file, read_object, refuse_links, sha256
 
 SHARD_SCHEMA = 1
-ImageFormat = Literal["png", "webp"]
+ImageFormat = Literal["png", "webp", "none"]
 
 MANIFEST, INDEX, TENSORS = "manifest.json", "index.jsonl", "tensors.safetensors"
 PNG_LEVEL = 4
@@ -37,7 +37,7 @@ PNG_LEVEL = 4
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The K sampled images of one prompt."""
+    """The K images of one prompt."""
 
     prompt: PromptRecord
     latents: torch.Tensor
@@ -45,9 +45,9 @@ class Group:
     conditioning: Mapping[str, torch.Tensor]
     """Outputs of the text encoders for this prompt, without a batch dimension."""
     images: Sequence[Image.Image]
-    """K decoded images."""
-    seeds: Sequence[int]
-    """Seed of each image's noise, K integers."""
+    """K decoded images; none if the store keeps no images."""
+    origins: Sequence[Mapping[str, Any]]
+    """Where each of the K images comes from: ``seed`` of its noise, or ``source`` and ``sha256`` of a user's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class StoredGroup:
     latents: torch.Tensor
     """[K, ...] in the stored dtype."""
     conditioning: dict[str, torch.Tensor]
-    seeds: tuple[int, ...]
+    origins: tuple[Mapping[str, Any], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,8 @@ class Shard:
     number: int
     store_digest: str
     prompts: tuple[PromptRecord, ...]
-    images_per_prompt: int
+    sizes: tuple[int, ...]
+    """Images of each prompt."""
     image_format: ImageFormat
     command: str
     """The command that makes the shard, for messages."""
@@ -87,11 +88,14 @@ class Shard:
     @property
     def image_names(self) -> list[str]:
         """Relative names of the images, prompt by prompt."""
+        if self.image_format == "none":
+            return []
         return [self._image_name(prompt.id, index) for prompt, index in self.slots()]
 
     def slots(self) -> Iterator[tuple[PromptRecord, int]]:
         """Every (prompt, image index) in order."""
-        return ((prompt, index) for prompt in self.prompts for index in range(self.images_per_prompt))
+        sizes = zip(self.prompts, self.sizes, strict=True)
+        return ((prompt, index) for prompt, size in sizes for index in range(size))
 
     def write(self, groups: Sequence[Group]) -> None:
         """Write the shard, whole or not at all.
@@ -139,17 +143,17 @@ class Shard:
         return manifest is not None
 
     def groups(self, manifest: Mapping[str, Any]) -> list[StoredGroup]:
-        """Read latents, conditioning and seeds, digests checked. Raises StoreError."""
-        seeds = (int(parse_json(line)["seed"]) for line in self._read(INDEX, manifest).splitlines())
+        """Read latents, conditioning and origins, digests checked. Raises StoreError."""
+        origins = (_origin(parse_json(line)) for line in self._read(INDEX, manifest).splitlines())
         try:
             tensors = safetensors.torch.load(self._read(TENSORS, manifest))
         except SafetensorError as error:
             raise self._damaged(TENSORS, f"cannot be read ({error})") from error
         groups: list[StoredGroup] = []
-        for prompt in self.prompts:
+        for prompt, size in zip(self.prompts, self.sizes, strict=True):
             prefix = f"{prompt.id}/conditioning/"
             conditioning = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            own = tuple(islice(seeds, self.images_per_prompt))
+            own = tuple(islice(origins, size))
             groups.append(StoredGroup(prompt, tensors[f"{prompt.id}/latents"], conditioning, own))
         return groups
 
@@ -179,17 +183,21 @@ class Shard:
 
     def _index_rows(self, groups: Sequence[Group]) -> Iterator[dict[str, Any]]:
         for group in groups:
-            for index, seed in enumerate(group.seeds):
-                name = self._image_name(group.prompt.id, index)
-                yield {"prompt_id": group.prompt.id, "index": index, "seed": int(seed), "file": name}
+            for index, origin in enumerate(group.origins):
+                row = {"prompt_id": group.prompt.id, "index": index, **origin}
+                yield row if self.image_format == "none" else row | {"file": self._image_name(group.prompt.id, index)}
 
     def _check_groups(self, groups: Sequence[Group]) -> None:
         if [group.prompt.id for group in groups] != [prompt.id for prompt in self.prompts]:
             raise ValueError(f"shard {self.number} needs the prompts {[prompt.id for prompt in self.prompts]} in order")
-        count = self.images_per_prompt
-        for group in groups:
-            if not (group.latents.shape[:1] == (count,) and len(group.images) == len(group.seeds) == count):
-                raise ValueError(f"prompt {group.prompt.id} needs {count} latents, images and seeds")
+        for group, count in zip(groups, self.sizes, strict=True):
+            images = 0 if self.image_format == "none" else count
+            if not (len(group.latents) == len(group.origins) == count and len(group.images) == images):
+                raise ValueError(f"prompt {group.prompt.id} needs {count} latents and origins, and {images} images")
+
+
+def _origin(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in ("prompt_id", "index", "file")}
 
 
 def _tensor_bytes(groups: Sequence[Group]) -> bytes:

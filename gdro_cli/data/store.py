@@ -1,6 +1,6 @@
 """The group store: groups of images on disk, in shards that are whole or missing.
 
-    store/manifest.json    identity, prompts, images per prompt, the prompts of each shard
+    store/manifest.json    identity, prompts, images of each prompt, the prompts of each shard
           shards/00000/    one shard (see ``shards.py``)
           scores/<digest>/ score tables (see ``scores.py``)
 
@@ -42,7 +42,10 @@ class GroupStore:
     identity: Mapping[str, Any]
     """Everything that the images depend on, as JSON: recipe section, model, prompts, seed."""
     prompts: tuple[PromptRecord, ...]
-    images_per_prompt: int
+    sizes: Mapping[str, int]
+    """Prompt id -> images in its group."""
+    weights: Mapping[str, float]
+    """Prompt id -> weight of its group in training; a group that is not named has weight 1."""
     image_format: ImageFormat
     shards: tuple[tuple[PromptRecord, ...], ...]
     """The prompts of each shard, in order."""
@@ -58,15 +61,26 @@ class GroupStore:
         *,
         identity: Mapping[str, Any],
         prompts: PromptSet,
-        images_per_prompt: int,
+        images_per_prompt: int | Sequence[int],
         prompts_per_shard: int,
         image_format: ImageFormat = "png",
+        weights: Mapping[str, float] | None = None,
         command: str = "gdro sample",
     ) -> Self:
         """Make an empty store at ``path``, or open the store at ``path`` if it has the same identity.
 
-        An existing store keeps its shards and its file format: ``prompts_per_shard`` and ``image_format`` change no
-        pixel and are not compared.
+        An existing store keeps its shards, its file format and its weights: ``prompts_per_shard`` and ``image_format``
+        change no pixel and are not compared, and ``identity`` has a digest of the data that the weights came with.
+
+        Args:
+            path: folder of the store.
+            identity: everything that the images depend on, as JSON.
+            prompts: one group each.
+            images_per_prompt: the size of all groups, or of each.
+            prompts_per_shard: groups in a shard.
+            image_format: how images are kept, if they are.
+            weights: prompt id -> weight of its group, where it is not 1.
+            command: makes the shards, for messages.
 
         Raises StoreError if the store has another identity (with the differences) or is damaged, or if the folder
         cannot be written.
@@ -78,14 +92,15 @@ class GroupStore:
                 "kind": _KIND,
                 "schema": STORE_SCHEMA,
                 "identity": identity,
-                "images_per_prompt": images_per_prompt,
+                "images_per_prompt": _plain_sizes(images_per_prompt),
                 "image_format": image_format,
+                **({"weights": weights} if weights else {}),
                 "prompts": [record.to_json() for record in prompts.records],
                 "shards": [ids[i : i + prompts_per_shard] for i in range(0, len(ids), prompts_per_shard)],
             }
             write_json(manifest, content | {"digest": digest(content)})
         store = cls.open(path, command=command)
-        store._refuse_other(_described(identity, prompts.records, images_per_prompt))
+        store._refuse_other(_described(identity, prompts.records, _plain_sizes(images_per_prompt)))
         return store
 
     @classmethod
@@ -95,13 +110,25 @@ class GroupStore:
         try:
             records = {value["id"]: PromptRecord.from_json(value) for value in content["prompts"]}
             shards = tuple(tuple(records[name] for name in names) for names in content["shards"])
-            count, image_format = content["images_per_prompt"], content["image_format"]
-            identity = dict(content["identity"])
+            counts, image_format = content["images_per_prompt"], content["image_format"]
+            each = counts if isinstance(counts, list) else [counts] * len(records)
+            sizes = dict(zip(records, each, strict=True))
+            weights, identity = dict(content.get("weights", {})), dict(content["identity"])
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"an entry cannot be used: {error}", command) from error
         if image_format not in get_args(ImageFormat):  # it becomes part of file names
             raise _damaged(path, "it has an unknown image format", command)
-        return cls(path, identity, tuple(records.values()), count, image_format, shards, content["digest"], command)
+        prompts = tuple(records.values())
+        return cls(path, identity, prompts, sizes, weights, image_format, shards, content["digest"], command)
+
+    @property
+    def images_in_all(self) -> int:
+        """Images of all groups together."""
+        return sum(self.sizes.values())
+
+    def images_in(self, number: int) -> int:
+        """Images of shard ``number``."""
+        return sum(self.sizes[prompt.id] for prompt in self.shards[number])
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are missing. Raises StoreError for a damaged shard."""
@@ -122,11 +149,13 @@ class GroupStore:
         self._shard(number).write(groups)
 
     def read_shard(self, number: int) -> list[StoredGroup]:
-        """Latents, conditioning and seeds of a shard, digests checked; no image is opened. Raises StoreError."""
+        """Latents, conditioning and origins of a shard, digests checked; no image is opened. Raises StoreError."""
         return self._shard(number).groups(self._manifest(number))
 
     def images(self, number: int) -> list[StoredImage]:
-        """The images of a shard in order, digests checked. Raises StoreError."""
+        """The images of a shard in order, digests checked. Raises StoreError, also if the store keeps no images."""
+        if self.image_format == "none":
+            raise StoreError(f"the store {self.path} keeps no images: delete it and run `{self.command} --keep-images`")
         return self._shard(number).images(self._manifest(number))
 
     def shard_digest(self, number: int) -> str:
@@ -145,13 +174,13 @@ class GroupStore:
             number=number,
             store_digest=self.digest,
             prompts=self.shards[number],
-            images_per_prompt=self.images_per_prompt,
+            sizes=tuple(self.sizes[prompt.id] for prompt in self.shards[number]),
             image_format=self.image_format,
             command=self.command,
         )
 
     def _refuse_other(self, requested: Mapping[str, Any]) -> None:
-        own = _described(self.identity, self.prompts, self.images_per_prompt)
+        own = _described(self.identity, self.prompts, _plain_sizes(list(self.sizes.values())))
         changes = [str(difference)[:_MOST_CHARACTERS] for difference in differences(own, requested)]
         if changes:
             more = [f"and {len(changes) - _MOST_DIFFERENCES} more"] if len(changes) > _MOST_DIFFERENCES else []
@@ -162,8 +191,17 @@ class GroupStore:
             )
 
 
-def _described(identity: Mapping[str, Any], prompts: Sequence[PromptRecord], images_per_prompt: int) -> dict[str, Any]:
-    """The identity with images per prompt and prompts, as JSON values; equal stores have equal descriptions."""
+def _plain_sizes(sizes: int | Sequence[int]) -> int | list[int]:
+    """One number if all groups have the same size."""
+    if isinstance(sizes, int):
+        return sizes
+    return sizes[0] if len(set(sizes)) == 1 else list(sizes)
+
+
+def _described(
+    identity: Mapping[str, Any], prompts: Sequence[PromptRecord], images_per_prompt: int | list[int]
+) -> dict[str, Any]:
+    """The identity with the groups' sizes and prompts, as JSON values; equal stores have equal descriptions."""
     plain: dict[str, Any] = json.loads(canonical_json(identity))
     return plain | {
         "images_per_prompt": images_per_prompt,

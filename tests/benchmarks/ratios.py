@@ -63,6 +63,7 @@ def random_batch(recipe: Recipe, model: FlowModel, *, groups: int, k: int, side:
         latents=torch.randn(groups, k, *shape),
         rewards=rewards,
         mask=torch.ones_like(rewards, dtype=torch.bool),
+        weights=torch.ones(groups),
         prompts=prompts,
         image_indices=torch.arange(k).expand(groups, k),
         conditioning=tuple(model.encode([prompt.prompt for prompt in prompts])),

@@ -17,6 +17,7 @@ from gdro_cli.core.losses import (
     group_loss,
     image_weights,
     rank_loss,
+    sft_loss,
     top1_loss,
     top1_stabiliser,
 )
@@ -117,6 +118,40 @@ def test_dpo_by_hand() -> None:
     """
     assert dpo_loss(S, REWARDS).loss.item() == pytest.approx(math.log(4), abs=1e-12)
     assert dpo_loss(S, REWARDS, pairs="all").loss.item() == pytest.approx(math.log(30) / 3, abs=1e-12)
+
+
+def test_sft_by_hand() -> None:
+    """q = softmax(ln 1, ln 3, ln 2) = (1, 3, 2) / 6 of the errors 0.6, 1.2, 0.3; the best alone at tau 0; K = 1."""
+    errors = torch.tensor([[0.6, 1.2, 0.3]], dtype=torch.float64)
+    assert sft_loss(errors, REWARDS, tau=1.0).loss.item() == pytest.approx((0.6 + 3 * 1.2 + 2 * 0.3) / 6, abs=1e-12)
+    assert sft_loss(errors, REWARDS, tau=0.0).loss.item() == 1.2
+    unscored = torch.tensor([[True, False, True]])
+    assert sft_loss(errors, REWARDS, tau=0.0, mask=unscored).loss.item() == 0.3
+    assert sft_loss(errors, REWARDS, tau=0.0, mask=torch.zeros_like(unscored)).loss.item() == 0.0
+    assert sft_loss(errors[:, :1], REWARDS[:, :1], tau=0.0).loss.item() == 0.6
+
+
+def test_sft_takes_no_reference_and_its_gradient_is_q() -> None:
+    errors = torch.tensor([[0.6, 1.2, 0.3]], dtype=torch.float64)
+    for reference in (torch.zeros_like(errors), errors + 1):
+        weights = image_weights("sft", errors, reference, REWARDS, beta=12.0, gamma=0.0, tau=1.0)
+        assert weights.tolist() == [pytest.approx([1 / 6, 3 / 6, 2 / 6])]
+        output = group_loss("sft", errors, reference, REWARDS, beta=12.0, gamma=0.0, tau=1.0)
+        assert output.loss.item() == pytest.approx(4.8 / 6)
+
+
+@pytest.mark.parametrize("method", ["gdro", "sft"])
+def test_a_weight_multiplies_all_of_a_groups_loss(method: str) -> None:
+    errors, reference = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
+    rewards = torch.rand(2, 3, dtype=torch.float64)
+    settings = {"beta": 6.0, "gamma": 0.5, "tau": 0.1}
+    plain = group_loss(method, errors, reference, rewards, **settings)
+    heavy = group_loss(method, errors, reference, rewards, weights=torch.tensor([3.0, 0.5]), **settings)
+    assert heavy.per_group.tolist() == pytest.approx((plain.per_group * torch.tensor([3.0, 0.5])).tolist())
+    assert float(heavy.metrics["loss_method"] + heavy.metrics["loss_stabiliser"]) == pytest.approx(heavy.loss.item())
+    one = image_weights(method, errors, reference, rewards, **settings)
+    other = image_weights(method, errors, reference, rewards, weights=torch.tensor([3.0, 0.5]), **settings)
+    assert torch.allclose(other, one * torch.tensor([[3.0], [0.5]]))
 
 
 def test_ties_share_the_target_at_tau_zero() -> None:

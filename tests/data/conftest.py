@@ -41,7 +41,7 @@ def make_group() -> Callable[..., Group]:
         }
         noise = [torch.randint(256, (192,), generator=stream).to(torch.uint8).numpy() for _ in range(images)]
         decoded = [Image.frombytes("RGB", (8, 8), pixels) for pixels in noise]
-        return Group(prompt, latents, conditioning, decoded, [10 * index for index in range(images)])
+        return Group(prompt, latents, conditioning, decoded, [{"seed": 10 * index} for index in range(images)])
 
     return make
 

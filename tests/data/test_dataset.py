@@ -10,7 +10,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gdro_cli.data.dataset import GroupCounts, GroupDataset
+from gdro_cli.data.dataset import EMPTY, GroupCounts, GroupDataset
+from gdro_cli.data.records import PromptSet
 from gdro_cli.data.scores import ScoreRow, ScoreTable
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
@@ -60,7 +61,7 @@ def test_eligible_groups(
     """Spread must exceed ``min_spread``: 1/8 does not exceed 1/8."""
     data = load(k=k, min_spread=min_spread)
     assert data.prompt_indices == eligible
-    assert data.counts == GroupCounts(5, len(eligible), too_few, no_spread)
+    assert data.counts == GroupCounts(5, len(eligible), too_few, no_spread, whole=0)
 
 
 def test_a_draw_has_the_content_of_the_store(load: Load, store: GroupStore, make_group: Callable[..., Group]) -> None:
@@ -145,7 +146,7 @@ def test_shuffled_rewards_remain_in_their_group_and_missing_ones_missing(load: L
     data = load(k=2)
     shuffled = [data.with_shuffled_rewards(seed) for seed in range(20)]
     for other in shuffled:
-        assert torch.equal(other.latents, data.latents)
+        assert all(torch.equal(one, two) for one, two in zip(other.latents, data.latents, strict=True))
         assert torch.equal(other.rewards.isnan(), data.rewards.isnan())
         for before, after in zip(data.rewards.nan_to_num(-1), other.rewards.nan_to_num(-1), strict=True):
             assert torch.equal(before.sort().values, after.sort().values)
@@ -164,3 +165,82 @@ def test_a_store_without_eligible_groups_is_refused(load: Load) -> None:
     expected = "of 5 groups, 2 have fewer than 4 scored images and 3 have no reward spread above 2"
     with pytest.raises(StoreError, match=expected):
         load(k=4, min_spread=2.0)
+
+
+def unequal(
+    open_store: Callable[..., GroupStore],
+    make_group: Callable[..., Group],
+    rewards: list[list[float]],
+    **weights: float,
+) -> tuple[GroupStore, ScoreTable]:
+    """A store with groups of as many images as they have rewards, and its scores."""
+    sizes = [len(group) for group in rewards]
+    store = open_store(images_per_prompt=sizes, **({"weights": weights} if weights else {}))
+    table = ScoreTable.create_or_open(store, "test", provenance={})
+    values = {prompt.id: row for prompt, row in zip(store.prompts, rewards, strict=True)}
+    for number in store.missing_shards():
+        store.write_shard(
+            number, [make_group(prompt, images=store.sizes[prompt.id]) for prompt in store.shards[number]]
+        )
+        rows = [ScoreRow(p.id, i, value) for p in store.shards[number] for i, value in enumerate(values[p.id])]
+        table.write_shard(number, rows)
+    return store, table
+
+
+UNEQUAL = [[0.1, 0.9], [0.5, 0.2, 0.3, 0.8, 0.1], [1.0], [0.4, 0.4, 0.1], [0.3, 0.3]]
+
+
+def test_smaller_groups_are_left_out_or_drawn_whole_and_never_padded_with_copies(
+    open_store: Callable[..., GroupStore], make_group: Callable[..., Group]
+) -> None:
+    store, table = unequal(open_store, make_group, UNEQUAL)
+    dropped = GroupDataset.load(store, table, k=3)
+    assert dropped.prompt_indices == (1, 3) and dropped.counts == GroupCounts(5, 2, 3, 0, whole=0)
+
+    data = GroupDataset.load(store, table, k=3, k_policy="whole")
+    assert data.prompt_indices == (0, 1, 3) and data.counts == GroupCounts(5, 3, 1, 1, whole=1)
+    for step in range(4):
+        batch = data.draw(step, groups=3, seed=0)
+        assert batch.latents.shape == (3, 3, 3, 2)
+        for row, prompt in enumerate(batch.prompts):
+            size, images = store.sizes[prompt.id], batch.image_indices[row]
+            present = images[images != EMPTY].tolist()
+            assert len(present) == len(set(present)) == min(3, size)
+            assert batch.mask[row].tolist() == [True] * len(present) + [False] * (3 - len(present))
+            written, own = make_group(prompt, images=size), UNEQUAL[store.prompts.index(prompt)]
+            assert torch.equal(batch.latents[row, : len(present)], written.latents[present])
+            assert not batch.latents[row, len(present) :].any()
+            assert batch.rewards[row, : len(present)].tolist() == pytest.approx([own[image] for image in present])
+            assert bool(batch.rewards[row, len(present) :].isnan().all())
+
+
+def test_k_is_at_most_the_largest_group(
+    open_store: Callable[..., GroupStore], make_group: Callable[..., Group]
+) -> None:
+    store, table = unequal(open_store, make_group, [[0.1, 0.9], [0.5, 0.2], [1.0, 0.0], [0.4, 0.1], [0.3, 0.2]])
+    batch = GroupDataset.load(store, table, k=6, k_policy="whole").draw(0, groups=2, seed=0)
+    assert batch.rewards.shape == (2, 2) and bool(batch.mask.all())
+    with pytest.raises(StoreError, match="5 have fewer than 6 scored images"):
+        GroupDataset.load(store, table, k=6)
+
+
+def test_a_method_that_needs_no_order_learns_from_equal_rewards_and_single_images(
+    open_store: Callable[..., GroupStore], make_group: Callable[..., Group]
+) -> None:
+    store, table = unequal(open_store, make_group, UNEQUAL)
+    data = GroupDataset.load(store, table, k=1, min_spread=None)
+    assert len(data) == 5 and data.draw(0, groups=5, seed=0).image_indices.shape == (5, 1)
+
+
+def test_weights_of_groups_have_a_mean_of_one(
+    open_store: Callable[..., GroupStore], make_group: Callable[..., Group], prompts: PromptSet
+) -> None:
+    weights = {prompts.records[0].id: 3.0, prompts.records[4].id: 0.5}
+    rewards = [[0.1, 0.9], [0.5, 0.2], [1.0, 0.0], [0.4, 0.4], [0.3, 0.2]]  # the fourth cannot be trained on
+    store, table = unequal(open_store, make_group, rewards, **weights)
+    batch = GroupDataset.load(store, table, k=2).draw(0, groups=4, seed=0)
+    own = dict(zip([prompt.id for prompt in batch.prompts], batch.weights.tolist(), strict=True))
+    assert own == {
+        prompt.id: pytest.approx(weights.get(prompt.id, 1.0) / (5.5 / 4))
+        for prompt in prompts.records[:3] + prompts.records[4:]
+    }

@@ -103,7 +103,7 @@ def test_a_shard_that_was_made_again_is_scored_again_only_if_it_differs(
         table.missing_shards()
     store.write_shard(1, groups)
     assert table.missing_shards() == []
-    groups[0] = Group(groups[0].prompt, groups[0].latents, groups[0].conditioning, groups[0].images, [9, 9, 9, 9])
+    groups[0] = Group(groups[0].prompt, groups[0].latents, groups[0].conditioning, groups[0].images, [{"seed": 9}] * 4)
     store.write_shard(1, groups)
     assert table.missing_shards() == [1]
     assert len(fill(table)) == 20

@@ -36,7 +36,7 @@ def test_a_written_store_is_read_back(store: GroupStore, make_group: Make) -> No
     for number, shard in enumerate(store.shards):
         for group, prompt in zip(store.read_shard(number), shard, strict=True):
             written = make_group(prompt)
-            assert group.prompt == prompt and group.seeds == (0, 10, 20, 30)
+            assert group.prompt == prompt and group.origins == tuple({"seed": seed} for seed in (0, 10, 20, 30))
             assert group.latents.dtype == torch.bfloat16 and torch.equal(group.latents, written.latents)
             assert set(group.conditioning) == {"prompt_embeds", "mask"}
             for name, tensor in written.conditioning.items():
@@ -122,7 +122,7 @@ def test_wrong_groups_are_programming_errors(open_store: Open, make_group: Make)
         [second, first],
         [first],
         [first, make_group(second.prompt, images=3)],
-        [first, dataclasses.replace(second, seeds=[1])],
+        [first, dataclasses.replace(second, origins=[{"seed": 1}])],
     ):
         with pytest.raises(ValueError):
             store.write_shard(0, groups)

@@ -95,7 +95,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 def large_group(index: int) -> Group:
     images = [Image.new("RGB", (8, 8))] * 2
-    return Group(small_store.PROMPTS.records[index], torch.ones(2, 100_000), {}, images, [1, 2])
+    return Group(small_store.PROMPTS.records[index], torch.ones(2, 100_000), {}, images, [{"seed": 1}, {"seed": 2}])
 
 
 def weights(size: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -81,7 +81,11 @@ def test_a_stop_ends_scoring_that_hangs(tmp_path: Path, monkeypatch: pytest.Monk
     for number, width in enumerate((8, HANGS)):
         images = [Image.new("RGB", (width, 8))] * 2
         store.write_shard(
-            number, [Group(prompt, torch.ones(2, 3), {}, images, [1, 2]) for prompt in store.shards[number]]
+            number,
+            [
+                Group(prompt, torch.ones(2, 3), {}, images, [{"seed": 1}, {"seed": 2}])
+                for prompt in store.shards[number]
+            ],
         )
     table = ScoreTable.create_or_open(store, "width", provenance={"reward": "width"})
     waiting = stop_when(tmp_path / "hangs")

@@ -158,6 +158,7 @@ def training_step(model: FlowModel, parameters: list[torch.nn.Parameter]) -> Non
         group=torch.arange(GROUPS).repeat_interleave(K),
         rewards=torch.tensor([[0.1, 0.5, 0.9], [0.3, 0.2, 0.1]]),
         mask=torch.ones(GROUPS, K, dtype=torch.bool),
+        weights=torch.ones(GROUPS),
     )
     model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     grounded = Grounded(model)

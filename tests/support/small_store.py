@@ -51,4 +51,6 @@ def use(path: Path) -> None:
 
 def _group(prompt: PromptRecord) -> Group:
     picture = Image.new("RGB", (8, 8))
-    return Group(prompt, torch.ones(2, 3, 2), {"embeds": torch.ones(4, 2)}, [picture, picture], [1, 2])
+    return Group(
+        prompt, torch.ones(2, 3, 2), {"embeds": torch.ones(4, 2)}, [picture, picture], [{"seed": 1}, {"seed": 2}]
+    )

@@ -9,12 +9,14 @@ from typing import Any
 from gdro_cli.config.base import Effect
 from gdro_cli.config.keys import values_that_affect
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.imported_scores import content_version
 from gdro_cli.errors import UserError
 from gdro_cli.identity import differences, digest
 from gdro_cli.runtime.environment import environment
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.setup.scorers import open_training_scores
 from gdro_cli.stages.setup.session import Session
-from gdro_cli.stages.setup.store import runs_folder, training_identity
+from gdro_cli.stages.setup.store import runs_folder, training_identity, training_store
 from gdro_cli.suggest import similar
 
 
@@ -34,12 +36,19 @@ def run_inputs(session: Session) -> dict[str, str]:
     A group method starts from a store and its scores. An online method keeps no store; it starts from prompts, model
     and reward.
     """
-    scores = digest(session.reward_version)
+    scores = digest(_scores_version(session))
     if session.recipe.online_method is None:
         return {"store": digest(training_identity(session)), "scores": scores}
     model = {key: value for key, value in session.model.identity.items() if key != "path"}
     text = [str(session.model.dtype), session.recipe.model.max_sequence_length]
     return {"prompts": session.prompts("train").digest, "model": digest([model, *text]), "scores": scores}
+
+
+def _scores_version(session: Session) -> dict[str, Any]:
+    """What the rewards that are trained on depend on."""
+    if session.recipe.train.scores is None:
+        return session.reward_version
+    return content_version(open_training_scores(session, training_store(session)))
 
 
 def run_path(session: Session) -> Path:
@@ -61,7 +70,7 @@ def open_run(session: Session) -> RunFolder:
 
 def _provenance(session: Session) -> dict[str, Any]:
     """What ``run_inputs`` are digests of, to say what differs."""
-    scores = session.reward_version
+    scores = _scores_version(session)
     if session.recipe.online_method is None:
         return {"store": training_identity(session), "scores": scores}
     model = {key: value for key, value in session.model.identity.items() if key != "path"}

@@ -43,7 +43,7 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
         return 0
     sharded = engine.world > 1 and recipe.model.sharding == "fsdp"
     own = missing if sharded else engine.share(missing)
-    total = sum(len(store.shards[number]) for number in own) * plan.images_per_prompt
+    total = sum(store.images_in(number) for number in own)
     stopped = f"stopped while {label}; finished shards are kept in {store.path}: run the command again to continue"
     image_steps = 0
 
@@ -164,7 +164,8 @@ def sample_groups(
     for position, prompt in enumerate(prompts):
         own = latents[position * count : (position + 1) * count]
         images = _all_finite(prompt, decode_images(model, own, plan, batch_size=batch_size))
-        groups.append(Group(prompt, own.to("cpu", model.dtype), conditioning[position], images, seeds[position]))
+        origins = [{"seed": seed} for seed in seeds[position]]
+        groups.append(Group(prompt, own.to("cpu", model.dtype), conditioning[position], images, origins))
     return groups
 
 

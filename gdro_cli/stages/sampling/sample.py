@@ -24,7 +24,7 @@ class SampleResult:
         return {
             "store": str(self.store.path),
             "prompts": str(prompts),
-            "images": str(prompts * self.store.images_per_prompt),
+            "images": str(self.store.images_in_all),
             "shards made now": f"{self.shards_made} of {len(self.store.shards)}",
         }
 

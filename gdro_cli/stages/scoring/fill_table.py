@@ -46,7 +46,7 @@ def score_missing(
     if not missing:
         return 0
     store, own = table.store, engine.share(missing)
-    total = sum(len(store.shards[number]) for number in own) * store.images_per_prompt
+    total = sum(store.images_in(number) for number in own)
     stopped = f"stopped while {label}; finished shards are kept in {table.path}: run the command again to continue"
 
     def score_shard(number: int) -> None:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from gdro_cli.data.scores import ScoreSummary, ScoreTable
 from gdro_cli.stages.sampling.fill_store import fill_store
-from gdro_cli.stages.scoring.fill_table import score_with_reward
-from gdro_cli.stages.setup.scorers import open_reward_table
+from gdro_cli.stages.scoring.fill_table import refuse_failures, score_with_reward
+from gdro_cli.stages.setup.scorers import open_training_scores
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan, open_training_store, training_plan
 
@@ -28,18 +28,22 @@ class ScoreResult:
     @property
     def summary(self) -> dict[str, str]:
         """What the command line prints."""
+        counts = self.table.store.sizes.values()
+        sizes = map(str, sorted({min(counts), max(counts)}))
         mean = "none" if self.totals.mean is None else f"{self.totals.mean:.3f}"
         return {
             "scores": str(self.table.path),
             "images scored": f"{self.totals.scored} of {self.totals.images}",
             "mean reward": mean,
-            f"mean of best of {self.table.store.images_per_prompt}": f"{self.best_of_group:.3f}",
+            f"mean of best of {' to '.join(sizes)}": f"{self.best_of_group:.3f}",
             "shards made now": f"{self.shards_made} of {len(self.table.store.shards)}",
         }
 
 
 def run(session: Session) -> ScoreResult:
     """Score the recipe's training store, after sampling what is missing.
+
+    Imported scores are only checked.
 
     Raises:
         UserError: the recipe's method has no store.
@@ -65,7 +69,7 @@ def make_scored_store(session: Session) -> tuple[ScoreTable, int]:
         EndedElsewhere: another process raised one of these.
     """
     store = open_training_store(session)
-    table = session.engine.from_main(lambda: open_reward_table(session, store))
+    table = session.engine.from_main(lambda: open_training_scores(session, store))
     return table, fill_and_score(session, table, training_plan(session))
 
 
@@ -74,7 +78,13 @@ def fill_and_score(session: Session, table: ScoreTable, plan: SamplingPlan, *, s
 
     ``suffix`` is added to the labels of the progress lines. Raises what ``make_scored_store`` raises.
     """
-    fill_store(session, table.store, plan, label=f"sampling{suffix}")
+    recipe = session.recipe
+    if recipe.prompts.train.imported is None:
+        fill_store(session, table.store, plan, label=f"sampling{suffix}")
+    if recipe.train.scores is not None:
+        with session.engine.together():
+            refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
+        return 0
     return score_with_reward(session, table, label=f"scoring{suffix}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gdro_cli.config.sections import RewardSection
+from gdro_cli.data.imported_scores import imported_scores
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.rewards.base import Reward
@@ -52,6 +53,15 @@ def open_reward_table(session: Session, store: GroupStore, *, command: str = "gd
     return ScoreTable.create_or_open(
         store, session.recipe.reward.kind, provenance=session.reward_version, command=command
     )
+
+
+def open_training_scores(session: Session, store: GroupStore) -> ScoreTable:
+    """The scores that the recipe trains on: those imported for ``train.scores``, else the reward's table.
+
+    Raises PrerequisiteError if no scores were imported by that name.
+    """
+    name = session.recipe.train.scores
+    return open_reward_table(session, store) if name is None else imported_scores(store, name)
 
 
 def open_table_of(store: GroupStore, reward: Reward, *, command: str = "gdro score") -> ScoreTable:

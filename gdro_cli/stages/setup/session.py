@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.prompts import PromptSet, load_prompts
+from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.rewards.base import Reward
@@ -17,6 +18,7 @@ from gdro_cli.rewards.registry import open_part, provenance
 from gdro_cli.runtime.distributed import Engine, make_engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
+from gdro_cli.stages.setup.imported import open_imported
 from gdro_cli.stages.setup.judge import open_judge
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.reward import open_reward
@@ -133,6 +135,15 @@ class Session:
         return provenance(self.reward)
 
     @cached_property
+    def imported_store(self) -> GroupStore | None:
+        """The imported data that the recipe trains on; None if its images are sampled. Raises PrerequisiteError."""
+        name = self.recipe.prompts.train.imported
+        if name is None:
+            return None
+        height, width = self.image_size
+        return open_imported(self.workspace, name, self.model, height=height, width=width)
+
+    @cached_property
     def judge(self) -> JudgeReward | None:
         """The recipe's judge; None if the recipe has none. Raises PrerequisiteError if its weights are missing."""
         return open_judge(self.recipe)
@@ -148,11 +159,18 @@ class Session:
     def prompts(self, split: Split) -> PromptSet:
         """The recipe's training, validation or held-out prompts. Raises UserError if the reward cannot use them."""
         if split not in self._prompts:
-            self._prompts[split] = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
+            imported = self.imported_store if split == "train" else None
+            self._prompts[split] = (
+                load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
+                if imported is None
+                else PromptSet(imported.prompts, dropped_duplicates=0)
+            )
         return self._prompts[split]
 
     def require_store(self, stage: str) -> None:
-        """Raise UserError if the recipe has no store: ``gdro sample`` and ``gdro score`` then have nothing to do."""
+        """Raise UserError if ``gdro sample`` or ``gdro score`` has nothing to do for this recipe."""
+        if stage == "sample" and self.recipe.prompts.train.imported is not None:
+            raise UserError(f"the recipe {self.recipe.name} has nothing to sample: its images are imported")
         if self.recipe.online_method is not None:
             raise UserError(
                 f"the recipe {self.recipe.name} has nothing to {stage}: {self.recipe.method.name} makes and scores its"

@@ -72,6 +72,9 @@ def store_identity(
 
 def training_identity(session: Session) -> dict[str, Any]:
     """What the images of the training store depend on."""
+    imported = session.imported_store
+    if imported is not None:
+        return {"imported": imported.digest, **imported.identity}
     return store_identity(session, training_plan(session), session.prompts("train"))
 
 
@@ -108,9 +111,14 @@ def open_store(
 
 def open_training_store(session: Session) -> GroupStore:
     """Make or open the training store, in the main process for all."""
-    return session.engine.from_main(
-        lambda: open_store(session, stores_folder(session.workspace), training_plan(session), session.prompts("train"))
-    )
+    return session.engine.from_main(lambda: training_store(session))
+
+
+def training_store(session: Session) -> GroupStore:
+    """Make or open the training store, in this process alone."""
+    if session.imported_store is not None:
+        return session.imported_store
+    return open_store(session, stores_folder(session.workspace), training_plan(session), session.prompts("train"))
 
 
 def stores_folder(workspace: Path) -> Path:

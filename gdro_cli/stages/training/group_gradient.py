@@ -49,6 +49,8 @@ class NoisyGroups:
     """[B, K]."""
     mask: Tensor
     """[B, K] bool."""
+    weights: Tensor
+    """[B] weights of the groups."""
 
     def at(self, part: slice | Tensor) -> tuple[Tensor, Tensor]:
         """x_sigma and the velocity target noise - x0 of some of the N images, each [n, ...] in float32."""
@@ -95,6 +97,7 @@ def noisy_groups(model: FlowModel, batch: GroupBatch, noise: tuple[Tensor, Tenso
         group=torch.arange(b, device=model.device).repeat_interleave(k),
         rewards=batch.rewards.to(model.device),
         mask=batch.mask.to(model.device),
+        weights=batch.weights.to(model.device),
     )
 
 
@@ -138,7 +141,8 @@ class GroupGradient:
         """
         if reference_errors is None:
             reference_errors = self.reference_errors(groups)
-        given: dict[str, Any] = {"reference_errors": reference_errors, "rewards": groups.rewards, "mask": groups.mask}
+        names = ("rewards", "mask", "weights")
+        given = {"reference_errors": reference_errors, **{name: getattr(groups, name) for name in names}}
         if self.one_pass:
             errors = self._backward_by_group(groups, given)
         else:  # first the weight of each image's error, then the images again, one micro-batch at a time

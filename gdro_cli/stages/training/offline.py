@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gdro_cli.data.dataset import GroupBatch, GroupDataset
+from gdro_cli.data.dataset import EMPTY, GroupBatch, GroupDataset
 from gdro_cli.data.references import ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.models.adapters import Ema
@@ -62,11 +62,18 @@ class GroupSteps:
         model.release_encoders()
         model.release_decoder()
         self.session, self.table, self.method = session, table, method
-        detail = session.reward.trained_on
-        self.dataset = GroupDataset.load(table.store, table, k=method.k, min_spread=method.min_spread, detail=detail)
+        detail = session.reward.trained_on if recipe.train.scores is None else None
+        self.dataset = GroupDataset.load(
+            table.store,
+            table,
+            k=method.k,
+            k_policy=method.k_policy,
+            min_spread=method.min_spread if method.needs_order else None,
+            detail=detail,
+        )
         if recipe.train.shuffle_rewards:
             self.dataset = self.dataset.with_shuffled_rewards(recipe.train_seed)
-        if self.dataset.counts.dropped_share:
+        if self.dataset.counts.dropped_share or self.dataset.counts.whole:
             session.reporter.say(_left_out(self.dataset))
         # No method of this object is passed on here and below. It would close a cycle, and the model and the images of
         # a finished training would stay in memory.
@@ -140,7 +147,8 @@ class GroupSteps:
         cached = self._cache.lookup(keys).view(groups.rewards.shape)
         errors = self._gradient.reference_errors(groups, cached)
         if cached.isnan().any():
-            self._cache.add(keys, errors.flatten())
+            known = [(key, error) for key, error in zip(keys, errors.flatten(), strict=True) if key[2] != EMPTY]
+            self._cache.add([key for key, _ in known], torch.stack([error for _, error in known]))
         return errors
 
     def _reference_settings(self) -> dict[str, Any]:
@@ -190,11 +198,12 @@ def _left_out(dataset: GroupDataset) -> str:
     """How many groups the training leaves out, and why."""
     counts = dataset.counts
     reasons = {
-        f"with no spread of rewards above {dataset.min_spread:g}": counts.no_spread,
-        f"with fewer than {dataset.k} scored images": counts.too_few_scores,
+        f"with no spread of rewards above {dataset.min_spread or 0:g}": counts.no_spread,
+        "with too few scored images": counts.too_few_scores,
     }
     left_out = ", ".join(f"{count} {why}" for why, count in reasons.items() if count)
-    return f"{counts.eligible} of {counts.total} groups can be trained on; left out: {left_out}"
+    whole = f"; {counts.whole} with fewer than {dataset.k} scored images are drawn whole" if counts.whole else ""
+    return f"{counts.eligible} of {counts.total} groups can be trained on; left out: {left_out or 'none'}{whole}"
 
 
 def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:

@@ -292,6 +292,7 @@ def random_batch(session: Session) -> GroupBatch:
         latents=torch.randn(shape, generator=generator(0, "latents")).to(model.dtype),
         rewards=torch.rand(groups, k, generator=generator(0, "rewards")),
         mask=torch.ones(groups, k, dtype=torch.bool),
+        weights=torch.ones(groups),
         prompts=tuple(PromptRecord(id=str(number), prompt=f"prompt {number}") for number in range(groups)),
         image_indices=torch.arange(k).repeat(groups, 1),
         visits=(0,) * groups,

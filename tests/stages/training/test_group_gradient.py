@@ -29,6 +29,7 @@ def batch_of(model: FlowModel | None, *, k: int = 3, prompts: tuple[str, ...] = 
         latents=torch.randn(count, k, 16, 128, generator=torch.Generator().manual_seed(0)),
         rewards=rewards,
         mask=torch.ones(count, k, dtype=torch.bool),
+        weights=torch.ones(count),
         prompts=tuple(PromptRecord.of(prompt) for prompt in prompts),
         image_indices=torch.arange(k).expand(count, k),
         conditioning=tuple(model.encode(prompts)) if model else ({},) * count,

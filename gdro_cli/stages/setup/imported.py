@@ -1,0 +1,49 @@
+"""Imported data: stores of users' own images, which a recipe names in ``prompts.train.imported``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.data.store import GroupStore
+from gdro_cli.errors import PrerequisiteError
+from gdro_cli.identity import digest
+from gdro_cli.models.base import FlowModel
+
+COMMAND = "gdro import"
+
+
+def encoding_identity(model: FlowModel, *, height: int, width: int) -> dict[str, Any]:
+    """What a user's image and prompt become depends on this, as JSON, apart from the image and the prompt."""
+    return {
+        "model": {key: value for key, value in model.identity.items() if key != "path"},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "max_sequence_length": model.max_sequence_length,
+        "height": height,
+        "width": width,
+    }
+
+
+def imported_path(workspace: Path, name: str, model: FlowModel, *, height: int, width: int) -> Path:
+    """Where the data ``name`` lies for this model and image size, whether or not it exists."""
+    key = digest(encoding_identity(model, height=height, width=width))
+    return workspace / "stores" / f"imported-{name}-{key}"
+
+
+def open_imported(workspace: Path, name: str, model: FlowModel, *, height: int, width: int) -> GroupStore:
+    """The complete store of the data ``name``.
+
+    Raises:
+        PrerequisiteError: it has not been imported, or not for this model and image size, or its import is not done.
+        StoreError: it is damaged.
+    """
+    path = imported_path(workspace, name, model, height=height, width=width)
+    again = f"{COMMAND} DATA --name {name} with this recipe"
+    if not path.exists():
+        others = sorted(other.name for other in path.parent.glob(f"imported-{name}-*"))
+        why = "no data" if not others else f"data for another model or image size ({', '.join(others)})"
+        raise PrerequisiteError(f"{workspace} has {why} of the name {name}: run {again}, {width} x {height}")
+    store = GroupStore.open(path, command=COMMAND)
+    if store.missing_shards():
+        raise PrerequisiteError(f"the import of {name} into {path} is not complete: run {again} again")
+    return store
