@@ -22,12 +22,18 @@ from gdro_cli.cli.options import (
     DEFAULT_RECIPE,
     AdapterOption,
     AtRewardOption,
+    DataArgument,
+    DataNameOption,
     DebugOption,
     DryRunOption,
     EvaluatedRunArgument,
     ExportOption,
+    FitOption,
     ImagesOption,
+    ImportScoresOption,
     JobsOption,
+    KeepImagesOption,
+    ListImagesOption,
     MergeOption,
     OutOption,
     ParamOption,
@@ -37,6 +43,7 @@ from gdro_cli.cli.options import (
     RecipeOption,
     RunArgument,
     RunsArgument,
+    ScoresNameOption,
     SeedsOption,
     SetOption,
     ValuesOption,
@@ -87,6 +94,33 @@ app = typer.Typer(
 )
 
 
+@app.command(name="import")
+def import_data(
+    data: DataArgument,
+    name: DataNameOption = None,
+    resize: FitOption = "crop",
+    keep_images: KeepImagesOption = False,
+    recipe: RecipeOption = DEFAULT_RECIPE,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,
+    num_processes: ProcessesOption = 1,
+) -> None:
+    """Bring your own images, with scores, rankings or pairs, into a store that a recipe trains on."""
+    named = () if name is None else ("--name", name)
+    more = (*named, "--resize", resize, *(("--keep-images",) if keep_images else ()), str(data))
+    job = launch.prepare("import", recipe=recipe, overrides=overrides, out=out, debug=debug, more=more)
+    from gdro_cli.stages.importing import import_data as stage
+
+    request = stage.Import(data, stage.import_name(data, job.recipe, name), resize, keep_images)
+    if dry_run:
+        return tables.print_plan("import", stage.describe(request, job.recipe, job.workspace))
+    if launch.several(num_processes):
+        return launch.run_in_processes(job, num_processes)
+    tables.print_result("Import", stage.run(launch.start(job), request).summary)
+
+
 @app.command()
 def sample(
     recipe: RecipeOption = DEFAULT_RECIPE,
@@ -113,18 +147,32 @@ def score(
     overrides: SetOption = None,
     out: OutOption = DEFAULT_OUT,
     images: ImagesOption = None,
+    export: ListImagesOption = None,
+    scores: ImportScoresOption = None,
+    name: ScoresNameOption = None,
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
     """Score the stored images with the recipe's reward, or (--images) a folder of images from any tool."""
     job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    others = {"--images": images, "--export": export, "--import": scores}
+    chosen = [option for option, path in others.items() if path is not None]
+    if len(chosen) > 1 or (chosen and (dry_run or num_processes > 1)):
+        alone = "the other two, --dry-run or --num-processes"
+        raise UserError(f"{chosen[0]} cannot be combined with {alone}: it does one thing, in this process")
+    if (scores is None) != (name is None):
+        raise UserError("--import FILE and --name NAME belong together: give both")
     if images is not None:
-        if dry_run or num_processes > 1:
-            raise UserError(
-                "--images cannot be combined with --dry-run or --num-processes: it scores a folder in this process"
-            )
         return _score_folder(job, images)
+    if export is not None:
+        from gdro_cli.stages.scoring.exchange import export_images
+
+        return tables.print_result("Images", export_images(launch.start(job), export))
+    if scores is not None and name is not None:
+        from gdro_cli.stages.scoring.exchange import import_scores
+
+        return tables.print_result("Scores", import_scores(launch.start(job), scores, name))
     if dry_run:
         return _describe(job, num_processes)
     if launch.several(num_processes):

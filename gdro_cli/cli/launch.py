@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gdro_cli.runtime.progress import Reporter
     from gdro_cli.stages.setup.session import Session
 
-Stage = Literal["sample", "score", "train", "eval", "ablate"]
+Stage = Literal["import", "sample", "score", "train", "eval", "ablate"]
 
 _GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Variables with which a launcher describes the group to each process, beside TORCHELASTIC_*, ROLE_* and GROUP_*."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,27 @@ DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Report what would
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ProcessesOption = Annotated[
     int, typer.Option("--num-processes", metavar="N", min=1, help="Processes on this machine, one per GPU.")
+]
+DataArgument = Annotated[
+    Path, typer.Argument(metavar="DATA", help="A table (.jsonl, .json, .parquet) or a folder: see docs/own-data.md.")
+]
+DataNameOption = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="What recipes call the data. Default: the file's name.")
+]
+FitOption = Annotated[
+    Literal["crop", "pad", "stretch"], typer.Option("--resize", help="How images are brought to the recipe's size.")
+]
+KeepImagesOption = Annotated[
+    bool, typer.Option("--keep-images", help="Keep the images beside their latents, for gdro score.")
+]
+ScoresNameOption = Annotated[
+    str | None, typer.Option("--name", metavar="NAME", help="What recipes call the imported scores (train.scores).")
+]
+ListImagesOption = Annotated[
+    Path | None, typer.Option("--export", metavar="FILE", help="List the stored images for another scorer instead.")
+]
+ImportScoresOption = Annotated[
+    Path | None, typer.Option("--import", metavar="FILE", help="Bring the scores of another scorer instead.")
 ]
 ImagesOption = Annotated[
     Path | None,

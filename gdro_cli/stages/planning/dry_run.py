@@ -86,6 +86,8 @@ def describe_store(session: Session, *, has_weights: bool = True) -> list[tuple[
 
     ``has_weights``: whether the model's weights are on this machine; without them the store has no name.
     """
+    if session.imported_store is not None:
+        return _describe_imported(session, session.imported_store)
     recipe, model, plan = session.recipe, session.model, training_plan(session)
     prompts = len(session.prompts("train"))
     images = prompts * plan.images_per_prompt
@@ -106,6 +108,19 @@ def describe_store(session: Session, *, has_weights: bool = True) -> list[tuple[
         ("guidance", _guidance(model, plan.guidance)),
         ("disk", f"about {disk / 1e6:.0f} MB and the text encoders' outputs"),
         ("latents in memory", f"{latent_bytes / 1e6:.0f} MB while training"),
+    ]
+
+
+def _describe_imported(session: Session, store: GroupStore) -> list[tuple[str, str]]:
+    height, width = session.image_size
+    values = math.prod(session.model.latent_shape(height=height, width=width))
+    return [
+        ("store", str(store.path)),
+        ("imported", f"{len(store.prompts)} groups, {store.images_in_all} images"),
+        (
+            "latents in memory",
+            f"{store.images_in_all * values * session.model.dtype.itemsize / 1e6:.0f} MB while training",
+        ),
     ]
 
 

@@ -70,7 +70,7 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
 
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
-        _ShardWriter(store, processes=1 if sharded else engine.world) as writer,
+        ShardWriter(store, processes=1 if sharded else engine.world) as writer,
         session.reporter.track(label + own_part(engine, sharded), total=total, unit="images") as progress,
         merged(session.model),
     ):
@@ -86,7 +86,7 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
     return len(missing)
 
 
-class _ShardWriter:
+class ShardWriter:
     """Writes a shard on a thread while the next images are drawn; one at a time.
 
     Args:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gdro_cli.data.scores import ScoreSummary, ScoreTable
+from gdro_cli.data.store import GroupStore
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import refuse_failures, score_with_reward
 from gdro_cli.stages.setup.scorers import open_training_scores
 from gdro_cli.stages.setup.session import Session
-from gdro_cli.stages.setup.store import SamplingPlan, open_training_store, training_plan
+from gdro_cli.stages.setup.store import open_training_store, training_plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +65,25 @@ def make_scored_store(session: Session) -> tuple[ScoreTable, int]:
         The complete score table, and how many of its shards this call made.
 
     Raises:
+        PrerequisiteError: the recipe names imported data or scores that are not there.
         StoreError: too many images could not be scored, or another job is at work on them.
         Interrupted: stopped by the user; finished shards are kept.
         EndedElsewhere: another process raised one of these.
     """
     store = open_training_store(session)
     table = session.engine.from_main(lambda: open_training_scores(session, store))
-    return table, fill_and_score(session, table, training_plan(session))
+    fill_training_store(session, store)
+    if session.recipe.train.scores is None:
+        return table, score_with_reward(session, table, label="scoring")
+    with session.engine.together():
+        refuse_failures(table, allowed=session.recipe.reward.max_failed_share, key="reward.max_failed_share")
+    return table, 0
 
 
-def fill_and_score(session: Session, table: ScoreTable, plan: SamplingPlan, *, suffix: str = "") -> int:
-    """Fill the store of ``table``, then the table; returns the number of shards scored.
-
-    ``suffix`` is added to the labels of the progress lines. Raises what ``make_scored_store`` raises.
-    """
-    recipe = session.recipe
-    if recipe.prompts.train.imported is None:
-        fill_store(session, table.store, plan, label=f"sampling{suffix}")
-    if recipe.train.scores is not None:
-        with session.engine.together():
-            refuse_failures(table, allowed=recipe.reward.max_failed_share, key="reward.max_failed_share")
-        return 0
-    return score_with_reward(session, table, label=f"scoring{suffix}")
+def fill_training_store(session: Session, store: GroupStore) -> None:
+    """Sample the shards that the training store lacks; imported data is complete. Raises what ``fill_store`` raises."""
+    if session.imported_store is None:
+        fill_store(session, store, training_plan(session), label="sampling")
 
 
 def best_of_group(table: ScoreTable) -> float:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares, micro_batch, takes_one_pass
+from gdro_cli.stages.training.foreign import FILE, foreign_errors
 from gdro_cli.stages.training.group_gradient import (
     GroupGradient,
     NoisyGroups,
@@ -106,8 +107,14 @@ class GroupSteps:
         self._use_micro_batch()
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
-        """Note the time that the store took."""
+        """Note the time that the store took and, of imported images, how well the reference explains them."""
         stack.callback(self.close)
+        if self.session.imported_store is not None and not (folder.path / FILE).exists():
+            errors = foreign_errors(self.session, self.dataset)
+            self.session.reporter.say(errors.sentence)
+            with self.session.engine.together():
+                if self.session.engine.is_main:
+                    folder.write_json(FILE, asdict(errors))
         with self.session.engine.together():
             if self.session.engine.is_main:
                 note_batch(folder, batch_of(self.table, step=0), step=0)

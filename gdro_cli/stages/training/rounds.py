@@ -29,7 +29,8 @@ from gdro_cli.files import sha256
 from gdro_cli.models.adapters import Ema
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
-from gdro_cli.stages.scoring.score import fill_and_score
+from gdro_cli.stages.sampling.fill_store import fill_store
+from gdro_cli.stages.scoring.fill_table import score_with_reward
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import SamplingPlan, open_store, training_plan
@@ -112,7 +113,9 @@ class RoundSteps:
         table = engine.from_main(lambda: self._open_table(self._open_store(plan)))
         with self._ema.applied():
             rounds = self.session.recipe.train.rounds
-            fill_and_score(self.session, table, plan, suffix=f", round {number + 1} of {rounds}")
+            suffix = f", round {number + 1} of {rounds}"
+            fill_store(self.session, table.store, plan, label=f"sampling{suffix}")
+            score_with_reward(self.session, table, label=f"scoring{suffix}")
         with engine.together():
             if engine.is_main:
                 about = {"round": number + 1, "step": first, "store": table.store.path.name}

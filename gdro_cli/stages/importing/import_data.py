@@ -1,0 +1,191 @@
+"""Bring a user's data into the workspace: a group store of the images, and a table for each of the scores.
+
+The data is checked as a whole before the first image is encoded. Encoding resumes shard by shard, and the scores come
+last, so a store with scores is whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.config.recipe import Recipe
+from gdro_cli.config.sections import NAME
+from gdro_cli.data.foreign_images import Fit
+from gdro_cli.data.imported_scores import write_imported_scores
+from gdro_cli.data.own_data import OwnData, read_own_data
+from gdro_cli.data.records import PromptSet
+from gdro_cli.data.store import GroupStore
+from gdro_cli.errors import StoreError, UserError
+from gdro_cli.identity import differences
+from gdro_cli.stages.importing.encode_store import encode_store
+from gdro_cli.stages.setup.imported import COMMAND, encoding_identity, imported_path
+from gdro_cli.stages.setup.session import Session
+
+DEMONSTRATION = "demonstration"
+"""Name of the scores of data that has none: 1 for every image, for a method that needs no order."""
+_SHARD_IMAGES = 128
+"""Images that a shard has at least: smaller ones would spend their time on files."""
+
+
+@dataclass(frozen=True, slots=True)
+class Import:
+    """What to import, and how."""
+
+    data: Path
+    """A table, or a folder."""
+    name: str
+    """What recipes call it (``prompts.train.imported``)."""
+    fit: Fit = "crop"
+    """How images are brought to the recipe's size."""
+    keep_images: bool = False
+    """Whether the store keeps the images beside their latents. It always does if the data has no scores."""
+
+
+def import_name(data: Path, recipe: Recipe, given: str | None) -> str:
+    """What the data is called: as given, else as in the recipe, else like the file.
+
+    Raises:
+        UserError: the name cannot be used.
+    """
+    name = given or recipe.prompts.train.imported or data.resolve().stem
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"the data cannot be called {name!r}: give --name letters, digits, dots, dashes or underscores")
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """A complete store of a user's data."""
+
+    store: GroupStore
+    data: OwnData
+    enlarged: int
+    """Images encoded by this call that were smaller than the recipe's size."""
+    shards_made: int
+
+    @property
+    def summary(self) -> dict[str, str]:
+        """What the command line prints."""
+        name, scores = str(self.store.identity["imported"]), scores_of(self.data)
+        rows = {"store": str(self.store.path), **_described(self.data)}
+        if self.enlarged:
+            rows["enlarged"] = f"{self.enlarged} images were smaller than the recipe's size"
+        rows["shards made now"] = f"{self.shards_made} of {len(self.store.shards)}"
+        keys = f"prompts.train.imported={name}"
+        rows["to train on it"] = f"--set {keys} --set train.scores={scores[0]}"
+        return rows
+
+
+def run(session: Session, request: Import) -> ImportResult:
+    """Import data; continues an import that was interrupted.
+
+    Raises:
+        UserError: the data cannot be used, or other data has this name.
+        PrerequisiteError: the model is missing, or a package that reads the data.
+        StoreError: the store is damaged, or the disk refuses.
+        Interrupted: stopped by the user; finished shards are kept.
+    """
+    with session:
+        engine = session.engine
+        with engine.together():
+            data = read_own_data(request.data)
+        for note in data.notes:
+            session.reporter.say(note)
+        store = engine.from_main(lambda: _open(session, request, data))
+        made, enlarged = encode_store(session, store, data, fit=request.fit)
+        with engine.together():
+            if engine.is_main:
+                for name in scores_of(data):
+                    write_imported_scores(store, name, _values(data, name))
+        return ImportResult(store, data, enlarged, made)
+
+
+def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str, str]]:
+    """What the import would bring, as (what, how much). It makes nothing and opens no image.
+
+    Raises:
+        UserError: the data cannot be used.
+        PrerequisiteError: the model is missing, or a package that reads the data.
+    """
+    session = Session(recipe, workspace, planning=True)
+    data = read_own_data(request.data)
+    height, width = session.image_size
+    rows = [
+        ("data", str(request.data)),
+        *_described(data).items(),
+        *(("note", note) for note in data.notes),
+        ("images become", f"{width} x {height}, {request.fit}"),
+    ]
+    path = imported_path(workspace, request.name, session.model, height=height, width=width)
+    state = "none is made yet"
+    if path.exists():
+        store = GroupStore.open(path, command=COMMAND)
+        _refuse_other(store, request, _identity(session, request, data))
+        shards = len(store.shards)
+        state = f"{shards - len(store.missing_shards())} of {shards} shards are made"
+    return [*rows, ("store", f"{path}; {state}")]
+
+
+def scores_of(data: OwnData) -> Sequence[str]:
+    """The names of the score tables that the data gets."""
+    return data.score_names or (DEMONSTRATION,)
+
+
+def _described(data: OwnData) -> dict[str, str]:
+    sizes = [len(group.images) for group in data.groups]
+    each = str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    rows = {"form": data.form, "groups": f"{len(sizes)} of {each} images", "images": str(sum(sizes))}
+    counts = {name: len(_values(data, name)) for name in scores_of(data)}
+    rows["scores"] = ", ".join(f"{name} ({count} images)" for name, count in counts.items())
+    if max(sizes) == 1:
+        rows["note"] = "every group has one image, so only method.name sft can learn from them"
+    return rows
+
+
+def _values(data: OwnData, name: str) -> dict[tuple[str, int], float | str]:
+    """The scores of a name by prompt id and index of the image; an image without one is left out."""
+    return {
+        (group.record.id, index): 1.0 if not data.score_names else image.scores[name]
+        for group in data.groups
+        for index, image in enumerate(group.images)
+        if not data.score_names or name in image.scores
+    }
+
+
+def _identity(session: Session, request: Import, data: OwnData) -> dict[str, Any]:
+    height, width = session.image_size
+    about = {"imported": request.name, "form": data.form, "data": data.digest, "fit": request.fit}
+    return about | encoding_identity(session.model, height=height, width=width)
+
+
+def _open(session: Session, request: Import, data: OwnData) -> GroupStore:
+    height, width = session.image_size
+    path = imported_path(session.workspace, request.name, session.model, height=height, width=width)
+    identity = _identity(session, request, data)
+    if path.exists():
+        _refuse_other(GroupStore.open(path, command=COMMAND), request, identity)
+    sizes = [len(group.images) for group in data.groups]
+    keeps = request.keep_images or not data.score_names
+    return GroupStore.create_or_open(
+        path,
+        identity=identity,
+        prompts=PromptSet(tuple(group.record for group in data.groups), dropped_duplicates=0),
+        images_per_prompt=sizes,
+        prompts_per_shard=max(session.recipe.sample.prompts_per_shard, _SHARD_IMAGES * len(sizes) // sum(sizes)),
+        image_format=session.recipe.sample.image_format if keeps else "none",
+        weights={group.record.id: group.weight for group in data.groups if group.weight != 1},
+        command=COMMAND,
+    )
+
+
+def _refuse_other(store: GroupStore, request: Import, identity: dict[str, Any]) -> None:
+    changes = [str(difference) for difference in differences(store.identity, identity)]
+    if changes:
+        raise StoreError(
+            f"the data {request.name} was imported from something else ({'; '.join(changes[:4])}): choose another"
+            f" --name, or delete {store.path}"
+        )
