@@ -46,10 +46,10 @@ class ModelSection(StrictModel):
     """Keep the text encoders, transformer and autoencoder in CPU memory, and move each to the GPU only while it works.
     Changes memory and speed, not the images."""
     vae_slicing: Annotated[bool, Affects("speed")] = False
-    """Decode one image at a time. Changes memory and speed, not the images."""
+    """Decode and encode one image at a time. Changes memory and speed, not the images."""
     vae_tiling: bool = False
-    """Decode images larger than the autoencoder's own size in overlapping tiles. Changes such images slightly, so
-    every setting has its own store."""
+    """Decode and encode images larger than the autoencoder's own size in overlapping tiles. Changes such images
+    slightly, so every setting has its own store."""
     compile: Annotated[bool, Affects("speed")] = False
     """Compile the transformer's blocks with torch.compile at their first use. Takes a minute or more and, on the CPU, a
     C++ compiler. Changes speed, and results by rounding."""

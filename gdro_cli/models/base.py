@@ -17,15 +17,15 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from gdro_cli.core.flow import as_float
 from gdro_cli.errors import UserError
+from gdro_cli.models.autoencoding import Autoencoding
 from gdro_cli.models.backends import ComputeOptions, prepare_transformer
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.latents import decoded_at_once, seeded_noise, to_images
+from gdro_cli.models.latents import seeded_noise
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_quantised, prepare_vae, quantization_config
 
 Conditioning = dict[str, Tensor]
@@ -52,11 +52,12 @@ _ENCODE_BATCH = 8
 """Prompts per pass through the text encoders; they are cheap beside the transformer."""
 
 
-class FlowModel(abc.ABC):
+class FlowModel(Autoencoding):
     """A pipeline folder seen as a flow: noise, velocity, images.
 
     A component is loaded at its first use: the transformer by ``velocity``, the text encoders by ``encode``, the
-    autoencoder by ``decode``. So training, which only calls ``velocity``, never loads the other two.
+    autoencoder by ``decode`` or ``encode_images``. So training, which only calls ``velocity``, never loads the other
+    two.
 
     Args:
         folder: the opened pipeline folder.
@@ -71,8 +72,6 @@ class FlowModel(abc.ABC):
     """Short name of the model family, e.g. ``"flux"``."""
     lora_targets: tuple[str, ...]
     """Names (suffixes) of the linear layers that diffusers' own training script for the family adapts."""
-    patch: ClassVar[int] = 2
-    """Latent pixels per side of one token."""
     longest_text: ClassVar[int] = 512
     """Text tokens per prompt unless the recipe sets them."""
     depth_keys: ClassVar[tuple[str, ...]] = ("num_layers",)
@@ -110,10 +109,6 @@ class FlowModel(abc.ABC):
         self.transformer_config = folder.config("transformer")
         self.vae_config = folder.config("vae")
         self.vae_scale = self._vae_scale()
-
-    def _vae_scale(self) -> int:
-        """Pixels per side of one latent pixel."""
-        return int(2 ** (len(self.vae_config["block_out_channels"]) - 1))
 
     def depths(self) -> dict[str, int]:
         """Kind of repeated block -> how many the transformer has."""
@@ -160,19 +155,12 @@ class FlowModel(abc.ABC):
         """Identity of the weights, see ``PipelineFolder.identity``."""
         return self.folder.identity
 
-    @property
-    def default_size(self) -> tuple[int, int]:
-        """Native height and width of the model in pixels, from the autoencoder's configuration or else 1024."""
-        size = self.vae_config.get("sample_size") or 1024
-        height, width = (size, size) if isinstance(size, int) else size
-        return int(height), int(width)
-
     def release_encoders(self) -> None:
         """Free the text encoders; the next ``encode`` loads them again."""
         self._release([name for name in self._loaded if name.startswith("text_encoder")])
 
     def release_decoder(self) -> None:
-        """Free the autoencoder; the next ``decode`` loads it again."""
+        """Free the autoencoder; its next use loads it again."""
         self._release(["vae"])
 
     def leave_device(self, *, whole: bool) -> None:
@@ -359,32 +347,6 @@ class FlowModel(abc.ABC):
     @abc.abstractmethod
     def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
         """The velocity [N, ...] of batched arguments, ``x`` in the model's dtype, on the token grid (rows, columns)."""
-
-    # -- images -------------------------------------------------------------------------------------------------
-
-    def decode(self, latents: Tensor, *, height: int, width: int) -> list[Image.Image | None]:
-        """Decode clean latents [N, ...] into N RGB images, a few at a time; None for an image that is not finite."""
-        vae, at_once = self._network("vae"), decoded_at_once(height, width)
-        images: list[Image.Image | None] = []
-        with torch.inference_mode():
-            for start in range(0, len(latents), at_once):
-                batch = latents[start : start + at_once].to(self.device, self.dtype)
-                images += to_images(self.pixels(vae, batch, height=height, width=width))
-        return images
-
-    def pixels(self, vae: Any, latents: Tensor, *, height: int, width: int) -> Tensor:
-        """Pixels [N, 3, height, width] in [-1, 1] of clean latents [N, ...] in the autoencoder's dtype."""
-        return self._decode(vae, self._unpack(latents, height=height, width=width))
-
-    def _unpack(self, latents: Tensor, *, height: int, width: int) -> Tensor:
-        """Turn the transformer's latents into the autoencoder's maps [N, C, H, W], still scaled."""
-        return latents
-
-    def _decode(self, vae: Any, maps: Tensor) -> Tensor:
-        """Pixels [N, 3, height, width] in [-1, 1] of scaled maps [N, C, H, W]."""
-        scale, shift = self.vae_config["scaling_factor"], self.vae_config.get("shift_factor") or 0.0
-        pixels: Tensor = vae.decode(maps / scale + shift, return_dict=False)[0]
-        return pixels
 
 
 def takes_two_passes(model: FlowModel, guidance: float) -> bool:

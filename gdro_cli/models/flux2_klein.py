@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from gdro_cli.models.autoencoding import posterior_mode
 from gdro_cli.models.base import ATTENTION_LAYERS, Conditioning, GuidanceKind
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import positions
@@ -76,8 +77,17 @@ class Flux2KleinFlow(PackedFlow):
         )[0]
 
     def _decode(self, vae: Any, maps: Tensor) -> Tensor:
-        statistics, epsilon = vae.bn, self.vae_config["batch_norm_eps"]
-        deviation: Tensor = torch.sqrt(statistics.running_var + epsilon).to(maps)[:, None, None]
-        gathered = maps * deviation + statistics.running_mean.to(maps)[:, None, None]
+        mean, deviation = self._statistics(vae, maps)
+        gathered = maps * deviation + mean
         pixels: Tensor = vae.decode(torch.pixel_shuffle(gathered, self.patch), return_dict=False)[0]
         return pixels
+
+    def _encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
+        gathered = torch.pixel_unshuffle(posterior_mode(vae, pixels), self.patch)
+        mean, deviation = self._statistics(vae, gathered)
+        return (gathered - mean) / deviation
+
+    def _statistics(self, vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C, 1, 1] of the gathered channels."""
+        deviation: Tensor = torch.sqrt(vae.bn.running_var + self.vae_config["batch_norm_eps"])
+        return vae.bn.running_mean.to(like)[:, None, None], deviation.to(like)[:, None, None]

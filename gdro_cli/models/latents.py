@@ -66,6 +66,15 @@ def to_images(pixels: Tensor) -> list[Image.Image | None]:
     ]
 
 
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Undo ``to_images``: turn RGB images of one size into pixels [N, 3, height, width] in [-1, 1], float32.
+
+    The numbers are those of diffusers' ``VaeImageProcessor.preprocess``.
+    """
+    levels = torch.from_numpy(np.stack([np.asarray(image, dtype=np.float32) for image in images]))
+    return (levels / 255).permute(0, 3, 1, 2).contiguous() * 2 - 1
+
+
 def complete(images: Sequence[Image.Image | None]) -> list[Image.Image]:
     """Return the images if none is None. Raises ValueError otherwise."""
     finite = [image for image in images if image is not None]

@@ -28,9 +28,9 @@ class MemoryOptions:
     offload: bool = False
     """Keep text encoders, transformer and autoencoder on the CPU, except the part in use."""
     vae_slicing: bool = False
-    """Decode one image at a time."""
+    """Decode and encode one image at a time."""
     vae_tiling: bool = False
-    """Decode a large image in overlapping tiles, which changes it slightly."""
+    """Decode and encode a large image in overlapping tiles, which changes it slightly."""
 
 
 class OneAtATime:

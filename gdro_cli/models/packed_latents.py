@@ -31,3 +31,6 @@ class PackedFlow(FlowModel):
 
     def _unpack(self, latents: Tensor, *, height: int, width: int) -> Tensor:
         return unpack(latents, self.grid(height=height, width=width), patch=self.packed)
+
+    def _pack(self, maps: Tensor) -> Tensor:
+        return pack(maps, patch=self.packed)

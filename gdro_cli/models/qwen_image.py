@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gdro_cli.core.flow import as_float
+from gdro_cli.models.autoencoding import posterior_mode
 from gdro_cli.models.base import ATTENTION_LAYERS, Conditioning
 from gdro_cli.models.packed_latents import PackedFlow
 from gdro_cli.models.text import own_tokens, tokenize
@@ -68,8 +69,16 @@ class QwenImageFlow(PackedFlow):
         )[0]
 
     def _decode(self, vae: Any, maps: Tensor) -> Tensor:
-        mean = torch.tensor(self.vae_config["latents_mean"], dtype=maps.dtype, device=maps.device)
-        deviation = torch.tensor(self.vae_config["latents_std"], dtype=maps.dtype, device=maps.device)
-        frames = (maps * deviation[:, None, None] + mean[:, None, None])[:, :, None]
-        pixels: Tensor = vae.decode(frames, return_dict=False)[0][:, :, 0]
+        mean, deviation = self._statistics(maps)
+        pixels: Tensor = vae.decode((maps * deviation + mean)[:, :, None], return_dict=False)[0][:, :, 0]
         return pixels
+
+    def _encode_pixels(self, vae: Any, pixels: Tensor) -> Tensor:
+        maps = posterior_mode(vae, pixels[:, :, None])[:, :, 0]
+        mean, deviation = self._statistics(maps)
+        return (maps - mean) / deviation
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [C, 1, 1] of the autoencoder's channels."""
+        mean, deviation = (like.new_tensor(self.vae_config[key]) for key in ("latents_mean", "latents_std"))
+        return mean[:, None, None], deviation[:, None, None]
