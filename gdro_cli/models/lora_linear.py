@@ -7,7 +7,6 @@ from typing import cast
 import torch
 from peft.tuners.lora.layer import Linear
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 _WIDE_RANK = 6
@@ -82,4 +81,4 @@ class LoraLinear(Linear):
 
     def _has_plain_weight(self) -> bool:
         weight = self._base.weight
-        return type(self._base) is nn.Linear and weight.dtype.itemsize > 1 and not isinstance(weight, DTensor)
+        return type(self._base) is nn.Linear and type(weight.data) is Tensor and weight.dtype.itemsize > 1

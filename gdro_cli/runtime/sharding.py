@@ -14,7 +14,6 @@ import warnings
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 # The blocks of diffusers return views; torch warns of writing into them, which nothing does.
 _VIEWS = "FSDP2-wrapped module .* returned a view tensor"
@@ -29,6 +28,7 @@ def shard_frozen(module: nn.Module, device: torch.device) -> nn.Module:
         device: where this process's part goes.
     """
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard  # takes half a second
 
     warnings.filterwarnings("ignore", message=_VIEWS)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))

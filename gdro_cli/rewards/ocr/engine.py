@@ -11,8 +11,10 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Literal
 
 from PIL import Image
@@ -151,24 +153,27 @@ def _installed(module: str, distributions: Sequence[str]) -> tuple[str, str]:
 def _import_paddleocr() -> Any:
     """Import PaddleOCR without its log messages, and with its files in our cache folder."""
     os.environ.setdefault("PADDLE_PDX_CACHE_HOME", str(cache_folder() / "paddlex"))
-    _bind_modelscope_hub()
-    module = importlib.import_module("paddleocr")
+    with _without_modelscope():
+        module = importlib.import_module("paddleocr")
     for name in ("paddlex", "paddleocr"):
         logging.getLogger(name).setLevel(logging.ERROR)
     return module
 
 
-def _bind_modelscope_hub() -> None:
-    """Halve the time of PaddleOCR's import.
+@contextlib.contextmanager
+def _without_modelscope() -> Iterator[None]:
+    """Spare the import of modelscope, which imports torch: most of the time and memory of a scoring process.
 
-    paddlex imports ``modelscope.hub.errors``. modelscope replaces its own module object, which then lacks the attribute
-    ``hub`` that Python sets for a submodule, and looks for the name in transformers, peft and diffusers, importing all
-    three. Setting the attribute, as Python does for any package, avoids that. It does no harm if modelscope is missing
-    or has changed.
+    paddlex imports it to download models, and the engine's models are local.
     """
-    with contextlib.suppress(ImportError):
-        package: Any = importlib.import_module("modelscope")
-        package.hub = importlib.import_module("modelscope.hub")
+    if "modelscope" in sys.modules:
+        yield
+        return
+    sys.modules["modelscope"] = ModuleType("modelscope")
+    try:
+        yield
+    finally:
+        del sys.modules["modelscope"]
 
 
 def _same_row(first: Box, second: Box) -> bool:

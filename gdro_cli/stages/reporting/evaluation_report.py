@@ -17,7 +17,6 @@ from gdro_cli.files import write_bytes
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.registry import reward_class
 from gdro_cli.runtime.metrics import MetricsRow, train_rows, validation_rows
-from gdro_cli.stages.reporting import charts
 from gdro_cli.stages.reporting.csv_table import csv_bytes
 from gdro_cli.stages.reporting.html import data_uri, flat, render
 from gdro_cli.stages.reporting.number_format import MISSING, number, signed
@@ -228,6 +227,8 @@ def _limits(name: str) -> str:
 
 
 def _curves(metrics: Sequence[MetricsRow], *, headline: str, marked: int) -> dict[str, Any]:
+    from gdro_cli.stages.reporting import charts  # loads matplotlib, which `gdro train` never needs
+
     points, steps = validation_rows(metrics), train_rows(metrics)
     latest = [row for row in points if row.protocol == points[-1].protocol]
     return {
