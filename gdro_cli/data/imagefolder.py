@@ -54,7 +54,7 @@ def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImag
         prompts = read_prompt_file(path / METADATA, reward=reward)
         if len(prompts) != 1:
             raise UserError(f"{path / METADATA} has {len(prompts)} prompts: it needs one line, that of its images")
-        images = _images(path / SAMPLES)
+        images = image_files(path / SAMPLES)
         if not images:
             raise UserError(f"{path / SAMPLES} has no images: it needs 0000.png, 0001.png ...")
         (prompt,) = prompts
@@ -63,8 +63,8 @@ def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImag
     return tuple(entries.values())
 
 
-def _images(folder: Path) -> tuple[Path, ...]:
-    """The images in a folder. A broken link is an error: leaving out an image would change the result."""
+def image_files(folder: Path) -> tuple[Path, ...]:
+    """The images in a folder by name. Raises UserError for a broken link: leaving it out would change the result."""
     if not folder.is_dir():
         return ()
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))

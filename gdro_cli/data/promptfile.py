@@ -80,6 +80,17 @@ def _decode(raw: bytes) -> str:
         raise ValueError(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
 
 
+def check_prompt(prompt: str, target: str | None) -> None:
+    """Raise ValueError if the prompt is empty or too long, or if one of the texts has characters that are not text."""
+    if not prompt:
+        raise ValueError("the prompt is empty")
+    if len(prompt) > MAX_PROMPT_CHARS:
+        raise ValueError(f"the prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARS} allowed")
+    _check_characters(prompt, "the prompt")
+    if target is not None:
+        _check_characters(target, "the target")
+
+
 def _check_characters(text: str, what: str) -> None:
     match = _NOT_TEXT.search(text)
     if match is not None:
@@ -112,12 +123,6 @@ def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
 
 
 def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, reward: PromptReader) -> PromptRecord:
-    if not prompt:
-        raise ValueError("the prompt is empty")
-    if len(prompt) > MAX_PROMPT_CHARS:
-        raise ValueError(f"the prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARS} allowed")
-    _check_characters(prompt, "the prompt")
-    if target is not None:
-        _check_characters(target, "the target")
+    check_prompt(prompt, target)
     target = reward.read_prompt(prompt, target=target, metadata=metadata)
     return PromptRecord.of(prompt, target=target, metadata=metadata)

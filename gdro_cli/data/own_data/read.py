@@ -1,0 +1,209 @@
+"""Read a path of a user's own data, whatever its form."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from gdro_cli.data.own_data.folder import read_images, tables_in
+from gdro_cli.data.own_data.groups import OwnData, OwnGroup, OwnImage
+from gdro_cli.data.own_data.jsonl import SUFFIXES, Row, read_json_rows
+from gdro_cli.data.own_data.lines import (
+    HAS_LABEL,
+    PAIRS,
+    Keys,
+    find_keys,
+    guess,
+    ignored_keys,
+    read_line,
+    without_nesting,
+)
+from gdro_cli.data.own_data.parquet import SUFFIX, read_parquet_rows
+from gdro_cli.data.own_data.paths import find_image
+from gdro_cli.data.promptfile import MAX_PROBLEMS
+from gdro_cli.data.records import PromptRecord
+from gdro_cli.errors import UserError
+
+GROUP = "group"
+"""The key of the metadata that tells groups with the same prompt apart."""
+
+
+def read_own_data(path: Path) -> OwnData:
+    """Read prompts with their images, scores and weights. Images are found, but not decoded.
+
+    Args:
+        path: a table (``.jsonl``, ``.json``, ``.parquet``), a folder that holds one, or a folder of images; the forms
+            are in docs/own-data.md.
+
+    Raises:
+        UserError: the path has no form that is known, or up to ten bad lines, each with what is wrong.
+        PrerequisiteError: it is parquet and pyarrow is not installed.
+    """
+    path = Path(os.path.expanduser(path))
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name a table or a folder of images")
+    files = tables_in(path) if path.is_dir() else [path]
+    return _Table(path, files[0].parent).read(files) if files else read_images(path)
+
+
+def _rows(path: Path) -> Iterator[Row]:
+    suffix = path.suffix.lower()
+    if suffix == SUFFIX:
+        return read_parquet_rows(path)
+    if suffix in SUFFIXES:
+        return read_json_rows(path)
+    raise UserError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)} or {SUFFIX}")
+
+
+@dataclass(slots=True)
+class _OpenGroup:
+    """A group that may still get images."""
+
+    record: PromptRecord
+    weight: float
+    where: str
+    images: dict[str, OwnImage] = field(default_factory=dict)
+    """By the name of the source."""
+
+    def add(self, image: OwnImage) -> None:
+        if image.source.name in self.images:
+            raise ValueError(f"the image {image.source.name} appears twice in the group of {self.where}; keep one")
+        self.images[image.source.name] = image
+
+    def close(self) -> OwnGroup:
+        return OwnGroup(self.record, tuple(self.images.values()), self.weight, self.where)
+
+
+class _Table:
+    """The lines of a table, gathered into groups."""
+
+    def __init__(self, path: Path, folder: Path) -> None:
+        self.path = path
+        self.folder = folder
+        self.keys: Keys | None = None
+        self.keys_from = ""
+        self.groups: dict[str, _OpenGroup] = {}
+        self.ignored: Counter[str] = Counter()
+        self.guesses: dict[str, str] = {}
+        self.seen: set[bytes] = set()
+        self.repeated = 0
+        self.unlabelled = 0
+        self.problems: list[str] = []
+
+    def read(self, files: list[Path]) -> OwnData:
+        for file in files:
+            for where, row in _rows(file):
+                if file.suffix.lower() != SUFFIX and self._is_repeated(row):
+                    continue
+                try:
+                    self._add(where, row, below=file.stem)
+                except ValueError as error:
+                    self.problems.append(f"{where}: {error}")
+        if self.problems:
+            raise UserError(self._summary())
+        if self.keys is None or not self.groups:
+            raise UserError(f"{self.path} has no data: write one prompt with its images per line")
+        groups = tuple(group.close() for group in self.groups.values())
+        return OwnData(self.path, self.keys.form, groups, (*self._notes(), *_score_notes(groups, self.keys.form)))
+
+    def _is_repeated(self, row: Mapping[str, Any]) -> bool:
+        key = sha256(json.dumps(row, sort_keys=True).encode("ascii")).digest()
+        is_repeated = key in self.seen
+        self.seen.add(key)
+        self.repeated += is_repeated
+        return is_repeated
+
+    def _add(self, where: str, row: Mapping[str, Any], *, below: str) -> None:
+        """Add a line. Raises ValueError if it is wrong, UserError if its form is."""
+        line = without_nesting(row)
+        keys = self._form(where, line)
+        for key in ignored_keys(line, keys):
+            self.ignored[key] += 1
+            self.guesses.setdefault(key, guess(key, line))
+        if HAS_LABEL in keys.unused and line.get(HAS_LABEL) is False:
+            self.unlabelled += 1
+            return
+        said = read_line(line, keys)
+        group = self.groups.get(said.record.id)
+        is_new = group is None or not keys.one_image
+        if group is None or not keys.one_image:
+            group = _OpenGroup(self._unique(said.record), said.weight, where)
+        elif group.weight != said.weight:
+            raise ValueError(
+                f"weight is {said.weight:g}, and {group.weight:g} in {group.where}; a group has one weight"
+            )
+        for image, scores in said.images:
+            group.add(OwnImage(find_image(image, self.folder, below=below), scores))
+        if is_new:
+            self.groups[group.record.id] = group
+
+    def _form(self, where: str, line: Mapping[str, Any]) -> Keys:
+        try:
+            keys = find_keys(line)
+        except ValueError as error:
+            raise UserError(f"{self.folder / where}: {error}") from error
+        if self.keys is None:
+            self.keys, self.keys_from = keys, where
+        elif self.keys is not keys:
+            raise UserError(
+                f"{self.folder / where} has {keys.text}, and {self.keys_from} has {self.keys.text}: write all lines"
+                " alike, with null for a missing score"
+            )
+        return keys
+
+    def _unique(self, record: PromptRecord) -> PromptRecord:
+        """The record, with the number of its group if an earlier group has the same."""
+        number, unique = 1, record
+        while unique.id in self.groups:
+            if GROUP in record.metadata:
+                raise ValueError(f"an earlier group has the same prompt, and metadata {GROUP} is in use; change it")
+            number += 1
+            metadata = {**record.metadata, GROUP: str(number)}
+            unique = PromptRecord.of(record.prompt, target=record.target, metadata=metadata)
+        return unique
+
+    def _summary(self) -> str:
+        if len(self.problems) == 1:
+            return f"{self.folder / self.problems[0]}"
+        more = [f"and {len(self.problems) - MAX_PROBLEMS} more"] if len(self.problems) > MAX_PROBLEMS else []
+        return f"{self.path} has {len(self.problems)} bad lines; " + "; ".join(self.problems[:MAX_PROBLEMS] + more)
+
+    def _notes(self) -> Iterator[str]:
+        if self.repeated:
+            yield f"{_lines(self.repeated, 'repeats', 'repeat')} an earlier one and {_was(self.repeated)} left out"
+        if self.unlabelled:
+            what = _lines(self.unlabelled, "has", "have")
+            yield f"{what} no preference ({HAS_LABEL}) and {_was(self.unlabelled)} left out"
+        if self.ignored:
+            listed = ", ".join(f"`{key}` in {_lines(n)}{self.guesses[key]}" for key, n in self.ignored.items())
+            yield f"keys that no form has were ignored: {listed}"
+
+
+def _score_notes(groups: tuple[OwnGroup, ...], form: str) -> Iterator[str]:
+    """What the scores lack: ties, missing values, and spread."""
+    images = [image for group in groups for image in group.images]
+    for name in dict.fromkeys(name for image in images for name in image.scores):
+        missing = sum(name not in image.scores for image in images)
+        if missing:
+            yield f"{missing} of {len(images)} images have no score `{name}`"
+        flat = sum(len({image.scores[name] for image in group.images if name in image.scores}) < 2 for group in groups)
+        if form == PAIRS and flat:
+            yield f"{flat} tie{'s give' if flat > 1 else ' gives'} both images 0.5"
+        if flat == len(groups):
+            yield f"no group has two different scores `{name}`, so a training cannot learn from it"
+        elif flat and form != PAIRS:
+            yield f"{flat} of {len(groups)} groups have no two different scores `{name}`; a training leaves them out"
+
+
+def _lines(count: int, singular: str = "", plural: str = "") -> str:
+    return f"{count} line{'' if count == 1 else 's'} {singular if count == 1 else plural}".rstrip()
+
+
+def _was(count: int) -> str:
+    return "was" if count == 1 else "were"
