@@ -24,10 +24,11 @@ import numpy as np
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.core.seeds import seed_for
-from gdro_cli.data.foreign_images import fit_image, open_image, to_pixels
 from gdro_cli.data.own_data import read_own_data
 from gdro_cli.data.scores import ScoreTable
+from gdro_cli.images import fit, open_image
 from gdro_cli.models.base import FlowModel
+from gdro_cli.models.latents import to_pixels
 from gdro_cli.rewards.ocr.rules import ocr_reward
 from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.model import open_model
@@ -51,7 +52,7 @@ def train(out: Path, name: str, recipe: str, **keys: str) -> dict[str, Any]:
     gdro(out, "train", "--recipe", recipe, *changes)
     gdro(out, "eval", "--recipe", recipe, *changes)
     newest = max((out / "runs").glob(f"{recipe}-*/results.json"), key=lambda path: path.stat().st_mtime)
-    rows = {row["name"]: row for row in json.loads(newest.read_text())["measures"]}
+    rows = json.loads(newest.read_text())["measures"]
     return {"training": name, **{measure: rows[measure] for measure in ("reward", "corrected") if measure in rows}}
 
 
@@ -181,7 +182,7 @@ def bare_loop(folder: Path, model: FlowModel, size: tuple[int, int], batch: int)
     start, kept = time.perf_counter(), []
     for first in range(0, len(images), batch):
         pictures = [open_image(image.source.read()) for image in images[first : first + batch]]
-        fitted = [fit_image(picture, height=height, width=width, how="crop") for picture in pictures]
+        fitted = [fit(picture, height=height, width=width, how="crop") for picture in pictures]
         kept.append(model.encode_images(to_pixels(fitted)))
     return time.perf_counter() - start
 
@@ -209,7 +210,7 @@ def speed(out: Path, count: int) -> None:
         gdro(out, "import", str(folder), "--recipe", "own-pairs", "--name", f"photos-{count}-{attempt}-{os.getpid()}")
         whole = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-        print(f"bare loop {bare:.1f} s, gdro import {whole:.1f} s with its start: ratio {bare / whole:.2f}; {peak:.2f} GB")
+        print(f"bare loop {bare:.1f} s, gdro import {whole:.1f} s: ratio {bare / whole:.2f}; {peak:.2f} GB")
 
 
 def main() -> None:

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from gdro_cli.data.foreign_images import Fit, fit_image, open_image, to_pixels
 from gdro_cli.data.own_data import OwnData, OwnGroup, OwnImage
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.files import sha256
+from gdro_cli.images import Fitting, UnusableImageError, fit, open_image, scaling
+from gdro_cli.models.latents import to_pixels
 from gdro_cli.rewards.pool import usable_cores
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.sampling.fill_store import ShardWriter, own_part
@@ -31,7 +32,7 @@ class _Opened:
     enlarged: bool
 
 
-def encode_store(session: Session, store: GroupStore, data: OwnData, *, fit: Fit) -> tuple[int, int]:
+def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fitting) -> tuple[int, int]:
     """Make the shards that ``store`` lacks, all processes together.
 
     Returns:
@@ -57,11 +58,11 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, fit: Fit
         content = image.source.read()
         try:
             opened = open_image(content)
-        except ValueError as error:
+        except UnusableImageError as error:
             raise UserError(f"{group.where}: {image.source.name} cannot be used: {error}") from error
-        small = opened.height < height or opened.width < width
-        fitted = fit_image(opened, height=height, width=width, how=fit)
-        return _Opened(fitted, {"source": image.source.name, "sha256": sha256(content)}, small)
+        enlarged = scaling(opened, height=height, width=width, how=how) > 1
+        origin = {"source": image.source.name, "sha256": sha256(content)}
+        return _Opened(fit(opened, height=height, width=width, how=how), origin, enlarged)
 
     def read_ahead(number: int) -> None:
         first = own.index(number)

@@ -14,13 +14,13 @@ from typing import Any
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import NAME
-from gdro_cli.data.foreign_images import Fit
 from gdro_cli.data.imported_scores import write_imported_scores
 from gdro_cli.data.own_data import OwnData, read_own_data
 from gdro_cli.data.records import PromptSet
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.identity import differences
+from gdro_cli.images import Fitting
 from gdro_cli.stages.importing.encode_store import encode_store
 from gdro_cli.stages.setup.imported import COMMAND, encoding_identity, imported_path
 from gdro_cli.stages.setup.session import Session
@@ -39,7 +39,7 @@ class Import:
     """A table, or a folder."""
     name: str
     """What recipes call it (``prompts.train.imported``)."""
-    fit: Fit = "crop"
+    resize: Fitting = "crop"
     """How images are brought to the recipe's size."""
     keep_images: bool = False
     """Whether the store keeps the images beside their latents. It always does if the data has no scores."""
@@ -96,7 +96,7 @@ def run(session: Session, request: Import) -> ImportResult:
         for note in data.notes:
             session.reporter.say(note)
         store = engine.from_main(lambda: _open(session, request, data))
-        made, enlarged = encode_store(session, store, data, fit=request.fit)
+        made, enlarged = encode_store(session, store, data, how=request.resize)
         with engine.together():
             if engine.is_main:
                 for name in scores_of(data):
@@ -118,7 +118,7 @@ def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str
         ("data", str(request.data)),
         *_described(data).items(),
         *(("note", note) for note in data.notes),
-        ("images become", f"{width} x {height}, {request.fit}"),
+        ("images become", f"{width} x {height}, {request.resize}"),
     ]
     path = imported_path(workspace, request.name, session.model, height=height, width=width)
     state = "none is made yet"
@@ -158,7 +158,7 @@ def _values(data: OwnData, name: str) -> dict[tuple[str, int], float | str]:
 
 def _identity(session: Session, request: Import, data: OwnData) -> dict[str, Any]:
     height, width = session.image_size
-    about = {"imported": request.name, "form": data.form, "data": data.digest, "fit": request.fit}
+    about = {"imported": request.name, "form": data.form, "data": data.digest, "resize": request.resize}
     return about | encoding_identity(session.model, height=height, width=width)
 
 
