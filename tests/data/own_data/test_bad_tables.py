@@ -125,6 +125,11 @@ def test_an_empty_table(table: Path, data: str) -> None:
     assert "has no data: write one prompt with its images per line" in refusal(table)
 
 
+def test_a_table_where_nobody_has_chosen(table: Path) -> None:
+    write_table(table, {**LABELS, "has_label": False})
+    assert "has no data" in refusal(table)
+
+
 def test_unknown_keys(table: Path) -> None:
     write_table(table, {"prompt": "a kite", "pictures": ["a.png"], "scores": [1]})
     message = refusal(table)
