@@ -1,1 +1,1 @@
-"""Prompts, the group store, score tables, and the training set read from them."""
+"""Prompts, a user's own images and scores, the group store, score tables, and the training set read from them."""

@@ -86,12 +86,13 @@ def check_prompt(prompt: str, target: str | None) -> None:
         raise ValueError("the prompt is empty")
     if len(prompt) > MAX_PROMPT_CHARS:
         raise ValueError(f"the prompt has {len(prompt)} characters, more than the {MAX_PROMPT_CHARS} allowed")
-    _check_characters(prompt, "the prompt")
+    check_characters(prompt, "the prompt")
     if target is not None:
-        _check_characters(target, "the target")
+        check_characters(target, "the target")
 
 
-def _check_characters(text: str, what: str) -> None:
+def check_characters(text: str, what: str) -> None:
+    """Raise ValueError, with ``what`` it is, if a text has control characters or halves of surrogate pairs."""
     match = _NOT_TEXT.search(text)
     if match is not None:
         raise ValueError(f"{what} contains the character U+{ord(match[0]):04X}, which is not text; remove it")

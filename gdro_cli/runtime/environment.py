@@ -28,6 +28,7 @@ _PACKAGES = (
     "triton",
     "torchao",
     "bitsandbytes",
+    "pyarrow",
     "flash-attn",
     "xformers",
 )

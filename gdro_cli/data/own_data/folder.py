@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.data.imagefolder import METADATA, image_files, read_image_folder
-from gdro_cli.data.own_data.groups import OwnData, OwnGroup, OwnImage
+from gdro_cli.data.own_data.groups import OpenGroup, OwnData, OwnGroup, OwnImage
 from gdro_cli.data.own_data.jsonl import SUFFIXES
 from gdro_cli.data.own_data.parquet import SUFFIX
 from gdro_cli.data.own_data.paths import find_image
@@ -26,7 +26,7 @@ def tables_in(folder: Path) -> list[Path]:
         UserError: it has several tables.
     """
     named = [[folder / name] for name in _TABLES if (folder / name).is_file()]
-    parquet = sorted(path for path in visible(folder) if path.suffix.lower() == SUFFIX)
+    parquet = [path for path in visible(folder) if path.suffix.lower() == SUFFIX]
     found = [*named, *([parquet] if parquet else [])]
     if len(found) > 1:
         names = ", ".join(files[0].name for files in found)
@@ -108,8 +108,10 @@ def _prompt(path: Path) -> str:
 
 
 def _group(folder: Path, record: PromptRecord, images: Sequence[Path], where: str) -> OwnGroup:
+    group = OpenGroup(record, 1.0, where)
     try:
-        sources = [find_image(str(image.relative_to(folder)), folder) for image in images]
+        for image in images:
+            group.add(OwnImage(find_image(str(image.relative_to(folder)), folder), {}))
     except ValueError as error:
-        raise UserError(str(error)) from error
-    return OwnGroup(record, tuple(OwnImage(source, {}) for source in sources), 1.0, where)
+        raise UserError(f"{folder}: {error}") from error
+    return group.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gdro_cli.data.own_data.cells import read_cell
@@ -72,6 +72,27 @@ class OwnGroup:
     """How much the group counts in a training, 1 unless the data says otherwise."""
     where: str
     """For messages: ``data.jsonl line 12``."""
+
+
+@dataclass(slots=True)
+class OpenGroup:
+    """A group that may still get images."""
+
+    record: PromptRecord
+    weight: float
+    where: str
+    images: dict[str, OwnImage] = field(default_factory=dict)
+    """By the name of the source."""
+
+    def add(self, image: OwnImage) -> None:
+        """Add an image. Raises ValueError if the group has it."""
+        if image.source.name in self.images:
+            raise ValueError(f"the image {image.source.name} appears twice in the group of {self.where}; keep one")
+        self.images[image.source.name] = image
+
+    def close(self) -> OwnGroup:
+        """The group with the images that it has."""
+        return OwnGroup(self.record, tuple(self.images.values()), self.weight, self.where)
 
 
 @dataclass(frozen=True, slots=True)

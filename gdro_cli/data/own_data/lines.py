@@ -139,7 +139,7 @@ def without_nesting(line: Mapping[str, Any]) -> Mapping[str, Any]:
     rest.pop("metadata", None)
     parts = {"preference": {"chosen": "chosen", "rejected": "rejected"}, "demonstration": {"target": "image"}}
     kind = supervision.get("type")
-    if kind not in parts:
+    if not isinstance(kind, str) or kind not in parts:
         raise ValueError(f"its supervision.type is {shown(kind)}; it must be preference or demonstration")
     images = {ours: _only_image(supervision, theirs) for theirs, ours in parts[kind].items()}
     return {"prompt": given.get("prompt"), **images, **rest}

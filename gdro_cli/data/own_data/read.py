@@ -6,13 +6,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from gdro_cli.data.own_data.folder import read_images, tables_in
-from gdro_cli.data.own_data.groups import OwnData, OwnGroup, OwnImage
+from gdro_cli.data.own_data.groups import OpenGroup, OwnData, OwnGroup, OwnImage
 from gdro_cli.data.own_data.jsonl import SUFFIXES, Row, read_json_rows
 from gdro_cli.data.own_data.lines import (
     HAS_LABEL,
@@ -61,25 +60,6 @@ def _rows(path: Path) -> Iterator[Row]:
     raise UserError(f"{path} is not a table: its name must end in {', '.join(SUFFIXES)} or {SUFFIX}")
 
 
-@dataclass(slots=True)
-class _OpenGroup:
-    """A group that may still get images."""
-
-    record: PromptRecord
-    weight: float
-    where: str
-    images: dict[str, OwnImage] = field(default_factory=dict)
-    """By the name of the source."""
-
-    def add(self, image: OwnImage) -> None:
-        if image.source.name in self.images:
-            raise ValueError(f"the image {image.source.name} appears twice in the group of {self.where}; keep one")
-        self.images[image.source.name] = image
-
-    def close(self) -> OwnGroup:
-        return OwnGroup(self.record, tuple(self.images.values()), self.weight, self.where)
-
-
 class _Table:
     """The lines of a table, gathered into groups."""
 
@@ -88,7 +68,7 @@ class _Table:
         self.folder = folder
         self.keys: Keys | None = None
         self.keys_from = ""
-        self.groups: dict[str, _OpenGroup] = {}
+        self.groups: dict[str, OpenGroup] = {}
         self.ignored: Counter[str] = Counter()
         self.guesses: dict[str, str] = {}
         self.seen: set[bytes] = set()
@@ -133,7 +113,7 @@ class _Table:
         group = self.groups.get(said.record.id)
         is_new = group is None or not keys.one_image
         if group is None or not keys.one_image:
-            group = _OpenGroup(self._unique(said.record), said.weight, where)
+            group = OpenGroup(self._unique(said.record), said.weight, where)
         elif group.weight != said.weight:
             raise ValueError(
                 f"weight is {said.weight:g}, and {group.weight:g} in {group.where}; a group has one weight"

@@ -39,7 +39,8 @@ def table(tmp_path: Path) -> Path:
         ({**GROUP, "images": ["a.png", "c.png"]}, "the image c.png is missing; paths are relative to"),
         ({**GROUP, "images": ["a.png", "../outside.png"]}, "the image ../outside.png is outside the folder"),
         ({**GROUP, "images": ["a.png", "/etc/hostname"]}, "the image /etc/hostname is outside the folder"),
-        ({**GROUP, "images": ["a.png", "b\0.png"]}, "an image must be a path, not 'b\\x00.png'"),
+        ({**GROUP, "images": ["a.png", "b\0.png"]}, "the path of an image contains the character U+0000"),
+        ({**GROUP, "images": ["a.png", "b\ud800.png"]}, "the path of an image contains the character U+D800"),
         ({**GROUP, "images": ["a.png", 3]}, "an image must be a path, not 3"),
         ({**GROUP, "images": ["a.png", "./a.png"]}, "the image a.png appears twice in the group of"),
         ({**GROUP, "images": []}, "images must be a list of images, not an empty one"),
@@ -78,6 +79,7 @@ def table(tmp_path: Path) -> Path:
         ({**FLOW, "input": {"prompt": "a", "media": [{"type": "image", "path": "a.png"}]}}, "more than a prompt"),
         ({**FLOW, "input": {"prompt": "a", "negative_prompt": "b"}}, "its input has more than a prompt"),
         ({**FLOW, "supervision": {"type": "video"}}, "its supervision.type is 'video'"),
+        ({**FLOW, "supervision": {"type": ["video"]}}, "its supervision.type is ['video']"),
         ({**FLOW, "supervision": {"type": "preference"}}, "supervision.chosen must be an object, not null"),
         (
             {**FLOW, "supervision": {"type": "demonstration", "target": {"media": [{"type": "video", "path": "a"}]}}},
@@ -123,6 +125,11 @@ def test_several_bad_lines_come_at_once(table: Path) -> None:
 def test_an_empty_table(table: Path, data: str) -> None:
     table.write_text(data)
     assert "has no data: write one prompt with its images per line" in refusal(table)
+
+
+def test_a_table_where_nobody_has_chosen(table: Path) -> None:
+    write_table(table, {**LABELS, "has_label": False})
+    assert "has no data" in refusal(table)
 
 
 def test_unknown_keys(table: Path) -> None:
