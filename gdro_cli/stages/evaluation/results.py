@@ -10,6 +10,7 @@ from typing import Any
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.scores import ScoreTable
+from gdro_cli.errors import PrerequisiteError
 from gdro_cli.identity import digest
 from gdro_cli.stages.evaluation.measures import other_measure, reported_measures, signal_measures
 from gdro_cli.stages.evaluation.quality import Rated, changes, pair_verdict, rate_tables
@@ -96,8 +97,15 @@ def protocol_name(recipe: Recipe, protocol: dict[str, Any], *, prompts: int) -> 
 
 
 def count_seen(session: Session) -> int:
-    """How many of the evaluation's prompts are also in the training or validation prompts."""
-    seen = {record.prompt for split in ("train", "validation") for record in session.prompts(split).records}
+    """How many of the evaluation's prompts are also in the training or validation prompts.
+
+    Imported training prompts are only known while their store is there.
+    """
+    seen = {record.prompt for record in session.prompts("validation").records}
+    try:
+        seen |= {record.prompt for record in session.prompts("train").records}
+    except PrerequisiteError as error:
+        session.reporter.say(f"whether held-out prompts were trained on cannot be said ({error})")
     return sum(record.prompt in seen for record in session.prompts("eval").records)
 
 
