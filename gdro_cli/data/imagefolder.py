@@ -16,10 +16,10 @@ from pathlib import Path
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptReader, PromptRecord
 from gdro_cli.errors import UserError
+from gdro_cli.images import suffixes
 
 METADATA = "metadata.jsonl"
 SAMPLES = "samples"
-_SUFFIXES = {".png", ".webp", ".jpg", ".jpeg"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,14 @@ class PromptImages:
 
     prompt: PromptRecord
     images: tuple[Path, ...]
+    left_out: tuple[Path, ...] = ()
+    """What else is visible beside the images."""
 
 
 def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImages, ...]:
     """Read images in the official layout, from any tool. Folders with the same prompt are combined.
+
+    A file is an image if its name ends as that of a format in ``gdro_cli.images``.
 
     Args:
         folder: has one numbered folder per prompt.
@@ -54,25 +58,28 @@ def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImag
         prompts = read_prompt_file(path / METADATA, reward=reward)
         if len(prompts) != 1:
             raise UserError(f"{path / METADATA} has {len(prompts)} prompts: it needs one line, that of its images")
-        images = image_files(path / SAMPLES)
+        images, left_out = image_files(path / SAMPLES)
         if not images:
             raise UserError(f"{path / SAMPLES} has no images: it needs 0000.png, 0001.png ...")
         (prompt,) = prompts
-        earlier = entries[prompt.id].images if prompt.id in entries else ()
-        entries[prompt.id] = PromptImages(prompt, earlier + images)
+        earlier = entries.get(prompt.id, PromptImages(prompt, ()))
+        entries[prompt.id] = PromptImages(prompt, earlier.images + images, earlier.left_out + left_out)
     return tuple(entries.values())
 
 
-def image_files(folder: Path) -> tuple[Path, ...]:
-    """The images in a folder by name. Raises UserError for a broken link: leaving it out would change the result."""
+def image_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The images in a folder, and what else is visible in it.
+
+    A broken link is an error: leaving out an image would change the result.
+    """
     if not folder.is_dir():
-        return ()
+        return (), ()
     visible = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    images = tuple(path for path in visible if path.suffix.lower() in _SUFFIXES and not path.is_dir())
+    images = tuple(path for path in visible if path.suffix.lower() in suffixes() and not path.is_dir())
     for path in images:
         if not path.is_file():
             raise UserError(f"{path} is a broken link: put the image itself there, or delete the link")
-    return images
+    return images, tuple(path for path in visible if path not in images)
 
 
 def write_image_folder(folder: Path, entries: Iterable[PromptImages]) -> None:

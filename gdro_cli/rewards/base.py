@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ from gdro_cli.config.base import StrictModel
 from gdro_cli.core.measures import Detail, Measure
 from gdro_cli.core.quotes import quoted_text
 from gdro_cli.errors import GdroError
+from gdro_cli.images import UnusableImageError, as_shown, open_image
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -46,13 +45,6 @@ _ROUNDING = 1e-6
 """Share of a scale by which a value may exceed it."""
 OUTSIDE = "outside its scale"
 """What the reason of a value that does says."""
-
-MOST_PIXELS = 2**25
-"""Images with more pixels are not decoded: a small file can expand to many gigabytes."""
-# Pillow raises these for missing, truncated and corrupt files; it has an error of its own for absurdly large images.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error)
-# Pillow detects the format from the file's content, and passes some formats to other programs.
-_FORMATS = ("PNG", "WEBP", "JPEG")
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,17 +282,12 @@ class UnreadableImageError(Exception):
 
 
 def read_rgb(source: ImageSource) -> Image.Image:
-    """Decode an image to RGB. Raises ``UnreadableImageError``."""
-    from PIL import Image
-
+    """Read an image as a viewer shows it, in RGB (``gdro_cli.images``). Raises ``UnreadableImageError``."""
     try:
-        if isinstance(source, Image.Image):
-            return _small(source).convert("RGB")
-        with Image.open(source, formats=_FORMATS) as image:
-            return _small(image).convert("RGB")
-    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
-        where = "" if isinstance(source, Image.Image) else f" {source}"
-        raise UnreadableImageError(f"the image{where} cannot be decoded: {_first_line(error)}") from error
+        return open_image(source) if isinstance(source, Path) else as_shown(source)
+    except UnusableImageError as error:
+        where = f" {source}" if isinstance(source, Path) else ""
+        raise UnreadableImageError(f"the image{where} cannot be decoded: {error}") from error
 
 
 def read_all(sources: Sequence[ImageSource]) -> tuple[dict[int, Image.Image], dict[int, str]]:
@@ -313,12 +300,6 @@ def read_all(sources: Sequence[ImageSource]) -> tuple[dict[int, Image.Image], di
         except UnreadableImageError as error:
             reasons[index] = str(error)
     return images, reasons
-
-
-def _small(image: Image.Image) -> Image.Image:
-    if image.width * image.height > MOST_PIXELS:
-        raise UnreadableImageError(f"the image has {image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
-    return image
 
 
 def one_line(error: BaseException) -> str:

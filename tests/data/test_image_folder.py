@@ -104,6 +104,17 @@ def test_folders_of_other_tools(tmp_path: Path) -> None:
     first, second = read_image_folder(tmp_path, reward=COCO)
     assert (first.prompt.prompt, [path.name for path in first.images]) == ("a dog", ["0.webp"])
     assert [path.name for path in second.images] == ["00000.jpeg", "00001.jpg", "b.PNG", "notes.txt.png"]
+    assert first.left_out == () and [path.name for path in second.left_out] == ["folder.png", "seeds.json"]
+
+
+def test_every_format_is_an_image_and_other_files_are_named(tmp_path: Path) -> None:
+    numbered(tmp_path, "00000", official(), "0.bmp", "1.TIF", "2.avif", "3.gif")
+    (tmp_path / "00000" / "samples" / "4.heic").touch()
+    numbered(tmp_path, "00001", official(), "0.png")
+    (tmp_path / "00001" / "samples" / "0.txt").touch()
+    (entry,) = read_image_folder(tmp_path, reward=COCO)
+    assert [path.name for path in entry.images] == ["0.bmp", "1.TIF", "2.avif", "3.gif", "0.png"]
+    assert [path.name for path in entry.left_out] == ["4.heic", "0.txt"]
 
 
 def test_folders_with_the_same_prompt_are_combined(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from gdro_cli.config.load import load_recipe
-from gdro_cli.rewards.base import MOST_PIXELS, UnreadableImageError, read_rgb
+from gdro_cli.images import MOST_PIXELS
+from gdro_cli.rewards.base import UnreadableImageError, read_rgb
 from gdro_cli.stages.reporting.model_card import CardFolder, card
 from gdro_cli.stages.reporting.redaction import public_recipe
 from tests.faults.test_security import finished_run

@@ -51,7 +51,7 @@ def read_images(folder: Path) -> OwnData:
     """
     if any(path.name.isdigit() and (path / METADATA).exists() for path in visible(folder)):
         return _geneval(folder)
-    images = image_files(folder)
+    images, _ = image_files(folder)  # what else lies there is counted below
     if not images:
         tables = [path.name for path in visible(folder) if path.suffix.lower() in SUFFIXES]
         hint = f"name one of its files, {', '.join(tables[:3])}" if tables else "docs/own-data.md has the forms of data"

@@ -13,6 +13,7 @@ from gdro_cli.data.scores import ScoreRow, ScoreTable, read_scores, write_scores
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import make_folder, new_folder, sha256_file, write_json
 from gdro_cli.identity import digest
+from gdro_cli.images import READING
 from gdro_cli.rewards.pool import ScoringStopped
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.evaluation.measures import measured
@@ -23,6 +24,8 @@ from gdro_cli.stages.setup.session import Session
 PART = 8
 """Prompts scored between two files; an interruption costs at most one part."""
 RESULTS_SCHEMA = 1
+_SHOWN = 5
+"""Names of files left out that are shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +57,19 @@ def run(session: Session, *, folder: Path) -> FolderResult:
     reward = session.reward
     entries = read_image_folder(folder, reward=reward)
     version = session.reward_version
+    if left_out := [str(path.relative_to(folder)) for entry in entries for path in entry.left_out]:
+        session.reporter.say(_not_scored(left_out))
     content = [[entry.prompt.id, [sha256_file(path) for path in entry.images]] for entry in entries]
-    out = session.workspace / "folders" / f"{reward.name}-{digest([content, version])}"
+    out = session.workspace / "folders" / f"{reward.name}-{digest([content, version, READING])}"
     make_folder(out)
     with session, folder_lock(out / "lock"):
         rows = score_parts(session, entries, out)
         return write_results(session, folder, entries, rows, out)
+
+
+def _not_scored(names: list[str]) -> str:
+    shown = ", ".join(names[:_SHOWN]) + (" ..." if len(names) > _SHOWN else "")
+    return f"not images of a format that is read, and left out: {len(names)} ({shown})"
 
 
 def score_parts(session: Session, entries: tuple[PromptImages, ...], out: Path) -> list[ScoreRow]:
@@ -121,6 +131,7 @@ def write_results(
         "reward": session.reward_version,
         "measures": {name: asdict(interval) for name, interval in measures},
         "failed": failed,
+        "left_out": [str(path.relative_to(folder)) for entry in entries for path in entry.left_out],
         "bootstrap": samples,
         "prompts": [entry.prompt.to_json() for entry in entries],
         "images": [row.to_json() for row in rows],

@@ -19,11 +19,11 @@ from gdro_cli.data.prompts import load_prompts
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.identity import canonical_json
+from gdro_cli.images import suffixes
 from gdro_cli.rewards.base import OUTSIDE, ImageSource, Reward, Score
 from gdro_cli.rewards.registry import open_reward, provenance
 from gdro_cli.stages.setup.scorers import make_reward_pool
 
-_SUFFIXES = (".png", ".webp", ".jpg", ".jpeg")
 _MOST = 16
 """Images that are scored."""
 _DRAWN = 8
@@ -148,11 +148,11 @@ def _prompts(reward: Reward, file: Path | None) -> tuple[PromptRecord, ...]:
 
 def _in_folder(folder: Path) -> list[ImageSource]:
     try:
-        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES)
+        files = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes())
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}): name a folder of images") from error
     if not files:
-        raise UserError(f"{folder} has no images ({', '.join(_SUFFIXES)}): name a folder of images")
+        raise UserError(f"{folder} has no images: name a folder of images")
     return list(files[:_MOST])
 
 
