@@ -26,6 +26,7 @@ from gdro_cli.cli.options import (
     DryRunOption,
     EvaluatedRunArgument,
     ExportOption,
+    FormatOption,
     ImagesOption,
     JobsOption,
     MergeOption,
@@ -269,6 +270,7 @@ def ablate(
 def export_run(
     run: RunArgument,
     adapter: AdapterOption = None,
+    format: FormatOption = "diffusers",
     merge: MergeOption = None,
     push: PushOption = None,
     public: PublicOption = False,
@@ -279,7 +281,7 @@ def export_run(
     """Package a finished run for others: its adapter, or the base model with the adapter merged in; --push uploads."""
     from gdro_cli.stages.exporting import export as stage
 
-    export = stage.Export(run, adapter, merge, push, public)
+    export = stage.Export(run, adapter, merge, push, public, format)
     if dry_run:
         return tables.print_plan("export", stage.describe(export, out))
     work_begins()

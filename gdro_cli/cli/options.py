@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -54,6 +54,10 @@ JobsOption = Annotated[
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A finished run: its folder, or its name.")]
 AdapterOption = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="Write the adapter to DIR, with model card and recipe.")
+]
+FormatOption = Annotated[
+    Literal["diffusers", "peft", "comfyui", "kohya"],
+    typer.Option("--format", help="The tool that the adapter is for; docs/export.md says what each one reads."),
 ]
 MergeOption = Annotated[
     Path | None,

@@ -21,7 +21,8 @@ from transformers import CLIPModel
 
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.merge import Adapter, merge_into, read_adapter
+from gdro_cli.models.lora_files import Adapter, read_adapter
+from gdro_cli.models.merge import merge_into
 from gdro_cli.rewards.endpoint import check_base_url
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge

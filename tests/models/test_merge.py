@@ -16,7 +16,8 @@ from gdro_cli.files import new_folder
 from gdro_cli.models.adapters import attach_lora, save_lora
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.merge import merge_into, read_adapter
+from gdro_cli.models.lora_files import read_adapter
+from gdro_cli.models.merge import merge_into
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYERS = ("transformer_blocks.0.attn.to_q", "x_embedder")
