@@ -176,7 +176,7 @@ def test_a_pickle_beside_a_part_without_weights_is_not_read(
 
 # -- files elsewhere --------------------------------------------------------------------------------------------------
 
-ADAPTER = Adapter(1.0, {})
+ADAPTER = Adapter({}, {})
 
 
 def merge(model: Path, target: Path) -> Callable[[], object]:

@@ -218,3 +218,250 @@ def test_original_names_are_those_of_the_published_weights(family: str, folder_o
     }
     found = {layer: product(downs[layer], ups[f"{layer}.weight"]) for layer in adapter.pairs}
     assert_equal(updates(adapter), found)
+
+
+# -- files of other tools ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_s_own_folder_with_patterns_is_read(
+    rslora: bool, folder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        use_rslora=rslora,
+        target_modules=["attention.to_q", "attention.to_k", "feed_forward.w1"],
+        rank_pattern={"to_k": 3},
+        alpha_pattern={"layers.1.attention.to_q": 2, "feed_forward.w1": 5},
+        init_lora_weights=False,
+    )
+    wrapped = get_peft_model(pipeline(folder_of("z-image")).transformer, config)
+    wrapped.save_pretrained(tmp_path)
+    adapter = read_adapter(tmp_path)
+    assert_equal(loaded_updates(wrapped.base_model.model), updates(adapter))
+    assert len(set(adapter.scales.values())) == 4
+
+
+def test_diffusers_own_file_is_read(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    from diffusers import StableDiffusion3Pipeline
+    from diffusers.training_utils import _collate_lora_metadata
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    transformer = pipeline(folder_of("sd3")).transformer
+    transformer.add_adapter(
+        LoraConfig(r=4, lora_alpha=10, target_modules=["attn.to_q", "attn2.to_v"], init_lora_weights=False)
+    )
+    StableDiffusion3Pipeline.save_lora_weights(
+        tmp_path, get_peft_model_state_dict(transformer), **_collate_lora_metadata({"transformer": transformer})
+    )
+    adapter = read_adapter(tmp_path)
+    assert_equal(loaded_updates(transformer), updates(adapter))
+    assert set(adapter.scales.values()) == {2.5}
+
+
+def saved(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> Path:
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, path, metadata=metadata)
+    return path
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def test_a_joined_layer_of_a_foreign_file_is_split_by_rows(tmp_path: Path) -> None:
+    """A dense B with one A for q, k and v; alpha over the joined rank, and no alpha for the other layer."""
+    down, up, wide = random(3, 8), random(24, 3), random(56, 3)
+    name = "lora_unet_double_blocks_7_txt_attn_qkv"
+    kohya = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.5)}
+    original = {
+        "diffusion_model.double_blocks.7.txt_attn.qkv.lora_A.weight": down,
+        "diffusion_model.double_blocks.7.txt_attn.qkv.lora_B.weight": up,
+        "diffusion_model.single_blocks.3.linear1.lora_A.weight": down,
+        "diffusion_model.single_blocks.3.linear1.lora_B.weight": wide,
+    }
+    block, single = "transformer_blocks.7.attn", "single_transformer_blocks.3"
+    attention = {f"{block}.add_{part}_proj": up[8 * n : 8 * n + 8] @ down for n, part in enumerate("qkv")}
+    found = read_adapter(saved(tmp_path / "kohya.safetensors", kohya))
+    assert set(found.scales.values()) == {0.5}
+    assert_equal({layer: 0.5 * update for layer, update in attention.items()}, updates(found))
+    parts = {f"{single}.attn.to_{part}": wide[8 * n : 8 * n + 8] @ down for n, part in enumerate("qkv")}
+    found = read_adapter(saved(tmp_path / "original.safetensors", original))
+    assert set(found.scales.values()) == {1.0}
+    assert_equal(attention | parts | {f"{single}.proj_mlp": wide[24:] @ down}, updates(found))
+
+
+def test_a_joined_layer_before_its_first_step_keeps_all_parts_and_can_be_written(tmp_path: Path) -> None:
+    """B is zero, so nothing says which parts are adapted."""
+    name = "diffusion_model.double_blocks.0.img_attn.qkv"
+    tensors = {f"{name}.{A}": random(3, 8), f"{name}.{B}": torch.zeros(24, 3)}
+    adapter = read_adapter(saved(tmp_path / "original.safetensors", tensors))
+    assert [len(down) for down, _ in adapter.pairs.values()] == [3, 3, 3]
+    assert_equal(updates(adapter), updates(read_adapter(written(adapter, tmp_path / "out", "diffusers", "flux"))))
+
+
+def test_one_file_of_a_folder_and_names_without_a_prefix_are_read(tmp_path: Path) -> None:
+    """As of Qwen-Image's published distillations."""
+    layer = "transformer_blocks.0.img_mod.1"
+    tensors = {f"{layer}.lora_down.weight": random(2, 4), f"{layer}.lora_up.weight": random(24, 2)}
+    saved(tmp_path / "lightning.safetensors", tensors | {f"{layer}.alpha": torch.tensor(1.0)})
+    adapter = read_adapter(tmp_path)
+    assert adapter.scales == {layer: 0.5} and adapter.pairs[layer][1].shape == (24, 2)
+
+
+def test_z_image_s_joined_attention_is_read(tmp_path: Path) -> None:
+    down, up = random(2, 4), random(12, 2)
+    for block, dot in (("lora_unet_layers_1", "_"), ("diffusion_model.layers.1", ".")):
+        name, out = (f"{block}{dot}attention{dot}{part}" for part in ("qkv", "out"))
+        tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+        tensors |= {f"{out}.lora_down.weight": down, f"{out}.lora_up.weight": up[:4]}
+        expected = {f"layers.1.attention.to_{part}": up[4 * n : 4 * n + 4] @ down for n, part in enumerate("qkv")}
+        expected["layers.1.attention.to_out.0"] = up[:4] @ down
+        assert_equal(expected, updates(read_adapter(saved(tmp_path / "one.safetensors", tensors))))
+
+
+# -- what a format cannot hold ----------------------------------------------------------------------------------------
+
+
+def test_the_rows_of_parts_that_are_not_adapted_are_zero(tmp_path: Path) -> None:
+    layer = "transformer_blocks.0.attn.to_k"
+    adapter = Adapter({layer: (random(2, 4), random(4, 2))}, {layer: 3.0})
+    for family, name in (("flux", "double_blocks_0_img_attn"), ("sd3", "joint_blocks_0_x_block_attn")):
+        file = written(adapter, tmp_path / family, "kohya", family)
+        tensors = load_file(file)
+        up = tensors[f"lora_unet_{name}_qkv.lora_up.weight"]
+        assert up.shape == (12, 2) and not up[:4].any() and not up[8:].any()
+        assert tensors[f"lora_unet_{name}_qkv.alpha"] == 2
+        assert_equal(updates(adapter), updates(read_adapter(file)))
+
+
+def test_layers_that_kohya_s_tools_do_not_adapt_are_named() -> None:
+    layers = ("x_embedder", "transformer_blocks.0.attn.to_q", "proj_out")
+    adapter = Adapter({layer: (random(2, 4), random(4, 2)) for layer in layers}, dict.fromkeys(layers, 1.0))
+    with pytest.raises(UserError, match="no place for 2 of the adapter's 3 layers, such as x_embedder: export with"):
+        adapter_file(adapter, "kohya", family="flux", stem="mine")
+    assert len(adapter_file(adapter, "comfyui", family="flux", stem="mine").tensors) == 6
+    odd = Adapter({layers[1]: (random(2, 4), random(6, 2))}, {layers[1]: 1.0})
+    with pytest.raises(UserError, match="which have other shapes in this model: export with"):
+        adapter_file(odd, "kohya", family="flux", stem="mine")
+
+
+@pytest.mark.parametrize(
+    ("family", "layer", "key"),
+    [
+        ("flux", "single_transformer_blocks.12.proj_out", "lora_unet_single_blocks_12_linear2"),
+        ("flux", "transformer_blocks.3.ff.net.0.proj", "lora_unet_double_blocks_3_img_mlp_0"),
+        ("sd3", "transformer_blocks.3.attn2.to_out.0", "lora_unet_joint_blocks_3_x_block_attn2_proj"),
+        ("qwen-image", "transformer_blocks.3.attn.to_q", "lora_unet_transformer_blocks_3_attn_to_q"),
+        ("z-image", "layers.3.attention.to_out.0", "lora_unet_layers_3_attention_to_out_0"),
+        ("flux2-klein", "single_transformer_blocks.3.attn.to_out", "lora_unet_single_blocks_3_linear2"),
+    ],
+)
+def test_kohya_s_keys(family: str, layer: str, key: str) -> None:
+    adapter = Adapter({layer: (random(2, 4), random(4, 2))}, {layer: 1.0})
+    file = adapter_file(adapter, "kohya", family=family, stem="mine")
+    assert file.name == "mine.safetensors"
+    assert set(file.tensors) == {f"{key}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")}
+
+
+# -- merging ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_merge_takes_each_layer_s_own_scale(folder_of: Callable[[str], Path], tmp_path: Path) -> None:
+    base = PipelineFolder(folder_of("z-image"))
+    adapter = random_adapter(base.meta_component("transformer"))
+    assert merge_into(base, adapter, tmp_path).layers == len(adapter.pairs)
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(folder / weights) for folder in (folder_of("z-image"), tmp_path))
+    for layer, update in updates(adapter).items():
+        torch.testing.assert_close(after[f"{layer}.weight"], before[f"{layer}.weight"] + update)
+
+
+# -- bad files --------------------------------------------------------------------------------------------------------
+
+GOOD = {f"transformer.x.{A}": torch.ones(2, 4), f"transformer.x.{B}": torch.ones(3, 2)}
+PEFT = {name.replace("transformer.", "base_model.model."): tensor for name, tensor in GOOD.items()}
+TWICE = {name.removeprefix("transformer."): tensor for name, tensor in GOOD.items()}
+UNKNOWN = {"lora_unet_double_blocks_0_x.lora_down.weight": GOOD[f"transformer.x.{A}"]}
+UNKNOWN |= {"lora_unet_double_blocks_0_x.lora_up.weight": GOOD[f"transformer.x.{B}"]}
+JOINED = {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight": torch.ones(2, 4)}
+JOINED |= {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.ones(11, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "error", "words"),
+    [
+        ({}, UserError, "is not an adapter (it is empty)"),
+        ({"img_in.weight": torch.ones(2, 2)}, UserError, "is not an adapter (it has img_in.weight)"),
+        (GOOD | {"transformer.y.lokr_w1": torch.ones(2, 2)}, UserError, "is a LoKr adapter: only LoRA"),
+        (GOOD | {"transformer.x.dora_scale": torch.ones(3)}, UserError, "is a DoRA adapter"),
+        (GOOD | {"lora_te1_text_model_x.alpha": torch.ones(())}, UserError, "text encoders, with 1 of its 3 tensors"),
+        (GOOD | {f"text_encoder.x.{A}": torch.ones(2, 2)}, UserError, "of its 3 tensors, such as text_"),
+        (GOOD | {"transformer.x.diff_b": torch.ones(3)}, UserError, "has 1 tensors beside the LoRA's, such as"),
+        (UNKNOWN, UserError, "names a layer that gdro_cli does not know, lora_unet_double_blocks_0_x"),
+        (JOINED, StoreError, "joint_blocks_0_x_block_attn_qkv has 11 rows"),
+        (GOOD | {f"transformer.x.{A}": torch.ones(2, 4, 1, 1)}, UserError, "adapts the convolution transformer.x"),
+        ({f"transformer.x.{A}": torch.ones(2, 4)}, StoreError, "transformer.x lacks A or B"),
+        (GOOD | {f"transformer.x.{B}": torch.ones(3, 3)}, StoreError, "A and B of transformer.x do not fit"),
+        (GOOD | {"transformer.x.alpha": torch.tensor(math.inf)}, StoreError, "transformer.x has the scale inf"),
+        (GOOD | {"transformer.x.alpha": torch.ones(2)}, StoreError, "transformer.x.alpha is not a number"),
+        (GOOD | TWICE, StoreError, "x is in it twice"),
+        (PEFT, PrerequisiteError, "has no adapter_config.json beside it"),
+    ],
+)  # fmt: skip
+def test_what_is_not_a_lora_of_a_transformer_is_one_sentence(
+    tensors: dict[str, Tensor], error: type[GdroError], words: str, tmp_path: Path
+) -> None:
+    file = saved(tmp_path / "file.safetensors", tensors)
+    with pytest.raises(error) as refused:
+        read_adapter(file)
+    assert str(refused.value).startswith(str(file)) and words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "error", "words"),
+    [
+        ({"peft_type": "LOHA"}, UserError, "is a LOHA adapter"),
+        ({"lora_alpha": 4, "use_dora": True}, UserError, "is a DoRA adapter"),
+        ({"lora_alpha": 4, "init_lora_weights": "pissa_niter_4"}, UserError, "began from pissa_niter_4"),
+        ({"r": 2}, StoreError, "base_model.model.x: 'lora_alpha'"),
+        ({"lora_alpha": "four"}, StoreError, "could not convert"),
+        ({"lora_alpha": 4, "alpha_pattern": ["x"]}, StoreError, "has no attribute 'get'"),
+        ({"lora_alpha": 4, "alpha_pattern": {"(": 1}}, StoreError, "unterminated"),
+    ],
+)
+def test_configurations_without_a_plain_scale_are_one_sentence(
+    config: dict[str, Any], error: type[GdroError], words: str, tmp_path: Path
+) -> None:
+    """The same in peft's file and in diffusers' metadata."""
+    file = saved(tmp_path / "peft.safetensors", PEFT)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    stored = json.dumps({f"transformer.{key}": value for key, value in config.items()})
+    metadata = saved(tmp_path / "diffusers.safetensors", GOOD, {"lora_adapter_metadata": stored})
+    for one, same in ((file, words), (metadata, words.replace("base_model.model", "transformer"))):
+        with pytest.raises(error) as refused:
+            read_adapter(one)
+        assert str(refused.value).startswith(str(one)) and same in str(refused.value)
+
+
+def test_a_folder_without_one_adapter_and_an_absent_file_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PrerequisiteError, match="contains 0 adapter files: name the file"):
+        read_adapter(tmp_path)
+    for name in ("one", "two"):
+        saved(tmp_path / f"{name}.safetensors", GOOD)
+    with pytest.raises(PrerequisiteError, match="contains 2 adapter files: name the file"):
+        read_adapter(tmp_path)
+    with pytest.raises(PrerequisiteError, match="there is no adapter .*absent"):
+        read_adapter(tmp_path / "absent")
+    (tmp_path / "text").write_text("no")
+    with pytest.raises(StoreError, match="text is not an adapter that can be used"):
+        read_adapter(tmp_path / "text")
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(StoreError, match="adapter_config.json is damaged"):
+        read_adapter(saved(tmp_path / "one.safetensors", PEFT))
+    damaged = saved(tmp_path / "two.safetensors", GOOD, {"lora_adapter_metadata": "["})
+    with pytest.raises(StoreError, match="its lora_adapter_metadata cannot be read"):
+        read_adapter(damaged)

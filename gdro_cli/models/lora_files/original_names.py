@@ -194,7 +194,7 @@ def from_original(name: str, pair: Pair, family: str) -> dict[str, Pair] | None:
     split = dict(zip(names, up.split(rows), strict=True))
     used = {part: own.any(0) for part, own in split.items() if own.any()}
     if not used:
-        return {part: (down, own) for part, own in split.items()}
+        return {part: (down.clone(), own) for part, own in split.items()}  # files hold no tensor twice
     return {part: (down[columns], split[part][:, columns]) for part, columns in used.items()}
 
 
