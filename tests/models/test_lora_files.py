@@ -38,7 +38,7 @@ def random_adapter(model: nn.Module, *, blocks_only: bool = False) -> Adapter:
     layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     pairs, scales = {}, {}
     for number, (name, layer) in enumerate(layers):
-        rank = 2 + number % 3
+        rank = 2 + (number + 1) % 3  # FLUX's proj_out and its blocks' proj_out differ
         down = torch.randn(rank, layer.in_features, generator=generator)
         if not blocks_only or ".0." in name or ".1." in name:
             pairs[name] = (down, torch.randn(layer.out_features, rank, generator=generator))
