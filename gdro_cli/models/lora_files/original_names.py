@@ -153,7 +153,11 @@ _FLUX2_RATIOS = {"linear1": 9, "linear2": 4, "mlp_0": 6, "mlp_2": 3}
 
 
 def recognise(layers: Mapping[str, Pair]) -> str | None:
-    """The family that a file's layers belong to, from their names and shapes; None if all names can be diffusers'."""
+    """The family that a file's layers belong to, from their names and shapes; None if all names can be diffusers'.
+
+    FLUX.1 and FLUX.2 share names. Layers of their attention alone do not tell which it is, and need not: those have the
+    same names in diffusers.
+    """
     starts = {found[1] for found in map(_IN_BLOCK.match, layers) if found}
     if starts & {"double_blocks", "single_blocks"}:
         return "flux2-klein" if any(_is_flux2(*item) for item in layers.items()) else "flux"

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -24,7 +25,7 @@ from gdro_cli.config.load import load_recipe
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.files import sha256_file
-from gdro_cli.models.lora_files import read_adapter
+from gdro_cli.models.lora_files import Format, read_adapter
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.exporting.export import Export, _ending_at_once, describe, run
@@ -143,6 +144,22 @@ def test_each_format_of_an_adapter_has_the_run_s_updates_and_says_how_it_loads(
     page = (out / "README.md").read_text()
     assert [text for text in words if text not in page] == []
     assert f"{LORA} of the run, SHA-256 {sha256_file(source / LORA)}" in page.replace("\\_", "_")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+def test_the_code_on_the_card_loads_the_format(format: Format, workspace: Path, tmp_path: Path) -> None:
+    run(Export(NAME, adapter=tmp_path / "out", format=format), workspace, QUIET)
+    block = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    assert block is not None
+    names: dict[str, Any] = {}
+    exec(block[1].replace("path/to/this/folder", str(tmp_path / "out")), names)
+    layers = {name: layer for name, layer in names["pipe"].transformer.named_modules() if hasattr(layer, "lora_A")}
+    adapter = read_adapter(workspace / "runs" / NAME)
+    assert layers.keys() == adapter.pairs.keys() and names["image"].size == (64, 64)
+    for layer, (down, up) in adapter.pairs.items():
+        update = layers[layer].get_delta_weight("default_0")
+        torch.testing.assert_close(update, adapter.scales[layer] * (up @ down), rtol=1e-5, atol=1e-7)
 
 
 def test_a_format_that_cannot_hold_the_adapter_is_refused_before_anything_is_made(
