@@ -29,6 +29,7 @@ from gdro_cli.cli.options import (
     EvaluatedRunArgument,
     ExportOption,
     FitOption,
+    FormatOption,
     ImagesOption,
     ImportScoresOption,
     JobsOption,
@@ -317,6 +318,7 @@ def ablate(
 def export_run(
     run: RunArgument,
     adapter: AdapterOption = None,
+    format: FormatOption = "diffusers",
     merge: MergeOption = None,
     push: PushOption = None,
     public: PublicOption = False,
@@ -327,7 +329,7 @@ def export_run(
     """Package a finished run for others: its adapter, or the base model with the adapter merged in; --push uploads."""
     from gdro_cli.stages.exporting import export as stage
 
-    export = stage.Export(run, adapter, merge, push, public)
+    export = stage.Export(run, adapter, merge, push, public, format)
     if dry_run:
         return tables.print_plan("export", stage.describe(export, out))
     work_begins()

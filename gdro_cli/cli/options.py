@@ -76,6 +76,10 @@ RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A finished run:
 AdapterOption = Annotated[
     Path | None, typer.Option("--adapter", metavar="DIR", help="Write the adapter to DIR, with model card and recipe.")
 ]
+FormatOption = Annotated[
+    Literal["diffusers", "peft", "comfyui", "kohya"],
+    typer.Option("--format", help="The tool that the adapter is for; docs/export.md says what each one reads."),
+]
 MergeOption = Annotated[
     Path | None,
     typer.Option("--merge", metavar="DIR", help="Write a complete pipeline to DIR, with the adapter merged in."),

@@ -175,11 +175,20 @@ def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None
         "use_rslora": config.use_rslora,
         "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in weights}),
     }
+    path = folder / LORA_FILE
+    write_lora(path, {_PREFIX + name: value for name, value in weights.items()}, definition)
+    return path
+
+
+def write_lora(path: Path, tensors: Mapping[str, Tensor], definition: Mapping[str, Any]) -> None:
+    """Write tensors by diffusers' keys, with peft's configuration of the adapter as diffusers' metadata.
+
+    Raises:
+        StoreError: the disk refuses.
+    """
     prefixed = {_PREFIX + key: value for key, value in definition.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(prefixed, sort_keys=True)}
-    path = folder / LORA_FILE
-    write_tensors(path, {_PREFIX + name: value for name, value in weights.items()}, metadata=metadata)
-    return path
+    write_tensors(path, tensors, metadata=metadata)
 
 
 class Ema:

@@ -6,10 +6,9 @@ class of the model is loaded. Everything else is copied unchanged, so whatever l
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,19 +18,10 @@ from torch import Tensor
 from gdro_cli.errors import PrerequisiteError, StoreError, UserError
 from gdro_cli.files import storage_errors
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.lora_files import Adapter
 
-_TRANSFORMER = "transformer."
 _WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 """Other weights of the transformer, such as a half-precision variant, lack the adapter and are not copied."""
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """The matrices of an adapter file."""
-
-    scale: float
-    pairs: Mapping[str, tuple[Tensor, Tensor]]
-    """Layer -> (A [r, in], B [out, r]), float32."""
 
 
 @dataclass(slots=True)
@@ -55,33 +45,6 @@ class Merged:
         return math.sqrt(self._lost / self._update) if self._update else 0.0
 
 
-def read_adapter(path: Path) -> Adapter:
-    """Read an adapter of the transformer in diffusers' format, as ``save_lora`` writes it.
-
-    Raises:
-        StoreError: the file is damaged or of another format.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    foreign = f"{path} is not an adapter that gdro_cli wrote: run `gdro train` with the run's recipe again"
-    try:
-        with safe_open(path, "pt") as file:
-            definition = json.loads(file.metadata()["lora_adapter_metadata"])
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        rank, alpha = int(definition[f"{_TRANSFORMER}r"]), float(definition[f"{_TRANSFORMER}lora_alpha"])
-        rooted = bool(definition[f"{_TRANSFORMER}use_rslora"])
-        layers = sorted({name.removeprefix(_TRANSFORMER).rsplit(".lora_", 1)[0] for name in tensors})
-        names = {layer: [f"{_TRANSFORMER}{layer}.lora_{side}.weight" for side in "AB"] for layer in layers}
-        pairs = {layer: (tensors.pop(a), tensors.pop(b)) for layer, (a, b) in names.items()}
-    except (OSError, KeyError, ValueError, TypeError, OverflowError, SafetensorError) as error:
-        raise StoreError(foreign) from error
-    if tensors or not pairs or not (rank >= 1 and math.isfinite(alpha)):
-        raise StoreError(foreign)
-    if not all(a.ndim == b.ndim == 2 and len(a) == b.shape[1] == rank for a, b in pairs.values()):
-        raise StoreError(foreign)
-    return Adapter(alpha / (math.sqrt(rank) if rooted else rank), pairs)
-
-
 def merge_into(
     base: PipelineFolder, adapter: Adapter, target: Path, *, check: Callable[[], None] = lambda: None
 ) -> Merged:
@@ -98,7 +61,7 @@ def merge_into(
         UserError: its weights are quantised.
         StoreError: the disk refuses.
     """
-    files, merged, unused = base.own_files(), Merged(), dict(adapter.pairs)
+    files, merged, unused = base.own_files(), Merged(), set(adapter.pairs)
     weights = base.weight_files("transformer")
     missing = [name for name in weights if name not in files]
     if missing:
@@ -109,12 +72,12 @@ def merge_into(
         with storage_errors(copy):
             copy.parent.mkdir(parents=True, exist_ok=True)
             if name in weights:
-                _merge_file(path, copy, adapter.scale, unused, merged, check)
+                _merge_file(path, copy, adapter, unused, merged, check)
             elif not (name.startswith("transformer/") and name.endswith(_WEIGHT_ENDINGS)):
                 shutil.copyfile(path, copy)
     if unused:
         raise PrerequisiteError(
-            f"the transformer of {base.path} lacks {len(unused)} layers of the adapter, such as {next(iter(unused))}:"
+            f"the transformer of {base.path} lacks {len(unused)} layers of the adapter, such as {min(unused)}:"
             " use the model that the run was trained on"
         )
     return merged
@@ -123,12 +86,12 @@ def merge_into(
 def _merge_file(
     path: Path,
     copy: Path,
-    scale: float,
-    unused: dict[str, tuple[Tensor, Tensor]],
+    adapter: Adapter,
+    unused: set[str],
     merged: Merged,
     check: Callable[[], None],
 ) -> None:
-    """Copy one file of weights, changed by its pairs in ``unused``, which are removed there."""
+    """Copy one file of weights, changed by the layers in ``unused``, which are removed there."""
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
@@ -144,7 +107,8 @@ def _merge_file(
         layer = name.removesuffix(".weight")
         if layer == name or layer not in unused:
             continue
-        down, up = unused.pop(layer)
+        unused.remove(layer)
+        down, up = adapter.pairs[layer]
         if not weight.is_floating_point() or weight.dtype.itemsize == 1:
             kind = str(weight.dtype).removeprefix("torch.")
             raise UserError(f"{path} holds quantised weights ({kind}): merge into the model in full or half precision")
@@ -152,7 +116,7 @@ def _merge_file(
             raise PrerequisiteError(
                 f"{path}: {name} has another shape than in the adapter: use the model that the run was trained on"
             )
-        update = scale * (up @ down)
+        update = adapter.scales[layer] * (up @ down)
         exact = weight.to(torch.float32) + update
         tensors[name] = exact.to(weight.dtype)
         merged.count(exact, tensors[name], update)

@@ -21,7 +21,8 @@ from transformers import CLIPModel
 
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.merge import Adapter, merge_into, read_adapter
+from gdro_cli.models.lora_files import Adapter, read_adapter
+from gdro_cli.models.merge import merge_into
 from gdro_cli.rewards.endpoint import check_base_url
 from gdro_cli.rewards.judge.base import Judgement
 from gdro_cli.rewards.judge.unified_reward import UnifiedRewardJudge
@@ -175,7 +176,7 @@ def test_a_pickle_beside_a_part_without_weights_is_not_read(
 
 # -- files elsewhere --------------------------------------------------------------------------------------------------
 
-ADAPTER = Adapter(1.0, {})
+ADAPTER = Adapter({}, {})
 
 
 def merge(model: Path, target: Path) -> Callable[[], object]:

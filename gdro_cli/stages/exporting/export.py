@@ -1,7 +1,7 @@
 """``gdro export``: a run's adapter, or the model with it merged in, as a folder that others can load, or on the Hub.
 
-An adapter folder is the run's adapter with its card and recipe. A merged folder is the base pipeline with the adapter
-in its transformer. Both appear whole or not at all.
+An adapter folder is the run's adapter, in the format of one tool, with its card and recipe. A merged folder is the base
+pipeline with the adapter in its transformer. Both appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gdro_cli.data.imagefolder import refuse_used
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
 from gdro_cli.files import new_folder, storage_errors
-from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.merge import Merged, merge_into, read_adapter
+from gdro_cli.models.lora_files import AdapterFile, Format, adapter_file, read_adapter
+from gdro_cli.models.merge import Merged, merge_into
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.exporting import hub
@@ -41,6 +41,8 @@ class Export:
     push: str | None = None
     """Repository of the Hub."""
     public: bool = False
+    format: Format = "diffusers"
+    """Of the adapter."""
 
     def check(self) -> None:
         """Raise UserError for options that contradict each other, before any work."""
@@ -50,6 +52,8 @@ class Export:
             raise UserError("--push uploads one folder: give --adapter or --merge with it, not both")
         if self.public and self.push is None:
             raise UserError("--public says who may see what is pushed: it goes with --push OWNER/NAME")
+        if self.format != "diffusers" and self.adapter is None and self.merge is not None:
+            raise UserError("--format is that of an adapter: it goes with --adapter DIR, not with --merge")
         for folder in (self.adapter, self.merge):
             if folder is not None:
                 refuse_used(folder, what="export")
@@ -79,11 +83,15 @@ def describe(export: Export, workspace: Path) -> list[tuple[str, str]]:
         base = _base(run)
         what = "all files of the base model, its transformer changed" if base.on_hub else _size_text(base.files())
         rows.append((f"into {export.merge}", f"{what}; {', '.join(beside)}"))
+    pushed = "the merged model"
+    if export.adapter is not None or export.merge is None:
+        file = _converted(run, export.format)
+        size = f"{file.size / 1e6:.1f} MB"
+        pushed = f"{file.name}, {', '.join(beside)}"
     if export.adapter is not None:
-        rows.append((f"into {export.adapter}", f"{_size_text({LORA_FILE: run.adapter_file})}; {', '.join(beside)}"))
+        rows.append((f"into {export.adapter}", f"{file.name} for {export.format}, {size}; {', '.join(beside)}"))
     if export.push is not None:
-        what = "the merged model" if export.merge is not None else f"{LORA_FILE}, {', '.join(beside)}"
-        rows.append((f"to {export.push}", f"{what}; {'public' if export.public else 'private'}"))
+        rows.append((f"to {export.push}", f"{pushed}; {'public' if export.public else 'private'}"))
         rows.append(("token", "found" if hub.has_token() else "none: `hf auth login`, or HF_TOKEN"))
     return rows
 
@@ -97,7 +105,7 @@ def run(export: Export, workspace: Path, reporter: Reporter) -> dict[str, str]:
     """Export a finished run; returns what the command line shows.
 
     Raises:
-        UserError: options contradict each other, or a folder is not empty.
+        UserError: options contradict each other, a folder is not empty, or the format cannot hold the adapter.
         PrerequisiteError: the run is not finished, the base model is missing or has changed, or the Hub cannot be used.
         StoreError: a file is damaged, or the disk refuses.
         Interrupted: stopped by the user; an unfinished folder is removed.
@@ -110,15 +118,17 @@ def run(export: Export, workspace: Path, reporter: Reporter) -> dict[str, str]:
 def _run(export: Export, workspace: Path, reporter: Reporter, stop: StopFlag) -> dict[str, str]:
     finished = open_finished(run_named(export.run, workspace))
     nothing = "stopped before anything was exported: run the command again"
+    with_adapter = export.adapter is not None or export.merge is None
+    file = _converted(finished, export.format) if with_adapter else None  # may refuse, so before anything is made
     if export.push is not None:
         with _ending_at_once(stop, nothing):
             hub.check_login()
             is_public = hub.make_repository(export.push, public=export.public)
     rows = {"run": finished.name, "adapter": str(finished.weights)}
     with _folder_to_push(export) as pushed:
-        if export.adapter is not None or export.merge is None:
+        if file is not None:
             stop.check(nothing)
-            _write_adapter(finished, export.adapter or pushed, name=export.push)
+            _write_adapter(finished, file, export.adapter or pushed, name=export.push)
         if export.merge is not None:
             again = f"run the command again{'' if export.adapter is None else ' without --adapter, which is done'}"
             stopped = f"stopped while merging, and nothing of {export.merge} is left: {again}"
@@ -177,10 +187,15 @@ def _folder_to_push(export: Export) -> Iterator[Path]:
         yield Path(folder) / "adapter"
 
 
-def _write_adapter(finished: FinishedRun, folder: Path, *, name: str | None) -> None:
+def _converted(finished: FinishedRun, format: Format) -> AdapterFile:
+    adapter = read_adapter(finished.adapter_file)
+    return adapter_file(adapter, format, family=finished.model["family"], stem=finished.name)
+
+
+def _write_adapter(finished: FinishedRun, file: AdapterFile, folder: Path, *, name: str | None) -> None:
     with new_folder(folder.resolve()) as partial:
-        shutil.copyfile(finished.adapter_file, partial / LORA_FILE)
-        _write_description(finished, partial, CardFolder("adapter", name))
+        file.write(partial)
+        _write_description(finished, partial, CardFolder("adapter", name, format=file.format, file=file.name))
 
 
 def _write_merged(finished: FinishedRun, folder: Path, *, name: str | None, stop: StopFlag, stopped: str) -> Merged:
@@ -196,7 +211,7 @@ def _write_merged(finished: FinishedRun, folder: Path, *, name: str | None, stop
     with new_folder(folder.resolve()) as partial:
         adapter = read_adapter(finished.adapter_file)
         merged = merge_into(base, adapter, partial, check=lambda: stop.check(stopped))
-        _write_description(finished, partial, CardFolder("merged", name, merged.rounding))
+        _write_description(finished, partial, CardFolder("merged", name, rounding=merged.rounding))
     return merged
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 import gdro_cli
 from gdro_cli.files import write_bytes
 from gdro_cli.models.adapters import LORA_FILE
+from gdro_cli.models.lora_files import Format
 from gdro_cli.rewards.registry import reward_class
 from gdro_cli.stages.reporting.evaluation_report import measure_names, signal_rows
 from gdro_cli.stages.reporting.html import flat
@@ -42,6 +43,10 @@ class CardFolder:
     """The repository of the Hub that users load it from; None for a local folder."""
     rounding: float | None = None
     """Of a merge: the share of the update that the base's dtype rounds away."""
+    format: Format = "diffusers"
+    """Of an adapter."""
+    file: str = LORA_FILE
+    """Name of an adapter's file."""
 
 
 def write_card(run: Path) -> Path:
@@ -76,7 +81,10 @@ def card(run: FinishedRun, folder: CardFolder) -> bytes:
         load=fenced(loading_code(run, folder), "python"),
         changed=list(flat(changed_keys(recipe))),
         recipe_file=recipe_file,
-        provenance=list(_provenance(run)),
+        format=folder.format,
+        file=folder.file,
+        call=", ".join(f"{key}={value!r}" for key, value in run.call.items()),
+        provenance=list(_provenance(run, exported=exported)),
         commands=fenced("\n".join(command(recipe, stage, file=recipe_file) for stage in ("train", "eval")), "sh"),
         rounding=folder.rounding,
     )
@@ -89,14 +97,14 @@ def front_matter(run: FinishedRun, folder: CardFolder) -> ModelCardData:
     return ModelCardData(
         base_model=run.model["path"] if on_hub else None,
         base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
-        library_name="diffusers",
+        library_name="peft" if folder.format == "peft" else "diffusers",
         pipeline_tag="text-to-image",
         tags=tags if merged else [*tags, "lora"],
     )
 
 
 def loading_code(run: FinishedRun, folder: CardFolder) -> str:
-    """Python that loads and calls the model of the card's folder."""
+    """Python that loads and calls the model of the card's folder, for a format that Python loads."""
     pipeline, dtype = run.model["pipeline"], run.model["dtype"]
     lines = ["import torch", f"from diffusers import {pipeline}"]
     embedded = run.recipe.model.path == EMBEDDED
@@ -111,7 +119,10 @@ def loading_code(run: FinishedRun, folder: CardFolder) -> str:
         "",
         f"pipe = {pipeline}.from_pretrained({here if folder.kind == 'merged' else base}, dtype=torch.{dtype})",
     ]
-    if folder.kind != "merged":
+    if folder.format == "peft":
+        options = f"weight_name={folder.file!r}, prefix='base_model.model'"
+        lines.append(f"pipe.transformer.load_lora_adapter({here}, {options})")
+    elif folder.kind != "merged":
         lines.append(f"pipe.load_lora_weights({here})")
     lines.append(f"image = pipe({prompt!r}, {arguments}).images[0]")
     return "\n".join(lines)
@@ -136,7 +147,7 @@ def _base(run: FinishedRun) -> Markdown:
     return Markdown(f"[{name}](https://huggingface.co/{_base_name(run)})" if _on_hub(run) else f"the model {name}")
 
 
-def _provenance(run: FinishedRun) -> list[tuple[str, str]]:
+def _provenance(run: FinishedRun, *, exported: bool) -> list[tuple[str, str]]:
     """What the adapter came from, as (name, value)."""
     model, environment = run.model, run.environment
     state = f"commit {model['commit']}" if "commit" in model else f"SHA-256 {model.get('digest', MISSING)}"
@@ -145,7 +156,7 @@ def _provenance(run: FinishedRun) -> list[tuple[str, str]]:
     return [
         ("run", run.name),
         ("begun", str(run.manifest.get("created", MISSING))),
-        ("adapter", f"{run.weights}; {LORA_FILE}, SHA-256 {run.weights.sha256}"),
+        ("adapter", f"{run.weights}; {LORA_FILE}{' of the run' if exported else ''}, SHA-256 {run.weights.sha256}"),
         ("base model", f"{_base_name(run)} ({model['pipeline']}), {state}, in {model['dtype']}"),
         *((f"digest of the {name}", str(value)) for name, value in sorted(run.manifest.get("inputs", {}).items())),
         ("recipe", f"{run.recipe.name}, digest {run.recipe.digest()}"),

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -23,6 +24,8 @@ from gdro_cli.cli.app import main
 from gdro_cli.config.load import load_recipe
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, UserError
+from gdro_cli.files import sha256_file
+from gdro_cli.models.lora_files import Format, read_adapter
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.exporting.export import Export, _ending_at_once, describe, run
@@ -33,6 +36,7 @@ from tests.support.rows import image_row, results
 QUIET = Reporter(quiet=True)
 LORA = "pytorch_lora_weights.safetensors"
 NAME = "small-0123"
+PAPERS = {"README.md", "recipe.yaml", "images.png"}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,16 @@ def workspace(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
     (path / "evaluations" / "grid.png").write_bytes(b"image")
     made = results(grid="evaluations/grid.png", base=[image_row(0, 0)], trained=[image_row(0, 0)])
     (path / "results.json").write_text(json.dumps(made))
+    return root
+
+
+@pytest.fixture(scope="module")
+def block_workspace(
+    make_recipe: Callable[..., Any], make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A workspace with a run that adapts layers of the blocks only, which every format can hold."""
+    root = tmp_path_factory.mktemp("blocks")
+    make_run(root / "runs" / NAME, make_recipe(train={"lora": {"targets": "auto"}}))
     return root
 
 
@@ -60,6 +74,15 @@ def drawn(folder: Path, lora: Path | None = None) -> np.ndarray[Any, Any]:
     return np.asarray(image).astype(int)
 
 
+def assert_same_updates(exported: Path, run: Path) -> None:
+    """Of another scale, which is that of readers without one, but the same s B A."""
+    one, other = read_adapter(exported), read_adapter(run / LORA)
+    assert one.pairs.keys() == other.pairs.keys() and set(one.scales.values()) == {1.0} != set(other.scales.values())
+    for layer, (down, up) in other.pairs.items():
+        ours = one.pairs[layer][1] @ one.pairs[layer][0]
+        torch.testing.assert_close(ours, other.scales[layer] * (up @ down), rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.slow
 def test_an_adapter_folder_and_a_merged_pipeline_draw_what_the_run_draws(workspace: Path, tmp_path: Path) -> None:
     asked = Export(NAME, adapter=tmp_path / "adapter", merge=tmp_path / "deep" / "merged")
@@ -67,9 +90,9 @@ def test_an_adapter_folder_and_a_merged_pipeline_draw_what_the_run_draws(workspa
     assert not list(tmp_path.iterdir())
     rows = run(asked, workspace, QUIET)
     assert rows["folder"] == f"{tmp_path / 'adapter'}, {tmp_path / 'deep' / 'merged'}"
-    source, papers = workspace / "runs" / NAME, {"README.md", "recipe.yaml", "images.png"}
+    source, papers = workspace / "runs" / NAME, PAPERS
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == {LORA, *papers}
-    assert (tmp_path / "adapter" / LORA).read_bytes() == (source / LORA).read_bytes()
+    assert_same_updates(tmp_path / "adapter", source)
     assert (tmp_path / "adapter" / "images.png").read_bytes() == b"image"
     assert "](images.png)" in (tmp_path / "adapter" / "README.md").read_text()
     assert load_recipe(str(tmp_path / "adapter" / "recipe.yaml")).method.name == "gdro"
@@ -81,6 +104,78 @@ def test_an_adapter_folder_and_a_merged_pipeline_draw_what_the_run_draws(workspa
     base, adapted = drawn(tiny_model_path()), drawn(tiny_model_path(), tmp_path / "adapter")
     assert np.abs(drawn(merged) - adapted).max() <= 1
     assert np.abs(adapted - base).max() > 8
+
+
+@pytest.mark.parametrize(
+    ("format", "files", "words"),
+    [
+        ("diffusers", {LORA}, ["pipe.load_lora_weights('path/to/this/folder')", "library_name: diffusers"]),
+        (
+            "peft",
+            {"adapter_model.safetensors", "adapter_config.json"},
+            ["pipe.transformer.load_lora_adapter('path/to/this/folder', weight_name=", "library_name: peft"],
+        ),
+        (
+            "comfyui",
+            {f"{NAME}.safetensors"},
+            ["Copy small-0123.safetensors into `models/loras` of ComfyUI", r"height\=64"],
+        ),
+        ("kohya", {f"{NAME}.safetensors"}, ["small-0123.safetensors has the names and scales of kohya", r"height\=64"]),
+    ],
+)
+def test_each_format_of_an_adapter_has_the_run_s_updates_and_says_how_it_loads(
+    format: str,
+    files: set[str],
+    words: list[str],
+    block_workspace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, source = tmp_path / "out", block_workspace / "runs" / NAME
+    arguments = ["export", NAME, "--adapter", str(out), "--format", format, "--out", str(block_workspace)]
+    with pytest.raises(SystemExit, match="0"):
+        main([*arguments, "--dry-run"])
+    file = min(name for name in files if name.endswith(".safetensors"))
+    assert f"{file} for {format}, 0." in " ".join(capsys.readouterr().out.split()) and not out.exists()
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    assert {path.name for path in out.iterdir()} == files | {"README.md", "recipe.yaml"}
+    assert_same_updates(out, source)
+    page = (out / "README.md").read_text()
+    assert [text for text in words if text not in page] == []
+    assert f"{LORA} of the run, SHA-256 {sha256_file(source / LORA)}" in page.replace("\\_", "_")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["diffusers", "peft"])
+def test_the_code_on_the_card_loads_the_format(format: Format, workspace: Path, tmp_path: Path) -> None:
+    run(Export(NAME, adapter=tmp_path / "out", format=format), workspace, QUIET)
+    block = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(), re.S)
+    assert block is not None
+    names: dict[str, Any] = {}
+    exec(block[1].replace("path/to/this/folder", str(tmp_path / "out")), names)
+    layers = {name: layer for name, layer in names["pipe"].transformer.named_modules() if hasattr(layer, "lora_A")}
+    adapter = read_adapter(workspace / "runs" / NAME)
+    assert layers.keys() == adapter.pairs.keys() and names["image"].size == (64, 64)
+    for layer, (down, up) in adapter.pairs.items():
+        update = layers[layer].get_delta_weight("default_0")
+        torch.testing.assert_close(update, adapter.scales[layer] * (up @ down), rtol=1e-5, atol=1e-7)
+
+
+def test_a_format_that_cannot_hold_the_adapter_is_refused_before_anything_is_made(
+    workspace: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run adapts every linear layer, and kohya's tools none outside the blocks."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    words = (
+        "no place for 8 of the adapter's 66 layers, such as context_embedder: export with --format diffusers or peft"
+    )
+    for asked in (Export(NAME, adapter=tmp_path / "a", format="kohya"), Export(NAME, push="me/a", format="kohya")):
+        with pytest.raises(UserError, match=words):
+            describe(asked, workspace)
+        with pytest.raises(UserError, match=words):
+            run(asked, workspace, QUIET)
+    assert not hub.private and not hub.tokens and not (tmp_path / "a").exists()
 
 
 def test_what_is_there_is_not_touched(workspace: Path, tmp_path: Path) -> None:
@@ -119,6 +214,7 @@ def test_a_merge_that_fails_leaves_nothing(workspace: Path, tmp_path: Path) -> N
         ([NAME, "--adapter", "a/b", "--merge", "a"], "name one folder inside the other: name two"),
         ([NAME, "--adapter", f"{__file__}/a"], "the export cannot be written to"),
         ([NAME, "--adapter", "a", "--public"], "it goes with --push"),
+        ([NAME, "--merge", "a", "--format", "kohya"], "--format is that of an adapter"),
         ([NAME, "--push", "x"], "--push x cannot be the name of a repository: write OWNER/NAME"),
         ([NAME, "--push", "me/../x"], "cannot be the name of a repository"),
         (["small-012", "--adapter", "a"], "did you mean `small-0123`?"),
@@ -228,7 +324,8 @@ def test_a_push_makes_a_private_repository_with_the_exported_files(
     assert hub.private == {"me/model": True} and hub.tokens <= {f"Bearer {TOKEN}", None}
     source = workspace / "runs" / NAME
     assert hub.files["me/model"].keys() == {LORA, "README.md", "recipe.yaml", "images.png"}
-    assert hub.files["me/model"][LORA] == (source / LORA).read_bytes()
+    (tmp_path / "pushed.safetensors").write_bytes(hub.files["me/model"][LORA])
+    assert_same_updates(tmp_path / "pushed.safetensors", source)
     assert b"pipe.load_lora_weights('me/model')" in hub.files["me/model"]["README.md"]
     for data in hub.files["me/model"].values():
         assert TOKEN.encode() not in data and str(workspace).encode() not in data
