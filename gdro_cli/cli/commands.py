@@ -155,13 +155,17 @@ def score(
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
 ) -> None:
-    """Score the stored images with the recipe's reward, or (--images) a folder of images from any tool."""
+    """Score the stored images with the recipe's reward, or (--images) a folder of images from any tool.
+
+    --export and --import bring in the scores of another program instead.
+    """
     job = launch.prepare("score", recipe=recipe, overrides=overrides, out=out, debug=debug)
     others = {"--images": images, "--export": export, "--import": scores}
     chosen = [option for option, path in others.items() if path is not None]
-    if len(chosen) > 1 or (chosen and (dry_run or num_processes > 1)):
-        alone = "the other two, --dry-run or --num-processes"
-        raise UserError(f"{chosen[0]} cannot be combined with {alone}: it does one thing, in this process")
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)} each do one thing: give one of them")
+    if chosen and (dry_run or num_processes > 1):
+        raise UserError(f"{chosen[0]} cannot be combined with --dry-run or --num-processes: it works in this process")
     if (scores is None) != (name is None):
         raise UserError("--import FILE and --name NAME belong together: give both")
     if images is not None:

@@ -56,7 +56,7 @@ def write_imported_scores(store: GroupStore, name: str, scores: Mapping[ImageKey
             table.write_shard(number, rows)
         elif rows != table.read_shard(number):
             raise StoreError(
-                f"the store {store.path} has other scores called {name}: choose another --name, or delete {table.path}"
+                f"the store {store.path} has other scores called {name}: give them another name, or delete {table.path}"
             )
     table.accept()
     return table

@@ -144,7 +144,7 @@ class Shard:
 
     def groups(self, manifest: Mapping[str, Any]) -> list[StoredGroup]:
         """Read latents, conditioning and origins, digests checked. Raises StoreError."""
-        origins = (_origin(parse_json(line)) for line in self._read(INDEX, manifest).splitlines())
+        origins = iter(self.origins(manifest))
         try:
             tensors = safetensors.torch.load(self._read(TENSORS, manifest))
         except SafetensorError as error:
@@ -156,6 +156,10 @@ class Shard:
             own = tuple(islice(origins, size))
             groups.append(StoredGroup(prompt, tensors[f"{prompt.id}/latents"], conditioning, own))
         return groups
+
+    def origins(self, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The origins of every image in order, digest checked; no tensor is read. Raises StoreError."""
+        return [_origin(parse_json(line)) for line in self._read(INDEX, manifest).splitlines()]
 
     def images(self, manifest: Mapping[str, Any]) -> list[StoredImage]:
         """Every image of the shard, digests checked. Raises StoreError."""

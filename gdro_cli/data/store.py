@@ -152,6 +152,10 @@ class GroupStore:
         """Latents, conditioning and origins of a shard, digests checked; no image is opened. Raises StoreError."""
         return self._shard(number).groups(self._manifest(number))
 
+    def origins(self, number: int) -> list[dict[str, Any]]:
+        """Where each image of a shard comes from, in order; no tensor is read. Raises StoreError."""
+        return self._shard(number).origins(self._manifest(number))
+
     def images(self, number: int) -> list[StoredImage]:
         """The images of a shard in order, digests checked. Raises StoreError, also if the store keeps no images."""
         if self.image_format == "none":

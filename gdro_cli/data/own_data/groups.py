@@ -115,11 +115,7 @@ class OwnData:
 
     @property
     def digest(self) -> str:
-        """Digest of the prompts, the names, sizes and scores of their images, and the weights."""
+        """Digest of the prompts, their weights, and the names of their images."""
         return digest(
-            [[group.record.id, group.weight, [_identity(image) for image in group.images]] for group in self.groups]
+            [[group.record.id, group.weight, [image.source.name for image in group.images]] for group in self.groups]
         )
-
-
-def _identity(image: OwnImage) -> list[object]:
-    return [image.source.name, image.source.size(), dict(image.scores)]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.core.measures import Measure
+from gdro_cli.core.quotes import quoted_text
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.base import PromptLike, Resources, Reward, Score
 from gdro_cli.rewards.ocr.rules import RULE, exact_match, normalise, ocr_reward, similarity
@@ -108,10 +109,11 @@ class OcrReward(Reward):
 
 
 def target_text(prompt: PromptLike) -> str:
-    """The text to look for. Raises UserError naming the prompt if it has none."""
-    if prompt.target is None or not normalise(prompt.target):
+    """The text to look for: the target, else what the prompt quotes. Raises UserError naming the prompt without one."""
+    target = quoted_text(prompt.prompt) if prompt.target is None else prompt.target
+    if target is None or not normalise(target):
         raise UserError(
             f"the prompt {prompt.prompt!r} names no text for the OCR reward to look for: put the text "
             f"between double quotes in the prompt, or give it as `target`"
         )
-    return prompt.target
+    return target

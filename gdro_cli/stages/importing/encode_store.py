@@ -28,7 +28,7 @@ _SHARDS_AHEAD = 1
 @dataclass(frozen=True, slots=True)
 class _Opened:
     image: Image.Image
-    origin: dict[str, str]
+    origin: dict[str, object]
     enlarged: bool
 
 
@@ -61,7 +61,7 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
         except UnusableImageError as error:
             raise UserError(f"{group.where}: {image.source.name} cannot be used: {error}") from error
         enlarged = scaling(opened, height=height, width=width, how=how) > 1
-        origin = {"source": image.source.name, "sha256": sha256(content)}
+        origin = {"source": image.source.name, "bytes": len(content), "sha256": sha256(content)}
         return _Opened(fit(opened, height=height, width=width, how=how), origin, enlarged)
 
     def read_ahead(number: int) -> None:

@@ -124,7 +124,7 @@ def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str
     state = "none is made yet"
     if path.exists():
         store = GroupStore.open(path, command=COMMAND)
-        _refuse_other(store, request, _identity(session, request, data))
+        _refuse_other(store, request, data, _identity(session, request, data))
         shards = len(store.shards)
         state = f"{shards - len(store.missing_shards())} of {shards} shards are made"
     return [*rows, ("store", f"{path}; {state}")]
@@ -167,7 +167,7 @@ def _open(session: Session, request: Import, data: OwnData) -> GroupStore:
     path = imported_path(session.workspace, request.name, session.model, height=height, width=width)
     identity = _identity(session, request, data)
     if path.exists():
-        _refuse_other(GroupStore.open(path, command=COMMAND), request, identity)
+        _refuse_other(GroupStore.open(path, command=COMMAND), request, data, identity)
     sizes = [len(group.images) for group in data.groups]
     keeps = request.keep_images or not data.score_names
     return GroupStore.create_or_open(
@@ -182,10 +182,23 @@ def _open(session: Session, request: Import, data: OwnData) -> GroupStore:
     )
 
 
-def _refuse_other(store: GroupStore, request: Import, identity: dict[str, Any]) -> None:
+def _refuse_other(store: GroupStore, request: Import, data: OwnData, identity: dict[str, Any]) -> None:
+    """Raise StoreError unless the store was made of this data in this way; what it has of it must not have changed."""
     changes = [str(difference) for difference in differences(store.identity, identity)]
     if changes:
         raise StoreError(
             f"the data {request.name} was imported from something else ({'; '.join(changes[:4])}): choose another"
             f" --name, or delete {store.path}"
         )
+    sizes = {
+        (group.record.id, image.source.name): image.source.size() for group in data.groups for image in group.images
+    }
+    missing = set(store.missing_shards())
+    for number in sorted(set(range(len(store.shards))) - missing):
+        owners = (prompt.id for prompt in store.shards[number] for _ in range(store.sizes[prompt.id]))
+        for prompt_id, origin in zip(owners, store.origins(number), strict=True):
+            if sizes[prompt_id, origin["source"]] != origin["bytes"]:
+                raise StoreError(
+                    f"{origin['source']} has changed since it was imported as {request.name}: choose another --name, or"
+                    f" delete {store.path}"
+                )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gdro_cli.data.records import PromptReader
 from gdro_cli.data.store import GroupStore
-from gdro_cli.errors import PrerequisiteError
+from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.identity import digest
 from gdro_cli.models.base import FlowModel
 
@@ -47,3 +48,15 @@ def open_imported(workspace: Path, name: str, model: FlowModel, *, height: int, 
     if store.missing_shards():
         raise PrerequisiteError(f"the import of {name} into {path} is not complete: run {again} again")
     return store
+
+
+def check_imported_prompts(store: GroupStore, reward: PromptReader) -> None:
+    """Raise UserError if the reward cannot score one of the prompts."""
+    for record in store.prompts:
+        try:
+            reward.read_prompt(record.prompt, target=record.target, metadata=record.metadata)
+        except ValueError as error:
+            raise UserError(
+                f"the reward {reward.name} cannot score the imported prompt {record.prompt[:80]!r} ({error}): name the"
+                " scores to train on in train.scores, or another reward"
+            ) from error

@@ -18,7 +18,7 @@ from gdro_cli.rewards.registry import open_part, provenance
 from gdro_cli.runtime.distributed import Engine, make_engine
 from gdro_cli.runtime.interrupt import STOPPING, StopFlag
 from gdro_cli.runtime.progress import Reporter
-from gdro_cli.stages.setup.imported import open_imported
+from gdro_cli.stages.setup.imported import check_imported_prompts, open_imported
 from gdro_cli.stages.setup.judge import open_judge
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.reward import open_reward
@@ -160,11 +160,12 @@ class Session:
         """The recipe's training, validation or held-out prompts. Raises UserError if the reward cannot use them."""
         if split not in self._prompts:
             imported = self.imported_store if split == "train" else None
-            self._prompts[split] = (
-                load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
-                if imported is None
-                else PromptSet(imported.prompts, dropped_duplicates=0)
-            )
+            if imported is None:
+                self._prompts[split] = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
+            else:
+                if self.recipe.train.scores is None:
+                    check_imported_prompts(imported, self.reward)
+                self._prompts[split] = PromptSet(imported.prompts, dropped_duplicates=0)
         return self._prompts[split]
 
     def require_store(self, stage: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserErro
 from gdro_cli.images import fit, open_image
 from gdro_cli.models.latents import to_pixels
 from gdro_cli.runtime.checkpoint import latest_checkpoint
+from gdro_cli.runtime.metrics import train_rows
 from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.importing import import_data
@@ -109,9 +111,14 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path, recipe: Recipe) 
     before = {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
     with pytest.raises(StoreError, match=r"was imported from something else \(resize: .*choose another --name"):
         bring(recipe, tmp_path / "out", data, resize="pad")
-    rows[0]["scores"][0] = 0.1
-    table(tmp_path / "data", rows)
     with pytest.raises(StoreError, match=r"\(data: "):
+        bring(recipe, tmp_path / "out", table(tmp_path / "data", rows[:3] + [rows[3] | {"weight": 2}], "other.jsonl"))
+    rows[0]["scores"][0] = 0.1
+    with pytest.raises(StoreError, match=r"has other scores called score: give them another name"):
+        bring(recipe, tmp_path / "out", table(tmp_path / "data", rows))
+    with (tmp_path / "data" / rows[1]["images"][2]).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(StoreError, match=r"images/SALE-2.png has changed since it was imported as mine"):
         bring(recipe, tmp_path / "out", data)
     assert before == {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
 
@@ -139,8 +146,7 @@ def test_an_unreadable_image_is_named_with_its_line_and_nothing_is_half_imported
         bring(recipe, tmp_path / "out", data)
     with pytest.raises(PrerequisiteError, match="the import of mine into .* is not complete"):
         train.run(Session(recipe, tmp_path / "out"))
-    broken.write_bytes(content)  # the table and the file's size are as before a mend would leave them
-    shutil.rmtree(tmp_path / "out" / "stores")
+    broken.write_bytes(content)
     assert bring(recipe, tmp_path / "out", data).shards_made == 1
 
 
@@ -222,8 +228,9 @@ def test_pairs_train_dpo(tmp_path: Path, make_recipe: MakeRecipe) -> None:
     ]
     recipe = own(make_recipe, scores="preference", method={"name": "dpo", "k": 2})
     bring(recipe, tmp_path / "out", table(tmp_path / "data", rows))
-    metrics = train.run(Session(recipe, tmp_path / "out")).run.metrics()
-    assert metrics[-1]["dropped_groups_share"] == 0.0 if "dropped_groups_share" in metrics[-1] else metrics
+    steps = train_rows(train.run(Session(recipe, tmp_path / "out")).run.metrics())
+    assert len(steps) == 4 and steps[0]["dropped_groups_share"] == 0.0
+    assert steps[0]["loss_method"] == pytest.approx(math.log(2), abs=1e-4)  # -log sigmoid(0)
 
 
 def test_demonstrations_train_sft_and_keep_their_images_for_a_reward(tmp_path: Path, make_recipe: MakeRecipe) -> None:
@@ -234,8 +241,8 @@ def test_demonstrations_train_sft_and_keep_their_images_for_a_reward(tmp_path: P
     recipe = own(make_recipe, scores="demonstration", method=sft)
     store = bring(recipe, tmp_path / "out", data / "images").store
     assert imported_score_names(store) == ["demonstration"]
-    first = train.run(Session(recipe, tmp_path / "out")).run.metrics()[0]
-    assert first["loss"] > 0
+    steps = train_rows(train.run(Session(recipe, tmp_path / "out")).run.metrics())
+    assert len(steps) == 4 and steps[0]["loss"] == steps[0]["loss_method"] > 0
     scored = score.run(Session(own(make_recipe, scores=None), tmp_path / "out"))
     assert scored.totals.images == 4 and scored.totals.mean == pytest.approx(1.0, abs=0.3)
 
