@@ -82,10 +82,9 @@ def scoring_needs(session: Session) -> Rows:
 def _time(estimate: Estimate, session: Session) -> Rows:
     recipe = estimate.recipe
     if recipe.online_method is None:
-        parts = {
-            "sampling": estimate.store_flops(len(session.prompts("train"))),
-            "training": recipe.train.steps * estimate.step_flops,
-        }
+        imported = recipe.prompts.train.imported is not None
+        sampling = {} if imported else {"sampling": estimate.store_flops(len(session.prompts("train")))}
+        parts = sampling | {"training": recipe.train.steps * estimate.step_flops}
     else:
         parts = dict(zip(("rollouts", "updates"), estimate.online_flops, strict=True))
     return [
