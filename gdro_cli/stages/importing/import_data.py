@@ -7,6 +7,7 @@ last, so a store with scores is whole.
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,10 @@ from gdro_cli.data.own_data import OwnData, read_own_data
 from gdro_cli.data.records import PromptSet
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.files import storage_errors
 from gdro_cli.identity import differences
 from gdro_cli.images import Fitting
+from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.importing.encode_store import encode_store
 from gdro_cli.stages.setup.imported import COMMAND, encoding_identity, imported_path
 from gdro_cli.stages.setup.session import Session
@@ -167,7 +170,12 @@ def _open(session: Session, request: Import, data: OwnData) -> GroupStore:
     path = imported_path(session.workspace, request.name, session.model, height=height, width=width)
     identity = _identity(session, request, data)
     if path.exists():
-        _refuse_other(GroupStore.open(path, command=COMMAND), request, data, identity)
+        store = GroupStore.open(path, command=COMMAND)
+        if len(store.missing_shards()) < len(store.shards):
+            _refuse_other(store, request, data, identity)
+        else:  # an import that failed at once has left nothing but its manifest
+            with folder_lock(path / "lock"), storage_errors(path):
+                shutil.rmtree(path)
     sizes = [len(group.images) for group in data.groups]
     keeps = request.keep_images or not data.score_names
     return GroupStore.create_or_open(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from gdro_cli.data.scores import ScoreSummary, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.stages.sampling.fill_store import fill_store
-from gdro_cli.stages.scoring.fill_table import refuse_failures, score_with_reward
+from gdro_cli.stages.scoring.fill_table import score_with_reward
 from gdro_cli.stages.setup.scorers import open_training_scores
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import open_training_store, training_plan
@@ -44,7 +44,7 @@ class ScoreResult:
 def run(session: Session) -> ScoreResult:
     """Score the recipe's training store, after sampling what is missing.
 
-    Imported scores are only checked.
+    Imported scores stay as they are.
 
     Raises:
         UserError: the recipe's method has no store.
@@ -73,11 +73,8 @@ def make_scored_store(session: Session) -> tuple[ScoreTable, int]:
     store = open_training_store(session)
     table = session.engine.from_main(lambda: open_training_scores(session, store))
     fill_training_store(session, store)
-    if session.recipe.train.scores is None:
-        return table, score_with_reward(session, table, label="scoring")
-    with session.engine.together():
-        refuse_failures(table, allowed=session.recipe.reward.max_failed_share, key="reward.max_failed_share")
-    return table, 0
+    imported = session.recipe.train.scores is not None
+    return table, 0 if imported else score_with_reward(session, table, label="scoring")
 
 
 def fill_training_store(session: Session, store: GroupStore) -> None:
