@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
+from typing import Self
 
 import torch
 from PIL import Image
@@ -25,13 +27,6 @@ _SHARDS_AHEAD = 1
 """Shards whose images are read while another is encoded."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    image: Image.Image
-    origin: dict[str, object]
-    enlarged: bool
-
-
 def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fitting) -> tuple[int, int]:
     """Make the shards that ``store`` lacks, all processes together.
 
@@ -44,68 +39,44 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
         Interrupted: between two batches; finished shards are kept.
         EndedElsewhere: another process raised one of these.
     """
-    engine, model, stop = session.engine, session.model, session.stop
+    engine, model, batch_size = session.engine, session.model, session.recipe.sample.batch_size
     missing = engine.from_main(store.missing_shards)
     if not missing:
         return 0, 0
-    groups, own = {group.record.id: group for group in data.groups}, engine.share(missing)
-    height, width = session.image_size
+    own = engine.share(missing)
     stopped = f"stopped while importing; finished shards are kept in {store.path}: run the command again to continue"
-    reading: dict[int, list[Future[_Opened]]] = {}
     enlarged = 0
-
-    def read(group: OwnGroup, image: OwnImage) -> _Opened:
-        content = image.source.read()
-        try:
-            opened = open_image(content)
-        except UnusableImageError as error:
-            raise UserError(f"{group.where}: {image.source.name} cannot be used: {error}") from error
-        enlarged = scaling(opened, height=height, width=width, how=how) > 1
-        origin = {"source": image.source.name, "bytes": len(content), "sha256": sha256(content)}
-        return _Opened(fit(opened, height=height, width=width, how=how), origin, enlarged)
-
-    def read_ahead(number: int) -> None:
-        first = own.index(number)
-        for shard in own[first : first + 1 + _SHARDS_AHEAD]:
-            if shard not in reading:
-                members = [groups[prompt.id] for prompt in store.shards[shard]]
-                reading[shard] = [readers.submit(read, group, image) for group in members for image in group.images]
 
     def make(number: int) -> None:
         nonlocal enlarged
         start = time.perf_counter()
-        read_ahead(number)
         latents: list[torch.Tensor] = []
-        opened: list[_Opened] = []
-        futures, size = reading.pop(number), session.recipe.sample.batch_size
-        for first in range(0, len(futures), size):
-            opened += (images := [future.result() for future in futures[first : first + size]])
-            pixels = to_pixels([image.image for image in images])
+        images: list[_Fitted] = []
+        futures = readers.take(number)
+        for first in range(0, len(futures), batch_size):
+            batch = [future.result() for future in futures[first : first + batch_size]]
+            pixels = to_pixels([one.image for one in batch])
             latents.append(model.encode_images(pixels).to("cpu", model.dtype))
-            progress.advance(len(images))
-            stop.check(stopped)
-        enlarged += sum(image.enlarged for image in opened)
-        prompts = store.shards[number]
-        texts = model.encode([prompt.prompt for prompt in prompts])
-        sizes = [store.sizes[prompt.id] for prompt in prompts]
-        parts, members = torch.cat(latents).split(sizes), _split(opened, sizes)
-        keeps = store.image_format != "none"
-        made = [
-            Group(
-                prompt,
-                part,
-                text,
-                [image.image for image in own_images] if keeps else [],
-                [image.origin for image in own_images],
-            )
-            for prompt, part, text, own_images in zip(prompts, parts, texts, members, strict=True)
-        ]
-        writer.write(number, made, start)
+            images += batch
+            progress.advance(len(batch))
+            session.stop.check(stopped)
+        enlarged += sum(one.enlarged for one in images)
+        texts = model.encode([prompt.prompt for prompt in store.shards[number]])
+        rest, parts = (
+            iter(images),
+            torch.cat(latents).split([store.sizes[prompt.id] for prompt in store.shards[number]]),
+        )
+        groups = []
+        for prompt, part, text in zip(store.shards[number], parts, texts, strict=True):
+            members = list(islice(rest, len(part)))
+            kept = [] if store.image_format == "none" else [one.image for one in members]
+            groups.append(Group(prompt, part, text, kept, [one.origin for one in members]))
+        writer.write(number, groups, start)
 
     total = sum(store.images_in(number) for number in own)
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
-        ThreadPoolExecutor(usable_cores(), thread_name_prefix="read") as readers,
+        _Readers(store, data, own, size=session.image_size, how=how) as readers,
         ShardWriter(store, processes=engine.world) as writer,
         session.reporter.track("importing" + own_part(engine), total=total, unit="images") as progress,
     ):
@@ -115,6 +86,50 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
     return len(missing), int(engine.sum(torch.tensor(float(enlarged), device=engine.device)))
 
 
-def _split(images: list[_Opened], sizes: list[int]) -> Iterator[list[_Opened]]:
-    rest = iter(images)
-    return ([next(rest) for _ in range(size)] for size in sizes)
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    image: Image.Image
+    """Of the recipe's size."""
+    origin: dict[str, object]
+    enlarged: bool
+
+
+class _Readers:
+    """Threads that read and fit the images of the shards of this process, in order, a little ahead of their use."""
+
+    def __init__(
+        self, store: GroupStore, data: OwnData, shards: Sequence[int], *, size: tuple[int, int], how: Fitting
+    ) -> None:
+        self._store, self._shards = store, shards
+        self._groups = {group.record.id: group for group in data.groups}
+        self._size, self._how = size, how
+        self._threads = ThreadPoolExecutor(usable_cores(), thread_name_prefix="read")
+        self._begun: dict[int, list[Future[_Fitted]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+    def take(self, number: int) -> list[Future[_Fitted]]:
+        """The images of shard ``number`` in order; a result raises UserError if the image cannot be used."""
+        place = self._shards.index(number)
+        for shard in self._shards[place : place + 1 + _SHARDS_AHEAD]:
+            if shard not in self._begun:
+                groups = [self._groups[prompt.id] for prompt in self._store.shards[shard]]
+                self._begun[shard] = [
+                    self._threads.submit(self._read, group, image) for group in groups for image in group.images
+                ]
+        return self._begun.pop(number)
+
+    def _read(self, group: OwnGroup, image: OwnImage) -> _Fitted:
+        content = image.source.read()
+        try:
+            shown = open_image(content)
+        except UnusableImageError as error:
+            raise UserError(f"{group.where}: {image.source.name} cannot be used: {error}") from error
+        height, width = self._size
+        enlarged = scaling(shown, height=height, width=width, how=self._how) > 1
+        origin = {"source": image.source.name, "bytes": len(content), "sha256": sha256(content)}
+        return _Fitted(fit(shown, height=height, width=width, how=self._how), origin, enlarged)
