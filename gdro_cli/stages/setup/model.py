@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from gdro_cli.config.recipe import Recipe
@@ -11,6 +13,7 @@ from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.initial_adapter import InitialAdapter, open_initial_adapter
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine
 
@@ -33,11 +36,13 @@ def open_model(recipe: Recipe, *, engine: Engine | None = None, folder: Pipeline
         folder: the model's folder, if the caller has already opened it.
 
     Raises:
-        PrerequisiteError: the model is missing.
+        PrerequisiteError: the model or the initial adapter is missing.
+        StoreError, UserError: as ``initial_adapter``.
     """
     section = recipe.model
+    folder = folder or PipelineFolder(model_folder(recipe))
     model = load_flow_model(
-        folder or PipelineFolder(model_folder(recipe)),
+        folder,
         dtype=section.dtype,
         device=str(engine.device) if engine else "cuda" if torch.cuda.is_available() else "cpu",
         max_sequence_length=section.max_sequence_length,
@@ -46,7 +51,24 @@ def open_model(recipe: Recipe, *, engine: Engine | None = None, folder: Pipeline
     )
     if engine and section.sharding == "fsdp":
         model.place_transformer = engine.shard
+    model.initial = initial_adapter(recipe, folder)
     return model
+
+
+def initial_adapter(recipe: Recipe, folder: PipelineFolder) -> InitialAdapter | None:
+    """The adapter that the recipe's training starts from, which fits the model in ``folder``; None without one.
+
+    Raises:
+        PrerequisiteError: its file is missing.
+        StoreError: the file is damaged.
+        UserError: it does not fit.
+    """
+    path = recipe.train.lora.init
+    if path is None:
+        return None
+    adapter = open_initial_adapter(Path(path))
+    adapter.check(folder.meta_component("transformer"))
+    return adapter
 
 
 def attach_adapter(recipe: Recipe, model: FlowModel) -> list[torch.nn.Parameter]:

@@ -30,7 +30,7 @@ from gdro_cli.models.diffusers_flow import DtypeName
 from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, mixed_update, trace_forward, trace_update, whole_update, whole_work
-from gdro_cli.stages.setup.model import EMBEDDED, model_folder
+from gdro_cli.stages.setup.model import EMBEDDED, initial_adapter, model_folder
 from gdro_cli.stages.training.batch_sizes import images_at_once, micro_batches, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
 
@@ -134,6 +134,7 @@ class Estimate:
             dtype = "bfloat16"
         model = model_folder(recipe), dtype, section.max_sequence_length, section.quantization
         self.model = without_adapter(*model)
+        self.initial = initial_adapter(recipe, open_folder(model[0]))
         height, width = recipe.sample.height, recipe.sample.width
         size = self.model.flow.default_size if height is None or width is None else (height, width)
         self.shape = Shape(model, size, recipe.sample.guidance)
@@ -144,8 +145,9 @@ class Estimate:
 
     @property
     def transformer_bytes(self) -> int:
-        """The frozen transformer, as it is stored."""
-        return weight_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
+        """The frozen transformer, as it is stored, and the initial adapter, whose operations are not counted."""
+        initial = 0 if self.initial is None else weight_bytes(Weights(self.initial.values), width=4)
+        return initial + weight_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
 
     @property
     def text_bytes(self) -> int:
