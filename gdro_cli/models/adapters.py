@@ -8,6 +8,7 @@ is never in memory twice. Adapter weights are float32 whatever the dtype of the 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +74,8 @@ def attach_lora(
         init_lora_weights="gaussian",
     )
     transformer.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the initial adapter
         torch.default_generator.manual_seed(seed)  # peft draws on the CPU
         transformer.add_adapter(config, adapter_name=_ADAPTER)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
