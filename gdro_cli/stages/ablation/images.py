@@ -89,9 +89,7 @@ class _Painter:
 
     def draw(self, recipe: Recipe, weights: RunWeights | None, protocol: str) -> tuple[Path, ...]:
         """One file per prompt, of the base model where there are no weights."""
-        initial = self.session.model.initial
-        start = [] if initial is None else [initial.digest]
-        name = digest([protocol, "base" if weights is None else weights.identity, *start])
+        name = digest([protocol, "base" if weights is None else weights.identity])
         files = tuple(self.folder / f"{name}-{prompt.id}.png" for prompt in self.prompts)
         if all(_whole(file) for file in files):
             return files

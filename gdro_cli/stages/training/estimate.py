@@ -27,6 +27,7 @@ from gdro_cli.core.footprint import (
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.diffusers_flow import DtypeName
+from gdro_cli.models.initial_adapter import InitialAdapter
 from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, mixed_update, trace_forward, trace_update, whole_update, whole_work
@@ -134,7 +135,6 @@ class Estimate:
             dtype = "bfloat16"
         model = model_folder(recipe), dtype, section.max_sequence_length, section.quantization
         self.model = without_adapter(*model)
-        self.initial = initial_adapter(recipe, open_folder(model[0]))
         height, width = recipe.sample.height, recipe.sample.width
         size = self.model.flow.default_size if height is None or width is None else (height, width)
         self.shape = Shape(model, size, recipe.sample.guidance)
@@ -142,6 +142,11 @@ class Estimate:
         """Bytes of a number that is not quantised."""
 
     # -- weights ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def initial(self) -> InitialAdapter | None:
+        """The adapter that the training starts from. Raises as ``initial_adapter``."""
+        return initial_adapter(self.recipe, open_folder(self.shape.model[0]))
 
     @property
     def transformer_bytes(self) -> int:
