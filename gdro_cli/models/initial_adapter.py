@@ -5,39 +5,41 @@ It is neither merged into W, whose dtype would round it, nor trained. So base an
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.model_source import files_digest
-from gdro_cli.models.lora_files import read_adapter
+from gdro_cli.errors import UserError
 
 INITIAL = "initial"
 """The adapter's name in peft's layers."""
 
-_KEY = "train.lora.init"
-_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""The adapter's file in a folder of diffusers and in one of peft."""
-_PEFT_CONFIG = "adapter_config.json"
-"""Holds alpha beside a file of peft."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class InitialAdapter:
     """A trained adapter, to be kept frozen."""
 
     path: Path
-    """Its file."""
-    digest: str
-    """SHA-256 of its file, and of the configuration that belongs to it."""
+    """Its file, or the folder of that."""
     pairs: Mapping[str, tuple[Tensor, Tensor]]
     """Layer -> (A [r, in], s B [out, r]), float32."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its layers and numbers, whatever the format of its file."""
+        whole = hashlib.sha256()
+        for layer, pair in sorted(self.pairs.items()):
+            for matrix in pair:
+                whole.update(f"{layer} {list(matrix.shape)}\n".encode())
+                whole.update(matrix.numpy().tobytes())
+        return whole.hexdigest()
 
     @property
     def values(self) -> int:
@@ -55,13 +57,13 @@ class InitialAdapter:
             linear = modules.get(layer)
             if not isinstance(linear, nn.Linear):
                 raise UserError(
-                    f"{_KEY}: {self.path} changes {layer}, but the transformer has no such linear layer: use an adapter"
-                    " of this model"
+                    f"{self.path} changes {layer}, but the transformer has no such linear layer: use an adapter of this"
+                    " model"
                 )
             own, wanted = (len(up), down.shape[1]), (linear.out_features, linear.in_features)
             if own != wanted:
                 raise UserError(
-                    f"{_KEY}: {self.path} has {own[0]} x {own[1]} numbers for {layer}, but the transformer has"
+                    f"{self.path} has {own[0]} x {own[1]} numbers for {layer}, but the transformer has"
                     f" {wanted[0]} x {wanted[1]}: use an adapter of this model"
                 )
 
@@ -80,30 +82,3 @@ class InitialAdapter:
                 device = matrices[INITIAL].weight.device
                 matrices[INITIAL].weight = nn.Parameter(value.to(device, torch.float32), requires_grad=False)
             use_own_class(layer)
-
-
-def open_initial_adapter(path: Path) -> InitialAdapter:
-    """Read an adapter from its file, or from a folder that holds one, such as a finished run.
-
-    Raises:
-        PrerequisiteError: there is no such file.
-        StoreError: the file is damaged or of an unknown format.
-    """
-    file = _file(path)
-    adapter = read_adapter(file)
-    pairs = {layer: (down, adapter.scales[layer] * up) for layer, (down, up) in adapter.pairs.items()}
-    files = {"weights": file, "config": file.with_name(_PEFT_CONFIG)}
-    return InitialAdapter(file, files_digest({name: path for name, path in files.items() if path.is_file()}), pairs)
-
-
-def _file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise PrerequisiteError(f"{_KEY} names {path}, which does not exist: correct the path")
-    known = next((path / name for name in _FILES if (path / name).is_file()), None)
-    files = [known] if known is not None else sorted(path.glob("*.safetensors"))
-    if len(files) != 1:
-        found = "several .safetensors files" if files else "no adapter (a .safetensors file)"
-        raise PrerequisiteError(f"{_KEY} names {path}, which has {found}: name the adapter's file")
-    return files[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gdro_cli.errors import GdroError, PrerequisiteError, StoreError, UserError
+from gdro_cli.errors import UserError
 from gdro_cli.models.adapters import (
     LORA_FILE,
     attach_lora,
@@ -26,7 +25,8 @@ from gdro_cli.models.adapters import (
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.initial_adapter import open_initial_adapter
+from gdro_cli.models.initial_adapter import InitialAdapter
+from gdro_cli.models.lora_files import read_adapter
 from gdro_cli.models.lora_linear import LoraLinear
 from gdro_cli.models.memory import MemoryOptions, checkpoint_blocks
 
@@ -51,9 +51,13 @@ def adapter(folder: Path, target: Path, name: str = "flux") -> Path:
     return save_lora(with_lora(folder, FAMILY_OF[name]), target)
 
 
+def opened(path: Path) -> InitialAdapter:
+    return InitialAdapter(path, read_adapter(path).folded())
+
+
 def starting_from(file: Path, folder: Path, **options: Any) -> FlowModel:
     model = load_flow_model(folder, **options)
-    model.initial = open_initial_adapter(file)
+    model.initial = opened(file)
     return model
 
 
@@ -211,24 +215,14 @@ def test_a_model_that_starts_from_the_file_of_both_is_the_trained_one(
         torch.testing.assert_close(value, state[name], rtol=1e-6, atol=0.0)
 
 
-def test_a_folder_is_searched_for_the_one_adapter(flux_folder: Path, tmp_path: Path) -> None:
-    file = adapter(flux_folder, tmp_path / "run")
-    of_file = open_initial_adapter(file)
-    assert open_initial_adapter(tmp_path / "run").digest == of_file.digest
-    other = shutil.copyfile(file, tmp_path / "my.safetensors")
-    assert open_initial_adapter(tmp_path).path == other and open_initial_adapter(tmp_path).digest == of_file.digest
-    shutil.copyfile(file, tmp_path / "another.safetensors")
-    outcome(PrerequisiteError, "has several .safetensors files", lambda: open_initial_adapter(tmp_path))
-    (tmp_path / "empty").mkdir()
-    outcome(PrerequisiteError, "has no adapter", lambda: open_initial_adapter(tmp_path / "empty"))
-    outcome(PrerequisiteError, "does not exist", lambda: open_initial_adapter(tmp_path / "missing"))
-    other.write_bytes(b"no adapter")
-    outcome(StoreError, "my.safetensors is not", lambda: open_initial_adapter(other))
-
-
-def outcome(error: type[GdroError], words: str, call: Callable[[], object]) -> None:
-    with pytest.raises(error, match=words):
-        call()
+def test_the_digest_is_that_of_layers_and_numbers(flux_folder: Path, tmp_path: Path) -> None:
+    file = adapter(flux_folder, tmp_path)
+    one = opened(file)
+    assert opened(tmp_path).digest == one.digest
+    halves = {layer: (2 * down, up / 2) for layer, (down, up) in one.pairs.items()}
+    renamed = {layer + "x": pair for layer, pair in one.pairs.items()}
+    digests = {InitialAdapter(file, pairs).digest for pairs in (one.pairs, halves, renamed)}
+    assert len(digests) == 3
 
 
 @pytest.mark.parametrize("change", ["layer", "shape", "no linear layer"])
@@ -236,8 +230,8 @@ def test_an_adapter_of_another_model_is_refused(flux_folder: Path, tmp_path: Pat
     from safetensors import safe_open
 
     file = adapter(flux_folder, tmp_path)
-    with safe_open(file, "pt") as opened:
-        metadata = opened.metadata()
+    with safe_open(file, "pt") as before:
+        metadata = before.metadata()
     tensors, layer = load_file(file), "transformer.proj_out.lora_"
     down, up = tensors.pop(f"{layer}A.weight"), tensors.pop(f"{layer}B.weight")
     other = {"layer": "transformer.proj_in.lora_", "no linear layer": "transformer.transformer_blocks.0.lora_"}
@@ -250,4 +244,5 @@ def test_an_adapter_of_another_model_is_refused(flux_folder: Path, tmp_path: Pat
         "shape": "numbers for proj_out, but the transformer has",
     }[change]
     transformer = PipelineFolder(flux_folder).meta_component("transformer")
-    outcome(UserError, words, lambda: open_initial_adapter(file).check(transformer))
+    with pytest.raises(UserError, match=words):
+        opened(file).check(transformer)

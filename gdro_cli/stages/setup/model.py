@@ -8,12 +8,14 @@ import torch
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.embedded import tiny_model_path
+from gdro_cli.errors import PrerequisiteError, StoreError, UserError
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.initial_adapter import InitialAdapter, open_initial_adapter
+from gdro_cli.models.initial_adapter import InitialAdapter
+from gdro_cli.models.lora_files import read_adapter
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.runtime.distributed import Engine
 
@@ -61,13 +63,16 @@ def initial_adapter(recipe: Recipe, folder: PipelineFolder) -> InitialAdapter | 
     Raises:
         PrerequisiteError: its file is missing.
         StoreError: the file is damaged.
-        UserError: it does not fit.
+        UserError: it is of an unknown kind, or does not fit.
     """
     path = recipe.train.lora.init
     if path is None:
         return None
-    adapter = open_initial_adapter(Path(path))
-    adapter.check(folder.meta_component("transformer"))
+    try:
+        adapter = InitialAdapter(Path(path), read_adapter(Path(path)).folded())
+        adapter.check(folder.meta_component("transformer"))
+    except (PrerequisiteError, StoreError, UserError) as error:
+        raise type(error)(f"train.lora.init: {error}") from error
     return adapter
 
 
