@@ -123,6 +123,12 @@ def _on_hub(run: FinishedRun) -> bool:
     return _HUB_ID.fullmatch(path) is not None and "commit" in run.model and run.recipe.model.path != EMBEDDED
 
 
+def _initial(run: FinishedRun) -> str | None:
+    """The name of the adapter that the training started from; None without one."""
+    path = run.recipe.train.lora.init
+    return None if path is None else last_part(path)
+
+
 def _base_name(run: FinishedRun) -> str:
     if run.recipe.model.path == EMBEDDED:
         return EMBEDDED
@@ -135,12 +141,6 @@ def _base(run: FinishedRun) -> Markdown:
         return Markdown("the model embedded in gdro\\_cli")
     name = escape(_base_name(run))
     return Markdown(f"[{name}](https://huggingface.co/{_base_name(run)})" if _on_hub(run) else f"the model {name}")
-
-
-def _initial(run: FinishedRun) -> str | None:
-    """The name of the adapter that the training started from; None without one."""
-    path = run.recipe.train.lora.init
-    return None if path is None else last_part(path)
 
 
 def _provenance(run: FinishedRun) -> list[tuple[str, str]]:
