@@ -42,6 +42,7 @@ _PATHS = (
     *(f"reward.{key}" for key in ("pickscore.model", "pickscore.processor", "hpsv2.model", "hpsv2.base")),
     *(f"reward.aesthetic.{key}" for key in ("model", "head")),
     "judge.template",
+    "train.lora.init",
 )
 #: Characters that end a key.
 _KEY_ENDS = re.compile(r"[\s:=]")

@@ -243,6 +243,11 @@ class LoraSection(StrictModel):
     names."""
     rslora: bool = False
     """Rank-stabilised scaling, alpha / sqrt(rank)."""
+    init: Annotated[str | None, Affects("images", "training", "measurement")] = Field(None, min_length=1)
+    """Adapter to start from: its file, or a folder with it, such as a finished run. It stays frozen and belongs to the
+    base model, which samples the images and is the reference; the trained adapter is a new one on top, and the saved
+    file contains both. A relative path is looked up beside the recipe first, then in the current folder. Unset:
+    none."""
 
 
 class EmaSection(StrictModel):

@@ -36,6 +36,7 @@ _REASONS = {
     "seed": _SEEDS,
     "train.seed": _SEEDS,
     "reward.kind": "is what is measured, and cells with two rewards cannot be compared",
+    "train.lora.init": "changes the base model that all cells are compared with",
 }
 """Why a key cannot be swept, if what it affects (``_reason``) does not say so."""
 

@@ -1,12 +1,14 @@
 """LoRA on a flow model's transformer, the reference model inside it, and the average of its weights.
 
 The policy is the base with the adapter on; the reference is the same weights with the adapter off. So the transformer
-is never in memory twice. Adapter weights are float32 whatever the dtype of the base.
+is never in memory twice. Adapter weights are float32 whatever the dtype of the base. An initial adapter
+(``initial_adapter``) belongs to the base: it stays on in the reference, and files of the trained adapter contain it.
 """
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.files import write_tensors
 from gdro_cli.models.base import FlowModel
+from gdro_cli.models.initial_adapter import INITIAL
 from gdro_cli.suggest import similar
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -57,12 +60,11 @@ def attach_lora(
         UserError: the transformer has an adapter already, or a target matches no linear layer.
     """
     from peft import LoraConfig
-    from peft.tuners.lora.layer import Linear
 
-    from gdro_cli.models.lora_linear import LoraLinear
+    from gdro_cli.models.lora_linear import use_own_class
 
     transformer: Any = model.transformer
-    if _lora_layers(transformer):
+    if any(_ADAPTER in layer.lora_A for layer in _lora_layers(transformer)):
         raise UserError("the transformer has an adapter already: load the model again to attach another")
     config = LoraConfig(
         r=rank,
@@ -72,31 +74,35 @@ def attach_lora(
         init_lora_weights="gaussian",
     )
     transformer.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # of the initial adapter
         torch.default_generator.manual_seed(seed)  # peft draws on the CPU
         transformer.add_adapter(config, adapter_name=_ADAPTER)
     parameters = [p for p in transformer.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = parameter.data.float()
     for layer in _lora_layers(transformer):
-        if type(layer) is Linear:  # layers of bitsandbytes and torchao have classes of their own
-            layer.__class__ = LoraLinear
+        layer._active_adapter = [name for name in (INITIAL, _ADAPTER) if name in layer.lora_A]
+        use_own_class(layer)
     return parameters
 
 
 @contextmanager
 def reference(model: FlowModel) -> Iterator[None]:
-    """Switch the adapter off inside the block: the model is then exactly the untouched base."""
+    """Switch the adapter off inside the block: the model is then exactly the base, its initial adapter included."""
     layers = _lora_layers(model.transformer)
-    before = [layer._disable_adapters for layer in layers]
-    # Only the switch: peft's own method also changes requires_grad, which DDP and FSDP forbid.
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    # Only the switches: peft's own methods also change requires_grad, which DDP and FSDP forbid.
     for layer in layers:
-        layer._disable_adapters = True
+        if INITIAL in layer.lora_A:
+            layer._active_adapter = [INITIAL]
+        else:
+            layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, state in zip(layers, before, strict=True):
-            layer._disable_adapters = state
+        for layer, (is_off, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = is_off, active
 
 
 @contextmanager
@@ -151,7 +157,8 @@ def load_lora_state(model: FlowModel, state: Mapping[str, Tensor]) -> None:
 def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None = None) -> Path:
     """Write the adapter in diffusers' format: ``pipe.load_lora_weights(folder)`` gives the trained model.
 
-    The file's metadata has rank, alpha and the kind of scale; without them loaders assume alpha = rank.
+    The file's metadata has rank, alpha and the kind of scale; without them loaders assume alpha = rank. If the model
+    has an initial adapter, the file holds both as one (``_joined``).
 
     Args:
         model: the model with the adapter, whose configuration is written.
@@ -167,12 +174,17 @@ def save_lora(model: FlowModel, folder: Path, state: Mapping[str, Tensor] | None
     """
     weights = lora_state(model) if state is None else state
     config = _bare(model.transformer).peft_config[_ADAPTER]
+    rank, alpha, rslora = config.r, config.lora_alpha, config.use_rslora
+    if model.initial is not None:
+        weights = _joined(weights, model.initial.pairs, scale=_scale(model))
+        rank = alpha = max(len(value) for name, value in weights.items() if ".lora_A." in name)
+        rslora = False
     # Only the keys that define the adapter: an older peft refuses a file with a key that it lacks.
     definition: dict[str, Any] = {
         "peft_type": "LORA",
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "use_rslora": config.use_rslora,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": rslora,
         "target_modules": sorted({name.rsplit(".lora_", 1)[0] for name in weights}),
     }
     path = folder / LORA_FILE
@@ -189,6 +201,46 @@ def write_lora(path: Path, tensors: Mapping[str, Tensor], definition: Mapping[st
     prefixed = {_PREFIX + key: value for key, value in definition.items()}
     metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(prefixed, sort_keys=True)}
     write_tensors(path, tensors, metadata=metadata)
+
+
+def trained_part(model: FlowModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The attached adapter's weights, as of ``lora_state``, from the weights of a file of ``save_lora``."""
+    if model.initial is None:
+        return dict(weights)
+    rank, scale = _bare(model.transformer).peft_config[_ADAPTER].r, _scale(model)
+    parts: dict[str, Tensor] = {}
+    for name in _lora_parameters(model).keys() & weights.keys():
+        parts[name] = weights[name][:rank] if ".lora_A." in name else weights[name][:, :rank] / scale
+    return parts
+
+
+def _joined(
+    weights: Mapping[str, Tensor], initial: Mapping[str, tuple[Tensor, Tensor]], *, scale: float
+) -> dict[str, Tensor]:
+    """One adapter of scale 1 that does what the trained and the initial one do together.
+
+    ``A = [A_new; A_init; 0]`` and ``B = [s B_new, B_init, 0]``. The zeros give every layer the same rank, since not
+    every loader takes different ones.
+
+    Args:
+        weights: of ``lora_state``, with the scale ``scale``.
+        initial: layer -> (A [r, in], s B [out, r]).
+        scale: of the trained adapter.
+    """
+    layers = sorted({name.rsplit(".lora_", 1)[0] for name in weights} | initial.keys())
+    stacks: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for layer in layers:
+        down, up = weights.get(f"{layer}.lora_A.weight"), weights.get(f"{layer}.lora_B.weight")
+        stacks[layer] = [] if down is None or up is None else [(down, scale * up)]
+        stacks[layer] += [initial[layer]] if layer in initial else []
+    rank = max(sum(len(down) for down, _ in pairs) for pairs in stacks.values())
+    joined: dict[str, Tensor] = {}
+    for layer, pairs in stacks.items():
+        missing = rank - sum(len(down) for down, _ in pairs)
+        down, up = torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1)
+        joined[f"{layer}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing))
+        joined[f"{layer}.lora_B.weight"] = nn.functional.pad(up, (0, missing))
+    return joined
 
 
 class Ema:
@@ -267,17 +319,26 @@ def _lora_layers(module: nn.Module) -> list[Any]:
 
 
 def _lora_parameters(model: FlowModel) -> dict[str, nn.Parameter]:
-    """Adapter parameters by the name that peft gives them in files."""
+    """Parameters of the trained adapter by the name that peft gives them in files."""
     infix = f".{_ADAPTER}."
-    parameters = {n.replace(infix, "."): p for n, p in _bare(model.transformer).named_parameters() if ".lora_" in n}
+    named = _bare(model.transformer).named_parameters()
+    parameters = {n.replace(infix, "."): p for n, p in named if ".lora_" in n and infix in n}
     if not parameters:
         raise UserError("the transformer has no adapter: attach one first")
     return parameters
 
 
+def _scale(model: FlowModel) -> float:
+    """The trained adapter's s, the same in every layer."""
+    scales = (layer.scaling.get(_ADAPTER) for layer in _lora_layers(model.transformer))
+    return float(next(scale for scale in scales if scale is not None))
+
+
 def _target_names(model: FlowModel, targets: Sequence[str] | str) -> list[str]:
     """Resolve targets to what peft matches: full layer names or suffixes."""
-    linear = [name for name, layer in model.transformer.named_modules() if isinstance(layer, nn.Linear)]
+    modules = model.transformer.named_modules()  # an initial adapter has wrapped some
+    names = [name for name, layer in modules if isinstance(layer, nn.Linear) and ".lora_" not in name]
+    linear = [name.removesuffix(".base_layer") for name in names]
     if targets == "all-linear":
         return linear
     names = list(model.lora_targets if targets == "auto" else targets)

@@ -25,6 +25,7 @@ from gdro_cli.errors import UserError
 from gdro_cli.models.autoencoding import Autoencoding
 from gdro_cli.models.backends import ComputeOptions, prepare_transformer
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.initial_adapter import InitialAdapter
 from gdro_cli.models.latents import seeded_noise
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_quantised, prepare_vae, quantization_config
 
@@ -81,6 +82,8 @@ class FlowModel(Autoencoding):
 
     place_transformer: Callable[[nn.Module], nn.Module]
     """Moves the frozen transformer, just loaded, to its device; assign another one (FSDP) before its first use."""
+    initial: InitialAdapter | None = None
+    """A frozen adapter that belongs to the model; assign it before the transformer's first use."""
 
     def __init__(
         self,
@@ -152,8 +155,8 @@ class FlowModel(Autoencoding):
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
-        """Identity of the weights, see ``PipelineFolder.identity``."""
-        return self.folder.identity
+        """Identity of the weights: that of the folder (``PipelineFolder.identity``), and ``adapter``, a digest."""
+        return self.folder.identity | ({} if self.initial is None else {"adapter": self.initial.digest})
 
     def release_encoders(self) -> None:
         """Free the text encoders; the next ``encode`` loads them again."""
@@ -210,9 +213,11 @@ class FlowModel(Autoencoding):
             if name == "transformer":
                 prepare_transformer(module, self.compute)
                 prepare_quantised(module, self.dtype)
-            if self.memory.offload:
-                return module
-            return self.place_transformer(module) if name == "transformer" else module.to(self.device)
+            if not self.memory.offload:
+                module = self.place_transformer(module) if name == "transformer" else module.to(self.device)
+            if name == "transformer" and self.initial is not None:
+                self.initial.attach(module)
+            return module
 
     # -- text ---------------------------------------------------------------------------------------------------
 

@@ -199,6 +199,8 @@ def test_a_local_model_folder_becomes_absolute_and_a_hub_id_stays(tmp_path: Path
     recipe = write(tmp_path, "r.yaml", "extends: ocr\nmodel: {path: flux}\n")
     assert load_recipe(recipe).model.path == str(tmp_path / "flux")
     assert load_recipe(recipe, overrides=["model.path=org/name"]).model.path == "org/name"
+    adapter = write(tmp_path, "lora.yaml", "extends: ocr\ntrain: {lora: {init: flux}}\n")
+    assert load_recipe(adapter).train.lora.init == str(tmp_path / "flux")
 
 
 # --- --set ---------------------------------------------------------------------------------------------------

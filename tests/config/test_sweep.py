@@ -155,6 +155,7 @@ def test_lists_texts_and_flags_can_be_values(ocr: Recipe) -> None:
         (["sample.steps"], ["4,5"], "pin that first, as in --set eval.steps=5"),
         (["sample.guidance"], ["1,2"], "pin that first, as in --set eval.guidance=1.0"),
         (["model.dtype"], ["float32"], "changes the base model"),
+        (["train.lora.init"], ["one,other"], "changes the base model"),
         (["train.trackers"], ["[wandb]"], "not what is learnt"),
         (["train.log_every"], ["1,2"], "not what is learnt"),
         (["train.eval_every"], ["1,2"], "changes what is measured"),

@@ -65,6 +65,8 @@ def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> 
     ]
     if not has_weights:
         rows.append(("weights", f"not here; described from the published configuration of {recipe.model.path}"))
+    if estimate.initial is not None:
+        rows.append(("starts from", f"{estimate.initial.path}, {len(estimate.initial.pairs)} layers, kept frozen"))
     scoring = [] if stage == "sample" else scoring_needs(session)
     if stage == "eval":
         return rows + _evaluation(session) + sampling_needs(estimate) + scoring + evaluation_time(estimate, session)

@@ -20,6 +20,7 @@ from gdro_cli.runtime.metrics import MetricsRow, train_rows, validation_rows
 from gdro_cli.stages.reporting.csv_table import csv_bytes
 from gdro_cli.stages.reporting.html import data_uri, flat, render
 from gdro_cli.stages.reporting.number_format import MISSING, number, signed
+from gdro_cli.stages.reporting.redaction import last_part
 from gdro_cli.stages.runs.results import MODELS, ImageRow, Results
 
 QUALITY = ("alignment", "coherence", "style", "u", "corrected", "corrected of the means")
@@ -136,6 +137,7 @@ def write_report(
     headline = next(iter(names), "reward")
     ranked_by = "corrected" if "corrected" in names else None
     losses, gains = _extremes(results, ranked_by)
+    initial = recipe["train"]["lora"]["init"]
     page = render(
         "report.html.j2",
         results=results,
@@ -152,6 +154,7 @@ def write_report(
         gains=[_case(results, *pair, workspace) for pair in gains],
         ranked_by="corrected score" if ranked_by else "reward",
         protocol=list(flat(results.protocol)),
+        initial=None if initial is None else last_part(initial),
         recipe=list(flat(recipe)),
         environment=list(flat(environment)),
     )

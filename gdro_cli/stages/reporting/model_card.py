@@ -69,6 +69,7 @@ def card(run: FinishedRun, folder: CardFolder) -> bytes:
         kind=folder.kind,
         name=run.name,
         base=_base(run),
+        initial=_initial(run),
         method=recipe.method.title,
         task=reward.purpose,
         version=gdro_cli.__version__,
@@ -133,6 +134,12 @@ def _on_hub(run: FinishedRun) -> bool:
     return _HUB_ID.fullmatch(path) is not None and "commit" in run.model and run.recipe.model.path != EMBEDDED
 
 
+def _initial(run: FinishedRun) -> str | None:
+    """The name of the adapter that the training started from; None without one."""
+    path = run.recipe.train.lora.init
+    return None if path is None else last_part(path)
+
+
 def _base_name(run: FinishedRun) -> str:
     if run.recipe.model.path == EMBEDDED:
         return EMBEDDED
@@ -158,6 +165,7 @@ def _provenance(run: FinishedRun, *, exported: bool) -> list[tuple[str, str]]:
         ("begun", str(run.manifest.get("created", MISSING))),
         ("adapter", f"{run.weights}; {LORA_FILE}{' of the run' if exported else ''}, SHA-256 {run.weights.sha256}"),
         ("base model", f"{_base_name(run)} ({model['pipeline']}), {state}, in {model['dtype']}"),
+        *([("started from", f"{_initial(run)}, SHA-256 {model.get('adapter', MISSING)}")] if _initial(run) else []),
         *((f"digest of the {name}", str(value)) for name, value in sorted(run.manifest.get("inputs", {}).items())),
         ("recipe", f"{run.recipe.name}, digest {run.recipe.digest()}"),
         ("software", ", ".join(f"{name} {packages[name]}" for name in _VERSIONS if packages.get(name))),

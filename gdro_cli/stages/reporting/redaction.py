@@ -25,7 +25,7 @@ _REWARD_ADDRESS = "https://reward.invalid"
 _ADDRESSES = {"judge.base_url": ADDRESS, "reward.http.url": _REWARD_ADDRESS, "reward.vlm.base_url": ADDRESS}
 _FILES = (
     "prompts.train.file", "prompts.validation.file", "prompts.eval.file", "reward.ocr.model_dir", "judge.template",
-    "reward.vlm.template",
+    "reward.vlm.template", "train.lora.init",
 )  # fmt: skip
 _FILES_OR_IDS = (
     "model.path", "judge.model", "reward.geneval.detector_model", "reward.geneval.colour_model", "reward.clip.model",

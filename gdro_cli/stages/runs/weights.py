@@ -15,7 +15,7 @@ from torch import Tensor
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.files import read_file, sha256_file, storage_errors
-from gdro_cli.models.adapters import LORA_FILE, Ema, load_lora_state
+from gdro_cli.models.adapters import LORA_FILE, Ema, load_lora_state, trained_part
 from gdro_cli.runtime.checkpoint import checkpoint_step, latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.runtime.run import RunFolder
@@ -46,7 +46,7 @@ class RunWeights:
     """``best`` or ``last``."""
     adapter: Mapping[str, Tensor]
     ema: Mapping[str, Tensor]
-    """Empty where ``adapter`` already holds the evaluated weights."""
+    """Empty where ``adapter`` already holds the evaluated weights, as the exported file has them."""
     chosen_by: Mapping[str, Any] | None
     """Measure, score and validation protocol by which the best point was chosen; None for the last step."""
     identity: str
@@ -219,9 +219,17 @@ def named_run(session: Session, path: Path) -> tuple[RunFolder, RunWeights]:
     """The run in a folder, and the weights of it that the recipe evaluates.
 
     Raises:
-        PrerequisiteError: it is not finished.
+        PrerequisiteError: it is not finished, or its initial adapter has changed.
     """
-    return RunFolder(path), evaluated_weights(RunFolder(path), session.recipe)
+    folder = RunFolder(path)
+    weights = evaluated_weights(folder, session.recipe)
+    if (path / ADAPTER_NOTE).is_file():
+        trained_on = folder.read_object(ADAPTER_NOTE).get("model", {})
+        if trained_on.get("adapter") != session.model.identity.get("adapter"):
+            raise PrerequisiteError(
+                f"the run {path} did not start from the adapter that train.lora.init names now: put the old file back"
+            )
+    return folder, weights
 
 
 @contextmanager
@@ -229,7 +237,7 @@ def applied(session: Session, weights: RunWeights) -> Iterator[None]:
     """Attach the trained adapter to the session's model; inside the block the model is the one to evaluate."""
     recipe = session.recipe
     parameters = attach_adapter(recipe, session.model)
-    load_lora_state(session.model, weights.adapter)
+    load_lora_state(session.model, weights.adapter if weights.ema else trained_part(session.model, weights.adapter))
     if recipe.eval.weights == "raw" or not weights.ema:
         yield
         return

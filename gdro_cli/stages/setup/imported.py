@@ -17,7 +17,7 @@ COMMAND = "gdro import"
 def encoding_identity(model: FlowModel, *, height: int, width: int) -> dict[str, Any]:
     """What a user's image and prompt become depends on this, as JSON, apart from the image and the prompt."""
     return {
-        "model": {key: value for key, value in model.identity.items() if key != "path"},
+        "model": {key: value for key, value in model.identity.items() if key not in ("path", "adapter")},
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_sequence_length": model.max_sequence_length,
         "height": height,

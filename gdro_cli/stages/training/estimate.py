@@ -27,10 +27,11 @@ from gdro_cli.core.footprint import (
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.diffusers_flow import DtypeName
+from gdro_cli.models.initial_adapter import InitialAdapter
 from gdro_cli.models.latents import decoded_at_once
 from gdro_cli.models.meta_model import MetaModel, ShallowModel, meta_model, open_folder, trace_decoding
 from gdro_cli.models.trace import Update, Work, mixed_update, trace_forward, trace_update, whole_update, whole_work
-from gdro_cli.stages.setup.model import EMBEDDED, model_folder
+from gdro_cli.stages.setup.model import EMBEDDED, initial_adapter, model_folder
 from gdro_cli.stages.training.batch_sizes import images_at_once, micro_batches, takes_one_pass
 from gdro_cli.stages.training.rollout import policy_guidance
 
@@ -142,10 +143,16 @@ class Estimate:
 
     # -- weights ------------------------------------------------------------------------------------------------
 
+    @cached_property
+    def initial(self) -> InitialAdapter | None:
+        """The adapter that the training starts from. Raises as ``initial_adapter``."""
+        return initial_adapter(self.recipe, open_folder(self.shape.model[0]))
+
     @property
     def transformer_bytes(self) -> int:
-        """The frozen transformer, as it is stored."""
-        return weight_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
+        """The frozen transformer, as it is stored, and the initial adapter, whose operations are not counted."""
+        initial = 0 if self.initial is None else weight_bytes(Weights(self.initial.values), width=4)
+        return initial + weight_bytes(self.model.transformer, width=self.width, storage=self.recipe.model.quantization)
 
     @property
     def text_bytes(self) -> int:

@@ -34,7 +34,12 @@ PROMPTS = [
 REWARDS = {"base": [0.5, 1.0, 0.25, 0.0, 0.75, 0.5], "trained": [1.0, 1.0, 0.75, 0.5, None, 0.125]}
 QUALITY = {"base": [3.0, 4.0, 5.0, 3.5, 3.0, 3.0], "trained": [2.0, 4.5, 4.0, None, 3.0, 3.0]}
 CHANNEL = {"base": 0, "trained": 2}
-RECIPE = {"name": "ocr", "method": {"name": "gdro", "k": 6, "tau": None}, "eval": {"grid_prompts": 2}}
+RECIPE = {
+    "name": "ocr",
+    "method": {"name": "gdro", "k": 6, "tau": None},
+    "train": {"lora": {"init": None}},
+    "eval": {"grid_prompts": 2},
+}
 ENVIRONMENT = {"python": "3.11.7", "packages": {"torch": "2.9.1", "paddleocr": None}, "devices": ["cpu"]}
 
 

@@ -161,6 +161,7 @@ def test_nothing_private_is_in_a_card_or_its_recipe(make_recipe: MakeRecipe, mak
     (tmp_path / "recipe.yaml").write_text(recipe_yaml(recipe))
     again = load_recipe(str(tmp_path / "recipe.yaml"))
     assert (again.model.path, again.prompts.train.file) == ("my model", "prompts.txt")
+    assert "init: lora.safetensors" in recipe_yaml(make_recipe(train={"lora": {"init": "hidden/lora.safetensors"}}))
 
 
 def test_a_model_of_the_hub_is_named_and_linked(run: Path, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ def test_a_store_of_another_recipe_is_refused(job: tuple[Path, list[str]], capsy
         (["model.path=/nowhere/flux"], 3, "/nowhere/flux"),
         (["reward.ocr.model_dir=/nowhere"], 3, "/nowhere"),
         (["train.lora.targets=[to_qq]"], 2, "to_qq"),
+        (["train.lora.init=/nowhere/lora"], 3, "train.lora.init: there is no adapter /nowhere/lora"),
         (["prompts.train.file=nowhere.txt"], 2, "nowhere.txt"),
     ],
 )
