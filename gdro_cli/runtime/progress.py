@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +62,8 @@ class Tracker:
                 parts.append(f"{clock_time(elapsed / fresh * (self.total - self.done))} left")
             else:
                 parts.append(f"{clock_time(elapsed)} in all")
-        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.numbers.items()]
+        numbers = {name: value for name, value in self.numbers.items() if not math.isnan(value)}
+        parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()]
         return ", ".join(parts)
 
 

@@ -172,7 +172,9 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
         print(row["training"])
         for name in ("reward", "corrected"):
             if name in row:
-                print(f"  {name}: {json.dumps(row[name])}")
+                base, trained, gain = (row[name][part] for part in ("base", "trained", "difference"))
+                interval = f"[{gain['low']:+.3f}, {gain['high']:+.3f}]"
+                print(f"  {name}: {base['mean']:.3f} -> {trained['mean']:.3f}, {gain['mean']:+.3f} {interval}")
 
 
 def bare_loop(folder: Path, model: FlowModel, size: tuple[int, int], batch: int) -> float:
