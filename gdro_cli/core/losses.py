@@ -39,8 +39,8 @@ class LossOutput:
     Attributes:
         loss: scalar, mean of ``per_group``; carries the gradient.
         per_group: [B] loss of each group; carries the gradient.
-        metrics: detached scalars. ``loss_floor`` is the lowest value that the loss can reach for these rewards (the
-            entropy of the targets); the method's loss minus this is what is left to learn.
+        metrics: detached scalars. ``loss_floor`` is the lowest value that the loss can reach for these rewards (that
+            of distributions: the entropy of the targets); the method's loss minus this is what is left to learn.
     """
 
     loss: Tensor
@@ -196,10 +196,8 @@ def regression_loss(
         floor = torch.zeros_like(per_group)
     else:
         raise ValueError(f"target must be 'lair' or 'crd', got {target!r}")
-    several = ranking.terms[:, 0]
-    return LossOutput(
-        (several * per_group).mean(), several * per_group, {"loss_floor": (several * floor).mean().detach()}
-    )
+    per_group, floor = per_group * ranking.terms[:, 0], floor * ranking.terms[:, 0]
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": floor.mean().detach()})
 
 
 def dgpo_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> LossOutput:
@@ -251,9 +249,10 @@ def nft_loss(
     along = mixing * (own - reference - apart)  # -2 b <t, d>
     around = reference + mixing**2 * apart
     per_image = good * (around + along) + (1 - good) * (around - along)
-    per_group = torch.where(ranking.valid, per_image, 0.0).sum(dim=1) / _counts(ranking).squeeze(1)
-    per_group = per_group * ranking.terms[:, 0]
-    return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
+    lowest = 4 * good * (1 - good) * reference  # at b d = (2 p - 1) t
+    share = ranking.valid * ranking.terms[:, :1] / _counts(ranking)
+    per_group = (share * per_image).sum(dim=1)
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": (share * lowest).sum(dim=1).mean().detach()})
 
 
 def _counts(ranking: Ranking) -> Tensor:

@@ -278,6 +278,20 @@ def test_nft_with_little_mixing_follows_the_advantages_alone() -> None:
     assert abs(expected) > 0.01
 
 
+def test_nft_reaches_its_floor_at_the_guided_velocity() -> None:
+    """||t - b d||^2 and ||t + b d||^2 with weights p and 1 - p are least at b d = (2 p - 1) t."""
+    r, (_, reference, _), (v, _, base) = nft_scalars(images=4, seed=17)
+    lean = (r - r.mean()) / r.std(correction=0) / 5  # 2 p - 1
+    t = v - base
+    settings = {"mixing": 0.5, "advantage_clip": 5.0}
+    for scale, above in ((1.0, 0.0), (1.3, 1e-3), (0.7, 1e-3)):
+        d = scale * lean[0, :, None] * t / 0.5
+        errors, apart = (t - d).square().mean(dim=1)[None], d.square().mean(dim=1)[None]
+        out = nft_loss(errors, reference, apart, r, **settings)
+        left = float(out.loss - out.metrics["loss_floor"])
+        assert left == pytest.approx(0.0, abs=1e-12) if above == 0 else left > above
+
+
 @pytest.mark.parametrize("junk", [torch.nan, torch.inf])
 def test_nft_leaves_out_unscored_images(junk: float) -> None:
     r, scalars, _ = nft_scalars(images=4, seed=16)
