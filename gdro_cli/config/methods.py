@@ -43,8 +43,10 @@ class GroupMethod(AnyMethod):
     `whole`: all its scored images are drawn, so `k` is the most. A step computes places for `k` images in any group, so
     a `k` far above most groups costs time."""
     beta: float = Field(12.0, gt=0)
-    """Strength of the implicit reward, beta = T * beta_KL (eq. 3), for the `reduction` below. Above 0. Paper: 12 for
-    OCR, 6 for GenEval; if it is too low, the images collapse."""
+    """Strength of the implicit reward s = -beta (e - e_ref), beta = T * beta_KL (eq. 3), for the `reduction` below.
+    Above 0. Paper: 12 for OCR, 6 for GenEval; if it is too low, the images collapse. Of `sft` and `nft` it changes the
+    diagnostics alone. Public DPO code (Diffusion-DPO, flow_grpo, diffusers) has -beta / 2 in the sigmoid: a beta from
+    there is twice as strong here, so halve it."""
     gamma: float = Field(0.5, ge=0)
     """Weight of the velocity error of the group's best image (eqs. 8-9), which keeps its likelihood high. 0 or more.
     Paper: 0.5 for OCR, 1 for GenEval; at 0 the images collapse."""
@@ -127,6 +129,47 @@ class SftMethod(GroupMethod):
     """More weight for the best image alone. 0 or more."""
 
 
+class RegressionMethod(GroupMethod):
+    """Regression of the implicit rewards onto targets made of the group's rewards (Diffusion LAIR, CRD)."""
+
+    title: ClassVar[str] = "regression on rewards (Diffusion LAIR, arXiv 2605.26491, or CRD, arXiv 2603.14128)"
+    loss_settings: ClassVar[tuple[str, ...]] = ("target", "tau", "penalty")
+    name: Literal["regression"]
+    target: Literal["lair", "crd"] = "lair"
+    """What the implicit rewards s of a group should become, times `penalty`. `lair`: softmax(r / tau) minus its mean.
+    `crd`: the advantages (r - mean r) / std r, up to a constant; `tau` changes the diagnostics alone."""
+    tau: float = Field(0.05, ge=0)
+    """Temperature of softmax(r / tau), in units of the reward. 0 or more."""
+    penalty: float = Field(1.0, gt=0)
+    """Weight lambda of the squared implicit rewards, which bounds them: the higher, the nearer the optimum is to the
+    reference. Above 0."""
+    gamma: float = Field(0.0, ge=0)
+
+
+class DgpoMethod(GroupMethod):
+    """DGPO: DPO on the whole group, -log sigmoid of the mean of A s with A = (r - mean) / std of the group."""
+
+    title: ClassVar[str] = "DGPO (Direct Group Preference Optimization, arXiv 2510.08425)"
+    name: Literal["dgpo"]
+    gamma: float = Field(0.0, ge=0)
+
+
+class NftMethod(GroupMethod):
+    """DiffusionNFT on stored groups: towards the good images of a group, and away from the bad ones."""
+
+    title: ClassVar[str] = "DiffusionNFT on stored groups (arXiv 2509.16117)"
+    loss_settings: ClassVar[tuple[str, ...]] = ("mixing", "advantage_clip")
+    name: Literal["nft"]
+    mixing: float = Field(1.0, gt=0)
+    """Share b of the trained velocity in the mixture that fits good images, v+ = (1 - b) v_ref + b v; v- = (1 + b)
+    v_ref - b v fits the bad ones. Above 0. The lower, the further the optimum is from the reference (guidance strength
+    1 / b; the paper calls b beta). Public code: 1 for GenEval, 0.1 for OCR."""
+    advantage_clip: float = Field(5.0, gt=0)
+    """Largest advantage (r - mean) / std; for `nft` the one at which an image counts as wholly good, and its negative
+    as wholly bad. Above 0. Flow-GRPO, DanceGRPO and DiffusionNFT: 5."""
+    gamma: float = Field(0.0, ge=0)
+
+
 class OnlineMethod(AnyMethod):
     """The keys that the online methods share. Each round samples with the policy, scores the images and updates it.
 
@@ -207,7 +250,16 @@ class DanceGrpoMethod(OnlineMethod):
 
 
 Method = Annotated[
-    GdroMethod | RankMethod | Top1Method | DpoMethod | SftMethod | FlowGrpoMethod | DanceGrpoMethod,
+    GdroMethod
+    | RankMethod
+    | Top1Method
+    | DpoMethod
+    | SftMethod
+    | RegressionMethod
+    | DgpoMethod
+    | NftMethod
+    | FlowGrpoMethod
+    | DanceGrpoMethod,
     Field(discriminator="name"),
 ]
 

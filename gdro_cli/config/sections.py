@@ -327,7 +327,8 @@ class TrainSection(StrictModel):
     cache_reference: Annotated[bool, Affects("speed"), StoredGroupsOnly()] = True
     """Keep the reference's velocity errors beside the store, so that trainings with the same draws compute them once:
     other values of an ablation, or this training if `method.noise_bank` repeats draws. Changes speed, not the result
-    (with a `noise_bank`, by rounding). No effect with `model.sharding: fsdp`."""
+    (with a `noise_bank`, by rounding). No effect with `model.sharding: fsdp`, or for `nft`, which takes the reference's
+    velocities themselves."""
     prefetch: Annotated[bool, Affects("speed"), StoredGroupsOnly()] = True
     """Draw the next step's groups and noise during the current step. Changes speed, not the result."""
     gradient_checkpointing: Annotated[bool | Annotated[float, Field(gt=0, lt=1)], Affects("speed")] = False

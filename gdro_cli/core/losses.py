@@ -1,9 +1,10 @@
-"""The group losses: GDRO, its rank and top-1 forms, DPO, fine-tuning on the best, and the top-1 stabilisation.
+"""The group losses: GDRO, its rank and top-1 forms, DPO, other offline methods, and the top-1 stabilisation.
 
-Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19). Every loss takes the implicit rewards ``s``
-and the explicit rewards ``r`` of B groups of K images, both [B, K] in any order inside a group, and returns a
-``LossOutput``. All losses but ``sft_loss`` depend only on differences of ``s`` inside a group. To them, a group with
-fewer than two scored images adds 0.
+Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19); the other methods name theirs. Every loss
+takes the explicit rewards ``r`` and something that the policy can change, the implicit rewards ``s`` or (sft, nft) the
+errors themselves, of B groups of K images, all [B, K] in any order inside a group, and returns a ``LossOutput``. Those
+of ``s`` depend only on its differences inside a group, but for the ``lair`` target of ``regression_loss``. To all but
+``sft_loss``, a group with fewer than two scored images adds 0.
 
 Common arguments: ``mask`` is [B, K] bool, True = scored, None = all scored. An unscored image adds no loss and no
 gradient, whatever its values. ``tau`` is the temperature of the target distribution, >= 0, in units of the reward; 0 is
@@ -24,9 +25,11 @@ from torch.nn.functional import softplus
 from gdro_cli.core.diagnostics import group_metrics
 from gdro_cli.core.flow import as_float
 from gdro_cli.core.implicit import implicit_reward
+from gdro_cli.core.policy import group_advantages
 from gdro_cli.core.ranking import Ranking, best_share, preferences, rank_images, target_distributions
 
 Pairs = Literal["best_worst", "all"]
+RegressionTarget = Literal["lair", "crd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +39,8 @@ class LossOutput:
     Attributes:
         loss: scalar, mean of ``per_group``; carries the gradient.
         per_group: [B] loss of each group; carries the gradient.
-        metrics: detached scalars. ``loss_floor`` is the lowest value that the loss can reach for these rewards (the
-            entropy of the targets); the method's loss minus this is what is left to learn.
+        metrics: detached scalars. ``loss_floor`` is the lowest value that the loss can reach for these rewards (that
+            of distributions: the entropy of the targets); the method's loss minus this is what is left to learn.
     """
 
     loss: Tensor
@@ -152,6 +155,117 @@ def sft_loss(errors: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None
     return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
 
 
+def regression_loss(
+    s: Tensor,
+    rewards: Tensor,
+    *,
+    target: RegressionTarget = "lair",
+    tau: float,
+    penalty: float,
+    mask: Tensor | None = None,
+) -> LossOutput:
+    """Regression of the implicit rewards onto targets made of the rewards, with n scored images and lambda = penalty.
+
+    "lair", Diffusion LAIR (arXiv 2605.26491), has its minimum at ``s_i = a_i / lambda``:
+
+        L = sum_i ( lambda / 2 s_i^2 - a_i s_i )        a = softmax(r / tau) - 1 / n
+
+    "crd", Centered Reward Distillation (arXiv 2603.14128), at ``s_i = A_i / lambda`` + constant:
+
+        L = 1 / n sum_i ( s_i - mean s - A_i / lambda )^2        A = (r - mean r) / std r, divisor n
+
+    Args:
+        s: implicit rewards [B, K].
+        rewards: explicit rewards [B, K].
+        target: "lair" or "crd".
+        tau: see the module; "crd" has none.
+        penalty: lambda, above 0.
+        mask: see the module.
+    """
+    ranking = rank_images(rewards, mask)
+    values = ranking.sort(_check(s, rewards))
+    count = _counts(ranking).to(values.dtype)
+    if target == "lair":
+        q = target_distributions(ranking, tau=tau)[:, 0].to(values.dtype)
+        wanted = torch.where(ranking.valid, q - 1 / count, 0.0)
+        per_group = (penalty / 2 * values.square() - wanted * values).sum(dim=1)
+        floor = -wanted.square().sum(dim=1) / (2 * penalty)
+    elif target == "crd":
+        centred = torch.where(ranking.valid, values - values.sum(dim=1, keepdim=True) / count, 0.0)
+        per_group = (centred - _advantages(ranking).to(values.dtype) / penalty).square().sum(dim=1) / count.squeeze(1)
+        floor = torch.zeros_like(per_group)
+    else:
+        raise ValueError(f"target must be 'lair' or 'crd', got {target!r}")
+    per_group, floor = per_group * ranking.terms[:, 0], floor * ranking.terms[:, 0]
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": floor.mean().detach()})
+
+
+def dgpo_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> LossOutput:
+    """DGPO (arXiv 2510.08425): the images above the group's mean reward against those below, weighted by advantage.
+
+        L = -log sigmoid( 1 / n sum_i A_i s_i )        A = (r - mean r) / std r, divisor n
+
+    over the n scored images. With K = 2, A is +1 and -1: DPO at half the margin. A group of equal rewards adds 0.
+    """
+    ranking = rank_images(rewards, mask)
+    values = ranking.sort(_check(s, rewards))
+    advantages = _advantages(ranking).to(values.dtype)
+    margin = (advantages * values).sum(dim=1) / _counts(ranking).squeeze(1)
+    per_group = softplus(-margin) * advantages.any(dim=1)
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
+
+
+def nft_loss(
+    errors: Tensor,
+    reference_errors: Tensor,
+    deviations: Tensor,
+    rewards: Tensor,
+    *,
+    mixing: float,
+    advantage_clip: float,
+    mask: Tensor | None = None,
+) -> LossOutput:
+    """DiffusionNFT (arXiv 2509.16117): a good image pulls the policy's velocity towards it, a bad one a mirrored one.
+
+        L = 1 / n sum_i ( p_i ||v+ - v||^2 + (1 - p_i) ||v- - v||^2 )        v+- = (1 -+ b) v_ref +- b v_theta
+
+    over the n scored images, with ``b = mixing`` and the probability ``p = (1 + clip(A / advantage_clip, -1, 1)) / 2``
+    that the image is a good one, A as in ``dgpo_loss``. Both distances follow from three scalars of an image: with
+    ``d = v_theta - v_ref`` and ``t = v - v_ref``, ``||v+- - v||^2 = ||t||^2 -+ 2 b <t, d> + b^2 ||d||^2`` and
+    ``e_theta = ||t||^2 - 2 <t, d> + ||d||^2``.
+
+    Args:
+        errors: velocity errors of the policy e_theta [B, K].
+        reference_errors: those of the reference ||t||^2 [B, K].
+        deviations: ||d||^2 [B, K], reduced over the latent's dimensions as the errors are.
+        rewards: explicit rewards [B, K].
+        mixing: b, above 0.
+        advantage_clip: the advantage at which p is 1, above 0.
+        mask: see the module.
+    """
+    ranking = rank_images(rewards, mask)
+    own, reference, apart = (ranking.sort(_check(each, rewards)) for each in (errors, reference_errors, deviations))
+    good = (1 + (_advantages(ranking).to(own.dtype) / advantage_clip).clamp(-1, 1)) / 2
+    along = mixing * (own - reference - apart)  # -2 b <t, d>
+    around = reference + mixing**2 * apart
+    per_image = good * (around + along) + (1 - good) * (around - along)
+    lowest = 4 * good * (1 - good) * reference  # at b d = (2 p - 1) t
+    share = ranking.valid * ranking.terms[:, :1] / _counts(ranking)
+    per_group = (share * per_image).sum(dim=1)
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": (share * lowest).sum(dim=1).mean().detach()})
+
+
+def _counts(ranking: Ranking) -> Tensor:
+    """Number of scored images [B, 1], at least 1."""
+    return ranking.valid.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def _advantages(ranking: Ranking) -> Tensor:
+    """``(r - mean r) / std r`` of a group's scored images, divisor n: [B, K] in rank order, 0 for equal rewards."""
+    rewards = ranking.rewards.masked_fill(~ranking.valid, torch.nan)
+    return group_advantages(rewards, scale="group", clip=torch.inf, floor=0.0)
+
+
 def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
     """Top-1 likelihood stabilisation (eqs. 8-9): the velocity error of the image with the highest reward.
 
@@ -174,23 +288,62 @@ def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None)
 GroupLoss = Callable[..., LossOutput]
 """A method's loss: ``loss(s, rewards, *, mask=None, ...)``, s and rewards [B, K], with settings of its own."""
 
-LOSSES: Mapping[str, GroupLoss] = {"gdro": gdro_loss, "rank": rank_loss, "top1": top1_loss, "dpo": dpo_loss}
+LOSSES: Mapping[str, GroupLoss] = {
+    "gdro": gdro_loss,
+    "rank": rank_loss,
+    "top1": top1_loss,
+    "dpo": dpo_loss,
+    "regression": regression_loss,
+    "dgpo": dgpo_loss,
+}
 """The losses of implicit rewards by ``method.name``."""
 
 ERROR_LOSSES: Mapping[str, GroupLoss] = {"sft": sft_loss}
 """The losses of the velocity errors themselves, which take the place of s."""
 
-
-def _objective(
-    method: str, s: Tensor, errors: Tensor, rewards: Tensor, mask: Tensor | None, settings: Mapping[str, Any]
-) -> LossOutput:
-    if method in ERROR_LOSSES:
-        return ERROR_LOSSES[method](errors, rewards, mask=mask, **settings)
-    return LOSSES[method](s, rewards, mask=mask, **settings)
+DEVIATION_LOSSES: Mapping[str, GroupLoss] = {"nft": nft_loss}
+"""The losses of the errors, the reference's errors, and the deviations of the policy's velocity from the reference's:
+``loss(errors, reference_errors, deviations, rewards, *, mask=None, ...)``, all [B, K]."""
 
 
-def _weighted(per_group: Tensor, weights: Tensor | None) -> Tensor:
-    return per_group if weights is None else per_group * weights.to(per_group.dtype)
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a training loss is the sum of."""
+
+    s: Tensor
+    method: LossOutput
+    own: Tensor
+    """[B] of the method, times the weights of the groups."""
+    stabiliser: Tensor
+    """[B] of the stabilisation, gamma included, times the weights of the groups."""
+
+
+def _parts(
+    method: str,
+    errors: Tensor,
+    reference_errors: Tensor,
+    rewards: Tensor,
+    mask: Tensor | None,
+    *,
+    beta: float,
+    gamma: float,
+    deviations: Tensor | None,
+    weights: Tensor | None,
+    settings: Mapping[str, Any],
+) -> _Parts:
+    s = implicit_reward(errors, reference_errors, beta=beta)
+    if method in DEVIATION_LOSSES:
+        if deviations is None:
+            raise TypeError(f"the loss {method!r} needs deviations")
+        loss = DEVIATION_LOSSES[method]
+        output = loss(errors, reference_errors.detach(), deviations, rewards, mask=mask, **settings)
+    elif method in ERROR_LOSSES:
+        output = ERROR_LOSSES[method](errors, rewards, mask=mask, **settings)
+    else:
+        output = LOSSES[method](s, rewards, mask=mask, **settings)
+    stabiliser = gamma * top1_stabiliser(errors, rewards, mask)
+    of_group = 1.0 if weights is None else weights.to(output.per_group.dtype)
+    return _Parts(s, output, output.per_group * of_group, stabiliser * of_group)
 
 
 def group_loss(
@@ -202,19 +355,22 @@ def group_loss(
     *,
     beta: float,
     gamma: float,
+    deviations: Tensor | None = None,
     weights: Tensor | None = None,
     **settings: Any,
 ) -> LossOutput:
     """Return the whole training loss (eqs. 8-9): ``L_final = L_method(s) + gamma * e_theta(best image)``.
 
     Args:
-        method: a key of ``LOSSES`` or ``ERROR_LOSSES``.
+        method: a key of ``LOSSES``, ``ERROR_LOSSES`` or ``DEVIATION_LOSSES``.
         errors: velocity errors of the policy [B, K]; the gradient flows into these.
         reference_errors: velocity errors of the reference on the same latents, sigma and noise [B, K].
         rewards: explicit rewards [B, K].
         mask: see the module.
         beta: strength of the implicit reward, in 1 / unit of the errors.
         gamma: weight of the top-1 stabilisation, >= 0, in 1 / unit of the errors.
+        deviations: squared distances of the policy's velocity from the reference's [B, K], reduced as the errors are;
+            the gradient flows into these as well. Only for the losses that take them.
         weights: [B] weights of the groups, >= 0; None: all 1.
         settings: settings of the method's loss, such as ``tau`` or ``pairs``.
 
@@ -224,17 +380,25 @@ def group_loss(
 
     Raises:
         KeyError: the method is unknown.
-        TypeError: the method's loss takes other settings.
+        TypeError: the method's loss takes other settings, or needs deviations.
     """
-    s = implicit_reward(errors, reference_errors, beta=beta)
-    objective = _objective(method, s, errors, rewards, mask, settings)
-    own = _weighted(objective.per_group, weights)
-    stabiliser = _weighted(gamma * top1_stabiliser(errors, rewards, mask), weights)
-    per_group = own + stabiliser
-    metrics = group_metrics(s, errors, reference_errors, rewards, mask, tau=settings.get("tau", 0.0))
-    metrics |= objective.metrics
-    metrics["loss_method"] = own.detach().mean()
-    metrics["loss_stabiliser"] = stabiliser.detach().mean()
+    parts = _parts(
+        method,
+        errors,
+        reference_errors,
+        rewards,
+        mask,
+        beta=beta,
+        gamma=gamma,
+        deviations=deviations,
+        weights=weights,
+        settings=settings,
+    )
+    per_group = parts.own + parts.stabiliser
+    metrics = group_metrics(parts.s, errors, reference_errors, rewards, mask, tau=settings.get("tau", 0.0))
+    metrics |= parts.method.metrics
+    metrics["loss_method"] = parts.own.detach().mean()
+    metrics["loss_stabiliser"] = parts.stabiliser.detach().mean()
     return LossOutput(per_group.mean(), per_group, metrics)
 
 
@@ -247,6 +411,7 @@ def image_weights(
     *,
     beta: float,
     gamma: float,
+    deviations: Tensor | None = None,
     weights: Tensor | None = None,
     **settings: Any,
 ) -> Tensor:
@@ -259,16 +424,23 @@ def image_weights(
     Works under ``torch.no_grad`` and ``torch.inference_mode``. Arguments and errors as for ``group_loss``.
 
     Returns:
-        [B, K], at least float32, detached; 0 for unscored images.
+        [B, K], or with deviations [2, B, K]: the errors' weights, then the deviations'. At least float32, detached; 0
+        for unscored images.
     """
+    given = [errors] if deviations is None else [errors, deviations]
     with torch.inference_mode(False), torch.enable_grad():
-        leaf = as_float(errors.detach()).clone().requires_grad_(True)
-        reference, explicit = reference_errors.detach().clone(), rewards.detach().clone()
-        valid = None if mask is None else mask.clone()
-        s = implicit_reward(leaf, reference, beta=beta)
-        of_groups = None if weights is None else weights.clone()
-        objective = _objective(method, s, leaf, explicit, valid, settings)
-        stabiliser = gamma * top1_stabiliser(leaf, explicit, valid)
-        loss = _weighted(objective.per_group, of_groups).mean() + _weighted(stabiliser, of_groups).mean()
-        (of_images,) = torch.autograd.grad(loss, leaf)
-    return of_images
+        leaves = [as_float(each.detach()).clone().requires_grad_(True) for each in given]
+        parts = _parts(
+            method,
+            leaves[0],
+            reference_errors.detach().clone(),
+            rewards.detach().clone(),
+            None if mask is None else mask.clone(),
+            beta=beta,
+            gamma=gamma,
+            deviations=leaves[1] if len(leaves) > 1 else None,
+            weights=None if weights is None else weights.clone(),
+            settings=settings,
+        )
+        of_images = torch.autograd.grad((parts.own + parts.stabiliser).mean(), leaves)
+    return of_images[0] if deviations is None else torch.stack(of_images)

@@ -17,8 +17,8 @@ STD_FLOOR = 1e-4
 Scale = Literal["global", "group"]
 
 
-def group_advantages(rewards: Tensor, *, scale: Scale, clip: float) -> Tensor:
-    """Return ``(r - mean of the group) / (std + 1e-4)``, clipped to [-clip, clip].
+def group_advantages(rewards: Tensor, *, scale: Scale, clip: float, floor: float = STD_FLOOR) -> Tensor:
+    """Return ``(r - mean of the group) / (std + floor)``, clipped to [-clip, clip].
 
     Images without a reward do not count. A group of equal rewards, or with only one reward, gets exactly 0.
 
@@ -26,9 +26,10 @@ def group_advantages(rewards: Tensor, *, scale: Scale, clip: float) -> Tensor:
         rewards: [B, K], nan for an image without one.
         scale: ``global`` takes the std over all rewards, ``group`` over those of the group; both with divisor n.
         clip: largest advantage, above 0.
+        floor: added to the std, 0 or more.
 
     Returns:
-        [B, K] float32; 0 for an image without a reward.
+        [B, K] float64; 0 for an image without a reward.
 
     Raises:
         ValueError: a reward is infinite.
@@ -42,9 +43,9 @@ def group_advantages(rewards: Tensor, *, scale: Scale, clip: float) -> Tensor:
         _, std = _moments(values.reshape(1, -1), present.reshape(1, -1))
     highest = values.masked_fill(~present, -torch.inf).amax(dim=1, keepdim=True)
     lowest = values.masked_fill(~present, torch.inf).amin(dim=1, keepdim=True)
-    advantages = ((values - mean) / (std + STD_FLOOR)).clamp(-clip, clip)
+    advantages = ((values - mean) / (std + floor)).clamp(-clip, clip)
     # The mean of equal numbers can differ from them in the last bit, so equal rewards are compared themselves.
-    return advantages.where(present & (highest > lowest), 0.0).float()
+    return advantages.where(present & (highest > lowest), 0.0)
 
 
 def group_std(rewards: Tensor) -> Tensor:

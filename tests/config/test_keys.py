@@ -46,8 +46,7 @@ def test_keys_of_another_method_are_left_out() -> None:
 
 
 def test_a_key_for_stored_groups_names_their_methods() -> None:
-    assert (
-        field_doc("train.rounds").methods == field_doc("method.beta").methods == ("gdro", "rank", "top1", "dpo", "sft")
-    )
+    stored = ("gdro", "rank", "top1", "dpo", "sft", "regression", "dgpo", "nft")
+    assert field_doc("train.rounds").methods == field_doc("method.beta").methods == stored
     assert field_doc("train.groups_per_step").instead == "method.prompts_per_round"
     assert field_doc("reward.ocr.engine").reward == "ocr"

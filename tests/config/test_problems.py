@@ -57,7 +57,7 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         ("method.beta=0", "method.beta: must be greater than 0, not 0."),
         (
             "method.name=dop",
-            "'dpo', 'sft', 'flow-grpo', 'dance-grpo', not 'dop'; did you mean `dpo`?",
+            "'dpo', 'sft', 'regression', 'dgpo', 'nft', 'flow-grpo', 'dance-grpo', not 'dop'; did you mean `dpo`?",
         ),
         ("reward.max_failed_share=2", "reward.max_failed_share: must be at most 1, not 2."),
         ("method.sigma_min=1", "method.sigma_min: must be less than 1, not 1."),
@@ -123,7 +123,8 @@ def test_one_pass_needs_the_group_in_one_forward() -> None:
     [
         (
             "method.k=4",
-            "method.k: the method 'flow-grpo' has no such key (it belongs to gdro, rank, top1, dpo, sft): remove it.",
+            "method.k: the method 'flow-grpo' has no such key (it belongs to gdro, rank, top1, dpo, sft, regression,"
+            " dgpo, nft): remove it.",
         ),
         ("method.eta=0.3", "method.eta: the method 'flow-grpo' has no such key (it belongs to dance-grpo): remove it."),
         (
@@ -285,9 +286,9 @@ def test_every_key_is_documented() -> None:
 
 def test_a_key_of_some_methods_names_them() -> None:
     methods = {doc.path: doc.methods for doc in describe_fields()}
-    assert methods["method.tau"] == ("gdro", "top1", "sft")
+    assert methods["method.tau"] == ("gdro", "top1", "sft", "regression")
     assert methods["method.pairs"] == ("dpo",)
-    assert methods["method.beta"] == ("gdro", "rank", "top1", "dpo", "sft")
+    assert methods["method.beta"] == ("gdro", "rank", "top1", "dpo", "sft", "regression", "dgpo", "nft")
     assert methods["method.name"] == ()
     defaults = {doc.path: doc.default for doc in describe_fields()}
     assert defaults["method.group_size"] == "24 (dance-grpo: 12)"

@@ -19,6 +19,10 @@ CASES: dict[str, dict[str, Any]] = {
     "top1": {"method": "top1", "tau": 0.05},
     "dpo": {"method": "dpo"},
     "dpo all pairs": {"method": "dpo", "pairs": "all"},
+    "lair": {"method": "regression", "target": "lair", "tau": 0.05, "penalty": 0.5},
+    "crd": {"method": "regression", "target": "crd", "tau": 0.05, "penalty": 0.5},
+    "dgpo": {"method": "dgpo"},
+    "nft": {"method": "nft", "mixing": 0.5, "advantage_clip": 1.0},
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 B, K, D = 3, 4, 5
@@ -28,6 +32,13 @@ def numbers(*, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     stream = generator(seed, "test")
     errors, reference, rewards = torch.rand(3, B, K, generator=stream, dtype=torch.float64)
     return errors, reference, rewards
+
+
+def deviations(case: dict[str, Any]) -> dict[str, Tensor]:
+    """What ``group_loss`` takes beside errors: for nft, deviations from the reference [B, K]."""
+    if case["method"] != "nft":
+        return {}
+    return {"deviations": torch.rand(B, K, generator=generator(8, "test"), dtype=torch.float64)}
 
 
 class Velocity(nn.Module):
@@ -51,11 +62,14 @@ def test_gradcheck(case: dict[str, Any]) -> None:
     rewards[~mask] = torch.nan
     reference[~mask] = torch.nan
 
-    def loss(e: Tensor) -> Tensor:
-        whole: dict[str, Any] = {"errors": e, "reference_errors": reference, "rewards": rewards, "mask": mask}
-        return group_loss(**whole, beta=3.0, gamma=0.5, **case).loss
+    def loss(*values: Tensor) -> Tensor:
+        given: dict[str, Any] = dict(zip(names, values, strict=True))
+        whole: dict[str, Any] = {"reference_errors": reference, "rewards": rewards, "mask": mask}
+        return group_loss(**given, **whole, beta=3.0, gamma=0.5, **case).loss
 
-    assert torch.autograd.gradcheck(loss, errors.requires_grad_(True))
+    leaves = {"errors": errors, **deviations(case)}
+    names = list(leaves)
+    assert torch.autograd.gradcheck(loss, [value.requires_grad_(True) for value in leaves.values()])
 
 
 @every_case
@@ -71,10 +85,21 @@ def test_one_pass_equals_two_passes(case: dict[str, Any], micro_batch: int) -> N
     x, target = interpolate(x0, noise, sigma), velocity_target(x0, noise)
     settings: dict[str, Any] = {"beta": 12.0, "gamma": 0.5, **case}
     with torch.no_grad():
-        reference_errors = velocity_error(reference(x, sigma), target).view(B, K)
+        base = reference(x, sigma)
+        given = {"reference_errors": velocity_error(base, target).view(B, K), "rewards": rewards}
+    names = ("errors", *deviations(case))
 
-    errors = velocity_error(policy(x, sigma), target).view(B, K)
-    group_loss(errors=errors, reference_errors=reference_errors, rewards=rewards, **settings).loss.backward()
+    def measured(i: Tensor) -> Tensor:
+        """Errors and, for nft, deviations [1 or 2, n]."""
+        velocity = policy(x[i], sigma[i])
+        return torch.stack(
+            [velocity_error(velocity, other[i]) for _, other in zip(names, (target, base), strict=False)]
+        )
+
+    def named(values: Tensor) -> dict[str, Any]:
+        return dict(zip(names, values.view(-1, B, K), strict=True))
+
+    group_loss(**named(measured(torch.arange(B * K))), **given, **settings).loss.backward()
     expected = [p.grad.clone() for p in policy.parameters() if p.grad is not None]
     assert len(expected) == 4
     assert all(grad.abs().max() > 1e-6 for grad in expected)
@@ -82,10 +107,10 @@ def test_one_pass_equals_two_passes(case: dict[str, Any], micro_batch: int) -> N
     policy.zero_grad()
     chunks = torch.arange(B * K).split(micro_batch)
     with torch.inference_mode():
-        errors = torch.cat([velocity_error(policy(x[i], sigma[i]), target[i]) for i in chunks]).view(B, K)
-        weights = image_weights(errors=errors, reference_errors=reference_errors, rewards=rewards, **settings).view(-1)
+        errors = torch.cat([measured(i) for i in chunks], dim=1)
+        weights = image_weights(**named(errors), **given, **settings).view(len(names), -1)
     for i in chunks:
-        (weights[i] * velocity_error(policy(x[i], sigma[i]), target[i])).sum().backward()
+        (weights[:, i] * measured(i)).sum().backward()
     for parameter, grad in zip(policy.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, grad)
 
@@ -94,11 +119,11 @@ def test_one_pass_equals_two_passes(case: dict[str, Any], micro_batch: int) -> N
 def test_weights_are_the_gradient_of_the_loss(case: dict[str, Any]) -> None:
     errors, reference, rewards = numbers(seed=4)
     settings: dict[str, Any] = {"beta": 6.0, "gamma": 1.0, **case}
-    leaf = errors.clone().requires_grad_(True)
-    group_loss(errors=leaf, reference_errors=reference, rewards=rewards, **settings).loss.backward()
+    leaves = {name: x.clone().requires_grad_(True) for name, x in {"errors": errors, **deviations(case)}.items()}
+    group_loss(**leaves, reference_errors=reference, rewards=rewards, **settings).loss.backward()
     with torch.no_grad():
-        weights = image_weights(errors=errors, reference_errors=reference, rewards=rewards, **settings)
-    torch.testing.assert_close(weights, leaf.grad)
+        weights = image_weights(**leaves, reference_errors=reference, rewards=rewards, **settings)
+    torch.testing.assert_close(weights.view(-1, B, K), torch.stack([leaf.grad for leaf in leaves.values()]))
 
 
 @every_case
@@ -110,7 +135,9 @@ def test_unscored_image_is_as_good_as_absent(case: dict[str, Any], junk: float) 
     mask[:, 1] = False
     scored = [0, 2, 3]
     settings: dict[str, Any] = {"beta": 12.0, "gamma": 0.5, **case}
+    apart = deviations(case)
     smaller: dict[str, Any] = {
+        **{name: value[:, scored] for name, value in apart.items()},
         "errors": errors[:, scored],
         "reference_errors": reference[:, scored],
         "rewards": rewards[:, scored],
@@ -118,9 +145,10 @@ def test_unscored_image_is_as_good_as_absent(case: dict[str, Any], junk: float) 
     expected = group_loss(**smaller, **settings)
     expected_weights = image_weights(**smaller, **settings)
 
-    for values in (errors, reference, rewards):
+    for values in (errors, reference, rewards, *apart.values()):
         values[~mask] = junk
     whole: dict[str, Any] = {
+        **apart,
         "errors": errors,
         "reference_errors": reference,
         "rewards": rewards,
@@ -129,8 +157,8 @@ def test_unscored_image_is_as_good_as_absent(case: dict[str, Any], junk: float) 
     out = group_loss(**whole, **settings)
     weights = image_weights(**whole, **settings)
     torch.testing.assert_close(out.per_group, expected.per_group)
-    torch.testing.assert_close(weights[:, scored], expected_weights)
-    assert not weights[:, 1].any()
+    torch.testing.assert_close(weights[..., scored], expected_weights)
+    assert not weights[..., 1].any()
     assert out.metrics.keys() - expected.metrics.keys() == {"s_rank_4"}
     for name, value in expected.metrics.items():
         torch.testing.assert_close(out.metrics[name], value)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
@@ -12,11 +14,14 @@ from torch import Tensor
 
 from gdro_cli.core.losses import (
     LossOutput,
+    dgpo_loss,
     dpo_loss,
     gdro_loss,
     group_loss,
     image_weights,
+    nft_loss,
     rank_loss,
+    regression_loss,
     sft_loss,
     top1_loss,
     top1_stabiliser,
@@ -38,6 +43,9 @@ LOSSES: dict[str, Loss] = {
     "top1 tau 0": lambda s, r, mask=None: top1_loss(s, r, tau=0.0, mask=mask),
     "dpo": dpo_loss,
     "dpo all pairs": lambda s, r, mask=None: dpo_loss(s, r, pairs="all", mask=mask),
+    "lair": lambda s, r, mask=None: regression_loss(s, r, target="lair", tau=0.3, penalty=0.7, mask=mask),
+    "crd": lambda s, r, mask=None: regression_loss(s, r, target="crd", tau=0.3, penalty=0.7, mask=mask),
+    "dgpo": dgpo_loss,
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
@@ -55,6 +63,19 @@ def literal(name: str, s: list[float], r: list[float]) -> float:
         else:
             pairs = [(i, j) for i in range(size) for j in range(size) if r[i] > r[j]]
         return sum(math.log1p(math.exp(s[j] - s[i])) for i, j in pairs) / max(1, len(pairs))
+    if name in ("lair", "crd", "dgpo"):
+        if size < 2:
+            return 0.0
+        weights = [math.exp(x / 0.3) for x in r]
+        share = [x / sum(weights) - 1 / size for x in weights]
+        mean, middle = statistics.fmean(r), statistics.fmean(s)
+        advantage = [(x - mean) / statistics.pstdev(r) if max(r) > min(r) else 0.0 for x in r]
+        if name == "lair":
+            return sum(0.7 / 2 * y * y - a * y for a, y in zip(share, s, strict=True))
+        if name == "crd":
+            return sum((y - middle - a / 0.7) ** 2 for a, y in zip(advantage, s, strict=True)) / size
+        margin = sum(a * y for a, y in zip(advantage, s, strict=True)) / size
+        return math.log1p(math.exp(-margin)) if max(r) > min(r) else 0.0
     total = 0.0
     for i in range(size - 1 if not name.startswith("top1") else min(1, size - 1)):
         left = range(i, size)
@@ -140,6 +161,150 @@ def test_sft_takes_no_reference_and_its_gradient_is_q() -> None:
         assert output.loss.item() == pytest.approx(4.8 / 6)
 
 
+def test_regression_by_hand() -> None:
+    """q - 1/3 = (1, 3, 2) / 6 - 1/3 = (-1, 1, 0) / 6; the sum of squares of s is (ln 3)^2 + (ln 2)^2.
+
+    lair, lambda 2: (ln 3)^2 + (ln 2)^2 - (-ln 3 / 6).
+    crd of r = (1, 3, 2), lambda 2: A = (-1, 1, 0) sqrt(3/2); s = (0, 3, 0) has the mean 1, so the residuals are
+    (-1 + a, 2 - a, -1) with a = sqrt(3/2) / 2.
+    """
+    lair = regression_loss(S, REWARDS, target="lair", tau=1.0, penalty=2.0)
+    assert lair.loss.item() == pytest.approx(LN3**2 + LN2**2 + LN3 / 6, abs=1e-12)
+    s, r = torch.tensor([[0.0, 3.0, 0.0]]).double(), torch.tensor([[1.0, 3.0, 2.0]]).double()
+    a = math.sqrt(3 / 2) / 2
+    crd = regression_loss(s, r, target="crd", tau=1.0, penalty=2.0)
+    assert crd.loss.item() == pytest.approx(((a - 1) ** 2 + (2 - a) ** 2 + 1) / 3, abs=1e-12)
+
+
+@pytest.mark.parametrize("target", ["lair", "crd"])
+def test_the_optimum_of_the_regression_is_its_target_over_the_penalty(target: Literal["lair", "crd"]) -> None:
+    """s = a / lambda: no gradient there, and the loss is its floor; lair's optimum is bounded by 1 / lambda."""
+    r = torch.tensor([[0.0, 1.0, 0.5, 0.5]], dtype=torch.float64)
+    wanted = {
+        "lair": (r / 0.1).softmax(dim=1) - 1 / 4,
+        "crd": (r - 0.5) / math.sqrt(0.125),
+    }[target]
+
+    def loss(s: Tensor, r: Tensor, mask: Tensor | None = None) -> LossOutput:
+        return regression_loss(s, r, target=target, tau=0.1, penalty=4.0, mask=mask)
+
+    best = loss(wanted / 4, r)
+    torch.testing.assert_close(best.loss, best.metrics["loss_floor"])
+    assert gradient(loss, wanted / 4, r).abs().max() < 1e-12
+    assert loss(wanted / 4 + 0.1 * torch.tensor([1.0, -1.0, 0.0, 0.0]), r).loss > best.loss + 1e-3
+
+
+def test_lair_holds_the_size_of_s_itself() -> None:
+    """Raising all s of a group by 1 adds lambda / 2 * (1 + 2 s) for each image; the other losses do not see it."""
+    s, r = random_groups(groups=1, images=4, seed=12, ties=False)
+    added = LOSSES["lair"](s + 1, r).loss - LOSSES["lair"](s, r).loss
+    assert added.item() == pytest.approx(float((0.7 / 2 * (1 + 2 * s)).sum()))
+
+
+def test_dgpo_by_hand() -> None:
+    """r = (1, 3, 2): A = (-1, 1, 0) sqrt(3/2); s = (ln 3, 0, ln 2): the margin is -ln 3 sqrt(3/2) / 3."""
+    r = torch.tensor([[1.0, 3.0, 2.0]], dtype=torch.float64)
+    expected = math.log1p(math.exp(LN3 * math.sqrt(3 / 2) / 3))
+    assert dgpo_loss(S, r).loss.item() == pytest.approx(expected, abs=1e-12)
+    assert dgpo_loss(S, 100 * r + 7).loss.item() == pytest.approx(expected, abs=1e-12)
+    assert dgpo_loss(S, torch.full_like(S, 0.1)).loss.item() == 0.0
+
+
+def test_dgpo_with_two_images_is_dpo_at_half_the_margin() -> None:
+    s, r = random_groups(groups=5, images=2, seed=11, ties=False)
+    torch.testing.assert_close(dgpo_loss(s, r).per_group, dpo_loss(s / 2, r).per_group)
+
+
+def mixed_distances(v: Tensor, own: Tensor, reference: Tensor, r: list[float], *, mixing: float, clip: float) -> float:
+    """DiffusionNFT's loss of one group, from the velocities themselves [K, D]."""
+    total = 0.0
+    for i in range(len(r)):
+        advantage = (r[i] - statistics.fmean(r)) / statistics.pstdev(r)
+        good = 0.5 + 0.5 * max(-1.0, min(1.0, advantage / clip))
+        positive = (1 - mixing) * reference[i] + mixing * own[i]
+        negative = (1 + mixing) * reference[i] - mixing * own[i]
+        total += good * float((positive - v[i]).square().mean())
+        total += (1 - good) * float((negative - v[i]).square().mean())
+    return total / len(r)
+
+
+def nft_scalars(*, images: int, seed: int) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor], tuple[Tensor, ...]]:
+    """Rewards [1, K]; errors, reference errors and deviations [1, K]; the velocities [K, D] that they come from."""
+    stream = torch.Generator().manual_seed(seed)
+    v, own, reference = torch.randn(3, images, 5, generator=stream, dtype=torch.float64)
+    r = torch.rand(1, images, generator=stream, dtype=torch.float64)
+    pairs = ((own, v), (reference, v), (own, reference))
+    errors, reference_errors, deviations = ((a - b).square().mean(dim=1)[None] for a, b in pairs)
+    return r, (errors, reference_errors, deviations), (v, own, reference)
+
+
+@pytest.mark.parametrize(("mixing", "clip"), [(1.0, 5.0), (0.1, 5.0), (0.5, 0.8)])
+def test_nft_from_three_scalars_is_that_of_the_mixed_velocities(mixing: float, clip: float) -> None:
+    r, scalars, velocities = nft_scalars(images=4, seed=13)
+    expected = mixed_distances(*velocities, r[0].tolist(), mixing=mixing, clip=clip)
+    assert nft_loss(*scalars, r, mixing=mixing, advantage_clip=clip).loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_nft_by_hand() -> None:
+    """K = 2, A = (1, -1), b = 1, e = (3, 2), e_ref = (2, 2), D = (1, 2), so -2 <t, d> = (0, -2).
+
+    A at the clip: p = (1, 0), v+ of the first is its e = 3, v- of the second 2 + 2 + 2 = 6: (3 + 6) / 2.
+    Clip 2: p = (3/4, 1/4): the first has 3 with either, the second 1/4 * 2 + 3/4 * 6 = 5: (3 + 5) / 2.
+    """
+    e, reference, apart = (torch.tensor([x], dtype=torch.float64) for x in ([3.0, 2.0], [2.0, 2.0], [1.0, 2.0]))
+    r = torch.tensor([[0.9, 0.1]], dtype=torch.float64)
+    assert nft_loss(e, reference, apart, r, mixing=1.0, advantage_clip=1.0).loss.item() == pytest.approx(4.5, abs=1e-12)
+    assert nft_loss(e, reference, apart, r, mixing=1.0, advantage_clip=2.0).loss.item() == pytest.approx(4.0, abs=1e-12)
+
+
+def test_nft_fits_a_wholly_good_image_as_sft_does() -> None:
+    """p = 1 and b = 1: v+ is the policy's velocity, so the image's term is its error; deviations do not matter."""
+    r, (errors, reference, apart), _ = nft_scalars(images=2, seed=14)
+    best = int(r.argmax())
+    leaves = [x.clone().requires_grad_(True) for x in (errors, apart)]
+    out = nft_loss(leaves[0], reference, leaves[1], r, mixing=1.0, advantage_clip=0.5)
+    of_errors, of_deviations = torch.autograd.grad(out.loss, leaves)
+    assert of_errors[0, best].item() == pytest.approx(1 / 2)  # a mean over two images
+    assert of_deviations[0, best].item() == 0.0
+
+
+def test_nft_with_little_mixing_follows_the_advantages_alone() -> None:
+    """(L - mean e_ref) / b -> mean of -2 <t, d> (2 p - 1): the penalty on the deviation vanishes with b."""
+    r, (errors, reference, apart), (v, own, base) = nft_scalars(images=4, seed=15)
+    a = (r[0] - r.mean()) / r.std(correction=0) / 5
+    expected = float((-2 * a * ((own - base) * (v - base)).mean(dim=1)).mean())
+    loss = nft_loss(errors, reference, apart, r, mixing=1e-4, advantage_clip=5.0).loss - reference.mean()
+    assert float(loss) / 1e-4 == pytest.approx(expected, abs=1e-3)
+    assert abs(expected) > 0.01
+
+
+def test_nft_reaches_its_floor_at_the_guided_velocity() -> None:
+    """||t - b d||^2 and ||t + b d||^2 with weights p and 1 - p are least at b d = (2 p - 1) t."""
+    r, (_, reference, _), (v, _, base) = nft_scalars(images=4, seed=17)
+    lean = (r - r.mean()) / r.std(correction=0) / 5  # 2 p - 1
+    t = v - base
+    settings = {"mixing": 0.5, "advantage_clip": 5.0}
+    for scale, above in ((1.0, 0.0), (1.3, 1e-3), (0.7, 1e-3)):
+        d = scale * lean[0, :, None] * t / 0.5
+        errors, apart = (t - d).square().mean(dim=1)[None], d.square().mean(dim=1)[None]
+        out = nft_loss(errors, reference, apart, r, **settings)
+        left = float(out.loss - out.metrics["loss_floor"])
+        assert left == pytest.approx(0.0, abs=1e-12) if above == 0 else left > above
+
+
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf])
+def test_nft_leaves_out_unscored_images(junk: float) -> None:
+    r, scalars, _ = nft_scalars(images=4, seed=16)
+    settings = {"mixing": 0.5, "advantage_clip": 1.5}
+    keep = [3, 0, 2]  # another order on the way
+    expected = nft_loss(*(x[:, keep] for x in scalars), r[:, keep], **settings).loss
+    mask = torch.tensor([[True, False, True, True]])
+    broken = [x.masked_fill(~mask, junk) for x in (*scalars, r)]
+    torch.testing.assert_close(nft_loss(*broken, mask=mask, **settings).loss, expected)
+    alone = torch.tensor([[False, False, True, False]])
+    assert nft_loss(*scalars, r, mask=alone, **settings).loss == 0.0
+
+
 @pytest.mark.parametrize("method", ["gdro", "sft"])
 def test_a_weight_multiplies_all_of_a_groups_loss(method: str) -> None:
     errors, reference = torch.rand(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64)
@@ -220,7 +385,7 @@ def test_permutation_inside_a_group(loss: Loss) -> None:
         torch.testing.assert_close(gradient(loss, s[:, index], r[:, index]), base[:, index])
 
 
-@pytest.mark.parametrize("name", ["top1", "top1 tau 0", "dpo", "dpo all pairs"])
+@pytest.mark.parametrize("name", ["top1", "top1 tau 0", "dpo", "dpo all pairs", "lair", "crd", "dgpo"])
 def test_permutation_of_tied_images(name: str) -> None:
     """These losses need no order between tied images. GDRO and rank do, and take that of the group."""
     s, _ = random_groups(groups=1, images=4, seed=4, ties=False)
@@ -229,9 +394,9 @@ def test_permutation_of_tied_images(name: str) -> None:
     torch.testing.assert_close(LOSSES[name](s[:, swapped], r).loss, LOSSES[name](s, r).loss)
 
 
-@every_loss
+@pytest.mark.parametrize("loss", [loss for name, loss in LOSSES.items() if name != "lair"])
 def test_shift_of_s_changes_nothing(loss: Loss) -> None:
-    """The beta log Z(c) term of eqs. 14 and 16 is one constant per group."""
+    """The beta log Z(c) term of eqs. 14 and 16 is one constant per group. (lair holds the size of s itself.)"""
     s, r = random_groups(groups=3, images=5, seed=5, ties=False)
     shift = torch.tensor([[4.0], [-70.0], [1000.0]], dtype=torch.float64)
     torch.testing.assert_close(loss(s + shift, r).loss, loss(s, r).loss)
@@ -327,6 +492,10 @@ def test_wrong_arguments() -> None:
         gdro_loss(S, REWARDS, tau=-0.1)
     with pytest.raises(ValueError, match="pairs must be"):
         dpo_loss(S, REWARDS, pairs="some")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="target must be"):
+        regression_loss(S, REWARDS, target="some", tau=1.0, penalty=1.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="'nft' needs deviations"):
+        group_loss("nft", S, S, REWARDS, beta=1.0, gamma=0.0, mixing=1.0, advantage_clip=5.0)
     with pytest.raises(ValueError, match="not finite"):
         rank_loss(S, torch.full_like(S, torch.nan))
     with pytest.raises(ValueError, match="mask must be bool"):

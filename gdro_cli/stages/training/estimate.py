@@ -24,6 +24,7 @@ from gdro_cli.core.footprint import (
     group_step_flops,
     weight_bytes,
 )
+from gdro_cli.core.losses import DEVIATION_LOSSES
 from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import FlowModel, takes_two_passes
 from gdro_cli.models.diffusers_flow import DtypeName
@@ -234,7 +235,8 @@ class Estimate:
             return images * (self.text_per_prompt + (online.train_sample_steps + 1) * latent)
         method = recipe.group_method
         noises = 1 if method.share_noise else method.k
-        return recipe.train.groups_per_step // self.world * (self.text_per_prompt + (method.k + noises) * latent)
+        copies = method.k + noises + (method.k if method.name in DEVIATION_LOSSES else 0)
+        return recipe.train.groups_per_step // self.world * (self.text_per_prompt + copies * latent)
 
     @property
     def training_bytes(self) -> int:

@@ -6,7 +6,7 @@ Shapes: B groups of K images, N = B * K images in all; latents [N, ...].
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gdro_cli.config.methods import GroupMethod
 from gdro_cli.core.flow import Reduction, interpolate, velocity_error, velocity_target
-from gdro_cli.core.losses import LossOutput, group_loss, image_weights
+from gdro_cli.core.losses import DEVIATION_LOSSES, LossOutput, group_loss, image_weights
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.models.adapters import reference
@@ -51,6 +51,8 @@ class NoisyGroups:
     """[B, K] bool."""
     weights: Tensor
     """[B] weights of the groups."""
+    reference: Tensor | None = None
+    """[N, ...] velocities of the reference, for a loss that takes the policy's deviations from them."""
 
     def at(self, part: slice | Tensor) -> tuple[Tensor, Tensor]:
         """x_sigma and the velocity target noise - x0 of some of the N images, each [n, ...] in float32."""
@@ -127,19 +129,31 @@ class GroupGradient:
         """Velocity errors [B, K] of the untrained model; only those that are nan in ``known`` [B, K] are computed."""
         with torch.no_grad(), reference(self.model):
             if known is None:
-                return self._errors(groups)
+                return self._errors(groups)[0]
             errors = known.to(groups.rewards.device, copy=True)
             unknown = errors.flatten().isnan().nonzero().flatten()
             for part in unknown.split(self.micro_batch or len(unknown)) if len(unknown) else ():
-                errors.view(-1)[part] = self._part_errors(groups, part)
+                errors.view(-1)[part] = self._part_errors(groups, part)[0]
             return errors
+
+    def _with_reference(self, groups: NoisyGroups) -> tuple[NoisyGroups, Tensor]:
+        """The groups with the velocities of the untrained model, and its velocity errors [B, K]."""
+        velocities, errors = [], []
+        with torch.no_grad(), reference(self.model):
+            for part in self._parts(0, groups.rewards.numel()):
+                velocity, target = self._velocity(groups, part)
+                velocities.append(velocity)
+                errors.append(velocity_error(velocity, target, reduction=self.reduction))
+        return replace(groups, reference=torch.cat(velocities)), torch.cat(errors).view_as(groups.rewards)
 
     def __call__(self, groups: NoisyGroups, reference_errors: Tensor | None = None) -> LossOutput:
         """Add the gradient of the mean loss over B groups to the parameters; the output is detached.
 
-        ``reference_errors`` [B, K] are computed if they are not given.
+        ``reference_errors`` [B, K] are computed if they are not given, or if the loss takes the velocities themselves.
         """
-        if reference_errors is None:
+        if self.loss["method"] in DEVIATION_LOSSES:
+            groups, reference_errors = self._with_reference(groups)
+        elif reference_errors is None:
             reference_errors = self.reference_errors(groups)
         names = ("rewards", "mask", "weights")
         given = {"reference_errors": reference_errors, **{name: getattr(groups, name) for name in names}}
@@ -148,16 +162,16 @@ class GroupGradient:
         else:  # first the weight of each image's error, then the images again, one micro-batch at a time
             with torch.no_grad():
                 errors = self._errors(groups)
-            weights = image_weights(errors=errors, **given, **self.loss)
-            for part in self._parts(0, weights.numel()):
+            weights = image_weights(**_named(errors), **given, **self.loss).view(len(errors), -1)
+            for part in self._parts(0, weights.shape[1]):
                 if part.start:
                     self.between_micro_batches()
-                self.backward((weights.flatten()[part] * self._part_errors(groups, part)).sum())
+                self.backward((weights[:, part] * self._part_errors(groups, part)).sum())
         with torch.no_grad():
-            return group_loss(errors=errors, **given, **self.loss)
+            return group_loss(**_named(errors), **given, **self.loss)
 
     def _backward_by_group(self, groups: NoisyGroups, given: dict[str, Any]) -> Tensor:
-        """Backward of the loss, some groups at a time; returns the velocity errors [B, K]."""
+        """Backward of the loss, some groups at a time; returns the errors [1 or 2, B, K], as ``_part_errors`` does."""
         count, k = groups.rewards.shape
         at_once = count if self.micro_batch is None else max(1, self.micro_batch // k)
         errors = []
@@ -166,10 +180,10 @@ class GroupGradient:
                 self.between_micro_batches()
             rows = slice(first, min(first + at_once, count))
             part = self._errors(groups, rows)
-            output = group_loss(errors=part, **{name: value[rows] for name, value in given.items()}, **self.loss)
-            self.backward(output.loss * (len(part) / count))  # the loss is a mean over groups
+            output = group_loss(**_named(part), **{name: value[rows] for name, value in given.items()}, **self.loss)
+            self.backward(output.loss * (part.shape[1] / count))  # the loss is a mean over groups
             errors.append(part.detach())
-        return torch.cat(errors)
+        return torch.cat(errors, dim=1)
 
     def _parts(self, start: int, end: int) -> list[slice]:
         """The micro-batches of consecutive images."""
@@ -177,14 +191,20 @@ class GroupGradient:
         return [slice(first, min(first + size, end)) for first in range(start, end, size)]
 
     def _errors(self, groups: NoisyGroups, rows: slice = slice(None)) -> Tensor:
-        """Velocity errors [b, K] of some of the groups."""
+        """Those of ``_part_errors`` [1 or 2, b, K] of some of the groups."""
         start, end, _ = rows.indices(len(groups.rewards))
         k = groups.rewards.shape[1]
         parts = [self._part_errors(groups, part) for part in self._parts(start * k, end * k)]
-        return torch.cat(parts).view(end - start, k)
+        return torch.cat(parts, dim=1).view(-1, end - start, k)
 
     def _part_errors(self, groups: NoisyGroups, part: slice | Tensor) -> Tensor:
-        """Velocity errors [n] of some of the N images."""
+        """Velocity errors of some of the N images and, beside a reference, deviations from it: [1 or 2, n]."""
+        velocity, target = self._velocity(groups, part)
+        others = [target] if groups.reference is None else [target, groups.reference[part]]
+        return torch.stack([velocity_error(velocity, other, reduction=self.reduction) for other in others])
+
+    def _velocity(self, groups: NoisyGroups, part: slice | Tensor) -> tuple[Tensor, Tensor]:
+        """The model's velocity at some of the N images, and its target: each [n, ...]."""
         group = groups.group[part]
         conditioning = {key: value[group] for key, value in groups.conditioning.items()}
         latents, target = groups.at(part)
@@ -198,4 +218,9 @@ class GroupGradient:
         )
         if not torch.is_grad_enabled():
             self.between_micro_batches()
-        return velocity_error(velocity, target, reduction=self.reduction)
+        return velocity, target
+
+
+def _named(errors: Tensor) -> dict[str, Any]:
+    """Errors [1 or 2, B, K] by the names that the losses give them."""
+    return dict(zip(("errors", "deviations"), errors, strict=False))

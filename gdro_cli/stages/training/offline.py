@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdro_cli.core.losses import DEVIATION_LOSSES
 from gdro_cli.data.dataset import EMPTY, GroupBatch, GroupDataset
 from gdro_cli.data.references import ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
@@ -97,8 +98,11 @@ class GroupSteps:
             backward=lambda loss: engine.backward(loss / engine.world),  # gradients are summed over processes
             between_micro_batches=partial(_hear_stop, session, self._micro),
         )
-        # A sharded model's passes take all processes, so none may skip a pass because it already has the errors.
-        cached = recipe.train.cache_reference and recipe.model.sharding == "none"
+        # A sharded model's passes take all processes, so none may skip a pass because it already has the errors. A loss
+        # that takes the reference's velocities has no use for errors alone.
+        cached = (
+            recipe.train.cache_reference and recipe.model.sharding == "none" and method.name not in DEVIATION_LOSSES
+        )
         self._cache = ReferenceErrors(self.table.store, self._reference_settings()) if cached else None
 
     def shrink(self) -> None:
@@ -143,9 +147,9 @@ class GroupSteps:
 
     # -- reference errors ---------------------------------------------------------------------------------------
 
-    def _reference_errors(self, batch: GroupBatch, groups: NoisyGroups) -> Tensor:
+    def _reference_errors(self, batch: GroupBatch, groups: NoisyGroups) -> Tensor | None:
         if self._cache is None:
-            return self._gradient.reference_errors(groups)
+            return None
         keys = [
             (prompt.id, noise_draw(self.method, visit), image)
             for prompt, visit, images in zip(batch.prompts, batch.visits, batch.image_indices.tolist(), strict=True)

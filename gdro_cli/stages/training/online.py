@@ -131,7 +131,7 @@ class OnlineSteps:
         sampled = time.perf_counter()
         rewards = self._rewards(names, images, number)
         seconds = {"sampling": sampled - start, "scoring": time.perf_counter() - sampled}
-        advantages = group_advantages(rewards, scale=method.advantage_std, clip=method.advantage_clip)
+        advantages = group_advantages(rewards, scale=method.advantage_std, clip=method.advantage_clip).float()
         first = number * method.steps_per_round
         updates = min(method.steps_per_round, self.session.recipe.train.steps - first)
         return Round(

@@ -110,6 +110,8 @@ def test_an_estimate_adds_up() -> None:
     )
     latents, noise = 88 * 6 * 16 * 64 * 64 * 4, 88 * 16 * 64 * 64 * 4  # a noise per group
     assert estimate.batch_bytes == 88 * estimate.text_per_prompt + latents + noise
+    nft = Estimate(load_recipe("sd35-ocr", overrides=["method.name=nft"]))
+    assert nft.batch_bytes == estimate.batch_bytes + latents  # the reference's velocities
     online = Estimate(load_recipe("sd35-ocr", overrides=["method.name=flow-grpo", "train.gradient_checkpointing=true"]))
     images, states = 48 * 24, 11  # ten noise levels and the finished latents
     assert online.batch_bytes == images * (online.text_per_prompt + states * 16 * 64 * 64 * 4)

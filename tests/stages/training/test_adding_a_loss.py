@@ -48,7 +48,7 @@ def package(tmp_path: Path) -> Path:
     (tmp_path / "gdro_cli" / losses).write_text(put(text, '"dpo": dpo_loss', block('"hinge": hinge_loss,')))
     text = (PACKAGE / methods).read_text()
     text = put(text, "class OnlineMethod", block("class HingeMethod"))
-    (tmp_path / "gdro_cli" / methods).write_text(put(text, "DpoMethod | FlowGrpoMethod", "HingeMethod | "))
+    (tmp_path / "gdro_cli" / methods).write_text(put(text, "    | FlowGrpoMethod", "    | HingeMethod\n"))
     return tmp_path
 
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gdro_cli.config.methods import GdroMethod
+from gdro_cli.config.methods import METHODS, GdroMethod, GroupMethod
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.core.losses import LossOutput, group_loss
+from gdro_cli.core.losses import DEVIATION_LOSSES, LossOutput, group_loss
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.models.base import FlowModel
@@ -19,6 +19,10 @@ from gdro_cli.stages.training.group_gradient import GroupGradient, draw_noise, l
 from gdro_cli.stages.training.trainer import learning_rate
 
 PROMPTS = ('a red sign that says "OPEN" on a brick background', 'a blue sign that says "SALE" on a sandy background')
+
+
+STORED = [name for name, method in METHODS.items() if issubclass(method, GroupMethod)]
+METHOD_SECTIONS = [*({"name": name} for name in STORED), {"name": "regression", "target": "crd"}]
 
 
 def batch_of(model: FlowModel | None, *, k: int = 3, prompts: tuple[str, ...] = PROMPTS) -> GroupBatch:
@@ -87,12 +91,12 @@ def test_sigma_stays_in_the_recipes_range() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["gdro", "rank", "top1", "dpo"])
+@pytest.mark.parametrize("method", METHOD_SECTIONS, ids=lambda method: "-".join(method.values()))
 def test_the_gradient_does_not_depend_on_passes_and_micro_batches(
-    make_recipe: Callable[..., Recipe], method: str
+    make_recipe: Callable[..., Recipe], method: dict[str, str]
 ) -> None:
     """One pass over all groups, over one or two groups at a time, and two passes that split groups of 3."""
-    recipe = make_recipe(method={"name": method})
+    recipe = make_recipe(method=method)
     model = open_model(recipe)
     parameters = attach_adapter(recipe, model)
     with torch.no_grad():
@@ -138,9 +142,12 @@ def test_the_gradient_does_not_depend_on_passes_and_micro_batches(
 
 def test_loss_arguments_fit_every_method(make_recipe: Callable[..., Recipe]) -> None:
     errors = torch.rand(2, 3)
-    for name in ("gdro", "rank", "top1", "dpo"):
-        arguments = loss_arguments(make_recipe(method={"name": name}).method)
-        assert torch.isfinite(group_loss(errors=errors, reference_errors=errors, rewards=errors, **arguments).loss)
+    for section in METHOD_SECTIONS:
+        arguments = loss_arguments(make_recipe(method=section).method)
+        given = {"errors": errors, "reference_errors": errors, "rewards": errors}
+        if arguments["method"] in DEVIATION_LOSSES:
+            given["deviations"] = errors
+        assert torch.isfinite(group_loss(**given, **arguments).loss)
 
 
 def test_learning_rate_schedules(make_recipe: Callable[..., Recipe]) -> None:
