@@ -75,11 +75,7 @@ def test_recipes_fields_explains_one_section_or_all(capsys: pytest.CaptureFixtur
     section = capsys.readouterr().out
     assert "train.lora.rank  whole number, default 32" in section
     assert section in everything
-<<<<<<< HEAD
-    assert "method.tau  number, default 0.05 (sft: 0.0)  only for gdro, top1, sft" in everything
-=======
     assert "method.tau  number, default 0.05 (sft: 0.0)  only for gdro, top1, sft, regression" in everything
->>>>>>> methods
     assert run("recipes", "fields", "metod") == 2
     assert "did you mean `method`?" in capsys.readouterr().err
 
