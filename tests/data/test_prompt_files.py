@@ -96,6 +96,7 @@ def test_count_takes_the_first_and_too_many_are_refused(tmp_path: Path) -> None:
 TEXT_CASES: dict[str, tuple[bytes | str, str]] = {
     "no quotes": ("a plain sign", "line 1: it has no text in double quotes"),
     "empty quotes": ('a sign ""', "line 1: the text that the image must say is empty"),
+    "invisible text": ('a sign "\u200b\ufeff"', "line 1: the text that the image must say is empty"),
     "NUL": (b'ok "A"\na\x00b "C"', "line 2: the prompt contains the character U+0000"),
     "control character": ('a \x07 "C"', "line 1: the prompt contains the character U+0007"),
     "latin-1": (b'ok "A"\ncaf\xe9 "B"', "line 2: byte 4 is not UTF-8"),

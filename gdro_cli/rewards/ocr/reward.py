@@ -50,6 +50,13 @@ class OcrReward(Reward):
         """One process for paddlepaddle, which takes the GPU where there is one; otherwise one process per core."""
         return "device" if self.settings.engine == "paddle" else "cores"
 
+    def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
+        """The text to look for. Raises ValueError if there is none, or if nothing of it is compared."""
+        text = super().read_prompt(prompt, target=target, metadata=metadata)
+        if text is not None and not normalise(text):
+            raise ValueError("the text that the image must say is empty")
+        return text
+
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """The text that was read."""
