@@ -74,6 +74,9 @@ class PromptSource(StrictModel):
     for `geneval-coco-test`)."""
     seed: int = Field(0, ge=0)
     """Which draw of a built-in set. 0 or more. Must stay 0 for a file."""
+    skip_bad: Annotated[bool, Affects("speed")] = False
+    """Leave out the bad lines of a file, such as those without the quoted text that the reward needs, and count them.
+    Otherwise the file is refused. The name of a store or run follows from the prompts that are left."""
     two_line_share: float = Field(0.0, ge=0, le=1)
     """Share of a built-in OCR set whose signs carry two words, one above the other. 0 to 1."""
     min_letters: int = Field(4, ge=1)

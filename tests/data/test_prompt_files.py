@@ -22,9 +22,11 @@ from tests.support.prompt_rewards import ANYTHING, COCO, OCR, SHAPES
 from tests.support.rectangles import RectangleDetector
 
 
-def load(path: Path, data: bytes | str, *, reward: Reward = OCR, count: int | None = None) -> PromptSet:
+def load(
+    path: Path, data: bytes | str, *, reward: Reward = OCR, count: int | None = None, skip_bad: bool = False
+) -> PromptSet:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return load_prompts(PromptSource(file=str(path), count=count), reward=reward)
+    return load_prompts(PromptSource(file=str(path), count=count, skip_bad=skip_bad), reward=reward)
 
 
 def refusal(path: Path, data: bytes | str) -> str:
@@ -91,6 +93,43 @@ def test_count_takes_the_first_and_too_many_are_refused(tmp_path: Path) -> None:
     assert [record.target for record in load(tmp_path / "p.txt", data, count=2).records] == ["A", "B"]
     with pytest.raises(UserError, match="has 3 different prompts, fewer than the count 4: lower count"):
         load(tmp_path / "p.txt", data, count=4)
+
+
+def test_lines_whose_target_is_doubtful_are_named_and_load_as_in_flow_grpo(tmp_path: Path) -> None:
+    lines = ['a sign "A"', 'with "Any" "Text" written', 'A 24" monitor showing "HELLO"', "« OUI » and « NON »"]
+    prompts = load(tmp_path / "p.txt", "\n".join(lines))
+    assert [record.target for record in prompts.records] == ["A", "Any", " monitor showing ", " OUI "]
+    assert prompts.remarks == (
+        "prompts with several quoted texts, of which the first is the target: 2 (lines 2, 4)",
+        "prompts with a double quote that has no partner: 1 (line 3: the target is ' monitor showing '); if that is not"
+        " the text to write, name it as `target` in JSON Lines",
+    )
+
+
+def test_a_target_of_its_own_and_a_reward_without_one_need_no_remark(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": 'a 24" monitor showing "A" and "B"', "target": "A"})
+    assert load(tmp_path / "p.jsonl", row).remarks == ()
+    assert load(tmp_path / "p.txt", 'a 24" monitor showing "A" and "B"', reward=ANYTHING).remarks == ()
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_bad_lines_are_left_out_and_counted_on_request(tmp_path: Path, suffix: str) -> None:
+    texts = ['a "A"', 'one " only', "no text", 'b "B"', 'a "A"', "none", "none"]
+    lines = [text if suffix == ".txt" else json.dumps({"prompt": text}) for text in texts]
+    data = "\n".join(lines).encode() + b"\n\xff"
+    with pytest.raises(UserError, match="has 5 bad lines; line 2: it has no text in double quotes"):
+        load(tmp_path / f"p{suffix}", data)
+    prompts = load(tmp_path / f"p{suffix}", data, skip_bad=True)
+    assert [record.target for record in prompts.records] == ["A", "B"]
+    left_out, repeated = prompts.remarks
+    assert left_out.startswith("bad lines left out: 5 (line 2: it has no text in double quotes; ")
+    assert "line 6: " in left_out and left_out.endswith("; ...)")
+    assert repeated == "prompts left out because they repeat earlier ones: 1"
+
+
+def test_a_file_of_bad_lines_alone_is_refused_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 2 bad lines; line 1: it has no text"):
+        load(tmp_path / "p.txt", "a\nb", skip_bad=True)
 
 
 TEXT_CASES: dict[str, tuple[bytes | str, str]] = {

@@ -45,6 +45,11 @@ def normalise(text: str) -> str:
     return "".join(sign for sign in composed if not _is_invisible(sign)).translate(_TWINS)
 
 
+def letters(text: str) -> frozenset[str]:
+    """The characters of a text that are compared."""
+    return frozenset(normalise(text).replace(_ELLIPSIS, _DOTS))
+
+
 def _is_invisible(sign: str) -> bool:
     """Whether a character is white space, of zero width, or selects the form of the one before it."""
     return sign.isspace() or unicodedata.category(sign) == "Cf" or "\ufe00" <= sign <= "\ufe0f"
