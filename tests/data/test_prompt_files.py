@@ -196,7 +196,14 @@ GENEVAL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         "include[1] asks for the class 'umbrela', which the detector does not know; did you mean `umbrella`?",
     ),
     "unlike any class": (geneval(DOG | {"class": "qqq"}), "it knows 80 names such as 'person'"),
-    "COCO's own name": (geneval(DOG | {"class": "mouse"}), "'mouse', which the detector does not know"),
+    "COCO's own name": (
+        geneval(DOG | {"class": "mouse"}),
+        "'mouse', which the detector does not know; GenEval calls it `computer mouse`",
+    ),
+    "another detector's class": (
+        geneval(DOG | {"class": "star"}),
+        "'star', which the detector does not know, but `reward.geneval.detector: shapes` does",
+    ),
     "count 0": (geneval(DOG | {"count": 0}), "include[0] has the count 0; it must be a whole number, 1 or more"),
     "count is a part": (geneval(DOG | {"count": 1.5}), "include[0] has the count 1.5"),
     "bad colour": (geneval(DOG | {"color": "gray"}), "include[0] asks for the color 'gray', which is not one of red,"),
@@ -224,6 +231,15 @@ def test_bad_geneval_metadata(tmp_path: Path, case: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"the prompt file {path} has a bad line; line 2: ") and expected in message
     assert "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize(("label", "known"), [("dog", ""), ("remote", " as `tv remote`")])
+def test_a_class_of_coco_names_the_detector_that_has_it(tmp_path: Path, label: str, known: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(geneval(DOG | {"class": label})))
+    words = f"'{label}', which the detector does not know, but `reward.geneval.detector: mask2former` does{known}"
+    with pytest.raises(UserError, match=f"{words}$"):
+        read_prompt_file(path, reward=SHAPES)
 
 
 class GryphonDetector(RectangleDetector):
