@@ -261,7 +261,7 @@ class TrainSection(StrictModel):
     """Optimisation of the adapter."""
 
     steps: int = Field(300, ge=1)
-    """Optimizer steps. 1 or more."""
+    """Optimizer steps. 1 or more. A finished run is not extended: another number makes another run."""
     groups_per_step: Annotated[int, StoredGroupsOnly(instead="method.prompts_per_round")] = Field(8, ge=1)
     """Groups per optimizer step, over all processes together. 1 or more. A step uses this times `method.k` images."""
     lr: float = Field(3e-4, gt=0)
