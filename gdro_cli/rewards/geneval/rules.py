@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from gdro_cli.rewards.geneval.detection import Box, Detection
 
 RULE = "geneval-1"
-"""Name of the rules in the provenance; it changes whenever the same detections would be judged differently."""
+"""Name of the rules in the provenance; it changes whenever the same detections would be judged differently.
+
+It was kept when thresholds became those of float32, which concerns confidences of exactly float32(0.3) alone.
+"""
 THRESHOLD = 0.3
 """A detection counts above this confidence."""
 COUNTING_THRESHOLD = 0.9

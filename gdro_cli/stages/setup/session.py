@@ -165,12 +165,13 @@ class Session:
         if split not in self._prompts:
             imported = self.imported_store if split == "train" else None
             if imported is None:
-                self._prompts[split] = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
+                prompts = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
             else:
                 if self.recipe.train.scores is None:
                     check_imported_prompts(imported, self.reward)
-                self._prompts[split] = PromptSet(imported.prompts, dropped_duplicates=0)
-            self._remark(split, self._prompts[split])
+                prompts = PromptSet(imported.prompts, dropped_duplicates=0)
+            self._remark(split, prompts)
+            self._prompts[split] = prompts
         return self._prompts[split]
 
     def _remark(self, split: Split, prompts: PromptSet) -> None:
