@@ -26,7 +26,7 @@ from gdro_cli.config.keys import foreign_keys, full_key
 from gdro_cli.config.methods import METHODS
 from gdro_cli.config.rewards import MIX
 from gdro_cli.config.sections import SOURCE_KINDS
-from gdro_cli.config.yamlfile import describe, parse_yaml, read_yaml, shown
+from gdro_cli.config.yamlfile import describe, parse_value, read_yaml, shown
 from gdro_cli.errors import UserError
 
 #: Folders of shipped recipes: inside an installed package, or beside it in a checkout.
@@ -115,7 +115,7 @@ def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
             raise UserError(f"--set {start} must look like key=value, for example --set method.tau=0.1")
         if parts[0] == "extends":
             raise UserError("--set cannot change `extends`: name the other recipe with --recipe")
-        value = parse_yaml(text, source=f"the value of --set {shown(key)}")
+        value = parse_value(text, source=f"the value of --set {shown(key)}")
         layer = merge(layer, nested(parts, value))
     resolve_paths(layer, folder=Path())
     return layer

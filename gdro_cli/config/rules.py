@@ -107,6 +107,9 @@ def source_problems(source: PromptSource, *, path: str, reward: RewardSection | 
         reward: the reward that a built-in set must fit. Default: any set will do.
     """
     kinds = [kind for kind in SOURCE_KINDS if getattr(source, kind, None) is not None]
+    if source.skip_bad and len(kinds) == 1 and kinds != ["file"]:
+        message = f"only applies to {SOURCE_KINDS['file']}, not to {SOURCE_KINDS[kinds[0]]}: remove it"
+        yield Problem(f"{path}.skip_bad", message)
     if not kinds:
         yield Problem(path, "needs a `file` or a `builtin` set")
     elif len(kinds) > 1:

@@ -74,6 +74,9 @@ class PromptSource(StrictModel):
     for `geneval-coco-test`)."""
     seed: int = Field(0, ge=0)
     """Which draw of a built-in set. 0 or more. Must stay 0 for a file."""
+    skip_bad: Annotated[bool, Affects("speed")] = False
+    """Leave out the bad lines of a file, such as those without the quoted text that the reward needs, and count them.
+    Otherwise the file is refused. The name of a store or run follows from the prompts that are left."""
     two_line_share: float = Field(0.0, ge=0, le=1)
     """Share of a built-in OCR set whose signs carry two words, one above the other. 0 to 1."""
     min_letters: int = Field(4, ge=1)
@@ -263,7 +266,7 @@ class TrainSection(StrictModel):
     """Optimisation of the adapter."""
 
     steps: int = Field(300, ge=1)
-    """Optimizer steps. 1 or more."""
+    """Optimizer steps. 1 or more. A finished run is not extended: another number makes another run."""
     groups_per_step: Annotated[int, StoredGroupsOnly(instead="method.prompts_per_round")] = Field(8, ge=1)
     """Groups per optimizer step, over all processes together. 1 or more. A step uses this times `method.k` images."""
     lr: float = Field(3e-4, gt=0)

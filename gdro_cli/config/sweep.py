@@ -20,7 +20,7 @@ from gdro_cli.config.layers import merge, merge_layers, nested, resolve_paths
 from gdro_cli.config.load import build_recipe
 from gdro_cli.config.methods import METHODS
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.yamlfile import parse_yaml
+from gdro_cli.config.yamlfile import parse_value
 from gdro_cli.errors import UserError
 from gdro_cli.identity import digest
 from gdro_cli.suggest import similar_key
@@ -183,7 +183,7 @@ def _reason(key: str, schema: type[Recipe]) -> str | None:
 
 def _values(name: str, key: str, recipe: Recipe, text: str | None) -> tuple[Any, ...]:
     if text is not None:
-        values = parse_yaml(f"[{text}]", source=f"--values {text!r} for {name}")
+        values = parse_value(f"[{text}]", source=f"--values {text!r} for {name}")
     else:
         values = next((values for short, values in recipe.ablation.items() if full_key(short, type(recipe)) == key), ())
     if not values:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,19 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise UserError(f"{source}:{position} is not valid YAML: {error.problem or error.context}") from error
     except yaml.YAMLError as error:  # a character that no YAML has
         raise UserError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def parse_value(text: str, *, source: str) -> Any:
+    """The value of a YAML text of the command line. A comment is refused: it would be a part of the value, lost."""
+    value = parse_yaml(text, source=source)
+    tokens = list(yaml.scan(text, Loader=yaml.SafeLoader))
+    for token, following in pairwise(tokens):
+        between = text[token.end_mark.index : following.start_mark.index]
+        if "#" in between:
+            raise UserError(
+                f"{source} has a # that YAML takes for a comment: put the text in quotes, as in --set 'name=\"a #1\"'"
+            )
+    return value
 
 
 def _document(events: Iterator[Any]) -> Any:

@@ -51,6 +51,9 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "ring")
 VOCABULARIES: Mapping[str, tuple[str, ...]] = {"coco": COCO_CLASSES, "shapes": SHAPES}
 """What the detectors can detect, by the name of the vocabulary."""
 
+DETECTORS: Mapping[str, str] = {"shapes": "shapes", "mask2former": "coco"}
+"""The vocabulary of each detector that a recipe can name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Clause:
@@ -121,7 +124,7 @@ def _clause(value: Any, where: str, number: int, key: str, classes: Collection[s
         raise ValueError(f"{where} has the class {shown(label)}; it must be a text and not empty")
     if classes is not None and label not in classes:
         names = ", ".join(classes) if len(classes) <= 10 else f"{len(classes)} names such as {next(iter(classes))!r}"
-        hint = similar(label, classes) or f": it knows {names}"
+        hint = _known_as(label, classes) or similar(label, classes) or f": it knows {names}"
         raise ValueError(f"{where} asks for the class {shown(label)}, which the detector does not know{hint}")
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise ValueError(f"{where} has the count {shown(count)}; it must be a whole number, 1 or more")
@@ -132,6 +135,17 @@ def _clause(value: Any, where: str, number: int, key: str, classes: Collection[s
         what = "color" if position is None else "position"
         raise ValueError(f"{where} has a {what}, which only include clauses may have")
     return Clause(label, count, colour, None if position is None else _position(position, where, number))
+
+
+def _known_as(label: str, classes: Collection[str]) -> str:
+    """Where a class is known: by GenEval's name for it, or by another detector; empty if nowhere."""
+    name = RENAMED.get(label, label)
+    if name in classes:
+        return f"; GenEval calls it `{name}`"
+    for detector, vocabulary in DETECTORS.items():
+        if name in VOCABULARIES[vocabulary]:
+            return f", but `reward.geneval.detector: {detector}` does" + (f" as `{name}`" if name != label else "")
+    return ""
 
 
 def _position(value: Any, where: str, number: int) -> tuple[str, int]:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptReader, PromptRecord
-from gdro_cli.errors import UserError
-from gdro_cli.images import suffixes
+from gdro_cli.errors import StoreError, UserError
+from gdro_cli.images import UnusableImageError, open_image, suffixes
 
 METADATA = "metadata.jsonl"
 SAMPLES = "samples"
@@ -83,12 +83,26 @@ def image_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 
 
 def write_image_folder(folder: Path, entries: Iterable[PromptImages]) -> None:
-    """Write prompts and copies of their images in the official layout. Raises OSError."""
+    """Write prompts and their images in the official layout, whose evaluator counts PNG files alone.
+
+    PNG files are copied, others become PNG with the same pixels.
+
+    Raises:
+        OSError: the disk refuses.
+        StoreError: an image is damaged.
+    """
     for number, entry in enumerate(entries):
         samples = folder / f"{number:05d}" / SAMPLES
         samples.mkdir(parents=True)
         for index, image in enumerate(entry.images):
-            shutil.copyfile(image, samples / f"{index:04d}{image.suffix}")
+            target = samples / f"{index:04d}.png"
+            if image.suffix == ".png":
+                shutil.copyfile(image, target)
+                continue
+            try:
+                open_image(image).save(target)
+            except UnusableImageError as error:
+                raise StoreError(f"the image {image} cannot be exported ({error}): delete its shard") from error
         (samples.parent / METADATA).write_text(metadata_line(entry.prompt) + "\n", encoding="utf-8")
 
 

@@ -2,7 +2,8 @@
 
 Text files have one prompt per line (Flow-GRPO's ``train.txt`` loads unchanged). Files named ``.jsonl``, ``.ndjson`` or
 ``.json`` have one JSON object per line with ``prompt`` and optionally ``target``; every other key becomes metadata.
-Blank lines are skipped. All bad lines of a file are reported at once, with their numbers.
+Blank lines are skipped. All bad lines of a file are reported at once, with their numbers; on request they are left out
+and counted.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from gdro_cli.data.records import PromptReader, PromptRecord
+from gdro_cli.core.quotes import has_odd_mark, has_several
+from gdro_cli.data.records import PromptReader, PromptRecord, PromptSet
 from gdro_cli.errors import UserError
 from gdro_cli.files import parse_json
 
@@ -22,6 +24,8 @@ MAX_PROMPT_CHARS = 4_000
 """Far more than any text encoder reads (FLUX: 512 tokens)."""
 MAX_PROBLEMS = 10
 """How many bad lines one message lists."""
+_SHOWN = 3
+"""How many lines a remark shows."""
 
 _JSON_SUFFIXES = {".jsonl", ".ndjson", ".json"}
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -39,21 +43,67 @@ def read_prompt_file(path: Path, *, reward: PromptReader) -> list[PromptRecord]:
     Raises:
         UserError: the message names the file and up to ten bad lines.
     """
+    return _read(path, reward=reward, skip_bad=False)[0]
+
+
+def read_prompt_set(path: Path, *, reward: PromptReader, skip_bad: bool = False) -> PromptSet:
+    """Read the different prompts of ``path``, with remarks on lines that may not say what is meant.
+
+    Args:
+        path: the file; its suffix tells whether it is JSON Lines.
+        reward: checks what a prompt carries.
+        skip_bad: leave bad lines out, with a remark, instead of refusing the file.
+
+    Raises:
+        UserError: the message names the file and up to ten bad lines.
+    """
+    return PromptSet.of(*_read(path, reward=reward, skip_bad=skip_bad))
+
+
+def _read(path: Path, *, reward: PromptReader, skip_bad: bool) -> tuple[list[PromptRecord], list[str]]:
     parse = _parse_json if path.suffix.lower() in _JSON_SUFFIXES else _parse_text
     records: list[PromptRecord] = []
     problems: list[str] = []
+    several: list[str] = []
+    odd: list[str] = []
     for number, raw in _lines(path):
         try:
             line = _decode(raw).strip()
-            if line:
-                records.append(_record(*parse(line), reward=reward))
+            if not line:
+                continue
+            prompt, target, metadata = parse(line)
+            record = _record(prompt, target, metadata, reward=reward)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
-    if problems:
+            continue
+        records.append(record)
+        if target is None and record.target is not None:  # it was taken from the quotes
+            if has_odd_mark(prompt):
+                odd.append(f"line {number}: the target is {shown(record.target)}")
+            elif has_several(prompt):
+                several.append(str(number))
+    if problems and not (skip_bad and records):
         raise UserError(_summary(path, problems))
     if not records:
         raise UserError(f"the prompt file {path} has no prompts: write one prompt per line")
-    return records
+    remarks = []
+    if problems:
+        remarks.append(f"bad lines left out: {len(problems)} ({_first(problems, '; ')})")
+    if several:
+        remarks.append(
+            f"prompts with several quoted texts, of which the first is the target: {len(several)} (lines"
+            f" {_first(several, ', ')})"
+        )
+    if odd:
+        remarks.append(
+            f"prompts with a double quote that has no partner: {len(odd)} ({_first(odd, '; ')}); if that is not the"
+            " text to write, name it as `target` in JSON Lines"
+        )
+    return records, remarks
+
+
+def _first(entries: list[str], separator: str) -> str:
+    return separator.join(entries[:_SHOWN]) + (f"{separator}..." if len(entries) > _SHOWN else "")
 
 
 def _summary(path: Path, problems: list[str]) -> str:

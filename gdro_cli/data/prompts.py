@@ -10,7 +10,7 @@ from gdro_cli.config.sections import PromptSource
 from gdro_cli.core.quotes import quoted_text
 from gdro_cli.data.builtin import ocr_prompts
 from gdro_cli.data.geneval_prompts import GENEVAL_SETS, geneval_prompts
-from gdro_cli.data.promptfile import read_prompt_file
+from gdro_cli.data.promptfile import read_prompt_set
 from gdro_cli.data.records import PromptReader, PromptRecord, PromptSet
 from gdro_cli.errors import UserError
 
@@ -20,7 +20,7 @@ __all__ = ["PromptRecord", "PromptSet", "draw_prompts", "load_prompts"]
 def load_prompts(source: PromptSource, *, reward: PromptReader) -> PromptSet:
     """Load the prompts of ``source`` and check that ``reward`` can use all of them.
 
-    Duplicates are dropped and counted; ``count`` then limits the prompts to the first ones.
+    Duplicates are dropped and counted, on request also bad lines; ``count`` then limits the prompts to the first ones.
 
     Args:
         source: a valid section of a recipe.
@@ -33,7 +33,7 @@ def load_prompts(source: PromptSource, *, reward: PromptReader) -> PromptSet:
     if source.builtin is not None:
         return _load_builtin(source, source.builtin, reward=reward)
     path = Path(os.path.expanduser(source.file or ""))  # unlike Path.expanduser, it accepts any text
-    prompts = PromptSet.of(read_prompt_file(path, reward=reward))
+    prompts = read_prompt_set(path, reward=reward, skip_bad=source.skip_bad)
     if source.count is None:
         return prompts
     if source.count > len(prompts):

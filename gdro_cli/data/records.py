@@ -74,13 +74,17 @@ class PromptSet:
     records: tuple[PromptRecord, ...]
     dropped_duplicates: int
     """How many records of the source were left out because an equal one came before."""
+    remarks: tuple[str, ...] = field(default=(), compare=False)
+    """What a user should know about the source, such as lines that were left out."""
 
     @classmethod
-    def of(cls, records: Iterable[PromptRecord]) -> Self:
-        """Keep the first of equal records, and count the others."""
+    def of(cls, records: Iterable[PromptRecord], remarks: Iterable[str] = ()) -> Self:
+        """Keep the first of equal records, count the others, and add a remark about them."""
         listed = list(records)
         unique = {record.id: record for record in listed}
-        return cls(tuple(unique.values()), len(listed) - len(unique))
+        dropped = len(listed) - len(unique)
+        repeated = [f"prompts left out because they repeat earlier ones: {dropped}"] if dropped else []
+        return cls(tuple(unique.values()), dropped, (*remarks, *repeated))
 
     @property
     def digest(self) -> str:

@@ -277,16 +277,28 @@ class FlowModel(Autoencoding):
         return start + guidance * (as_float(conditional) - start)
 
     def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
-        """Return the scheduler's schedule [steps + 1] with its shift for this size: float32, descending to 0."""
+        """Return the scheduler's schedule [steps + 1] with its shift for this size: float32, descending to 0.
+
+        Raises:
+            UserError: the schedule is not finite, as that of one step where the scheduler stretches it to end at
+                ``shift_terminal`` (Qwen-Image): it divides 0 by 0, in diffusers' own pipeline as well.
+        """
         scheduler, (rows, columns) = self._component("scheduler"), self.grid(height=height, width=width)
         config = scheduler.config
         unshifted = None if config.get("use_flow_sigmas") else self._unshifted(steps)
-        scheduler.set_timesteps(
-            num_inference_steps=steps if unshifted is None else None,
-            sigmas=unshifted,
-            mu=self._shift(config, rows * columns, steps) if config.get("use_dynamic_shifting") else None,
-        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scheduler.set_timesteps(
+                num_inference_steps=steps if unshifted is None else None,
+                sigmas=unshifted,
+                mu=self._shift(config, rows * columns, steps) if config.get("use_dynamic_shifting") else None,
+            )
         schedule: Tensor = scheduler.sigmas
+        if not schedule.isfinite().all():
+            raise UserError(
+                f"this model's scheduler has no noise levels for {steps} sampling step{'s' if steps > 1 else ''} (they"
+                " are not finite numbers): raise the number of steps (sample.steps, eval.steps or"
+                " method.train_sample_steps)"
+            )
         return schedule.to("cpu", torch.float32).clone()
 
     def _unshifted(self, steps: int) -> npt.NDArray[np.float64] | None:

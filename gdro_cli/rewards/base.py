@@ -182,6 +182,17 @@ class Reward(ABC):
         """
         return read_needs(self.needs, prompt, target=target, metadata=metadata)
 
+    def check_prompts(self, prompts: Sequence[PromptLike]) -> Sequence[str]:
+        """Remarks on prompts that ``read_prompt`` accepts, before any image is made for them.
+
+        For what needs the reward's files, or all prompts at once: demands that no image can satisfy.
+
+        Raises:
+            UserError: no prompt can be satisfied, so every score would be the same.
+            PrerequisiteError: a file that the reward needs is missing.
+        """
+        return ()
+
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """What reports show below an image in addition to the reward, as (name, text)."""

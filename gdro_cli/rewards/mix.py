@@ -122,6 +122,10 @@ class MixReward(Reward):
             target = part.read_prompt(prompt, target=target, metadata=metadata)
         return target
 
+    def check_prompts(self, prompts: Sequence[PromptLike]) -> Sequence[str]:
+        """The remarks of every part. Raises what the parts raise."""
+        return [remark for part in self.parts.values() for remark in part.check_prompts(prompts)]
+
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """The value and the facts of each part."""

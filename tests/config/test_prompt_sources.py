@@ -68,6 +68,11 @@ def test_valid_sources(reward: str, keys: dict[str, Any]) -> None:
         ),
         (
             "geneval",
+            {"builtin": "geneval-train", "skip_bad": True},
+            ["here.skip_bad: only applies to a `file`, not to a `builtin` set: remove it"],
+        ),
+        (
+            "geneval",
             {"builtin": "geneval-validation", "plurals": "correct"},
             ["here.plurals: only applies to a geneval-coco set, not to 'geneval-validation': remove it"],
         ),

@@ -224,6 +224,11 @@ def test_set_values_are_yaml() -> None:
     assert recipe.seed == 2
 
 
+@pytest.mark.parametrize("text", ['"a #1"', "'a #1'", "a#1", '"#1"'])
+def test_a_set_value_may_have_a_number_sign_in_quotes_or_in_a_word(text: str) -> None:
+    assert load_recipe("ocr", overrides=[f"description={text}"]).description == text.strip("'\"")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -234,6 +239,9 @@ def test_set_values_are_yaml() -> None:
         ("extends=ocr", "--recipe"),
         ("method={1: 2}", "is not a name"),
         ("seed=*a", "aliases"),
+        ("description=a #1", "the value of --set description has a # that YAML takes for a comment: put the text in"),
+        ("description=#1", "has a # that YAML"),
+        ("train.trackers=[wandb] # one", "has a # that YAML"),
     ],
 )
 def test_a_wrong_set_is_refused(override: str, words: str) -> None:

@@ -329,7 +329,9 @@ def test_a_set_with_another_vocabulary_than_the_detectors_is_refused() -> None:
         load_prompts(PromptSource(builtin="geneval-coco-test"), reward=GENEVAL)
     with pytest.raises(UserError, match=rf"{unknown}.*\): choose one of geneval-coco-train, [-a-z, ]+$"):
         load_prompts(PromptSource(builtin="geneval-test"), reward=COCO)
-    with pytest.raises(UserError, match="it knows clock, bus, bottle.*: name a prompt file$"):
+    with pytest.raises(
+        UserError, match=rf"{unknown}, but `reward.geneval.detector: shapes` does\): name a prompt file$"
+    ):
         load_prompts(PromptSource(builtin="geneval-test"), reward=GenEvalReward(detector=RectangleDetector()))
     assert len(load_prompts(PromptSource(builtin="geneval-test"), reward=GENEVAL)) == 72
 

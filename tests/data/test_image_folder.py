@@ -11,7 +11,7 @@ from PIL import Image
 from gdro_cli.data.imagefolder import PromptImages, metadata_line, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptRecord
-from gdro_cli.errors import UserError
+from gdro_cli.errors import StoreError, UserError
 from gdro_cli.rewards.base import Reward
 from tests.support.prompt_rewards import COCO, OCR
 
@@ -76,10 +76,28 @@ def test_a_written_folder_is_read_back(tmp_path: Path) -> None:
 
 def test_an_ocr_prompt_keeps_a_target_that_is_not_in_its_quotes(tmp_path: Path) -> None:
     prompt = PromptRecord.of("a sign of a shop", target="OPEN", metadata={"set": 1})
-    write_image_folder(tmp_path / "out", [PromptImages(prompt, (save_image(tmp_path / "p.webp"),))])
+    write_image_folder(tmp_path / "out", [PromptImages(prompt, (save_image(tmp_path / "p.png"),))])
     (entry,) = read_image_folder(tmp_path / "out", reward=OCR)
     assert entry.prompt == prompt
-    assert [path.name for path in entry.images] == ["0000.webp"]
+
+
+def test_images_of_a_webp_store_are_written_as_png(tmp_path: Path) -> None:
+    """The official evaluator counts files named by digits with the ending png, and no others."""
+    colours = Image.effect_mandelbrot((16, 8), (-2, -1, 1, 1), 50).convert("RGB")
+    colours.save(tmp_path / "p.webp", lossless=True)
+    prompt = PromptRecord.of("a photo of two cats", metadata=CATS)
+    write_image_folder(tmp_path / "out", [PromptImages(prompt, (tmp_path / "p.webp", save_image(tmp_path / "q.png")))])
+    written = sorted((tmp_path / "out" / "00000" / "samples").iterdir())
+    assert [path.name for path in written] == ["0000.png", "0001.png"]
+    with Image.open(written[0]) as image:
+        assert image.format == "PNG" and image.tobytes() == colours.tobytes()
+
+
+def test_a_damaged_image_is_not_exported(tmp_path: Path) -> None:
+    (tmp_path / "p.webp").write_bytes(b"RIFF")
+    entries = [PromptImages(PromptRecord.of("two cats", metadata=CATS), (tmp_path / "p.webp",))]
+    with pytest.raises(StoreError, match=r"p\.webp cannot be exported"):
+        write_image_folder(tmp_path / "out", entries)
 
 
 def test_a_metadata_line_has_the_official_form_and_is_a_line_of_a_prompt_file(tmp_path: Path) -> None:

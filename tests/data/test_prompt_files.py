@@ -22,9 +22,11 @@ from tests.support.prompt_rewards import ANYTHING, COCO, OCR, SHAPES
 from tests.support.rectangles import RectangleDetector
 
 
-def load(path: Path, data: bytes | str, *, reward: Reward = OCR, count: int | None = None) -> PromptSet:
+def load(
+    path: Path, data: bytes | str, *, reward: Reward = OCR, count: int | None = None, skip_bad: bool = False
+) -> PromptSet:
     path.write_bytes(data.encode() if isinstance(data, str) else data)
-    return load_prompts(PromptSource(file=str(path), count=count), reward=reward)
+    return load_prompts(PromptSource(file=str(path), count=count, skip_bad=skip_bad), reward=reward)
 
 
 def refusal(path: Path, data: bytes | str) -> str:
@@ -93,9 +95,47 @@ def test_count_takes_the_first_and_too_many_are_refused(tmp_path: Path) -> None:
         load(tmp_path / "p.txt", data, count=4)
 
 
+def test_lines_whose_target_is_doubtful_are_named_and_load_as_in_flow_grpo(tmp_path: Path) -> None:
+    lines = ['a sign "A"', 'with "Any" "Text" written', 'A 24" monitor showing "HELLO"', "« OUI » and « NON »"]
+    prompts = load(tmp_path / "p.txt", "\n".join(lines))
+    assert [record.target for record in prompts.records] == ["A", "Any", " monitor showing ", " OUI "]
+    assert prompts.remarks == (
+        "prompts with several quoted texts, of which the first is the target: 2 (lines 2, 4)",
+        "prompts with a double quote that has no partner: 1 (line 3: the target is ' monitor showing '); if that is not"
+        " the text to write, name it as `target` in JSON Lines",
+    )
+
+
+def test_a_target_of_its_own_and_a_reward_without_one_need_no_remark(tmp_path: Path) -> None:
+    row = json.dumps({"prompt": 'a 24" monitor showing "A" and "B"', "target": "A"})
+    assert load(tmp_path / "p.jsonl", row).remarks == ()
+    assert load(tmp_path / "p.txt", 'a 24" monitor showing "A" and "B"', reward=ANYTHING).remarks == ()
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_bad_lines_are_left_out_and_counted_on_request(tmp_path: Path, suffix: str) -> None:
+    texts = ['a "A"', 'one " only', "no text", 'b "B"', 'a "A"', "none", "none"]
+    lines = [text if suffix == ".txt" else json.dumps({"prompt": text}) for text in texts]
+    data = "\n".join(lines).encode() + b"\n\xff"
+    with pytest.raises(UserError, match="has 5 bad lines; line 2: it has no text in double quotes"):
+        load(tmp_path / f"p{suffix}", data)
+    prompts = load(tmp_path / f"p{suffix}", data, skip_bad=True)
+    assert [record.target for record in prompts.records] == ["A", "B"]
+    left_out, repeated = prompts.remarks
+    assert left_out.startswith("bad lines left out: 5 (line 2: it has no text in double quotes; ")
+    assert "line 6: " in left_out and left_out.endswith("; ...)")
+    assert repeated == "prompts left out because they repeat earlier ones: 1"
+
+
+def test_a_file_of_bad_lines_alone_is_refused_all_the_same(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has 2 bad lines; line 1: it has no text"):
+        load(tmp_path / "p.txt", "a\nb", skip_bad=True)
+
+
 TEXT_CASES: dict[str, tuple[bytes | str, str]] = {
     "no quotes": ("a plain sign", "line 1: it has no text in double quotes"),
     "empty quotes": ('a sign ""', "line 1: the text that the image must say is empty"),
+    "invisible text": ('a sign "\u200b\ufeff"', "line 1: the text that the image must say is empty"),
     "NUL": (b'ok "A"\na\x00b "C"', "line 2: the prompt contains the character U+0000"),
     "control character": ('a \x07 "C"', "line 1: the prompt contains the character U+0007"),
     "latin-1": (b'ok "A"\ncaf\xe9 "B"', "line 2: byte 4 is not UTF-8"),
@@ -156,7 +196,14 @@ GENEVAL_CASES: dict[str, tuple[dict[str, Any], str]] = {
         "include[1] asks for the class 'umbrela', which the detector does not know; did you mean `umbrella`?",
     ),
     "unlike any class": (geneval(DOG | {"class": "qqq"}), "it knows 80 names such as 'person'"),
-    "COCO's own name": (geneval(DOG | {"class": "mouse"}), "'mouse', which the detector does not know"),
+    "COCO's own name": (
+        geneval(DOG | {"class": "mouse"}),
+        "'mouse', which the detector does not know; GenEval calls it `computer mouse`",
+    ),
+    "another detector's class": (
+        geneval(DOG | {"class": "star"}),
+        "'star', which the detector does not know, but `reward.geneval.detector: shapes` does",
+    ),
     "count 0": (geneval(DOG | {"count": 0}), "include[0] has the count 0; it must be a whole number, 1 or more"),
     "count is a part": (geneval(DOG | {"count": 1.5}), "include[0] has the count 1.5"),
     "bad colour": (geneval(DOG | {"color": "gray"}), "include[0] asks for the color 'gray', which is not one of red,"),
@@ -184,6 +231,15 @@ def test_bad_geneval_metadata(tmp_path: Path, case: str) -> None:
     message = str(caught.value)
     assert message.startswith(f"the prompt file {path} has a bad line; line 2: ") and expected in message
     assert "\n" not in message and len(message) < 500
+
+
+@pytest.mark.parametrize(("label", "known"), [("dog", ""), ("remote", " as `tv remote`")])
+def test_a_class_of_coco_names_the_detector_that_has_it(tmp_path: Path, label: str, known: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(json.dumps(geneval(DOG | {"class": label})))
+    words = f"'{label}', which the detector does not know, but `reward.geneval.detector: mask2former` does{known}"
+    with pytest.raises(UserError, match=f"{words}$"):
+        read_prompt_file(path, reward=SHAPES)
 
 
 class GryphonDetector(RectangleDetector):

@@ -68,6 +68,13 @@ def test_a_set_keeps_the_first_of_equal_records_and_counts_the_others() -> None:
         ('empty ""', ""),
         ("it's a dog's life", None),
         ('one " only', None),
+        ("看板に「こんにちは」と『店』", "こんにちは"),
+        ("『こんにちは』", "こんにちは"),
+        ("un panneau « SALUT »", " SALUT "),
+        ("ein Schild »HALLO«", "HALLO"),
+        ("\u2039SALUT\u203a", "SALUT"),
+        ('«Café» with a sign "OPEN"', "OPEN"),  # double quotes come first
+        ("rock 'n' roll", None),
         ("", None),
     ],
 )

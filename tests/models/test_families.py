@@ -101,6 +101,14 @@ def test_velocity_is_the_slope_of_the_pipelines_path(name: str, family_folder: F
     torch.testing.assert_close(ours, slope, rtol=1e-3, atol=1e-3 * float(slope.std()))
 
 
+def test_a_schedule_that_is_not_finite_is_refused(family_folder: Folder) -> None:
+    """Qwen-Image's schedule of one step is 0 / 0, in diffusers as well."""
+    model = open_model(family_folder, "qwen-image")
+    with pytest.raises(UserError, match=r"no noise levels for 1 sampling step \(.*: raise the number"):
+        model.sigmas(1, **SIZE)
+    assert model.sigmas(2, **SIZE).isfinite().all()
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_guidance_does_what_the_family_says(name: str, family_folder: Folder) -> None:
     """Guidance above 1 changes samples where it is classifier-free, but no trained velocity."""

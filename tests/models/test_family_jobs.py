@@ -15,6 +15,7 @@ from gdro_cli.config.load import build_recipe
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.sde import log_prob
 from gdro_cli.data.scores import ScoreRow
+from gdro_cli.errors import UserError
 from gdro_cli.models.adapters import load_lora_state
 from gdro_cli.models.base import FlowModel
 from gdro_cli.runtime.progress import Reporter
@@ -135,6 +136,16 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     export.run(export.Export(trained.run.path.name, merge=tmp_path / "merged"), tmp_path, quiet)
     merged = pipeline_image(tmp_path / "merged", name, None, prompt.prompt, group.seeds[0])
     assert np.abs(merged - adapted).max() <= 1
+
+
+def test_a_schedule_without_noise_levels_ends_the_job_before_a_network_is_loaded(
+    family_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    recipe = build_recipe(merge_layers([tiny_recipe(family_folder("qwen-image")).resolved(), {"sample": {"steps": 1}}]))
+    session = Session(recipe, tmp_path)
+    with pytest.raises(UserError, match="no noise levels for 1 sampling step"):
+        sample.run(session)
+    assert set(session.model._loaded) == {"scheduler"}
 
 
 @pytest.mark.parametrize("name", list(PIPELINE_OPTIONS))

@@ -24,6 +24,7 @@ REWARD = {
     "Settings": "type[BaseModel]",
     "caption": "(value: 'float', details: 'Mapping[str, Any]') -> 'tuple[str, ...]'",
     "cells": "(details: 'Mapping[str, Any]') -> 'dict[str, Any]'",
+    "check_prompts": "(self, prompts: 'Sequence[PromptLike]') -> 'Sequence[str]'",
     "columns": "tuple[str, ...]",
     "facts": "(details: 'Mapping[str, Any]') -> 'Iterator[tuple[str, str]]'",
     "judge_axes": "tuple[str, ...]",

@@ -59,6 +59,8 @@ def weighed(text: str, **probabilities: float) -> Reply:
         ("The card is red.\n\nOverall rating = 2.5/5.", 0.375),
         ("<think>Score: 1</think>\n5", 1.0),
         ("3<|im_end|>", 0.5),
+        ("Score: 5.0003", 1.0),  # a hair beyond the scale
+        ("Score: 0.98", 0.0),
         ("Score: 3\nScore: 3", 0.5),
     ],
 )
@@ -72,6 +74,8 @@ def test_ratings(answer: str, value: float) -> None:
         ("", "has no number, not one score"),
         ("It has 4 corners.", "has no number, not one score"),
         ("Score: 4\nScore: 5", "has 4 and 5, not one score"),
+        ("Score: 5.06", "has the score 5.06, which is not between 1 and 5"),
+        ("Score: 4, the card is red", "has no number, not one score"),
         ("Score: 7", "has the score 7, which is not between 1 and 5"),
         ("Score: nan", "has no number, not one score"),
         ("Score: 4/10", "is a number out of 10, not out of 5"),

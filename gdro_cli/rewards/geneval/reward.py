@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from gdro_cli.config.sections import GenEvalReward as GenEvalSettings
-from gdro_cli.core.geneval import TAGS, VOCABULARIES, Task, parse_task
+from gdro_cli.core.geneval import DETECTORS, TAGS, VOCABULARIES, Task, parse_task
 from gdro_cli.core.measures import Detail, Measure
 from gdro_cli.errors import GdroError, UserError
 from gdro_cli.rewards.base import ImageSource, PromptLike, Resources, Reward, Score, one_line, read_all
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from gdro_cli.rewards.geneval.detection import ColourClassifier, Detection, Detector
-
-_VOCABULARY = {"shapes": "shapes", "mask2former": "coco"}
-"""The vocabulary of each detector that a recipe can name."""
 
 
 class GenEvalReward(Reward):
@@ -66,7 +63,7 @@ class GenEvalReward(Reward):
         colours: ColourClassifier | None = None,
     ) -> None:
         super().__init__(settings)
-        self.classes = VOCABULARIES[_VOCABULARY[self.settings.detector]]
+        self.classes = VOCABULARIES[DETECTORS[self.settings.detector]]
         if detector is not None:
             self.detector, self.classes = detector, tuple(detector.classes)
         if colours is not None:

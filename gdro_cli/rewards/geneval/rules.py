@@ -12,6 +12,7 @@ Pure functions: no detector, no image.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
     from gdro_cli.rewards.geneval.detection import Box, Detection
 
 RULE = "geneval-1"
-"""Name of the rules in the provenance; it changes whenever the same detections would be judged differently."""
+"""Name of the rules in the provenance; it changes whenever the same detections would be judged differently.
+
+It was kept when thresholds became those of float32, which concerns confidences of exactly float32(0.3) alone.
+"""
 THRESHOLD = 0.3
 """A detection counts above this confidence."""
 COUNTING_THRESHOLD = 0.9
@@ -60,13 +64,20 @@ def threshold(tag: str) -> float:
 def select(objects: Sequence[Detection], *, tag: str) -> dict[str, list[Detection]]:
     """The detections that count for a prompt of this tag, by class, the most confident first.
 
-    They are strictly above the threshold, and at most ``MAX_OBJECTS`` of a class; overlap does not matter.
+    They are strictly above the threshold in float32, as in the official code, and at most ``MAX_OBJECTS`` of a class;
+    overlap does not matter. Equal confidences keep the detector's order.
     """
-    confident = [item for item in objects if item.confidence > threshold(tag)]
+    limit = _float32(threshold(tag))
+    confident = [item for item in objects if _float32(item.confidence) > limit]
     by_class: dict[str, list[Detection]] = {}
     for item in sorted(confident, key=lambda item: -item.confidence):
         by_class.setdefault(item.label, []).append(item)
     return {label: items[:MAX_OBJECTS] for label, items in by_class.items()}
+
+
+def _float32(value: float) -> float:
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
 
 
 def relations(a: Box, b: Box) -> frozenset[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,13 +12,17 @@ from gdro_cli.core.measures import Measure
 from gdro_cli.core.quotes import quoted_text
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.base import PromptLike, Resources, Reward, Score
-from gdro_cli.rewards.ocr.rules import RULE, exact_match, normalise, ocr_reward, similarity
+from gdro_cli.rewards.ocr.rules import RULE, exact_match, letters, normalise, ocr_reward, similarity
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from gdro_cli.rewards.ocr.engine import OcrEngine
     from gdro_cli.rewards.ocr.models import OcrModels
+
+
+_SHOWN = 20
+"""Letters that a message names."""
 
 
 class OcrReward(Reward):
@@ -49,6 +53,42 @@ class OcrReward(Reward):
     def resources(self) -> Resources:
         """One process for paddlepaddle, which takes the GPU where there is one; otherwise one process per core."""
         return "device" if self.settings.engine == "paddle" else "cores"
+
+    def read_prompt(self, prompt: str, *, target: str | None, metadata: Mapping[str, Any]) -> str | None:
+        """The text to look for. Raises ValueError if there is none, or if nothing of it is compared."""
+        text = super().read_prompt(prompt, target=target, metadata=metadata)
+        if text is not None and not normalise(text):
+            raise ValueError("the text that the image must say is empty")
+        return text
+
+    def check_prompts(self, prompts: Sequence[PromptLike]) -> Sequence[str]:
+        """A remark that names the letters of targets that the recogniser lacks.
+
+        Raises:
+            UserError: it has no letter of any target, so that every reward would be 0.
+            PrerequisiteError: its files are missing.
+        """
+        targets = [letters(target_text(prompt)) for prompt in prompts]
+        wanted = frozenset().union(*targets)
+        if self.settings.model_dir is None and "".join(wanted).isascii():
+            return ()  # the installed recogniser has all of ASCII
+        known = frozenset().union(*map(letters, self.models.characters))
+        lacking = wanted - known
+        if not known or not lacking:
+            return ()
+        name = self.settings.recognition_model
+        listed = ", ".join(sorted(lacking)[:_SHOWN]) + (", ..." if len(lacking) > _SHOWN else "")
+        remedy = "name a recogniser that has them (reward.ocr.recognition_model, reward.ocr.model_dir)"
+        if wanted == lacking:
+            raise UserError(
+                f"the recogniser {name} has no letter of any text that the prompts ask for ({listed}), so every reward"
+                f" would be 0: {remedy}"
+            )
+        count = sum(not lacking.isdisjoint(target) for target in targets)
+        return (
+            f"prompts with letters that the recogniser {name} does not have ({listed}), so that no image can satisfy"
+            f" them: {count} of {len(prompts)}; {remedy}",
+        )
 
     @classmethod
     def facts(cls, details: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -23,9 +23,11 @@ Does this image show what the prompt asks for? Answer with one word, yes or no.
 Prompt: {prompt}"""
 QUESTION = """\
 {prompt} Answer with one word, yes or no."""
-RULE = "vlm-2"
+RULE = "vlm-3"
 """Name of the rule in the provenance; it changes whenever the same answer would be read differently."""
 
+_MARGIN = 0.0125
+"""Share of the scale by which a number may lie beyond it: 0.05 of 1 to 5, as for the judge."""
 _MARKUP = re.compile(r"[*_`#>]")
 _SCORE = re.compile(
     r"(?:[a-z ]{0,40}(?:score|rating)\s*(?:\([^()]{0,20}\)\s*)?[:=]\s*)?(-?[0-9]{1,6}(?:\.[0-9]{1,12})?)"
@@ -43,7 +45,7 @@ def read_rating(answer: str, *, low: float, high: float) -> float:
     """The number of an answer, as a share of the scale: 0 for ``low``, 1 for ``high``.
 
     A line counts if it has only a number, with or without "Score:" before it and "/5", the end of the scale, behind it.
-    Nothing is guessed.
+    A number beyond the scale by at most 0.0125 of its range counts as its end. Nothing is guessed.
 
     Raises:
         UnusableAnswerError: no line has a number, lines have different ones, or it is off the scale.
@@ -57,9 +59,10 @@ def read_rating(answer: str, *, low: float, high: float) -> float:
         found = " and ".join(f"{number:g}" for number in sorted(numbers)) or "no number"
         raise UnusableAnswerError(f"has {found}, not one score")
     (number,) = numbers
-    if not low <= number <= high:
+    margin = _MARGIN * (high - low)
+    if not low - margin <= number <= high + margin:
         raise UnusableAnswerError(f"has the score {number:g}, which is not between {low:g} and {high:g}")
-    return (number - low) / (high - low)
+    return (min(max(number, low), high) - low) / (high - low)
 
 
 def read_yes(answer: str, first: Mapping[str, float]) -> float:

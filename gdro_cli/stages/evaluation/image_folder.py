@@ -57,6 +57,8 @@ def run(session: Session, *, folder: Path) -> FolderResult:
     reward = session.reward
     entries = read_image_folder(folder, reward=reward)
     version = session.reward_version
+    for remark in reward.check_prompts([entry.prompt for entry in entries]):
+        session.reporter.say(remark)
     if left_out := [str(path.relative_to(folder)) for entry in entries for path in entry.left_out]:
         session.reporter.say(_not_scored(left_out))
     content = [[entry.prompt.id, [sha256_file(path) for path in entry.images]] for entry in entries]

@@ -54,6 +54,11 @@ def describe(recipe: Recipe, stage: str, workspace: Path, *, world: int = 1) -> 
     session = Session(recipe, workspace, planning=True)
     if stage in ("sample", "score"):
         session.require_store(stage)
+    return _describe(session, stage, world=world) + session.remarks
+
+
+def _describe(session: Session, stage: str, *, world: int) -> list[tuple[str, str]]:
+    recipe = session.recipe
     folder = open_folder(model_folder(recipe))
     has_weights = not isinstance(folder, PublishedFolder)
     estimate = Estimate(recipe, world=world)

@@ -77,16 +77,36 @@ def _provenance(session: Session) -> dict[str, Any]:
     return {"prompts": session.prompts("train").digest, "model": model, "scores": scores}
 
 
+def runs_of_other_length(session: Session) -> list[tuple[RunFolder, int]]:
+    """Runs that differ from the recipe's in ``train.steps`` alone, with their steps."""
+    learnt, present = learnt_from(session.recipe), _provenance(session)
+    runs = []
+    for run in _runs_of(session):
+        changes = differences(run.recipe, learnt)
+        if [change.path for change in changes] == ["train.steps"] and not differences(_started_from(run), present):
+            runs.append((run, changes[0].before))
+    return runs
+
+
+def _runs_of(session: Session) -> list[RunFolder]:
+    """The runs with the recipe's name, other than its own."""
+    pattern = f"{glob.escape(session.recipe.name)}-*/manifest.json"
+    folders = (path.parent for path in sorted(runs_folder(session.workspace).glob(pattern)))
+    return [RunFolder(folder) for folder in folders if folder != run_path(session)]
+
+
+def _started_from(run: RunFolder) -> Any:
+    return run.read_object("manifest.json").get("provenance", {})
+
+
 def similar_runs(session: Session) -> list[tuple[RunFolder, list[str]]]:
     """Runs of the same recipe that started from something else, and what differs, as ``scores.rule: "a" -> "b"``."""
     learnt, present = learnt_from(session.recipe), _provenance(session)
-    runs = []
-    for path in sorted(runs_folder(session.workspace).glob(f"{glob.escape(session.recipe.name)}-*/manifest.json")):
-        run = RunFolder(path.parent)
-        if path.parent != run_path(session) and not differences(run.recipe, learnt):
-            changes = differences(run.read_object("manifest.json").get("provenance", {}), present)
-            runs.append((run, [str(change) for change in changes]))
-    return runs
+    return [
+        (run, [str(change) for change in differences(_started_from(run), present)])
+        for run in _runs_of(session)
+        if not differences(run.recipe, learnt)
+    ]
 
 
 def find_run(session: Session) -> RunFolder | None:

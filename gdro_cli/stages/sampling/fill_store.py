@@ -34,6 +34,7 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
 
     Raises:
         Interrupted: between two steps of a batch; finished shards are kept.
+        UserError: the model has no schedule of so many steps.
         StoreError: another job is filling the store, or an image is not finite.
         EndedElsewhere: one of these was raised in another process.
     """
@@ -41,6 +42,8 @@ def fill_store(session: Session, store: GroupStore, plan: SamplingPlan, *, label
     missing = engine.from_main(store.missing_shards)
     if not missing:
         return 0
+    with engine.together():  # a schedule that cannot be used is known before the model is loaded
+        session.model.sigmas(plan.steps, height=plan.height, width=plan.width)
     sharded = engine.world > 1 and recipe.model.sharding == "fsdp"
     own = missing if sharded else engine.share(missing)
     total = sum(store.images_in(number) for number in own)

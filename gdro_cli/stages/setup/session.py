@@ -56,6 +56,8 @@ class Session:
         self.stop = StopFlag(on_request=lambda: self.reporter.say(STOPPING))
         self._parent, self._planning, self._tracked = parent, planning, False
         self._prompts: dict[Split, PromptSet] = {}
+        self.remarks: list[tuple[str, str]] = []
+        """What was said about the prompts, as (section of the recipe, text)."""
         if model is not None:
             self.model = model
 
@@ -127,6 +129,8 @@ class Session:
                     raise UserError(
                         f"eval.rewards: {reward.name} cannot score {record.prompt!r} of prompts.eval: {error}"
                     ) from error
+            for text in reward.check_prompts(self.prompts("eval").records):
+                self._say("prompts.eval", text)
         return rewards
 
     @cached_property
@@ -161,12 +165,24 @@ class Session:
         if split not in self._prompts:
             imported = self.imported_store if split == "train" else None
             if imported is None:
-                self._prompts[split] = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
+                prompts = load_prompts(getattr(self.recipe.prompts, split), reward=self.reward)
             else:
                 if self.recipe.train.scores is None:
                     check_imported_prompts(imported, self.reward)
-                self._prompts[split] = PromptSet(imported.prompts, dropped_duplicates=0)
+                prompts = PromptSet(imported.prompts, dropped_duplicates=0)
+            self._remark(split, prompts)
+            self._prompts[split] = prompts
         return self._prompts[split]
+
+    def _remark(self, split: Split, prompts: PromptSet) -> None:
+        """Say what a user should know about prompts before images are made for them. Raises UserError."""
+        given = split == "train" and self.recipe.train.scores is not None  # then the reward scores none of them
+        for text in (*prompts.remarks, *(() if given else self.reward.check_prompts(prompts.records))):
+            self._say(f"prompts.{split}", text)
+
+    def _say(self, section: str, text: str) -> None:
+        self.remarks.append((section, text))
+        self.reporter.say(f"{section}: {text}")
 
     def require_store(self, stage: str) -> None:
         """Raise UserError if ``gdro sample`` or ``gdro score`` has nothing to do for this recipe."""

@@ -16,8 +16,8 @@ from gdro_cli.runtime.metrics import validation_rows
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.reporting.model_card import write_card
-from gdro_cli.stages.runs.identity import find_run, open_run
-from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end, is_finished, refuse_repetition
+from gdro_cli.stages.runs.identity import find_run, open_run, runs_of_other_length
+from gdro_cli.stages.runs.weights import ADAPTER_NOTE, STOPPED, best_folder, early_end, is_finished, refuse_repetition
 from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares
@@ -104,6 +104,12 @@ def _finished_run(session: Session) -> RunFolder | None:
     folder = find_run(session)
     if folder is None:
         refuse_repetition(session)
+        for other, steps in runs_of_other_length(session):
+            if (other.path / ADAPTER_NOTE).is_file():
+                session.reporter.say(
+                    f"{other.path.name} is a finished run of this recipe with train.steps {steps}; another number"
+                    " of steps makes another run, which begins at step 0"
+                )
         return None
     return folder if is_finished(folder, session.recipe) else None
 

@@ -53,9 +53,16 @@ def test_thresholds_by_tag() -> None:
 
 @pytest.mark.parametrize(("tag", "limit"), [("single_object", 0.3), ("counting", 0.9)])
 def test_a_confidence_equal_to_the_threshold_does_not_count(tag: str, limit: float) -> None:
-    just_above = float(np.nextafter(limit, 1))
-    objects = [at("dog", 0, 0, confidence=value) for value in (limit, just_above)]
+    """The official code has confidences in float32 and compares in float32, where 0.3 is a little more than 0.3."""
+    equal = np.float32(limit)
+    just_above = float(np.nextafter(equal, np.float32(1)))
+    objects = [at("dog", 0, 0, confidence=value) for value in (limit, float(equal), just_above)]
     assert [item.confidence for item in select(objects, tag=tag)["dog"]] == [just_above]
+
+
+def test_one_object_at_the_threshold_is_not_found() -> None:
+    dog = at("dog", 0, 0, confidence=float(np.float32(0.3)))
+    assert verdict(ask(want("dog"), tag="single_object"), [dog]) == (False, False, 0.0)
 
 
 def test_a_class_without_a_confident_object_is_absent() -> None:

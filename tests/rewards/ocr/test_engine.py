@@ -59,6 +59,11 @@ def test_two_lines_are_read_from_top_to_bottom(reward: OcrReward) -> None:
     assert sum(score.value or 0.0 for score in scores) > 5.5
 
 
+def test_a_target_of_two_lines_is_satisfied_by_a_sign_of_two_lines(reward: OcrReward) -> None:
+    (score,) = reward.score([sign(["GARDEN", "HOTEL"])], [ask("GARDEN\nHOTEL")])
+    assert (score.value, score.details["exact"]) == (1.0, True)
+
+
 def test_a_wrong_letter_costs_its_share(reward: OcrReward) -> None:
     (score,) = reward.score([sign(["HOTEL"])], [ask("MOTEL")])
     assert score.value == pytest.approx(0.8)

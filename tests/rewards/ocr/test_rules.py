@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rapidfuzz.distance import Levenshtein
 
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.base import Score
@@ -12,8 +15,49 @@ from gdro_cli.rewards.ocr.rules import exact_match, normalise, ocr_reward, simil
 from tests.support.ocr_signs import Prompt
 
 
-def test_normalise_removes_spaces_and_case_only() -> None:
+def test_normalise_removes_spaces_and_case() -> None:
     assert normalise(" Open 24/7! ") == "open24/7!"
+
+
+@pytest.mark.parametrize(
+    ("target", "recognised"),
+    [
+        ("HELLO\nYOU", "HELLOYOU"),  # two lines of a sign
+        ("HELLO\tYOU", "HELLO YOU"),
+        ("HELLO\u00a0YOU", "HELLO YOU"),  # no-break space
+        ("HELLO\u200bYOU", "HELLO YOU"),  # zero-width space
+        ("HELLO YOU", "HELLO\u3000YOU"),  # the recogniser's own wide space
+        ("I \u2665\ufe0f YOU", "I \u2665 YOU"),  # the heart's form
+        ("CAFE\u0301", "CAF\u00c9"),  # decomposed
+        ("DON\u2019T", "DON'T"),
+        ("DON'T", "DON\u2019T"),  # on either side
+        ("\u201cHI\u201d", '"HI"'),
+        ("9\u20135", "9-5"),
+        ("9 \u2014 5", "9 - 5"),
+        ("WAIT\u2026", "WAIT..."),
+        ("WAIT...", "WAIT\u2026"),
+        ("OPEN!", "OPEN\uff01"),  # full width
+        ("\u00c5", "\u212b"),  # the sign of the unit
+    ],
+)
+def test_a_perfect_image_satisfies_its_target_however_it_is_typed(target: str, recognised: str) -> None:
+    assert ocr_reward(target, recognised) == similarity(target, recognised) == 1.0
+    assert exact_match(target, recognised)
+
+
+_LETTERS = st.text("ABCDEHLO ", min_size=1).filter(str.strip)
+_READ = st.text("ABCDEHLOabcdehlo .,'\"-!0\u2019\u201c\u2013\u2026\u00b4\uff01\uff21\u00e9\u4e2d")
+
+
+@given(_LETTERS, _READ)
+def test_signs_of_plain_letters_have_the_numbers_of_flow_grpos_own_rule(target: str, recognised: str) -> None:
+    expected, actual = (text.replace(" ", "").lower() for text in (target, recognised))
+    distance = 0 if expected in actual else min(Levenshtein.distance(expected, actual), len(expected))
+    assert ocr_reward(target, recognised) == 1 - distance / len(expected)
+    assert similarity(target, recognised) == 1 - Levenshtein.distance(expected, actual) / max(
+        len(expected), len(actual)
+    )
+    assert exact_match(target, recognised) == (expected == actual)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +99,9 @@ def test_exact_match() -> None:
 @pytest.mark.parametrize("rule", [ocr_reward, similarity, exact_match])
 def test_an_empty_target_is_refused(rule: object) -> None:
     assert callable(rule)
-    with pytest.raises(ValueError, match="empty"):
-        rule("  ", "text")
+    for target in ("  ", "\u200b\n"):
+        with pytest.raises(ValueError, match="empty"):
+            rule(target, "text")
 
 
 def test_target_text() -> None:

@@ -17,6 +17,7 @@ SERVERS = ("reward.http.url=http://one", "reward.vlm.base_url=http://one/v1", "r
 """Of rewards that this recipe does not use; tests/stages/scoring/test_outage.py has one that does."""
 JUDGE = ("judge.kind=unified-reward", "judge.base_url=http://one/v1", "judge.model=m")
 SPEED = {
+    **{f"prompts.{split}.skip_bad": "true" for split in ("train", "validation", "eval")},
     "model.sharding": "fsdp",
     "model.offload": "true",
     "model.vae_slicing": "true",
@@ -78,9 +79,12 @@ def test_the_table_holds_every_key_of_speed() -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), SPEED.items())
-def test_what_changes_speed_alone_changes_no_name(key: str, value: str) -> None:
+def test_what_changes_speed_alone_changes_no_name(key: str, value: str, tmp_path: Path) -> None:
     """Not even where the evaluation points decide when the training ends, and so the judge counts."""
-    base = ("train.stop_on_collapse=true", *JUDGE, *SERVERS)
+    base: tuple[str, ...] = ("train.stop_on_collapse=true", *JUDGE, *SERVERS)
+    if key.endswith(".skip_bad"):  # for files only
+        (tmp_path / "prompts.txt").write_text('a sign "OPEN"')
+        base += (f"{key.removesuffix('skip_bad')}file={tmp_path / 'prompts.txt'}",)
     assert names(*base, f"{key}={value}") == names(*base)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import math
 import shutil
@@ -16,6 +17,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from PIL import Image
+from rich.console import Console
 from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
@@ -109,6 +111,20 @@ def test_changed_settings_get_their_own_store_or_run(
         eval={"bootstrap": 200}, train={"keep_checkpoints": 2}, sample={"batch_size": 3, "prompts_per_shard": 1}
     )
     assert run_path(Session(shown, workspace)) == workspace / "runs" / trained.run.path.name
+
+
+def test_more_steps_than_a_finished_run_begin_anew_and_say_so(
+    finished: Finished, make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+    console = Console(file=io.StringIO(), width=1000)
+    result = train.run(Session(make_recipe(train={"steps": 5}), tmp_path, Reporter(console)))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    sentence = f"{finished[1].run.path.name} is a finished run of this recipe with train.steps 4; another number"
+    assert (result.resumed_from, said.count(sentence)) == (0, 1)
+    again = Console(file=io.StringIO(), width=1000)
+    train.run(Session(make_recipe(train={"lr": 0.002, "steps": 1}), tmp_path, Reporter(again)))
+    assert "is a finished run" not in again.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_images_do_not_depend_on_batches_and_shards(
