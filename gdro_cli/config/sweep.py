@@ -20,7 +20,7 @@ from gdro_cli.config.layers import merge, merge_layers, nested, resolve_paths, w
 from gdro_cli.config.load import build_recipe
 from gdro_cli.config.methods import METHODS
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.yamlfile import parse_yaml
+from gdro_cli.config.yamlfile import describe, parse_yaml
 from gdro_cli.errors import UserError
 from gdro_cli.identity import Difference, differences, digest
 from gdro_cli.suggest import similar_key
@@ -142,12 +142,12 @@ def _with_fixed(recipe: Recipe, names: Sequence[str]) -> Recipe:
     for param, entry in recipe.ablation.items():
         for name, value in entry.set.items() if full_key(param, type(recipe)) in swept else ():
             key = full_key(name, type(recipe)) or name
-            text = f"ablation.{param}.set has {name} {value_text(value)}"
+            text = f"ablation.{param}.set has {name} {describe(value)}"
             if key in swept:
                 raise UserError(f"{text}, and --param {swept[key]} sweeps it: sweep one of them, or remove it there")
             if fixed.setdefault(key, value) != value:
                 raise UserError(f"{text}, and {owners[key]}: sweep one of them, or give both the same value")
-            owners.setdefault(key, f"ablation.{param}.set {value_text(value)}")
+            owners.setdefault(key, f"ablation.{param}.set {describe(value)}")
     if not fixed:
         return recipe
     source = f"{recipe.name} with what it fixes for {' and '.join(names)}"
