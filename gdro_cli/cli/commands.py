@@ -10,6 +10,7 @@ import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +295,7 @@ def ablate(
     from gdro_cli.config.sweep import plan_sweep
 
     sweep = plan_sweep(job.recipe, param or [], values, seeds=seeds)
+    job = replace(job, recipe=sweep.recipe)
     if worker:
         launch.alone_on_its_device()
     elif "WORLD_SIZE" in os.environ and not dry_run:

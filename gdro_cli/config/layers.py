@@ -6,6 +6,7 @@ more:
 
 - A layer that changes ``method.name`` drops the inherited keys that the new method does not use, also in ``ablation``.
   The keys that this layer itself sets must belong to the new method.
+- What ``--set`` gives is dropped from ``ablation.KEY.set``, which is below it.
 - A layer that gives a mixture weights replaces the inherited weights and ranges; other ranges replace the ranges.
 - A layer that names another kind of prompt source than the inherited one (``file``, ``builtin``, ``imported``)
   replaces the whole source.
@@ -17,13 +18,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.keys import foreign_keys, full_key
 from gdro_cli.config.methods import METHODS
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.rewards import MIX
 from gdro_cli.config.sections import SOURCE_KINDS
 from gdro_cli.config.yamlfile import describe, parse_value, read_yaml, shown
@@ -44,6 +46,7 @@ _PATHS = (
     "judge.template",
     "train.lora.init",
 )
+_ABSENT = object()
 #: Characters that end a key.
 _KEY_ENDS = re.compile(r"[\s:=]")
 
@@ -88,6 +91,7 @@ def file_layers(path: Path) -> list[dict[str, Any]]:
         if layers:
             layer = {key: value for key, value in layer.items() if key not in _OWN_KEYS}
         resolve_paths(layer, folder=resolved.parent)
+        _resolve_fixed_paths(layer, folder=resolved.parent)
         layers.insert(0, layer)
         current = None if extends is None else _extended(extends, by=current)
     return layers
@@ -118,6 +122,7 @@ def override_layer(overrides: Sequence[str]) -> dict[str, Any]:
         value = parse_value(text, source=f"the value of --set {shown(key)}")
         layer = merge(layer, nested(parts, value))
     resolve_paths(layer, folder=Path())
+    _resolve_fixed_paths(layer, folder=Path())
     return layer
 
 
@@ -140,6 +145,52 @@ def resolve_paths(layer: dict[str, Any], *, folder: Path) -> None:
         if isinstance(value, str) and value and (path, value) != ("model.path", "tiny"):
             candidates = [base / os.path.expanduser(value) for base in (folder, Path())]
             section[key] = next((os.path.abspath(file) for file in candidates if os.path.exists(file)), value)
+
+
+def _resolve_fixed_paths(layer: Mapping[str, Any], *, folder: Path) -> None:
+    """``resolve_paths`` for the settings in ``ablation.KEY.set``."""
+    entries = layer.get("ablation")
+    for entry in entries.values() if isinstance(entries, Mapping) else ():
+        settings = _inner(entry, "set")
+        if isinstance(settings, dict):
+            fixed = fixed_layer(settings)
+            resolve_paths(fixed, folder=folder)
+            for name in settings:
+                value = _at(fixed, full_key(name) or name)
+                settings[name] = settings[name] if value is _ABSENT else value
+
+
+def fixed_layer(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``ablation.KEY.set``, by full or short name, as a layer."""
+    layer: dict[str, Any] = {}
+    for name, value in settings.items():
+        layer = merge(layer, nested((full_key(name) or name).split("."), value))
+    return layer
+
+
+def with_fixed(recipe: Recipe, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe as a mapping, with the settings of ``ablation.KEY.set``."""
+    resolved = recipe.resolved()
+    return {**merge_layers([resolved, fixed_layer(settings)]), "ablation": resolved["ablation"]}
+
+
+def with_overrides(layers: Sequence[Mapping[str, Any]], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """One mapping of ``layers`` with ``--set`` on top, also of what a sweep fixes."""
+    data = merge_layers([*layers, overrides])
+    if isinstance(data.get("ablation"), Mapping):
+        data["ablation"] = _without_fixed(data["ablation"], lambda key: _at(overrides, key) is not _ABSENT)
+    return data
+
+
+def _without_fixed(entries: Mapping[str, Any], dropped: Callable[[str], bool]) -> dict[str, Any]:
+    """``ablation`` without the settings in ``set`` whose keys are dropped."""
+    result = dict(entries)
+    for name, entry in entries.items():
+        settings = _inner(entry, "set")
+        if isinstance(settings, Mapping):
+            kept = {short: value for short, value in settings.items() if not dropped(full_key(short) or short)}
+            result[name] = {**entry, "set": kept}
+    return result
 
 
 def merge_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -189,12 +240,22 @@ def _without(data: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
         for section, inner in data.items()
     }
     if isinstance(result.get("ablation"), Mapping):
-        result["ablation"] = {name: v for name, v in result["ablation"].items() if full_key(name) not in paths}
+        kept = {name: entry for name, entry in result["ablation"].items() if full_key(name) not in paths}
+        result["ablation"] = _without_fixed(kept, lambda key: key in paths)
     return result
 
 
 def _inner(section: object, key: str) -> object:
     return section.get(key) if isinstance(section, Mapping) else None
+
+
+def _at(layer: object, path: str) -> Any:
+    """The value at a dotted path, or ``_ABSENT``."""
+    for part in path.split("."):
+        if not isinstance(layer, Mapping) or part not in layer:
+            return _ABSENT
+        layer = layer[part]
+    return layer
 
 
 def _other_kind(inherited: object, source: object) -> bool:

@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.layers import file_layers, find_recipe, merge_layers, override_layer, shipped_recipes
+from gdro_cli.config.layers import (
+    file_layers,
+    find_recipe,
+    merge_layers,
+    override_layer,
+    shipped_recipes,
+    with_overrides,
+)
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.rewards import reward_names
 from gdro_cli.config.sections import RewardSection
@@ -22,18 +29,21 @@ __all__ = ["build_recipe", "load_recipe", "load_resolved", "load_reward_section"
 def load_recipe(name_or_path: str, *, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe at a path or with a shipped name (``ocr``, ``ocr.yaml``; a path wins), ``--set`` applied.
 
-    Raises a ``UserError`` that lists every problem, each with the dotted path of its key.
+    Raises a ``UserError`` that lists every problem, each with the dotted path of its key. What sweeps fix
+    (``ablation.KEY.set``) is part of that, unless ``--set`` changes only other keys: then it may not fit what another
+    command does, and ``plan_sweep`` checks it.
     """
-    path = find_recipe(name_or_path)
-    data = merge_layers([*file_layers(path), override_layer(overrides)])
+    path, changes = find_recipe(name_or_path), override_layer(overrides)
+    data = with_overrides(file_layers(path), changes)
     data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem).strip("-._") or "recipe")
-    return build_recipe(data, source=f"{path.name} with --set" if overrides else str(path))
+    source = f"{path.name} with --set" if overrides else str(path)
+    return build_recipe(data, source=source, check_fixed=not changes or "ablation" in changes)
 
 
 def load_resolved(path: Path, *, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe that a run keeps as JSON, ``--set`` applied. Raises as ``load_recipe``, and ``StoreError``."""
     remedy = "run `gdro train` with the run's recipe again"
-    data = merge_layers([read_object(path, remedy=remedy), override_layer(overrides)])
+    data = with_overrides([read_object(path, remedy=remedy)], override_layer(overrides))
     return build_recipe(data, source=f"{path} with --set" if overrides else str(path))
 
 
@@ -54,9 +64,12 @@ def load_reward_section(kind: str, *, overrides: Sequence[str] = ()) -> RewardSe
     return section
 
 
-def build_recipe(data: Mapping[str, Any], *, source: str = "recipe") -> Recipe:
-    """The recipe of a plain mapping without ``extends``. Raises as ``load_recipe``; messages call it ``source``."""
+def build_recipe(data: Mapping[str, Any], *, source: str = "recipe", check_fixed: bool = False) -> Recipe:
+    """The recipe of a plain mapping without ``extends``. Raises as ``load_recipe``; messages call it ``source``.
+
+    ``check_fixed``: refuse values in ``ablation.KEY.set`` that the recipe cannot have.
+    """
     method = data.get("method")
     if isinstance(method, Mapping) and "name" not in method:
         data = {**data, "method": {"name": "gdro", **method}}
-    return validate(data, source=source)
+    return validate(data, source=source, check_fixed=check_fixed)

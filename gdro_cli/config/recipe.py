@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, JsonValue
+from pydantic import Field
 
 from gdro_cli.config.base import Affects, StrictModel
 from gdro_cli.config.methods import GdroMethod, GroupMethod, Method, OnlineMethod
 from gdro_cli.config.sections import (
+    AblationEntry,
     EvalSection,
     JudgeSection,
     ModelSection,
@@ -49,10 +50,9 @@ class Recipe(StrictModel):
     """Optimisation of the adapter."""
     eval: Annotated[EvalSection, Affects("measurement")] = EvalSection()
     """How a model is measured."""
-    ablation: Annotated[dict[str, Annotated[tuple[JsonValue, ...], Field(strict=False)]], Affects("label")] = Field(
-        default_factory=dict
-    )
-    """Default values for `gdro ablate`, by recipe key or short name (`tau` for `method.tau`)."""
+    ablation: Annotated[dict[str, AblationEntry], Affects("label")] = Field(default_factory=dict)
+    """Default values for `gdro ablate`, by recipe key or short name (`tau` for `method.tau`): a list, or `values` with
+    the list and `set` with keys that have another value in all cells of that sweep."""
 
     @property
     def eval_steps(self) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gdro_cli.config.base import StrictModel
-from gdro_cli.config.keys import field_names, foreign_keys, full_key
+from gdro_cli.config.keys import field_doc, field_names, foreign_keys, full_key
 from gdro_cli.config.methods import GroupMethod, OnlineMethod
 from gdro_cli.config.prompt_sets import BUILTIN_SETS, GENEVAL_TAGS, OPTIONS, fitting_sets
 from gdro_cli.config.recipe import Recipe
@@ -282,14 +282,45 @@ def variable_problem(name: str, *, example: str) -> str | None:
 
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
-    for name, values in recipe.ablation.items():
+    schema = type(recipe)
+    for name, entry in recipe.ablation.items():
         path = f"ablation.{name}"
-        key = full_key(name, type(recipe))
+        key = full_key(name, schema)
         if key is None:
-            yield Problem(path, f"there is no recipe key {name!r}{similar_key(name, field_names(type(recipe)))}")
-        if not values:
+            yield Problem(path, _no_key(name, schema))
+        if not entry.values:
             yield Problem(path, "needs at least one value")
-        for value in values:
-            yield from _secret(key or name, value, path=path)
-            if key is not None and key.startswith("reward.") and key not in _ADDRESSES:
-                yield from _passwords(value, path)
+        yield from _published(key or name, entry.values, path=path)
+        yield from _fixed(entry.set, path=f"{path}.set", swept=key, schema=schema)
+
+
+def _fixed(settings: Mapping[str, Any], *, path: str, swept: str | None, schema: type[Recipe]) -> Iterator[Problem]:
+    """The settings that a sweep of ``swept`` fixes, each by itself."""
+    names: dict[str, str] = {}
+    for name, value in settings.items():
+        key = full_key(name, schema)
+        if name in field_names(schema, sections=True) and isinstance(value, Mapping) and key != name:
+            yield Problem(path, f"{name} is a section: name its keys in full, as in {name}.{next(iter(value), 'key')}")
+        elif key is None:
+            yield Problem(path, _no_key(name, schema))
+        elif key == swept:
+            yield Problem(path, f"{name} is the swept key itself: remove it")
+        elif key in names:
+            yield Problem(path, f"{name} and {names[key]} are the same key: keep one")
+        elif "label" in field_doc(key, schema).affects:
+            yield Problem(path, f"{name} says something about the recipe and not about the training: remove it")
+        else:
+            names[key] = name
+        yield from _published(key or name, [value], path=path)
+
+
+def _no_key(name: str, schema: type[Recipe]) -> str:
+    return f"there is no recipe key {name!r}{similar_key(name, field_names(schema))}"
+
+
+def _published(key: str, values: Iterable[Any], *, path: str) -> Iterator[Problem]:
+    """Refuse values in ``ablation`` that the key itself must not have, since runs publish them."""
+    for value in values:
+        yield from _secret(key, value, path=path)
+        if key.startswith("reward.") and key not in _ADDRESSES:
+            yield from _passwords(value, path)

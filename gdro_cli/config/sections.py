@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, JsonValue, model_serializer, model_validator
 
 from gdro_cli.config.base import Affects, FallsBackTo, StoredGroupsOnly, StrictModel
 from gdro_cli.config.rewards import MIX, RewardName
@@ -366,3 +367,21 @@ class EvalSection(StrictModel):
     """Prompts shown in the image grid, base above trained. 0: no grid."""
     validation_images_per_prompt: int = Field(1, ge=1)
     """Images per validation prompt at the evaluation points during training. 1 or more."""
+
+
+class AblationEntry(StrictModel):
+    """What `gdro ablate` does with a key by default. A list is short for its `values` alone."""
+
+    values: Annotated[tuple[JsonValue, ...], Field(strict=False)]
+    """The values of the key, one cell each."""
+    set: dict[str, JsonValue] = Field(default_factory=dict)
+    """Values of other keys, by full or short name, in all cells."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_list(cls, given: Any) -> Any:
+        return given if isinstance(given, Mapping) else {"values": given}
+
+    @model_serializer
+    def _shortest(self) -> Any:
+        return {"values": self.values, "set": self.set} if self.set else self.values

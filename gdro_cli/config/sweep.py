@@ -15,14 +15,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.keys import SHORT_NAMES, describe_fields, field_doc, field_names, full_key
-from gdro_cli.config.layers import merge, merge_layers, nested, resolve_paths
+from gdro_cli.config.keys import SHORT_NAMES, describe_fields, field_doc, field_names, full_key, values_that_affect
+from gdro_cli.config.layers import merge, merge_layers, nested, resolve_paths, with_fixed
 from gdro_cli.config.load import build_recipe
 from gdro_cli.config.methods import METHODS
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.yamlfile import parse_value
+from gdro_cli.config.yamlfile import describe, parse_value
 from gdro_cli.errors import UserError
-from gdro_cli.identity import digest
+from gdro_cli.identity import Difference, differences, digest
 from gdro_cli.suggest import similar_key
 
 POINTS = 4
@@ -69,6 +69,9 @@ class Sweep:
     """All cells of an ablation: every combination of values with the first seed, then with the next."""
 
     recipe: Recipe
+    """What all cells share: the user's recipe with the settings that it fixes for these keys."""
+    fixed: tuple[Difference, ...]
+    """Those settings, where they differ from the user's recipe."""
     axes: tuple[Axis, ...]
     seeds: tuple[int, ...]
     cells: tuple[Cell, ...]
@@ -101,15 +104,16 @@ def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | Non
     """Every cell of a sweep, checked.
 
     Args:
-        recipe: the recipe that all cells share.
+        recipe: the user's recipe. What its section ``ablation`` fixes for these keys holds in all cells.
         names: full or short names of the keys to sweep.
         values: the values of each key as YAML, separated by commas; empty or None takes them from ``recipe.ablation``.
         seeds: trainings per combination of values, with the recipe's training seed and the next ones.
 
     Raises:
-        UserError: an unknown key or one that cannot be swept, values that are missing, repeated or invalid, cells that
-            could not be compared, or more of them than ``MOST_CELLS``.
+        UserError: an unknown key or one that cannot be swept, values that are missing, repeated or invalid, settings
+            that contradict each other, cells that could not be compared, or more of them than ``MOST_CELLS``.
     """
+    own, recipe = recipe, _with_fixed(recipe, names)
     axes = _axes(recipe, names, values or ())
     count = math.prod(len(axis.values) for axis in axes) * seeds
     if count > MOST_CELLS:
@@ -125,7 +129,29 @@ def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | Non
         for combination in itertools.product(*(axis.values for axis in axes))
     )
     _refuse_equal(cells[: len(cells) // seeds])
-    return Sweep(recipe, axes, numbers, cells, tuple(_notes(recipe, axes, cells)))
+    fixed = differences(own, recipe)
+    notes = (*_fixed_notes(own, recipe, fixed), *_notes(recipe, axes, cells))
+    return Sweep(recipe, fixed, axes, numbers, cells, notes)
+
+
+def _with_fixed(recipe: Recipe, names: Sequence[str]) -> Recipe:
+    """The recipe with the settings that it fixes for these keys. Raises UserError if they contradict each other."""
+    swept = {key: name for name in names if (key := full_key(name, type(recipe))) is not None}
+    fixed: dict[str, Any] = {}
+    owners: dict[str, str] = {}
+    for param, entry in recipe.ablation.items():
+        for name, value in entry.set.items() if full_key(param, type(recipe)) in swept else ():
+            key = full_key(name, type(recipe)) or name
+            text = f"ablation.{param}.set has {name} {describe(value)}"
+            if key in swept:
+                raise UserError(f"{text}, and --param {swept[key]} sweeps it: sweep one of them, or remove it there")
+            if fixed.setdefault(key, value) != value:
+                raise UserError(f"{text}, and {owners[key]}: sweep one of them, or give both the same value")
+            owners.setdefault(key, f"ablation.{param}.set {describe(value)}")
+    if not fixed:
+        return recipe
+    source = f"{recipe.name} with what it fixes for {' and '.join(names)}"
+    return build_recipe(with_fixed(recipe, fixed), source=source)
 
 
 def _axes(recipe: Recipe, names: Sequence[str], values: Sequence[str]) -> tuple[Axis, ...]:
@@ -185,7 +211,8 @@ def _values(name: str, key: str, recipe: Recipe, text: str | None) -> tuple[Any,
     if text is not None:
         values = parse_value(f"[{text}]", source=f"--values {text!r} for {name}")
     else:
-        values = next((values for short, values in recipe.ablation.items() if full_key(short, type(recipe)) == key), ())
+        entries = (entry for short, entry in recipe.ablation.items() if full_key(short, type(recipe)) == key)
+        values = next((entry.values for entry in entries), ())
     if not values:
         raise UserError(
             f"--param {name}: there are no values, and the recipe {recipe.name} has none in its section `ablation`:"
@@ -226,6 +253,21 @@ def _refuse_equal(cells: Sequence[Cell]) -> None:
             both = " and ".join(dict.fromkeys((labels[key], cell.label)))
             raise UserError(f"{both}: the same value twice: name each value once")
         labels[key] = cell.label
+
+
+def _fixed_notes(own: Recipe, shared: Recipe, fixed: Sequence[Difference]) -> Iterator[str]:
+    if fixed:
+        yield f"the recipe fixes for this sweep: {', '.join(map(fixed_text, fixed))}"
+    if shared.online_method is None and values_that_affect(own, "images") != values_that_affect(shared, "images"):
+        yield "the fixed settings change the images, so the cells share a store that is not the recipe's"
+    elif values_that_affect(own, "scores") != values_that_affect(shared, "scores"):
+        yield "the fixed settings change the scores, so the cells share scores that are not the recipe's"
+
+
+def fixed_text(setting: Difference) -> str:
+    """A fixed setting and the recipe's own value, as in ``method.k 8 (otherwise 6)``."""
+    before, after = setting.texts
+    return f"{setting.path} {after} (otherwise {before})"
 
 
 def _notes(recipe: Recipe, axes: Sequence[Axis], cells: Sequence[Cell]) -> Iterator[str]:

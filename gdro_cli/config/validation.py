@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gdro_cli.config.keys import field_doc, field_names
+from gdro_cli.config.layers import with_fixed
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.rules import Problem, problems
 from gdro_cli.config.schema import schema_of, with_own_section
@@ -49,13 +50,28 @@ _EXPECTED = {
 }
 
 
-def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
+def validate(data: Mapping[str, Any], *, source: str, check_fixed: bool = False) -> Recipe:
     """``data`` as a recipe.
+
+    Args:
+        data: the recipe as a mapping.
+        source: what messages call it.
+        check_fixed: whether the recipe must also be valid with the settings of each ``ablation.KEY.set``.
 
     Raises:
         UserError: it has problems; the message lists them and calls it ``source``.
         PrerequisiteError: it names a reward of a plug-in that cannot be used.
     """
+    recipe, found = _checked(data)
+    if recipe is not None and check_fixed:
+        found += list(_fixed_problems(recipe, found))
+    if recipe is None or found:
+        raise _refusal(found, source)
+    return recipe
+
+
+def _checked(data: Mapping[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+    """``data`` as a recipe, None if a key is wrong, and its problems."""
     schema = schema_of(data)
     data = with_own_section(data, schema)
     try:
@@ -63,10 +79,17 @@ def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
     except ValidationError as error:
         details = error.errors(include_url=False)
         wrong_keys = _key_problems(details, data, schema)
-        raise _refusal([*wrong_keys, *_rule_problems(details, data, wrong_keys, schema)], source) from error
-    if broken_rules := list(problems(recipe)):
-        raise _refusal(broken_rules, source)
-    return recipe
+        return None, [*wrong_keys, *_rule_problems(details, data, wrong_keys, schema)]
+    return recipe, list(problems(recipe))
+
+
+def _fixed_problems(recipe: Recipe, known: Sequence[Problem]) -> Iterator[Problem]:
+    """What is wrong with the recipe only because of the settings in an ``ablation.KEY.set``."""
+    for name, entry in recipe.ablation.items():
+        path = f"ablation.{name}.set"
+        if entry.set and not any(problem.path == path for problem in known):
+            _, found = _checked(with_fixed(recipe, entry.set))
+            yield from (Problem(path, f"{shown(new.path)}: {new.message}") for new in found if new not in known)
 
 
 def _refusal(found: Sequence[Problem], source: str) -> UserError:
@@ -143,10 +166,11 @@ def _path(detail: ErrorDetails, schema: type[Recipe]) -> str:
     path = ""
     for number, part in enumerate(detail["loc"], start=1):
         inner = f"{path}.{part}".lstrip(".")
-        unknown = number == len(detail["loc"]) and detail["type"] == "extra_forbidden"
+        unknown = number == len(detail["loc"]) and detail["type"] in ("extra_forbidden", "missing")
+        free = path == "ablation" or path.endswith(".tags") or (path.startswith("ablation.") and part == "set")
         if isinstance(part, int):
             path += f"[{part}]"
-        elif unknown or inner in field_names(schema, sections=True) or path == "ablation" or path.endswith(".tags"):
+        elif unknown or free or inner in field_names(schema, sections=True):
             path = inner
     return f"{path}.name" if detail["type"] == "union_tag_invalid" else path
 

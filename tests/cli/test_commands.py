@@ -215,6 +215,17 @@ def test_an_ablation_can_be_described_first(tmp_path: Path, capsys: pytest.Captu
     assert not out.exists()
 
 
+def test_what_the_recipe_fixes_is_part_of_the_description(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what is measured, which all cells share."""
+    path = tmp_path / "mine.yaml"
+    settings = "{train.steps: 240, prompts.validation.count: 8}"
+    path.write_text(f"extends: ocr\nablation: {{tau: {{values: [0.5, 0], set: {settings}}}}}\n")
+    assert run("ablate", "--recipe", str(path), "--param", "tau", "--dry-run", "--out", str(tmp_path / "out")) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "480 steps are left" in shown and "8 validation prompts" in shown
+    assert "fixes for this sweep: prompts.validation.count 8 (otherwise 128), train.steps 240 (otherwise 300)" in shown
+
+
 @pytest.mark.parametrize("arguments", [["trian"], ["train", "--foo"], ["train", "--num-processes", "0"]])
 def test_a_wrong_command_line_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*arguments) == 2

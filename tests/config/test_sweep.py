@@ -68,8 +68,8 @@ def test_short_names(short: str, key: str | None) -> None:
 def test_every_shipped_ablation_can_be_swept(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.ablation
-    for key, values in recipe.ablation.items():
-        assert len(plan_sweep(recipe, [key]).cells) == len(values)
+    for key, entry in recipe.ablation.items():
+        assert len(plan_sweep(recipe, [key]).cells) == len(entry.values)
 
 
 def test_two_keys_are_a_grid_and_seeds_repeat_it(ocr: Recipe) -> None:

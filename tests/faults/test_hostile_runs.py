@@ -27,6 +27,10 @@ JUDGE = ("judge.kind=unified-reward", "judge.model=m", "judge.base_url=http://h/
         (f'ablation={{judge.base_url: ["http://user:{SECRET}@host/v1"]}}', "ablation.judge.base_url: must not hold"),
         (f'ablation={{judge.base_url: [["http://user:{SECRET}@host/v1"]]}}', "must be text"),
         (f"ablation={{judge.api_key_env: [sk-{SECRET}]}}", "must be the name of an environment variable"),
+        (
+            f'ablation={{tau: {{values: [0], set: {{judge.api_key_env: "sk-{SECRET}"}}}}}}',
+            "ablation.tau.set: must be the",
+        ),
         (f"judge.base_url=http://host/v1?key={SECRET}", "must not hold"),
         (f"judge.base_url=http://host/v1#{SECRET}", "must not hold"),
         (f"judge.base_url=http://host/v1;key={SECRET}", "must not hold"),
@@ -56,6 +60,21 @@ def test_an_ablations_addresses_and_paths_are_hidden() -> None:
     values = "{judge.base_url: [http://inner.host/v1], prompts.train.file: [hidden/p.txt], model.path: [./hidden/m]}"
     shown = public_recipe(load_recipe("smoke", overrides=[f"ablation={values}"]))["ablation"]
     assert "inner.host" not in json.dumps(shown) and "hidden" not in json.dumps(shown)
+
+
+def test_what_a_sweep_fixes_is_hidden_like_its_values() -> None:
+    judge = "judge.kind: unified-reward, judge.model: ./hidden/m, judge.base_url: http://inner.host/v1"
+    entry = f"{{values: [hidden/p.txt], set: {{{judge}, k: 3}}}}"
+    shown = public_recipe(load_recipe("smoke", overrides=[f"ablation={{prompts.train.file: {entry}}}"]))
+    assert shown["ablation"]["prompts.train.file"] == {
+        "values": ["p.txt"],
+        "set": {
+            "judge.kind": "unified-reward",
+            "judge.model": "m",
+            "judge.base_url": "https://judge.invalid/v1",
+            "k": 3,
+        },
+    }
 
 
 def test_a_base_models_name_is_a_link_only_if_it_is_a_hub_id(tmp_path: Path) -> None:

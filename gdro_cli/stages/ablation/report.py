@@ -90,6 +90,7 @@ def json_document(ablation: Ablation, images: Images, folder: Path) -> bytes:
             "recipe": sweep.recipe.name,
             "task": sweep.recipe.reward.kind,
             "parameters": [{"name": axis.name, "key": axis.key, "values": axis.values} for axis in sweep.axes],
+            "fixed": {each.path: {"value": each.after, "recipe": each.before} for each in sweep.fixed},
             "seeds": sweep.seeds,
             "protocol": ablation.protocol,
             "reward_measure": ablation.reward,

@@ -84,21 +84,28 @@ def _gives(name: str, sets: list[str], wanted: Mapping[str, Any]) -> bool:
 
 
 def _public(value: Any, path: str) -> Any:
+    if path == "ablation":
+        return {name: _public_entry(entry, name) for name, entry in value.items()}
     if isinstance(value, Mapping):
         return {key: _public(inner, f"{path}.{key}".lstrip(".")) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_public(inner, path) for inner in value]
     if not isinstance(value, str):
         return value
-    if path.startswith("ablation."):
-        key = path.removeprefix("ablation.")
-        path = full_key(key) or key
     if path in _ADDRESSES:
         return _ADDRESSES[path]
     if "://" in value and _of_plugin(path):
         return _REWARD_ADDRESS
     local = path in _FILES or (path in _FILES_OR_IDS and not is_hub_id(value))
     return last_part(value) if local or Path(value).is_absolute() else without_paths(value)
+
+
+def _public_entry(entry: Any, name: str) -> Any:
+    """The values and settings of a sweep as public as those of the keys themselves."""
+    if not isinstance(entry, Mapping):
+        return _public(entry, full_key(name) or name)
+    settings = {short: _public(value, full_key(short) or short) for short, value in entry["set"].items()}
+    return {"values": _public(entry["values"], full_key(name) or name), "set": settings}
 
 
 def _of_plugin(path: str) -> bool:

@@ -375,6 +375,30 @@ def test_a_cell_that_fails_does_not_end_the_others(
     assert "the loss became" in path.with_name("report.html").read_text()
 
 
+def test_what_the_recipe_fixes_holds_in_all_cells_and_is_on_the_page(
+    done: Done, make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The recipe has another K and two steps more; with what it fixes, the cells are trainings of `done`."""
+    out = tmp_path / "out"
+    shutil.copytree(done[0], out)
+    entry = {"values": [0.05, 0.5], "set": {"k": 3, "train.steps": 4}}
+    recipe = make_recipe(method={"k": 2}, train={"steps": 6}, ablation={"tau": entry})
+    command = ["ablate", "--recipe", small_file(recipe, tmp_path), "--param", "tau", "--out", str(out)]
+    before = written(out)
+    for more in (["--dry-run"], []):
+        with pytest.raises(SystemExit) as leaving:
+            main([*command, *more])
+        assert leaving.value.code == 0
+        assert "2, 2 of them finished" in capsys.readouterr().out or not more
+    assert written(out) == before
+    (path,) = set(out.glob("ablations/*/ablation.json")) - {out / done[2].files[0].relative_to(done[0])}
+    document, page = json_of(path), path.with_name("report.html").read_text()
+    assert [cell["run"] for cell in document["cells"]] == [each.run.name for each in done[2].ablation.cells[:2]]
+    assert document["fixed"] == {"method.k": {"value": 3, "recipe": 2}, "train.steps": {"value": 4, "recipe": 6}}
+    assert "The recipe fixes for this sweep: method.k 3 (otherwise 2), train.steps 4 (otherwise 6)." in page
+    assert json_of(done[2].files[0])["fixed"] == {}
+
+
 def test_two_jobs_share_the_cells(done: Done, make_recipe: MakeRecipe, tmp_path: Path) -> None:
     """Each process trains on its own: the points are those of one process."""
     out = tmp_path / "out"
