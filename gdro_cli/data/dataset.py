@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import compress, islice
 from typing import Literal, Self
 
@@ -83,7 +83,7 @@ class GroupBatch:
         return type(self)(**{field.name: getattr(self, field.name)[rank::world] for field in fields(self)})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class GroupDataset:
     """Every eligible group of a store, in memory."""
 
@@ -170,15 +170,18 @@ class GroupDataset:
     def draw(self, step: int, *, groups: int, seed: int) -> GroupBatch:
         """The ``groups`` groups of ``step`` (from 0), which depend only on the arguments.
 
-        Steps take groups from one endless sequence of epochs; each epoch is a fresh permutation of the groups. Each
+        Steps take groups from one endless sequence of epochs; each epoch is a fresh permutation of the groups. If no
+        order is needed, an epoch visits a group as often as it has K images, other images each time. Otherwise each
         visit draws K random scored images, up to ``MAX_REDRAWS`` times until their rewards have spread. If none of
         these draws has spread, the group's best and worst image are among the K. A group with fewer scored images is
         drawn whole.
         """
-        visits = [divmod(step * groups + index, len(self)) for index in range(groups)]
-        chosen = [_permutation(len(self), seed, epoch)[position] for epoch, position in visits]
+        places = self._places
+        visits = [divmod(step * groups + index, len(places)) for index in range(groups)]
+        drawn = [places[_permutation(len(places), seed, epoch)[position]] for epoch, position in visits]
+        chosen = [group for group, _ in drawn]
         images = torch.stack(
-            [self._draw_images(group, epoch, seed) for group, (epoch, _) in zip(chosen, visits, strict=True)]
+            [self._draw_images(*place, epoch, seed) for place, (epoch, _) in zip(drawn, visits, strict=True)]
         )
         rows, present = torch.tensor(chosen), images != EMPTY
         rewards = self.rewards[rows[:, None], images].masked_fill(~present, math.nan)
@@ -204,12 +207,20 @@ class GroupDataset:
             row[scored] = row[scored[order]]
         return replace(self, rewards=rewards)
 
-    def _draw_images(self, group: int, epoch: int, seed: int) -> Tensor:
+    @cached_property
+    def _places(self) -> list[tuple[int, int]]:
+        """The visits of an epoch: a group, and how many of its visits in the epoch come before."""
+        if self.min_spread is not None:
+            return [(group, 0) for group in range(len(self))]
+        counts = (self.rewards.isfinite().sum(dim=1) // self.k).clamp_min(1).tolist()
+        return [(group, part) for group, count in enumerate(counts) for part in range(count)]
+
+    def _draw_images(self, group: int, part: int, epoch: int, seed: int) -> Tensor:
         rewards = self.rewards[group]
         scored = rewards.isfinite().nonzero().flatten()
         stream = generator(seed, "images of a group", self.prompts[group].id, epoch)
         for _ in range(MAX_REDRAWS):
-            drawn = scored[torch.randperm(len(scored), generator=stream)[: self.k]]
+            drawn = scored[torch.randperm(len(scored), generator=stream)[self.k * part : self.k * (part + 1)]]
             if self.min_spread is None or _spread(rewards[drawn]) > self.min_spread:
                 return functional.pad(drawn, (0, self.k - len(drawn)), value=EMPTY)
         ends = torch.stack([scored[rewards[scored].argmax()], scored[rewards[scored].argmin()]])

@@ -79,7 +79,8 @@ def image_files(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     for path in images:
         if not path.is_file():
             raise UserError(f"{path} is a broken link: put the image itself there, or delete the link")
-    return images, tuple(path for path in visible if path not in images)
+    known = set(images)
+    return images, tuple(path for path in visible if path not in known)
 
 
 def write_image_folder(folder: Path, entries: Iterable[PromptImages]) -> None:

@@ -30,7 +30,7 @@ def imported_scores(store: GroupStore, name: str) -> ScoreTable:
         known = f"it has {', '.join(names)}" if names else "it has none"
         raise PrerequisiteError(
             f"the store {store.path} has no imported scores called {name}{similar(name, names)} ({known}):"
-            " bring them with gdro score --import FILE --name NAME"
+            " repeat gdro import if they came with the images, or bring them with gdro score --import FILE --name NAME"
         )
     return _open(store, name)
 

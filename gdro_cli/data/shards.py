@@ -157,6 +157,10 @@ class Shard:
             groups.append(StoredGroup(prompt, tensors[f"{prompt.id}/latents"], conditioning, own))
         return groups
 
+    def tensors_digest(self, manifest: Mapping[str, Any]) -> str:
+        """SHA-256 of the tensors' file, as the manifest has it."""
+        return str(manifest["files"][TENSORS]["sha256"])
+
     def origins(self, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The origins of every image in order, digest checked; no tensor is read. Raises StoreError."""
         return [_origin(parse_json(line)) for line in self._read(INDEX, manifest).splitlines()]

@@ -85,8 +85,7 @@ class GroupStore:
         Raises StoreError if the store has another identity (with the differences) or is damaged, or if the folder
         cannot be written.
         """
-        manifest = path / _MANIFEST
-        if not os.path.exists(manifest):  # False, not an error, if the folder cannot be entered
+        if not cls.exists(path):
             ids = [record.id for record in prompts.records]
             content: dict[str, Any] = {
                 "kind": _KIND,
@@ -98,10 +97,15 @@ class GroupStore:
                 "prompts": [record.to_json() for record in prompts.records],
                 "shards": [ids[i : i + prompts_per_shard] for i in range(0, len(ids), prompts_per_shard)],
             }
-            write_json(manifest, content | {"digest": digest(content)})
+            write_json(path / _MANIFEST, content | {"digest": digest(content)})
         store = cls.open(path, command=command)
         store._refuse_other(_described(identity, prompts.records, _plain_sizes(images_per_prompt)))
         return store
+
+    @staticmethod
+    def exists(path: Path) -> bool:
+        """Whether there is a store, whole or not; a folder without a manifest is none."""
+        return os.path.exists(path / _MANIFEST)  # False, not an error, if the folder cannot be entered
 
     @classmethod
     def open(cls, path: Path, *, command: str = "gdro sample") -> Self:
@@ -161,6 +165,10 @@ class GroupStore:
         if self.image_format == "none":
             raise StoreError(f"the store {self.path} keeps no images: delete it and run `{self.command} --keep-images`")
         return self._shard(number).images(self._manifest(number))
+
+    def tensors_digest(self, number: int) -> str:
+        """SHA-256 of the shard's latents and conditioning. Raises StoreError if the shard is missing."""
+        return self._shard(number).tensors_digest(self._manifest(number))
 
     def shard_digest(self, number: int) -> str:
         """SHA-256 of the shard's manifest, and so of all its content. Raises StoreError if the shard is missing."""

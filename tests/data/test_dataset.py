@@ -244,3 +244,17 @@ def test_weights_of_groups_have_a_mean_of_one(
         prompt.id: pytest.approx(weights.get(prompt.id, 1.0) / (5.5 / 4))
         for prompt in prompts.records[:3] + prompts.records[4:]
     }
+
+
+def test_an_epoch_of_a_method_that_needs_no_order_visits_every_image(
+    open_store: Callable[..., GroupStore], make_group: Callable[..., Group]
+) -> None:
+    store, table = unequal(open_store, make_group, UNEQUAL)  # 2 + 5 + 1 + 3 + 2 images
+    data = GroupDataset.load(store, table, k=1, min_spread=None)
+    for epoch in range(2):
+        batches = [data.draw(13 * epoch + step, groups=1, seed=0) for step in range(13)]
+        drawn = {(batch.prompts[0].id, int(batch.image_indices[0, 0])) for batch in batches}
+        assert len(drawn) == 13 and {batch.visits for batch in batches} == {(epoch,)}
+    pairs = GroupDataset.load(store, table, k=2, k_policy="whole", min_spread=None)
+    sizes = [int(pairs.draw(0, groups=6, seed=0).mask[row].sum()) for row in range(6)]
+    assert sorted(sizes) == [1, 2, 2, 2, 2, 2]  # 5 images are two visits, and one of them is left out

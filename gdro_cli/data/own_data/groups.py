@@ -38,6 +38,13 @@ class ImageSource:
         except OSError as error:
             raise self._unreadable(error.strerror or str(error)) from error
 
+    def modified(self) -> int:
+        """When its file was changed last, in nanoseconds. Raises UserError if the file cannot be read."""
+        try:
+            return self.path.stat().st_mtime_ns
+        except OSError as error:
+            raise self._unreadable(error.strerror or str(error)) from error
+
     def read(self) -> bytes:
         """The encoded image. Cells are cheap to read in the order of their rows. Raises UserError, with the name."""
         try:

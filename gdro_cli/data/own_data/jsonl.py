@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from reprlib import repr as shown
@@ -14,6 +13,8 @@ from gdro_cli.files import parse_json
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 MAX_LINE_BYTES = 10_000_000
+_LARGEST = 3.4028234663852886e38
+"""The largest finite number in single precision, in which scores are trained on."""
 """More than any line of paths and numbers needs: a longer one is another kind of file."""
 
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -42,12 +43,9 @@ def unreadable(path: Path, error: OSError) -> UserError:
 
 
 def finite_number(value: Any, name: str) -> float:
-    """The value as a float. Raises ValueError, with the name, if it is not a finite number."""
-    try:
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # a whole number of more than 308 digits
-        pass
+    """The value as a float. Raises ValueError, with the name, if it is no finite number in single precision."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
+        return float(value)
     raise ValueError(f"{name} must be a finite number, not {shown(value)}")
 
 

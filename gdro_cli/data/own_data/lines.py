@@ -16,11 +16,13 @@ In every form: ``caption`` or ``text`` for ``prompt``, ``file_name`` for ``image
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from reprlib import repr as shown
 from typing import Any
 
+from gdro_cli.config.sections import NAME
 from gdro_cli.data.own_data.jsonl import finite_number
 from gdro_cli.data.promptfile import check_prompt
 from gdro_cli.data.records import PromptRecord
@@ -259,8 +261,8 @@ def _as_many(images: Sequence[Any], name: str, values: Field) -> list[Any]:
 
 
 def _check_name(name: str) -> None:
-    if not name or not name.isprintable() or name != name.strip():
-        raise ValueError(f"{name!r} is not a name for a score; use letters, digits and _")
+    if not re.fullmatch(NAME, name):
+        raise ValueError(f"{name!r} is not a name for a score; use letters, digits, dots, dashes and underscores")
 
 
 def _kind(value: Any) -> str:

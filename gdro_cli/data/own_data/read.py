@@ -16,6 +16,7 @@ from gdro_cli.data.own_data.jsonl import SUFFIXES, Row, read_json_rows
 from gdro_cli.data.own_data.lines import (
     HAS_LABEL,
     PAIRS,
+    SCORED,
     Keys,
     find_keys,
     guess,
@@ -69,6 +70,8 @@ class _Table:
         self.keys: Keys | None = None
         self.keys_from = ""
         self.groups: dict[str, OpenGroup] = {}
+        self.numbers: dict[str, int] = {}
+        """Id of a record -> how many groups have its prompt."""
         self.ignored: Counter[str] = Counter()
         self.guesses: dict[str, str] = {}
         self.seen: set[bytes] = set()
@@ -90,6 +93,8 @@ class _Table:
         if self.keys is None or not self.groups:
             raise UserError(f"{self.path} has no data: write one prompt with its images per line")
         groups = tuple(group.close() for group in self.groups.values())
+        if self.keys.form == SCORED and not any(image.scores for group in groups for image in group.images):
+            raise UserError(f"{self.path} has no score, only null: leave the scores out, or give them")
         return OwnData(self.path, self.keys.form, groups, (*self._notes(), *_score_notes(groups, self.keys.form)))
 
     def _is_repeated(self, row: Mapping[str, Any]) -> bool:
@@ -139,12 +144,12 @@ class _Table:
 
     def _unique(self, record: PromptRecord) -> PromptRecord:
         """The record, with the number of its group if an earlier group has the same."""
-        number, unique = 1, record
+        unique = record
         while unique.id in self.groups:
             if GROUP in record.metadata:
                 raise ValueError(f"an earlier group has the same prompt, and metadata {GROUP} is in use; change it")
-            number += 1
-            metadata = {**record.metadata, GROUP: str(number)}
+            self.numbers[record.id] = self.numbers.get(record.id, 1) + 1
+            metadata = {**record.metadata, GROUP: str(self.numbers[record.id])}
             unique = PromptRecord.of(record.prompt, target=record.target, metadata=metadata)
         return unique
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Self
 
@@ -22,9 +23,6 @@ from gdro_cli.rewards.pool import usable_cores
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.sampling.fill_store import ShardWriter, own_part
 from gdro_cli.stages.setup.session import Session
-
-_SHARDS_AHEAD = 1
-"""Shards whose images are read while another is encoded."""
 
 
 def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fitting) -> tuple[int, int]:
@@ -45,22 +43,21 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
         return 0, 0
     own = engine.share(missing)
     stopped = f"stopped while importing; finished shards are kept in {store.path}: run the command again to continue"
-    enlarged = 0
+    keeps, enlarged = store.image_format != "none", 0
 
     def make(number: int) -> None:
         nonlocal enlarged
         start = time.perf_counter()
         latents: list[torch.Tensor] = []
         images: list[_Fitted] = []
-        futures = readers.take(number)
-        for first in range(0, len(futures), batch_size):
-            batch = [future.result() for future in futures[first : first + batch_size]]
+        for first in range(0, store.images_in(number), batch_size):
+            batch = readers.take(min(batch_size, store.images_in(number) - first))
             pixels = to_pixels([one.image for one in batch])
             latents.append(model.encode_images(pixels).to("cpu", model.dtype))
-            images += batch
+            enlarged += sum(one.enlarged for one in batch)
+            images += batch if keeps else [replace(one, image=_NO_IMAGE) for one in batch]
             progress.advance(len(batch))
             session.stop.check(stopped)
-        enlarged += sum(one.enlarged for one in images)
         texts = model.encode([prompt.prompt for prompt in store.shards[number]])
         rest, parts = (
             iter(images),
@@ -69,14 +66,15 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
         groups = []
         for prompt, part, text in zip(store.shards[number], parts, texts, strict=True):
             members = list(islice(rest, len(part)))
-            kept = [] if store.image_format == "none" else [one.image for one in members]
+            kept = [one.image for one in members] if keeps else []
             groups.append(Group(prompt, part, text, kept, [one.origin for one in members]))
         writer.write(number, groups, start)
 
     total = sum(store.images_in(number) for number in own)
+    threads = max(1, usable_cores() // engine.local_world)
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
-        _Readers(store, data, own, size=session.image_size, how=how) as readers,
+        _Readers(_images(store, data, own), threads, batch_size, size=session.image_size, how=how) as readers,
         ShardWriter(store, processes=engine.world) as writer,
         session.reporter.track("importing" + own_part(engine), total=total, unit="images") as progress,
     ):
@@ -84,6 +82,21 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
         with engine.together():
             writer.finish()
     return len(missing), int(engine.sum(torch.tensor(float(enlarged), device=engine.device)))
+
+
+def _images(store: GroupStore, data: OwnData, shards: Sequence[int]) -> Iterator[tuple[OwnGroup, OwnImage]]:
+    """The images of some shards, in order."""
+    groups = {group.record.id: group for group in data.groups}
+    return (
+        (groups[prompt.id], image)
+        for number in shards
+        for prompt in store.shards[number]
+        for image in groups[prompt.id].images
+    )
+
+
+_NO_IMAGE = Image.new("RGB", (1, 1))
+"""In the place of an image that is not needed any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +108,29 @@ class _Fitted:
 
 
 class _Readers:
-    """Threads that read and fit the images of the shards of this process, in order, a little ahead of their use."""
+    """Threads that read and fit images in order, a little ahead of their use.
+
+    Args:
+        images: what to read.
+        threads: number of threads.
+        batch_size: images that are taken at a time; two batches are read ahead.
+        size: height and width.
+        how: how images are brought to the size.
+    """
 
     def __init__(
-        self, store: GroupStore, data: OwnData, shards: Sequence[int], *, size: tuple[int, int], how: Fitting
+        self,
+        images: Iterator[tuple[OwnGroup, OwnImage]],
+        threads: int,
+        batch_size: int,
+        *,
+        size: tuple[int, int],
+        how: Fitting,
     ) -> None:
-        self._store, self._shards = store, shards
-        self._groups = {group.record.id: group for group in data.groups}
+        self._images, self._ahead = images, 2 * batch_size + threads
         self._size, self._how = size, how
-        self._threads = ThreadPoolExecutor(usable_cores(), thread_name_prefix="read")
-        self._begun: dict[int, list[Future[_Fitted]]] = {}
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._begun: deque[Future[_Fitted]] = deque()
 
     def __enter__(self) -> Self:
         return self
@@ -112,24 +138,26 @@ class _Readers:
     def __exit__(self, *_: object) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def take(self, number: int) -> list[Future[_Fitted]]:
-        """The images of shard ``number`` in order; a result raises UserError if the image cannot be used."""
-        place = self._shards.index(number)
-        for shard in self._shards[place : place + 1 + _SHARDS_AHEAD]:
-            if shard not in self._begun:
-                groups = [self._groups[prompt.id] for prompt in self._store.shards[shard]]
-                self._begun[shard] = [
-                    self._threads.submit(self._read, group, image) for group in groups for image in group.images
-                ]
-        return self._begun.pop(number)
+    def take(self, count: int) -> list[_Fitted]:
+        """The next images. Raises UserError if one cannot be used."""
+        taken = []
+        for _ in range(count):
+            for group, image in islice(self._images, self._ahead - len(self._begun)):
+                # Cells of a table are read here, row by row: each thread would read all of the table's pages.
+                content = None if image.source.row is None else image.source.read()
+                self._begun.append(self._threads.submit(self._read, group, image, content))
+            taken.append(self._begun.popleft().result())
+        return taken
 
-    def _read(self, group: OwnGroup, image: OwnImage) -> _Fitted:
-        content = image.source.read()
+    def _read(self, group: OwnGroup, image: OwnImage, content: bytes | None) -> _Fitted:
+        source = image.source
+        content = source.read() if content is None else content
         try:
             shown = open_image(content)
         except UnusableImageError as error:
-            raise UserError(f"{group.where}: {image.source.name} cannot be used: {error}") from error
+            raise UserError(f"{group.where}: {source.name} cannot be used: {error}") from error
         height, width = self._size
         enlarged = scaling(shown, height=height, width=width, how=self._how) > 1
-        origin = {"source": image.source.name, "bytes": len(content), "sha256": sha256(content)}
-        return _Fitted(fit(shown, height=height, width=width, how=self._how), origin, enlarged)
+        origin = {"source": source.name, "bytes": len(content), "modified": source.modified()}
+        fitted = fit(shown, height=height, width=width, how=self._how)
+        return _Fitted(fitted, {**origin, "sha256": sha256(content)}, enlarged)

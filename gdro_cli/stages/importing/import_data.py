@@ -7,8 +7,7 @@ last, so a store with scores is whole.
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from typing import Any
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.config.sections import NAME
 from gdro_cli.data.imported_scores import write_imported_scores
-from gdro_cli.data.own_data import OwnData, read_own_data
+from gdro_cli.data.own_data import ImageSource, OwnData, read_own_data
 from gdro_cli.data.records import PromptSet
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import StoreError, UserError
-from gdro_cli.files import storage_errors
+from gdro_cli.files import sha256, storage_errors
 from gdro_cli.identity import differences
 from gdro_cli.images import Fitting
 from gdro_cli.runtime.lock import folder_lock
@@ -125,7 +124,7 @@ def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str
     ]
     path = imported_path(workspace, request.name, session.model, height=height, width=width)
     state = "none is made yet"
-    if path.exists():
+    if GroupStore.exists(path):
         store = GroupStore.open(path, command=COMMAND)
         _refuse_other(store, request, data, _identity(session, request, data))
         shards = len(store.shards)
@@ -169,13 +168,13 @@ def _open(session: Session, request: Import, data: OwnData) -> GroupStore:
     height, width = session.image_size
     path = imported_path(session.workspace, request.name, session.model, height=height, width=width)
     identity = _identity(session, request, data)
-    if path.exists():
+    if GroupStore.exists(path):
         store = GroupStore.open(path, command=COMMAND)
         if len(store.missing_shards()) < len(store.shards):
             _refuse_other(store, request, data, identity)
         else:  # an import that failed at once has left nothing but its manifest
             with folder_lock(path / "lock"), storage_errors(path):
-                shutil.rmtree(path)
+                (path / "manifest.json").unlink()
     sizes = [len(group.images) for group in data.groups]
     keeps = request.keep_images or not data.score_names
     return GroupStore.create_or_open(
@@ -198,15 +197,23 @@ def _refuse_other(store: GroupStore, request: Import, data: OwnData, identity: d
             f"the data {request.name} was imported from something else ({'; '.join(changes[:4])}): choose another"
             f" --name, or delete {store.path}"
         )
-    sizes = {
-        (group.record.id, image.source.name): image.source.size() for group in data.groups for image in group.images
-    }
-    missing = set(store.missing_shards())
-    for number in sorted(set(range(len(store.shards))) - missing):
-        owners = (prompt.id for prompt in store.shards[number] for _ in range(store.sizes[prompt.id]))
-        for prompt_id, origin in zip(owners, store.origins(number), strict=True):
-            if sizes[prompt_id, origin["source"]] != origin["bytes"]:
+    if request.keep_images and store.image_format == "none":
+        raise StoreError(
+            f"{store.path} was imported without images: choose another --name, or delete it and run the command again"
+        )
+    groups = {group.record.id: group for group in data.groups}
+    for number in sorted(set(range(len(store.shards))) - set(store.missing_shards())):
+        sources = [image.source for prompt in store.shards[number] for image in groups[prompt.id].images]
+        for source, origin in zip(sources, store.origins(number), strict=True):
+            if _has_changed(source, origin):
                 raise StoreError(
-                    f"{origin['source']} has changed since it was imported as {request.name}: choose another --name, or"
+                    f"{source.name} has changed since it was imported as {request.name}: choose another --name, or"
                     f" delete {store.path}"
                 )
+
+
+def _has_changed(source: ImageSource, origin: Mapping[str, Any]) -> bool:
+    """Whether an image is another than when it was encoded; it is only read if its file was written since."""
+    if source.size() != origin["bytes"]:
+        return True
+    return source.modified() != origin["modified"] and sha256(source.read()) != str(origin["sha256"])

@@ -20,6 +20,7 @@ def encoding_identity(model: FlowModel, *, height: int, width: int) -> dict[str,
         "model": {key: value for key, value in model.identity.items() if key not in ("path", "adapter")},
         "dtype": str(model.dtype).removeprefix("torch."),
         "max_sequence_length": model.max_sequence_length,
+        "vae_tiling": model.memory.vae_tiling,
         "height": height,
         "width": width,
     }
@@ -40,7 +41,7 @@ def open_imported(workspace: Path, name: str, model: FlowModel, *, height: int, 
     """
     path = imported_path(workspace, name, model, height=height, width=width)
     again = f"{COMMAND} DATA --name {name} with this recipe"
-    if not path.exists():
+    if not GroupStore.exists(path):
         others = sorted(other.name for other in path.parent.glob(f"imported-{name}-*"))
         why = "no data" if not others else f"data for another model or image size ({', '.join(others)})"
         raise PrerequisiteError(f"{workspace} has {why} of the name {name}: run {again}, {width} x {height}")

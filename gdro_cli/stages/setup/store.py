@@ -72,10 +72,23 @@ def store_identity(
 
 def training_identity(session: Session) -> dict[str, Any]:
     """What the images of the training store depend on."""
-    imported = session.imported_store
-    if imported is not None:
-        return {"imported": imported.digest, **imported.identity}
+    if session.imported_store is not None:
+        return _imported_identity(session, session.imported_store)
     return store_identity(session, training_plan(session), session.prompts("train"))
+
+
+def _imported_identity(session: Session, store: GroupStore) -> dict[str, Any]:
+    """What a training on imported data depends on: the model, as for sampled images, and what was encoded."""
+    model, settings = session.model, values_that_affect(session.recipe, "images")["model"]
+    tensors = [store.tensors_digest(number) for number in range(len(store.shards))]
+    return {
+        **store.identity,
+        "model": {key: value for key, value in model.identity.items() if key != "path"},
+        **{key: value for key, value in settings.items() if key != "path"},
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights of groups": digest(dict(store.weights)),
+        "tensors": digest(tensors),
+    }
 
 
 def store_path(session: Session, folder: Path, identity: dict[str, Any]) -> Path:

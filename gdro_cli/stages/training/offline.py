@@ -17,22 +17,24 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gdro_cli.core.losses import DEVIATION_LOSSES
-from gdro_cli.data.dataset import EMPTY, GroupBatch, GroupDataset
+from gdro_cli.data.dataset import GroupBatch, GroupDataset
 from gdro_cli.data.references import ReferenceErrors
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.models.adapters import Ema
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.run import RunFolder
+from gdro_cli.stages.runs.identity import run_inputs, run_path
 from gdro_cli.stages.runs.store_times import batch_of, note_batch
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.training.batch_sizes import check_shares, micro_batch, takes_one_pass
-from gdro_cli.stages.training.foreign import FILE, foreign_errors
+from gdro_cli.stages.training.foreign import FILE, ForeignErrors, foreign_errors
 from gdro_cli.stages.training.group_gradient import (
     GroupGradient,
     NoisyGroups,
@@ -77,6 +79,7 @@ class GroupSteps:
             self.dataset = self.dataset.with_shuffled_rewards(recipe.train_seed)
         if self.dataset.counts.dropped_share or self.dataset.counts.whole:
             session.reporter.say(_left_out(self.dataset))
+        self._foreign = _first_look(session, self.dataset)
         # No method of this object is passed on here and below. It would close a cycle, and the model and the images of
         # a finished training would stay in memory.
         self._prefetch = Prefetch(
@@ -113,12 +116,8 @@ class GroupSteps:
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> None:
         """Note the time that the store took and, of imported images, how well the reference explains them."""
         stack.callback(self.close)
-        if self.session.imported_store is not None and not (folder.path / FILE).exists():
-            errors = foreign_errors(self.session, self.dataset)
-            self.session.reporter.say(errors.sentence)
-            with self.session.engine.together():
-                if self.session.engine.is_main:
-                    folder.write_json(FILE, asdict(errors))
+        if self._foreign is not None and self.session.engine.is_main:
+            folder.write_json(FILE, asdict(self._foreign))
         with self.session.engine.together():
             if self.session.engine.is_main:
                 note_batch(folder, batch_of(self.table, step=0), step=0)
@@ -156,10 +155,11 @@ class GroupSteps:
             for image in images
         ]
         cached = self._cache.lookup(keys).view(groups.rewards.shape)
+        cached[~batch.mask] = 0  # places without an image
         errors = self._gradient.reference_errors(groups, cached)
         if cached.isnan().any():
-            known = [(key, error) for key, error in zip(keys, errors.flatten(), strict=True) if key[2] != EMPTY]
-            self._cache.add([key for key, _ in known], torch.stack([error for _, error in known]))
+            present = batch.mask.flatten()
+            self._cache.add(list(compress(keys, present.tolist())), errors.flatten()[present.to(errors.device)])
         return errors
 
     def _reference_settings(self) -> dict[str, Any]:
@@ -179,7 +179,20 @@ class GroupSteps:
             "device": engine.device.type,
             "precision": "bf16" if self.session.model.autocasts else "no",
             "compute": [recipe.model.compile, recipe.model.attention],
+            # A sampled store is named by its model, an imported one only by what encodes its images.
+            **({"model": run_inputs(self.session)["store"]} if self.session.imported_store is not None else {}),
         }
+
+
+def _first_look(session: Session, dataset: GroupDataset) -> ForeignErrors | None:
+    """How well the reference explains imported images; None for sampled ones, and once a run has noted it."""
+    if session.imported_store is None:
+        return None
+    if not session.engine.from_main(lambda: not (run_path(session) / FILE).exists()):
+        return None
+    errors = foreign_errors(session, dataset)
+    session.reporter.say(errors.sentence)
+    return errors
 
 
 def _draw(session: Session, dataset: GroupDataset, step: int) -> tuple[GroupBatch, tuple[Tensor, Tensor]]:
@@ -220,9 +233,15 @@ def _left_out(dataset: GroupDataset) -> str:
 def averages(engine: Engine, metrics: dict[str, Tensor]) -> dict[str, float]:
     """Means over the processes, in one message.
 
-    They are exact for means over groups; a share of pairs (``implicit_accuracy``) becomes the mean of the processes'
-    shares.
+    They are exact for means over groups; a share of pairs (``implicit_accuracy``), and means over ranks where groups
+    differ in size, become means of the processes' own. A process with nothing to average has nan, which does not
+    count; a loss that is nan remains so.
     """
     values = torch.stack([value.detach().float() for value in metrics.values()])
-    means = (engine.sum(values) / engine.world if engine.world > 1 else values).tolist()
+    if engine.world > 1:
+        diagnostics = torch.tensor([not name.startswith("loss") for name in metrics], device=values.device)
+        absent = values.isnan() & diagnostics
+        total, count = engine.sum(torch.stack([values.masked_fill(absent, 0), (~absent).float()]))
+        values = total / count
+    means = values.tolist()
     return dict(zip(metrics, means, strict=True))

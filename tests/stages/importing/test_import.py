@@ -120,6 +120,8 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path, recipe: Recipe) 
         file.write(b"x")
     with pytest.raises(StoreError, match=r"images/SALE-2.png has changed since it was imported as mine"):
         bring(recipe, tmp_path / "out", data)
+    with pytest.raises(StoreError, match="was imported without images: choose another --name"):
+        bring(recipe, tmp_path / "out", data, keep_images=True)
     assert before == {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
 
 
@@ -270,3 +272,39 @@ def test_names_become_paths(recipe: Recipe) -> None:
     for name in ("../up", "a b", ""):
         with pytest.raises(UserError, match="give --name letters, digits"):
             import_data.import_name(Path(f"x/{name}.jsonl") if not name else Path("x"), recipe, name or "/")
+
+
+def test_an_image_of_the_same_size_is_read_again_if_its_file_was_written(tmp_path: Path, recipe: Recipe) -> None:
+    rows = draw(tmp_path / "data")
+    photo = tmp_path / "data" / rows[0]["images"][1]
+    rows[0]["images"][1] = "images/OPEN-1.bmp"
+    with Image.open(photo) as image:
+        image.save(photo.with_suffix(".bmp"))
+    data = table(tmp_path / "data", rows)
+    bring(recipe, tmp_path / "out", data)
+    content = photo.with_suffix(".bmp").read_bytes()
+    photo.with_suffix(".bmp").write_bytes(content)
+    assert bring(recipe, tmp_path / "out", data).shards_made == 0
+    photo.with_suffix(".bmp").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(StoreError, match="OPEN-1.bmp has changed since it was imported"):
+        bring(recipe, tmp_path / "out", data)
+
+
+def test_other_images_and_another_model_are_another_run(tmp_path: Path, make_recipe: MakeRecipe) -> None:
+    recipe, out = own(make_recipe, train={"steps": 1, "eval_every": 0}), tmp_path / "out"
+    rows = draw(tmp_path / "data")
+    data = table(tmp_path / "data", rows)
+    store = bring(recipe, out, data).store
+    first = train.run(Session(recipe, out)).run.path
+    steps = train_rows(train.run(Session(own(make_recipe, train={"steps": 2, "eval_every": 0}), out)).run.metrics())
+    assert steps[0]["top1_error_gap"] == 0.0  # the reference's errors are those of this model
+
+    start = own(make_recipe, train={"steps": 2, "eval_every": 0, "lora": {"init": str(first)}})
+    steps = train_rows(train.run(Session(start, out)).run.metrics())
+    assert steps[0]["top1_error_gap"] == 0.0 and steps[0]["s_rank_1"] == 0.0
+
+    shutil.rmtree(store.path)
+    shutil.copy(tmp_path / "data" / rows[1]["images"][0], tmp_path / "data" / rows[0]["images"][0])
+    bring(recipe, out, data)
+    again = train.run(Session(recipe, out))
+    assert again.run.path != first and not again.was_finished
