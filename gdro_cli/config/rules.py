@@ -282,12 +282,14 @@ def variable_problem(name: str, *, example: str) -> str | None:
 
 
 def _ablation(recipe: Recipe) -> Iterator[Problem]:
-    schema = type(recipe)
+    schema, names = type(recipe), dict[str, str]()
     for name, entry in recipe.ablation.items():
         path = f"ablation.{name}"
         key = full_key(name, schema)
         if key is None:
             yield Problem(path, _no_key(name, schema))
+        elif (first := names.setdefault(key, name)) != name:
+            yield Problem(path, f"is the same key as ablation.{first}: give it once, by that name")
         if not entry.values:
             yield Problem(path, "needs at least one value")
         yield from _published(key or name, entry.values, path=path)

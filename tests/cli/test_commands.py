@@ -222,7 +222,7 @@ def test_what_the_recipe_fixes_is_part_of_the_description(tmp_path: Path, capsys
     path.write_text(f"extends: ocr\nablation: {{tau: {{values: [0.5, 0], set: {settings}}}}}\n")
     assert run("ablate", "--recipe", str(path), "--param", "tau", "--dry-run", "--out", str(tmp_path / "out")) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "480 steps are left" in shown and "8 validation prompts" in shown
+    assert "480 steps are left" in shown and "evaluation points 8 validation prompts" in shown
     assert "fixes for this sweep: prompts.validation.count 8 (otherwise 128), train.steps 240 (otherwise 300)" in shown
 
 

@@ -173,6 +173,12 @@ def test_a_sweep_of_methods_drops_the_settings_that_one_lacks(tmp_path: Path) ->
     assert any(note.startswith("rank has no tau") for note in sweep.notes)
 
 
+def test_the_method_may_be_fixed(tmp_path: Path) -> None:
+    sweep = plan_sweep(loaded(tmp_path, fixing("{method: rank}", "beta", "[4, 6]")), ["beta"])
+    assert [str(each) for each in sweep.fixed] == ['method.name: "gdro" -> "rank"', "method.tau: 0.05 -> (absent)"]
+    assert {cell.recipe.method.name for cell in sweep.cells} == {"rank"}
+
+
 def test_another_method_drops_the_settings_that_it_lacks(tmp_path: Path) -> None:
     recipe = loaded(tmp_path, fixing("{tau: 0.1, k: 4}", "beta"), ["method.name=rank"])
     assert recipe.resolved()["ablation"]["beta"] == {"values": [0.5, 0], "set": {"k": 4}}

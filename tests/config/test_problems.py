@@ -96,6 +96,10 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         ("train.warmup_steps=100000", "train.warmup_steps: 100000 is more than train.steps"),
         ("ablation={taau: [1]}", "ablation.taau: there is no recipe key 'taau'; did you mean `method.tau`?"),
         ("ablation={tau: []}", "ablation.tau: needs at least one value."),
+        (
+            "ablation={method.tau: [1]}",
+            "ablation.method.tau: is the same key as ablation.tau: give it once, by that name.",
+        ),
         ("ablation={tau: 1}", "ablation.tau: must be a list, not 1."),
     ],
 )
