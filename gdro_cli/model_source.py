@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.errors import PrerequisiteError, StoreError
-from gdro_cli.files import cache_folder, json_bytes, parse_json, sha256, sha256_file, write_bytes
+from gdro_cli.files import at_home, cache_folder, json_bytes, parse_json, sha256, sha256_file, write_bytes
 
 WEIGHTS = "*.safetensors"
 
@@ -44,11 +44,12 @@ class ModelSource:
 
     Raises:
         PrerequisiteError: the name is neither an existing folder nor a Hub id.
+        UserError: it is in a home folder that is not known.
     """
 
     def __init__(self, name: str | Path, *, key: str, fetch: bool = True) -> None:
         self.name, self.key = str(name), key
-        self.folder = Path(name).expanduser()
+        self.folder = Path(at_home(self.name, key=key))
         """Where the files are; for a Hub model only after ``get`` or ``in_cache``."""
         self.on_hub = not self.folder.is_dir()
         self.commit: str | None = None

@@ -112,7 +112,7 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path, recipe: Recipe) 
     with pytest.raises(StoreError, match=r"was imported from something else \(resize: .*choose another --name"):
         bring(recipe, tmp_path / "out", data, resize="pad")
     with pytest.raises(StoreError, match=r"\(data: "):
-        bring(recipe, tmp_path / "out", table(tmp_path / "data", rows[:3] + [rows[3] | {"weight": 2}], "other.jsonl"))
+        bring(recipe, tmp_path / "out", table(tmp_path / "data", [*rows[:3], rows[3] | {"weight": 2}], "other.jsonl"))
     rows[0]["scores"][0] = 0.1
     with pytest.raises(StoreError, match=r"has other scores called score: give them another name"):
         bring(recipe, tmp_path / "out", table(tmp_path / "data", rows))
