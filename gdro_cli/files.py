@@ -68,7 +68,7 @@ def at_home(path: str | Path, *, key: str | None = None) -> str:
     user = expanded.split(os.sep)[0]
     who = f"{key} names {path}, but" if key else f"{path}:"
     if user == "~":
-        named = f" or {key}" if key in ("GDRO_CACHE", "XDG_CACHE_HOME") else ""
+        named = f" or {key}" if key and key.isupper() else ""
         raise UserError(f"{who} your home folder is not known: set the environment variable HOME{named} to a folder")
     raise UserError(f"{who} there is no user {user[1:]}: correct it, or write ./{path} for a file of that name")
 
