@@ -38,6 +38,7 @@ _PATIENCE = 10.0
 """Seconds for the Hub's first answer; the Hub's client waits for as long as the operating system does."""
 _silent_hubs: dict[str, Exception | None] = {}
 """Address of a Hub that was asked by this process -> why it does not answer; None if it does."""
+_VARIANT = re.compile(r"(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _LOGGING = ("diffusers.utils.logging", "transformers.utils.logging")
 
 
@@ -62,6 +63,8 @@ class ModelSource:
         self.commit: str | None = None
         """Commit of a Hub model, known after the first file; all later files are of this commit."""
         self._may_fetch = fetch
+        if self.folder.is_file():
+            raise PrerequisiteError(f"{key} names the file {self.name}: set it to the model's folder, or to a Hub id")
         if self.on_hub and not _HUB_ID.fullmatch(self.name):
             raise PrerequisiteError(
                 f"the model folder {self.name} does not exist: set {key} to a folder (such as `hf download OWNER/NAME "
@@ -194,6 +197,8 @@ class ModelSource:
         what = f"component {subfolder} of model {self.name}" if subfolder else f"model {self.name}"
         if dtype is not None:
             options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            if (variant := only_variant(self.folder / subfolder)) is not None:
+                options["variant"] = variant
         if cls.__module__.startswith("transformers."):
             options |= _transformers_options(network=dtype is not None)
         try:
@@ -227,6 +232,17 @@ def weights_problem(
     for name, stored, own in sorted(misshapen):
         return f"holds the weight {name} in the shape {list(stored)} instead of {list(own)}"
     return f"holds the weight {min(unexpected)}, which its class does not have" if unexpected else None
+
+
+def only_variant(folder: Path) -> str | None:
+    """The one variant that a component's weights have, such as ``fp16`` of ``model.fp16.safetensors``.
+
+    None if there are weights without a variant, which diffusers and transformers take unless asked for another, or
+    weights of several variants.
+    """
+    names = [file.name for file in folder.glob(WEIGHTS)]
+    variants = {match[1] if (match := _VARIANT.fullmatch(name)) else None for name in names}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def files_digest(files: Mapping[str, Path]) -> str:
