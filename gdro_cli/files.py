@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gdro_cli.errors import StoreError
+from gdro_cli.errors import StoreError, UserError
 
 _PARTIAL = ".partial"
 _FLUSHES_AT_ONCE = 16
@@ -41,12 +41,36 @@ def sha256_file(path: Path) -> str:
 
 
 def cache_folder() -> Path:
-    """The user's cache: ``$GDRO_CACHE``, else ``$XDG_CACHE_HOME/gdro_cli``, else ``~/.cache/gdro_cli``."""
+    """The user's cache: ``$GDRO_CACHE``, else ``$XDG_CACHE_HOME/gdro_cli``, else ``~/.cache/gdro_cli``.
+
+    Raises ``UserError`` if that names a home folder that is not known.
+    """
     own = os.environ.get("GDRO_CACHE")
     if own:
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache").absolute() / "gdro_cli"
+        return Path(at_home(own, key="GDRO_CACHE")).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(at_home(base, key="XDG_CACHE_HOME")).absolute() / "gdro_cli"
+
+
+def at_home(path: str | Path, *, key: str | None = None) -> str:
+    """``path`` with a home folder in place of ``~`` or ``~name`` at its start.
+
+    Args:
+        path: a path as the user wrote it.
+        key: the option, recipe key or variable that names it, for messages.
+
+    Raises:
+        UserError: that home folder is not known.
+    """
+    expanded = os.path.expanduser(path)
+    if not expanded.startswith("~"):
+        return expanded
+    user = expanded.split(os.sep)[0]
+    who = f"{key} names {path}, but" if key else f"{path}:"
+    if user == "~":
+        named = f" or {key}" if key and key.isupper() else ""
+        raise UserError(f"{who} your home folder is not known: set the environment variable HOME{named} to a folder")
+    raise UserError(f"{who} there is no user {user[1:]}: correct it, or write ./{path} for a file of that name")
 
 
 # -- refusals of the operating system ---------------------------------------------------------------------------------

@@ -16,8 +16,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from gdro_cli.errors import PrerequisiteError, StoreError
-from gdro_cli.files import cache_folder, json_bytes, parse_json, sha256, sha256_file, write_bytes
+from gdro_cli.files import at_home, cache_folder, json_bytes, parse_json, sha256, sha256_file, write_bytes
+from gdro_cli.network import check_hub, hub_cache
 
 WEIGHTS = "*.safetensors"
 
@@ -31,6 +34,11 @@ _REMEMBERED_FROM = 2**27
 _CLOCK_TICK = 2 * 10**9
 """Nanoseconds; the coarsest times of files that are in use."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PATIENCE = 10.0
+"""Seconds for the Hub's first answer; the Hub's client waits for as long as the operating system does."""
+_silent_hubs: dict[str, Exception | None] = {}
+"""Address of a Hub that was asked by this process -> why it does not answer; None if it does."""
+_VARIANT = re.compile(r"(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _LOGGING = ("diffusers.utils.logging", "transformers.utils.logging")
 
 
@@ -44,16 +52,19 @@ class ModelSource:
 
     Raises:
         PrerequisiteError: the name is neither an existing folder nor a Hub id.
+        UserError: it is in a home folder that is not known.
     """
 
     def __init__(self, name: str | Path, *, key: str, fetch: bool = True) -> None:
         self.name, self.key = str(name), key
-        self.folder = Path(name).expanduser()
+        self.folder = Path(at_home(self.name, key=key))
         """Where the files are; for a Hub model only after ``get`` or ``in_cache``."""
         self.on_hub = not self.folder.is_dir()
         self.commit: str | None = None
         """Commit of a Hub model, known after the first file; all later files are of this commit."""
         self._may_fetch = fetch
+        if self.folder.is_file():
+            raise PrerequisiteError(f"{key} names the file {self.name}: set it to the model's folder, or to a Hub id")
         if self.on_hub and not _HUB_ID.fullmatch(self.name):
             raise PrerequisiteError(
                 f"the model folder {self.name} does not exist: set {key} to a folder (such as `hf download OWNER/NAME "
@@ -72,6 +83,7 @@ class ModelSource:
 
         Raises:
             PrerequisiteError: they are not in the Hub's cache and cannot be fetched.
+            UserError: the cache is in a home folder that is not known.
         """
         if not self.on_hub:
             return self.folder
@@ -81,16 +93,17 @@ class ModelSource:
         terms = f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
         local = f"or put it anywhere with `hf download {repo} --local-dir FOLDER` and set {self.key}=FOLDER"
         try:
-            return self._snapshot(patterns, offline=not self._may_fetch)
+            return self._snapshot(patterns, offline=not self._may_fetch or self._why_silent() is not None)
         except GatedRepoError as error:
             raise PrerequisiteError(
                 f"model {repo} needs an accepted licence: {terms}, then run the command again, {local}"
             ) from error
-        except (OSError, EntryNotFoundError, HFValidationError) as error:
+        except (OSError, EntryNotFoundError, HFValidationError, httpx2.HTTPError) as error:
+            cause = (self._may_fetch and self._why_silent()) or error
             first = f"{terms}, then" if repo.startswith(_LICENSED) else "with a connection,"
             raise PrerequisiteError(
                 f"model {repo} is neither a local folder nor could {', '.join(patterns)} be read from the Hugging Face "
-                f"cache or fetched ({type(error).__name__}): {first} run `hf download {repo}`, {local}"
+                f"cache or fetched ({type(cause).__name__}): {first} run `hf download {repo}`, {local}"
             ) from error
 
     def in_cache(self, *patterns: str) -> bool:
@@ -103,9 +116,35 @@ class ModelSource:
             return False
         return all(any(folder.glob(pattern)) for pattern in patterns)
 
+    def _why_silent(self) -> Exception | None:
+        """Why the Hub does not answer; None if it does. A process asks once: each failure takes the client seconds.
+
+        Raises:
+            PrerequisiteError: a setting of the environment forbids every request.
+        """
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+        if constants.HF_HUB_OFFLINE:
+            return OfflineModeIsEnabled("HF_HUB_OFFLINE is set")
+        hub = constants.ENDPOINT
+        if hub not in _silent_hubs:
+            check_hub()
+            try:
+                HfApi().model_info(self.name, timeout=_PATIENCE)
+                _silent_hubs[hub] = None
+            except HFValidationError:
+                return None  # nothing was asked
+            except HfHubHTTPError as error:  # of this model alone, unless the Hub itself is down
+                _silent_hubs[hub] = error if error.response.status_code >= 500 else None
+            except (httpx2.TransportError, ValueError) as error:  # ValueError: an answer that is not the Hub's
+                _silent_hubs[hub] = error
+        return _silent_hubs[hub]
+
     def _snapshot(self, patterns: Collection[str], *, offline: bool) -> Path:
         from huggingface_hub import snapshot_download
 
+        hub_cache()
         options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": _NEVER_FETCHED}
         self.folder = Path(snapshot_download(self.name, revision=self.commit, local_files_only=offline, **options))
         self.commit = self.folder.name
@@ -158,6 +197,8 @@ class ModelSource:
         what = f"component {subfolder} of model {self.name}" if subfolder else f"model {self.name}"
         if dtype is not None:
             options |= {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+            if (variant := only_variant(self.folder / subfolder)) is not None:
+                options["variant"] = variant
         if cls.__module__.startswith("transformers."):
             options |= _transformers_options(network=dtype is not None)
         try:
@@ -191,6 +232,17 @@ def weights_problem(
     for name, stored, own in sorted(misshapen):
         return f"holds the weight {name} in the shape {list(stored)} instead of {list(own)}"
     return f"holds the weight {min(unexpected)}, which its class does not have" if unexpected else None
+
+
+def only_variant(folder: Path) -> str | None:
+    """The one variant that a component's weights have, such as ``fp16`` of ``model.fp16.safetensors``.
+
+    None if there are weights without a variant, which diffusers and transformers take unless asked for another, or
+    weights of several variants.
+    """
+    names = [file.name for file in folder.glob(WEIGHTS)]
+    variants = {match[1] if (match := _VARIANT.fullmatch(name)) else None for name in names}
+    return variants.pop() if len(variants) == 1 else None
 
 
 def files_digest(files: Mapping[str, Path]) -> str:

@@ -7,6 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
+from gdro_cli.files import at_home
+
+
+def path_at_home(text: str | Path) -> Path:
+    """A path as the user wrote it, whose ``~`` the shell has left (``--out=~/x``)."""
+    return Path(at_home(text))
+
+
 RecipeOption = Annotated[
     str,
     typer.Option("--recipe", metavar="NAME|PATH", help="A recipe file, or a shipped recipe (see gdro recipes)."),
@@ -15,14 +23,19 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe; may be repeated."),
 ]
-OutOption = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of stores and runs.")]
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="DIR", parser=path_at_home, help="Folder of stores and runs.")
+]
 DryRunOption = Annotated[bool, typer.Option("--dry-run", help="Report what would run, and run nothing.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 ProcessesOption = Annotated[
     int, typer.Option("--num-processes", metavar="N", min=1, help="Processes on this machine, one per GPU.")
 ]
 DataArgument = Annotated[
-    Path, typer.Argument(metavar="DATA", help="A table (.jsonl, .json, .parquet) or a folder: see docs/own-data.md.")
+    Path,
+    typer.Argument(
+        metavar="DATA", parser=path_at_home, help="A table (.jsonl, .json, .parquet) or a folder: see docs/own-data.md."
+    ),
 ]
 DataNameOption = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="What recipes call the data. Default: the file's name.")
@@ -37,28 +50,45 @@ ScoresNameOption = Annotated[
     str | None, typer.Option("--name", metavar="NAME", help="What recipes call the imported scores (train.scores).")
 ]
 ListImagesOption = Annotated[
-    Path | None, typer.Option("--export", metavar="FILE", help="List the stored images for another scorer instead.")
+    Path | None,
+    typer.Option(
+        "--export", metavar="FILE", parser=path_at_home, help="List the stored images for another scorer instead."
+    ),
 ]
 ImportScoresOption = Annotated[
-    Path | None, typer.Option("--import", metavar="FILE", help="Bring the scores of another scorer instead.")
+    Path | None,
+    typer.Option("--import", metavar="FILE", parser=path_at_home, help="Bring the scores of another scorer instead."),
 ]
 ImagesOption = Annotated[
     Path | None,
-    typer.Option("--images", metavar="DIR", help="Score these images instead (NNNNN/metadata.jsonl, samples/)."),
+    typer.Option(
+        "--images",
+        metavar="DIR",
+        parser=path_at_home,
+        help="Score these images instead (NNNNN/metadata.jsonl, samples/).",
+    ),
 ]
 RunsArgument = Annotated[
-    list[str], typer.Argument(metavar="RUN RUN...", help="Evaluated runs: their folders, or their names.")
+    list[str],
+    typer.Argument(metavar="RUN RUN...", parser=at_home, help="Evaluated runs: their folders, or their names."),
 ]
 EvaluatedRunArgument = Annotated[
     str | None,
-    typer.Argument(metavar="[RUN]", help="A finished run: its folder, or its name. Default: the run of the recipe."),
+    typer.Argument(
+        metavar="[RUN]", parser=at_home, help="A finished run: its folder, or its name. Default: the run of the recipe."
+    ),
 ]
 AtRewardOption = Annotated[
     float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward.")
 ]
 ExportOption = Annotated[
     Path | None,
-    typer.Option("--export", metavar="DIR", help="Also write both models' images to DIR, in GenEval's layout."),
+    typer.Option(
+        "--export",
+        metavar="DIR",
+        parser=path_at_home,
+        help="Also write both models' images to DIR, in GenEval's layout.",
+    ),
 ]
 ParamOption = Annotated[
     list[str] | None,
@@ -72,9 +102,14 @@ SeedsOption = Annotated[int, typer.Option("--seeds", metavar="N", min=1, help="T
 JobsOption = Annotated[
     int, typer.Option("--jobs", metavar="N", min=1, help="Trainings at a time, one per GPU (or sharing the CPU).")
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A finished run: its folder, or its name.")]
+RunArgument = Annotated[
+    str, typer.Argument(metavar="RUN", parser=at_home, help="A finished run: its folder, or its name.")
+]
 AdapterOption = Annotated[
-    Path | None, typer.Option("--adapter", metavar="DIR", help="Write the adapter to DIR, with model card and recipe.")
+    Path | None,
+    typer.Option(
+        "--adapter", metavar="DIR", parser=path_at_home, help="Write the adapter to DIR, with model card and recipe."
+    ),
 ]
 FormatOption = Annotated[
     Literal["diffusers", "peft", "comfyui", "kohya"],
@@ -82,7 +117,12 @@ FormatOption = Annotated[
 ]
 MergeOption = Annotated[
     Path | None,
-    typer.Option("--merge", metavar="DIR", help="Write a complete pipeline to DIR, with the adapter merged in."),
+    typer.Option(
+        "--merge",
+        metavar="DIR",
+        parser=path_at_home,
+        help="Write a complete pipeline to DIR, with the adapter merged in.",
+    ),
 ]
 PushOption = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from gdro_cli.cli.options import DebugOption, SetOption
+from gdro_cli.cli.options import DebugOption, SetOption, path_at_home
 
 rewards = typer.Typer(
     help="List rewards, check one, write a new one, or serve one to other machines.",
@@ -49,10 +49,12 @@ def list_(
 def check(
     name: NameArgument,
     images: Annotated[
-        Path | None, typer.Option("--images", metavar="DIR", help="Images to score. Default: drawn ones.")
+        Path | None,
+        typer.Option("--images", metavar="DIR", parser=path_at_home, help="Images to score. Default: drawn ones."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Their prompts. Default: built-in ones.")
+        Path | None,
+        typer.Option("--prompts", metavar="FILE", parser=path_at_home, help="Their prompts. Default: built-in ones."),
     ] = None,
     overrides: SetOption = None,
     debug: DebugOption = False,
@@ -74,7 +76,8 @@ def check(
 def new(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Name of the reward: letters, digits, '_' and '-'.")],
     folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="DIR", help="Folder of the package. Default: ./NAME.")
+        Path | None,
+        typer.Option("--folder", metavar="DIR", parser=path_at_home, help="Folder of the package. Default: ./NAME."),
     ] = None,
     debug: DebugOption = False,
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption
+from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption, path_at_home
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.runtime.terminal import printable
 
@@ -146,7 +146,9 @@ def env(debug: DebugOption = False) -> None:
 
 
 def runs(
-    out: Annotated[Path, typer.Argument(metavar="[DIR]", help="Folder given as --out.")] = DEFAULT_OUT,
+    out: Annotated[
+        Path, typer.Argument(metavar="[DIR]", parser=path_at_home, help="Folder given as --out.")
+    ] = DEFAULT_OUT,
     debug: DebugOption = False,
 ) -> None:
     """List the training runs in a folder."""

@@ -157,6 +157,11 @@ class ScoreTable:
             raise StoreError(f"{manifest} is damaged (it was changed): {remedy}")
         return cls(store, path, name, plain, key, command)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether the store has all its shards, and all of them are scored. Raises StoreError for damaged files."""
+        return not self.store.missing_shards() and not self.missing_shards()
+
     def missing_shards(self) -> list[int]:
         """Numbers of the shards without scores; the shards themselves must exist.
 

@@ -87,6 +87,17 @@ def attach_lora(
     return parameters
 
 
+def check_targets(model: FlowModel, targets: Sequence[str] | Literal["auto", "all-linear"]) -> None:
+    """Check targets as ``attach_lora`` does, but from the transformer's configuration alone: no weights are read.
+
+    Raises:
+        UserError: a target matches no linear layer.
+        PrerequisiteError: the configuration is missing.
+    """
+    if not isinstance(targets, str):
+        _refuse_unknown(targets, _linear_layers(model.folder.meta_component("transformer")))
+
+
 @contextmanager
 def reference(model: FlowModel) -> Iterator[None]:
     """Switch the adapter off inside the block: the model is then exactly the base, its initial adapter included."""
@@ -336,17 +347,25 @@ def _scale(model: FlowModel) -> float:
 
 def _target_names(model: FlowModel, targets: Sequence[str] | str) -> list[str]:
     """Resolve targets to what peft matches: full layer names or suffixes."""
-    modules = model.transformer.named_modules()  # an initial adapter has wrapped some
-    names = [name for name, layer in modules if isinstance(layer, nn.Linear) and ".lora_" not in name]
-    linear = [name.removesuffix(".base_layer") for name in names]
+    linear = _linear_layers(model.transformer)
     if targets == "all-linear":
         return linear
     names = list(model.lora_targets if targets == "auto" else targets)
-    for target in names:
+    _refuse_unknown(names, linear)
+    return names
+
+
+def _linear_layers(module: nn.Module) -> list[str]:
+    """Names of the linear layers, also of those that an initial adapter has wrapped."""
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear) and ".lora_" not in name]
+    return [name.removesuffix(".base_layer") for name in names]
+
+
+def _refuse_unknown(targets: Sequence[str], linear: Sequence[str]) -> None:
+    for target in targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
             suffixes = sorted({name.split(".", 2)[-1] for name in linear})
             raise UserError(
                 f"train.lora.targets names {target}, but no linear layer of the transformer ends like that"
                 f"{similar(target, suffixes)}"
             )
-    return names

@@ -17,16 +17,17 @@ import torch
 from torch import nn
 
 from gdro_cli.errors import PrerequisiteError, UserError
-from gdro_cli.model_source import ModelSource, files_digest, weights_problem
+from gdro_cli.files import at_home
+from gdro_cli.model_source import ModelSource, files_digest, only_variant, weights_problem
+from gdro_cli.models.other_forms import INDEX, other_form
 
-_INDEX = "model_index.json"
 _LIBRARIES = ("diffusers", "transformers")
 _OWN = "gdro_cli."
 _COMPONENT = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NETWORKS = ("text_encoder", "transformer", "vae")
 _ATTENTION = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 """The implementations that a configuration may name. Other names are kernels, which are code from the Hub."""
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS = "diffusion_pytorch_model"
 _LICENCES = ("licen", "notice", "use_policy")
 
 
@@ -39,13 +40,17 @@ class PipelineFolder:
 
     Raises:
         PrerequisiteError: the folder or the Hub repository cannot be read.
+        UserError: the path is something else than a pipeline folder.
     """
 
     def __init__(self, path: str | Path, *, fetch: bool = True) -> None:
         self.path = str(path)
+        form = other_form(Path(at_home(self.path, key="model.path")))
+        if form is not None:
+            raise UserError(f"model.path names {self.path}, which is {form}")
         self._source = ModelSource(path, key="model.path", fetch=fetch)
-        self._source.get(_INDEX)
-        self._index = self._source.read_json(_INDEX)
+        self._source.get(INDEX)
+        self._index = self._source.read_json(INDEX)
         self._checked = False
 
     @property
@@ -175,9 +180,11 @@ class PipelineFolder:
         Raises:
             PrerequisiteError: the index of sharded weights is broken.
         """
-        index = f"{name}/{_WEIGHTS}.index.json"
+        variant = only_variant(self._source.folder / name)
+        dotted = "" if variant is None else f".{variant}"
+        index = f"{name}/{_WEIGHTS}.safetensors.index{dotted}.json"
         if not (self._source.folder / index).exists():
-            return [f"{name}/{_WEIGHTS}"]
+            return [f"{name}/{_WEIGHTS}{dotted}.safetensors"]
         parts = self._source.read_json(index).get("weight_map")
         if not isinstance(parts, dict):
             raise PrerequisiteError(f"{index} of model {self.path} names no files: {self._source.remedy}")
@@ -204,8 +211,8 @@ class PipelineFolder:
         Raises:
             PrerequisiteError: files of a Hub repository cannot be fetched.
         """
-        root = self._source.get(_INDEX, *(f"{name}/*" for name in self.components))
-        files = {_INDEX: root / _INDEX}
+        root = self._source.get(INDEX, *(f"{name}/*" for name in self.components))
+        files = {INDEX: root / INDEX}
         for name in self.components:
             visible = (f for f in (root / name).rglob("*") if f.is_file() and not f.name.startswith("."))
             files |= {f.relative_to(root).as_posix(): f for f in visible}

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from gdro_cli.errors import UserError
+from gdro_cli.files import at_home
 
 PLACE = re.compile(r"\{(?:prompt|caption)\}")
 _LARGEST = 1 << 16
@@ -23,9 +24,9 @@ def read_template(path: str, *, key: str) -> str:
         UserError: the file cannot be read, is no text, is larger than 64 KiB, or has no such place.
     """
     try:
-        data = Path(path).expanduser().read_bytes()
+        data = Path(at_home(path, key=key)).read_bytes()
         text = data.decode("utf-8")
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}: {path} cannot be read as text ({reason}): name a UTF-8 file") from error
     if len(data) > _LARGEST:

@@ -16,6 +16,7 @@ from typing import Any
 import httpx2
 
 from gdro_cli.errors import PrerequisiteError
+from gdro_cli.network import check_network
 from gdro_cli.rewards.address import QUOTED, check_url, without_key
 from gdro_cli.rewards.base import one_line
 
@@ -54,6 +55,9 @@ class Endpoint:
         timeout: seconds for connecting, and for each silence of the endpoint.
         retries: further attempts after the first.
         owner: whose endpoint it is, for messages.
+
+    Raises:
+        PrerequisiteError: a setting of the environment forbids every request.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class Endpoint:
     ) -> None:
         from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Omit
 
+        check_network()
         self._url, self._model, self._key, self._retries = base_url, model, key, retries
         self._owner = owner
         # The client takes missing values from OPENAI_* variables, which are meant for another service.

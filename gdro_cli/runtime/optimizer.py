@@ -12,6 +12,12 @@ from gdro_cli.errors import PrerequisiteError
 OptimizerKind = Literal["adamw", "adamw8bit"]
 
 
+def check_optimizer(kind: OptimizerKind) -> None:
+    """Raise PrerequisiteError if the optimizer's package cannot be imported."""
+    if kind == "adamw8bit":
+        _adamw8bit()
+
+
 def make_optimizer(
     kind: OptimizerKind,
     parameters: Sequence[torch.nn.Parameter],
@@ -29,6 +35,10 @@ def make_optimizer(
     """
     if kind == "adamw":
         return torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    return _adamw8bit()(parameters, lr=lr, betas=betas, weight_decay=weight_decay)  # type: ignore[call-arg]
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
     try:
         import bitsandbytes.optim as optim
     except ImportError as error:
@@ -37,4 +47,4 @@ def make_optimizer(
             " set train.optimizer=adamw"
         ) from error
     eight_bit: type[torch.optim.Optimizer] = optim.AdamW8bit  # type: ignore[attr-defined]
-    return eight_bit(parameters, lr=lr, betas=betas, weight_decay=weight_decay)  # type: ignore[call-arg]
+    return eight_bit

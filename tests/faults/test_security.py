@@ -242,7 +242,7 @@ def test_a_report_escapes_prompts_and_recognised_text(tmp_path: Path) -> None:
         read(hostile_results()),
         [point(4, 0.5, protocol=HOSTILE)],
         workspace=tmp_path,
-        recipe={"name": HOSTILE, "eval": {"grid_prompts": 2}},
+        recipe={"name": HOSTILE, "eval": {"grid_prompts": 2}, "train": {"lora": {"init": HOSTILE}}},
         environment={"python": HOSTILE},
     ).read_text()
     assert "&lt;script&gt;" in page

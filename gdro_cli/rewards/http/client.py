@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import httpx2
 
 from gdro_cli.errors import PrerequisiteError
+from gdro_cli.network import check_network
 from gdro_cli.rewards.address import QUOTED, without_key
 from gdro_cli.rewards.base import one_line
 from gdro_cli.rewards.http.protocol import LARGEST_ANSWER, BadAnswerError, Info, read_info
@@ -47,10 +48,14 @@ class RewardClient:
         url: the server's address.
         key: sent as bearer token; ``None`` for no token.
         timeout: seconds for a whole request, its answer included.
+
+    Raises:
+        PrerequisiteError: a setting of the environment forbids every request.
     """
 
     def __init__(self, url: str, *, key: str | None, timeout: float) -> None:
         self._url, self.key, self._timeout = url, key, timeout
+        check_network()
         headers = {"Accept-Encoding": "identity"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
         self.connections = httpx2.AsyncClient(headers=headers, follow_redirects=False, timeout=timeout)
 

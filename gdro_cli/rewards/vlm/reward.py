@@ -64,7 +64,8 @@ class VlmSettings(StrictModel):
         if not self.scale[0] < self.scale[1]:
             raise ValueError("the first number of `scale` must be below the second")
         for key, owner in (("scale", "rating"), ("mean", "questions")):
-            if key in self.model_fields_set and self.ask != owner:
+            # a resolved recipe has every key, and its defaults have no effect
+            if getattr(self, key) != type(self).model_fields[key].default and self.ask != owner:
                 raise ValueError(f"`{key}` has no meaning for `ask: {self.ask}`: remove it")
         return self
 

@@ -22,6 +22,7 @@ from gdro_cli.stages.planning.dry_run import describe_store
 from gdro_cli.stages.runs.identity import run_inputs
 from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.ahead import check_ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +141,9 @@ def _stores(session: Session, sweep: Sweep) -> list[tuple[Recipe, list[str]]]:
 def _make_stores(session: Session, sweep: Sweep, trials: Sequence[TrialRun]) -> None:
     """Sample and score what is missing, before the first training, for the cells that are left."""
     left = {trial.cell.label for trial in trials if not trial.trained}
+    for trial in trials:
+        if not trial.trained:
+            check_ahead(session.part(trial.cell.recipe, model=session.model))
     stores = _stores(session, sweep)
     for number, (recipe, labels) in enumerate(stores, start=1):
         if not left.isdisjoint(labels):

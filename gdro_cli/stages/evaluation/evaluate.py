@@ -25,6 +25,7 @@ from gdro_cli.stages.runs.weights import ADAPTER_NOTE, RunWeights, applied, name
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import refuse_failures, score_by, score_missing, score_with_reward
 from gdro_cli.stages.setup.scorers import (
+    check_servers,
     leave_device,
     open_judge_pool,
     open_judge_table,
@@ -132,7 +133,12 @@ def _measure(session: Session, folder: Path, *, weights: str) -> Tables:
     def open_tables() -> Tables:
         store = open_store(session, folder, plan, session.prompts("eval"), weights=weights)
         others = {reward.name: open_table_of(store, reward, command="gdro eval") for reward in session.other_rewards}
-        return Tables(open_reward_table(session, store), open_judge_table(session, store), others)
+        tables = Tables(open_reward_table(session, store), open_judge_table(session, store), others)
+        scorers = [(session.reward, tables.rewards), (session.judge, tables.judgements)]
+        for scorer, table in [*scorers, *((reward, others[reward.name]) for reward in session.other_rewards)]:
+            if scorer is not None and table is not None:
+                check_servers(scorer, table)
+        return tables
 
     tables = engine.from_main(open_tables)
     fill_store(session, tables.rewards.store, plan, label=f"sampling, {who}")

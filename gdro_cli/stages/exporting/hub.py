@@ -11,6 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from gdro_cli.errors import PrerequisiteError, UserError
+from gdro_cli.network import check_hub
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
@@ -29,7 +30,8 @@ def has_token() -> bool:
 
 
 def check_login() -> None:
-    """Raise PrerequisiteError unless the user has a token."""
+    """Raise PrerequisiteError unless the user has a token, and the environment lets it reach the Hub."""
+    check_hub()
     if not has_token():
         raise PrerequisiteError(
             "no Hugging Face token was found: log in with `hf auth login` or set HF_TOKEN, with a token that may write,"

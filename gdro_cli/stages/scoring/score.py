@@ -11,7 +11,7 @@ from gdro_cli.data.scores import ScoreSummary, ScoreTable
 from gdro_cli.data.store import GroupStore
 from gdro_cli.stages.sampling.fill_store import fill_store
 from gdro_cli.stages.scoring.fill_table import score_with_reward
-from gdro_cli.stages.setup.scorers import open_training_scores
+from gdro_cli.stages.setup.scorers import check_servers, open_training_scores
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import open_training_store, training_plan
 
@@ -65,13 +65,20 @@ def make_scored_store(session: Session) -> tuple[ScoreTable, int]:
         The complete score table, and how many of its shards this call made.
 
     Raises:
-        PrerequisiteError: the recipe names imported data or scores that are not there.
+        PrerequisiteError: the recipe names imported data or scores that are not there, or a server does not answer.
         StoreError: too many images could not be scored, or another job is at work on them.
         Interrupted: stopped by the user; finished shards are kept.
         EndedElsewhere: another process raised one of these.
     """
     store = open_training_store(session)
-    table = session.engine.from_main(lambda: open_training_scores(session, store))
+
+    def open_table() -> ScoreTable:
+        table = open_training_scores(session, store)
+        if session.recipe.train.scores is None:
+            check_servers(session.reward, table)
+        return table
+
+    table = session.engine.from_main(open_table)
     fill_training_store(session, store)
     imported = session.recipe.train.scores is not None
     return table, 0 if imported else score_with_reward(session, table, label="scoring")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 from gdro_cli.config.sections import RewardSection
 from gdro_cli.data.imported_scores import imported_scores
 from gdro_cli.data.scores import ScoreTable
@@ -67,6 +69,27 @@ def open_training_scores(session: Session, store: GroupStore) -> ScoreTable:
 def open_table_of(store: GroupStore, reward: Reward, *, command: str = "gdro score") -> ScoreTable:
     """Make or open the table of any reward, such as a part of a mixture; see ``open_reward_table``."""
     return ScoreTable.create_or_open(store, reward.name, provenance=provenance(reward), command=command)
+
+
+def check_servers(scorer: Reward | JudgeReward, table: ScoreTable | None = None) -> None:
+    """Ask the servers that score or judge whether they answer, before work that would be lost without them.
+
+    Rewards of other packages are left to their scoring processes, which are the only ones that load them.
+
+    Args:
+        scorer: a reward, a mixture or a judge.
+        table: what the servers are to fill; if it is complete, nothing is asked.
+
+    Raises:
+        PrerequisiteError: one cannot be reached, refuses the key, or lacks the model.
+        StoreError: the table is damaged.
+    """
+    parts = scorer.parts.values() if isinstance(scorer, MixReward) else (scorer,)
+    servers = [one for one in parts if one.resources == "server" and type(one).__module__.startswith("gdro_cli.")]
+    if not servers or (table is not None and table.is_complete):
+        return
+    for one in servers:
+        deepcopy(one).load()  # the original remains unchecked: its process asks again
 
 
 def leave_device(session: Session, scorer: Reward | JudgeReward) -> None:

@@ -20,6 +20,7 @@ from gdro_cli.stages.runs.identity import find_run, open_run, runs_of_other_leng
 from gdro_cli.stages.runs.weights import ADAPTER_NOTE, STOPPED, best_folder, early_end, is_finished, refuse_repetition
 from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.training.ahead import check_ahead
 from gdro_cli.stages.training.batch_sizes import check_shares
 from gdro_cli.stages.training.offline import GroupSteps
 from gdro_cli.stages.training.online import OnlineSteps
@@ -76,6 +77,8 @@ def run(session: Session) -> TrainResult:
         finished = engine.from_main(lambda: _finished_run(session))
         if finished is not None and latest_checkpoint(finished.path) is None:
             return TrainResult(finished, recipe.train.steps, recipe.train.steps, was_finished=True)
+        if finished is None:
+            engine.from_main(lambda: check_ahead(session))
         source = open_source(session) if finished is None else None
         folder = engine.from_main(lambda: open_run(session))
         engine.start_trackers({"recipe": recipe.name, "run": folder.path.name, "seed": recipe.train_seed})

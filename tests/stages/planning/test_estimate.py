@@ -88,11 +88,7 @@ def test_headers_describe_other_machines(name: str) -> None:
 @pytest.mark.parametrize("name", REAL)
 def test_sampling_names_what_to_download(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One sentence: accept the licence, fetch, or name a folder."""
-
-    def unreachable(*arguments: Any, **options: Any) -> None:
-        raise OSError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     recipe = load_recipe(name)
     with pytest.raises(PrerequisiteError) as caught:
         sample.run(Session(recipe, tmp_path, Reporter(quiet=True)))

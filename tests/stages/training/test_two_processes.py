@@ -89,7 +89,7 @@ def same_stores(stores: Path, expected: Path, *, exact: bool) -> None:
 
 def same_shard(one: GroupStore, other: GroupStore, number: int, **tolerance: float) -> None:
     for group, expected in zip(one.read_shard(number), other.read_shard(number), strict=True):
-        assert (group.prompt, group.seeds) == (expected.prompt, expected.seeds)
+        assert (group.prompt, group.origins) == (expected.prompt, expected.origins)
         torch.testing.assert_close(group.latents, expected.latents, **tolerance)
     for image, drawn in zip(one.images(number), other.images(number), strict=True):
         pixels, others = (np.asarray(Image.open(side.path)).astype(int) for side in (image, drawn))
