@@ -6,6 +6,7 @@ last, so a store with scores is whole.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +122,7 @@ def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str
         *_described(data).items(),
         *(("note", note) for note in data.notes),
         ("images become", f"{width} x {height}, {request.resize}"),
+        ("size", _size_text(session, data)),
     ]
     path = imported_path(workspace, request.name, session.model, height=height, width=width)
     state = "none is made yet"
@@ -130,6 +132,18 @@ def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str
         shards = len(store.shards)
         state = f"{shards - len(store.missing_shards())} of {shards} shards are made"
     return [*rows, ("store", f"{path}; {state}")]
+
+
+def _size_text(session: Session, data: OwnData) -> str:
+    """What the encoded data takes."""
+    model, (height, width) = session.model, session.image_size
+    latents = math.prod(model.latent_shape(height=height, width=width)) * sum(
+        len(group.images) for group in data.groups
+    )
+    shapes = model.conditioning_shapes(model.max_sequence_length).values()
+    texts = sum(math.prod(shape) for shape in shapes) * len(data.groups)
+    sizes = [f"{values * model.dtype.itemsize / 1e6:,.0f} MB" for values in (latents, texts)]
+    return f"latents {sizes[0]}, texts at most {sizes[1]}: on disk, and in the memory of each process that trains"
 
 
 def scores_of(data: OwnData) -> Sequence[str]:

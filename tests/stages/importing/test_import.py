@@ -263,6 +263,7 @@ def test_a_dry_run_makes_nothing(tmp_path: Path, recipe: Recipe) -> None:
     rows = dict(import_data.describe(Import(data, "mine"), recipe, tmp_path / "out"))
     assert rows["groups"] == "4 of 1 to 4 images" and rows["scores"] == "score (10 images)"
     assert rows["images become"] == "64 x 64, crop" and rows["store"].endswith("; none is made yet")
+    assert rows["size"].startswith("latents 0 MB, texts at most 0 MB: on disk, and in the memory of each process")
     assert not (tmp_path / "out").exists()
 
 
