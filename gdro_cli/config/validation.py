@@ -20,6 +20,11 @@ from gdro_cli.suggest import similar, similar_key
 
 MAX_PROBLEMS = 20
 """How many problems one message lists."""
+_SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z0-9`])")
+_RANGE = re.compile(r"[0-9]|Above |In [\[(]|At (?:least|most) ")
+"""The beginning of a sentence that states the range of a key."""
+_STATES_RANGE = ("must be at ", "must be greater ", "must be less ")
+_SUGGESTED = re.compile(r"`([a-z_.]+)`")
 _SECTION = "a section of keys and values"
 #: pydantic's error types -> what the value must be, a template for the error's context.
 _EXPECTED = {
@@ -49,11 +54,20 @@ _EXPECTED = {
 }
 
 
+class RecipeError(UserError):
+    """A recipe with problems."""
+
+    def __init__(self, found: Sequence[Problem], source: str, schema: type[Recipe]) -> None:
+        super().__init__(_message(found, source, [""] * len(found)))
+        self.explained = _message(found, source, [_explanation(problem, schema) for problem in found[:MAX_PROBLEMS]])
+        """The message, with the meaning of each key that it is about on a line of its own."""
+
+
 def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
     """``data`` as a recipe.
 
     Raises:
-        UserError: it has problems; the message lists them and calls it ``source``.
+        RecipeError: it has problems; the message lists them and calls it ``source``.
         PrerequisiteError: it names a reward of a plug-in that cannot be used.
     """
     schema = schema_of(data)
@@ -63,18 +77,39 @@ def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
     except ValidationError as error:
         details = error.errors(include_url=False)
         wrong_keys = _key_problems(details, data, schema)
-        raise _refusal([*wrong_keys, *_rule_problems(details, data, wrong_keys, schema)], source) from error
+        found = [*wrong_keys, *_rule_problems(details, data, wrong_keys, schema)]
+        raise RecipeError(found, source, schema) from error
     if broken_rules := list(problems(recipe)):
-        raise _refusal(broken_rules, source)
+        raise RecipeError(broken_rules, source, schema)
     return recipe
 
 
-def _refusal(found: Sequence[Problem], source: str) -> UserError:
-    lines = [f"{shown(problem.path)}: {problem.message}" for problem in found[:MAX_PROBLEMS]]
+def _message(found: Sequence[Problem], source: str, explanations: Sequence[str]) -> str:
+    lines = [
+        f"{shown(problem.path)}: {problem.message}{text}"
+        for problem, text in zip(found[:MAX_PROBLEMS], explanations, strict=False)
+    ]
     if len(lines) == 1:
-        return UserError(f"{source}: {lines[0]}")
+        return f"{source}: {lines[0]}"
     more = [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
-    return UserError(f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
+    return f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more)
+
+
+def _explanation(problem: Problem, schema: type[Recipe]) -> str:
+    """What the key of a problem means, or each key that its message suggests instead.
+
+    The first two sentences of its help, without a range that the message states.
+    """
+    names = field_names(schema, sections=True)
+    own = problem.path.partition("[")[0]
+    keys = [own] if own in names else [key for key in _SUGGESTED.findall(problem.message) if key in names]
+    lines = []
+    for key in keys:
+        sentences = _SENTENCE_END.split(field_doc(key, schema).text)[:2]
+        stated = problem.message.startswith(_STATES_RANGE)
+        text = " ".join(sentence for sentence in sentences if not (stated and _RANGE.match(sentence)))
+        lines += [f"\n      {'' if key == own else f'{key}: '}{text}"] if text else []
+    return "".join(lines)
 
 
 def _key_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any], schema: type[Recipe]) -> list[Problem]:
