@@ -58,9 +58,10 @@ class RecipeError(UserError):
     """A recipe with problems."""
 
     def __init__(self, found: Sequence[Problem], source: str, schema: type[Recipe]) -> None:
-        super().__init__(_message(found, source, [""] * len(found)))
-        self.explained = _message(found, source, [_explanation(problem, schema) for problem in found[:MAX_PROBLEMS]])
-        """The message, with the meaning of each key that it is about on a line of its own."""
+        listed = found[:MAX_PROBLEMS]
+        super().__init__(_message(found, source, [()] * len(listed)))
+        self.explained = _message(found, source, [_explanation(problem, schema) for problem in listed])
+        """The message, with the meaning of each key that it is about."""
 
 
 def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
@@ -84,18 +85,17 @@ def validate(data: Mapping[str, Any], *, source: str) -> Recipe:
     return recipe
 
 
-def _message(found: Sequence[Problem], source: str, explanations: Sequence[str]) -> str:
-    lines = [
-        f"{shown(problem.path)}: {problem.message}{text}"
-        for problem, text in zip(found[:MAX_PROBLEMS], explanations, strict=False)
-    ]
+def _message(found: Sequence[Problem], source: str, meanings: Sequence[Sequence[str]]) -> str:
+    lines = [f"{shown(problem.path)}: {problem.message}" for problem in found[: len(meanings)]]
     if len(lines) == 1:
-        return f"{source}: {lines[0]}"
-    more = [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
-    return f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more)
+        return f"{source}: {lines[0]}" + "".join(f" ({meaning})" for meaning in meanings[0])
+    lines = [part for line, more in zip(lines, meanings, strict=True) for part in (line, *(f"    {m}" for m in more))]
+    if len(found) > len(meanings):
+        lines.append(f"and {len(found) - len(meanings)} more")
+    return f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _explanation(problem: Problem, schema: type[Recipe]) -> str:
+def _explanation(problem: Problem, schema: type[Recipe]) -> list[str]:
     """What the key of a problem means, or each key that its message suggests instead.
 
     The first two sentences of its help, without a range that the message states.
@@ -103,13 +103,13 @@ def _explanation(problem: Problem, schema: type[Recipe]) -> str:
     names = field_names(schema, sections=True)
     own = problem.path.partition("[")[0]
     keys = [own] if own in names else [key for key in _SUGGESTED.findall(problem.message) if key in names]
-    lines = []
+    stated = problem.message.startswith(_STATES_RANGE)
+    meanings = []
     for key in keys:
         sentences = _SENTENCE_END.split(field_doc(key, schema).text)[:2]
-        stated = problem.message.startswith(_STATES_RANGE)
         text = " ".join(sentence for sentence in sentences if not (stated and _RANGE.match(sentence)))
-        lines += [f"\n      {'' if key == own else f'{key}: '}{text}"] if text else []
-    return "".join(lines)
+        meanings += [text if key == own else f"{key}: {text}"] if text else []
+    return meanings
 
 
 def _key_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any], schema: type[Recipe]) -> list[Problem]:

@@ -89,7 +89,7 @@ def test_recipes_check_says_what_a_wrong_key_means(capsys: pytest.CaptureFixture
     bad.write_text("extends: ocr\ntrain: {lr: x}\n")
     assert run("recipes", "check", str(bad)) == 2
     error = capsys.readouterr().err
-    assert error.endswith("must be a number, not 'x'\n      Highest learning rate of AdamW. Above 0.\n")
+    assert error.endswith("must be a number, not 'x' (Highest learning rate of AdamW. Above 0.)\n")
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
