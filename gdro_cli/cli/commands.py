@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from gdro_cli import __version__
 from gdro_cli.cli import launch, show, tables
 from gdro_cli.cli.options import (
     DEFAULT_OUT,
@@ -30,24 +31,29 @@ from gdro_cli.cli.options import (
     EvaluatedRunArgument,
     ExportOption,
     FitOption,
+    FolderArgument,
     FormatOption,
+    FormOption,
     ImagesOption,
     ImportScoresOption,
     JobsOption,
     KeepImagesOption,
     ListImagesOption,
     MergeOption,
+    ModelOption,
     OutOption,
     ParamOption,
     ProcessesOption,
     PublicOption,
     PushOption,
     RecipeOption,
+    RewardOption,
     RunArgument,
     RunsArgument,
     ScoresNameOption,
     SeedsOption,
     SetOption,
+    ShellArgument,
     ValuesOption,
     WorkerOption,
 )
@@ -55,6 +61,9 @@ from gdro_cli.cli.rewards import rewards
 from gdro_cli.errors import Interrupted, StoreError, UserError
 from gdro_cli.runtime.interrupt import stopped_at_once, work_begins
 from gdro_cli.runtime.terminal import UNREAD
+
+_COMPLETE = "_GDRO_COMPLETE"
+"""With this variable a shell asks typer to complete a command line."""
 
 
 class Commands(TyperGroup):
@@ -90,10 +99,40 @@ app = typer.Typer(
     help="Post-train rectified-flow text-to-image models with Group-level Direct Reward Optimization.",
     epilog="The main job, on any machine: gdro train --recipe ocr.yaml, then gdro eval --recipe ocr.yaml",
     no_args_is_help=True,
-    add_completion=False,
+    # typer's two options would stand in every --help: `gdro completion` prints its script, which sets this variable
+    add_completion=_COMPLETE in os.environ,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gdro_cli {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def every_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options that come before a command."""
+
+
+@app.command()
+def init(
+    folder: FolderArgument,
+    model: ModelOption = "tiny",
+    reward: RewardOption = "ocr",
+    data: FormOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write a folder to begin with: a commented recipe, example prompts, and the commands to run."""
+    from gdro_cli.stages.starting import init as stage
+
+    tables.print_result("New job", stage.run(folder, model=model, reward=reward, data=data))
 
 
 @app.command(name="import")
@@ -340,6 +379,14 @@ def export_run(
         return tables.print_plan("export", stage.describe(export, out))
     work_begins()
     tables.print_result("Export", stage.run(export, out, launch.plain_reporter()))
+
+
+@app.command()
+def completion(shell: ShellArgument) -> None:
+    """Print a script that completes commands and options with the Tab key: source <(gdro completion bash)."""
+    from typer.completion import get_completion_script  # type: ignore[attr-defined]
+
+    typer.echo(get_completion_script(prog_name="gdro", complete_var=_COMPLETE, shell=shell))
 
 
 app.add_typer(show.recipes, name="recipes")

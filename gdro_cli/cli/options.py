@@ -15,6 +15,18 @@ def path_at_home(text: str | Path) -> Path:
     return Path(at_home(text))
 
 
+FolderArgument = Annotated[
+    Path, typer.Argument(metavar="DIR", parser=path_at_home, help="A new folder; the recipe gets its name.")
+]
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", metavar="NAME|PATH", help="tiny, flux, sd35, a diffusers folder, or a Hub id."),
+]
+RewardOption = Annotated[str, typer.Option("--reward", metavar="NAME", help="A reward (gdro rewards lists them).")]
+FormOption = Annotated[
+    Literal["scores", "pairs", "demonstrations"] | None,
+    typer.Option("--data", help="Train on images of your own that come in this form."),
+]
 RecipeOption = Annotated[
     str,
     typer.Option("--recipe", metavar="NAME|PATH", help="A recipe file, or a shipped recipe (see gdro recipes)."),
@@ -129,6 +141,7 @@ PushOption = Annotated[
     typer.Option("--push", metavar="OWNER/NAME", help="Upload the export to the Hugging Face Hub, with your token."),
 ]
 PublicOption = Annotated[bool, typer.Option("--public", help="Push to a public repository.")]
+ShellArgument = Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]
 WorkerOption = Annotated[bool, typer.Option("--worker", hidden=True)]
 
 DEFAULT_RECIPE = "ocr"

@@ -64,15 +64,16 @@ def check(
     overrides: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Load recipes and report everything wrong with them."""
+    """Load recipes and report everything wrong with them, with the meaning of each key that is wrong."""
     from gdro_cli.config.load import load_recipe, shipped_recipes
+    from gdro_cli.config.validation import RecipeError
 
     problems = []
     for name in names or [str(path) for path in shipped_recipes().values()]:
         try:
             recipe = load_recipe(name, overrides=overrides or ())
         except UserError as error:
-            problems.append(str(error))
+            problems.append(error.explained if isinstance(error, RecipeError) else str(error))
         else:
             typer.echo(f"{printable(name)}: correct (digest {recipe.digest()})")
     if problems:

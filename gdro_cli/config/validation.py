@@ -21,6 +21,11 @@ from gdro_cli.suggest import similar, similar_key
 
 MAX_PROBLEMS = 20
 """How many problems one message lists."""
+_SENTENCE_END = re.compile(r"(?<=\.)\s+(?=[A-Z0-9`])")
+_RANGE = re.compile(r"[0-9]|Above |In [\[(]|At (?:least|most) ")
+"""The beginning of a sentence that states the range of a key."""
+_STATES_RANGE = ("must be at ", "must be greater ", "must be less ")
+_SUGGESTED = re.compile(r"`([a-z_.]+)`")
 _SECTION = "a section of keys and values"
 #: pydantic's error types -> what the value must be, a template for the error's context.
 _EXPECTED = {
@@ -50,6 +55,16 @@ _EXPECTED = {
 }
 
 
+class RecipeError(UserError):
+    """A recipe with problems."""
+
+    def __init__(self, found: Sequence[Problem], source: str, schema: type[Recipe]) -> None:
+        listed = found[:MAX_PROBLEMS]
+        super().__init__(_message(found, source, [()] * len(listed)))
+        self.explained = _message(found, source, [_explanation(problem, schema) for problem in listed])
+        """The message, with the meaning of each key that it is about."""
+
+
 def validate(data: Mapping[str, Any], *, source: str, check_fixed: bool = False) -> Recipe:
     """``data`` as a recipe.
 
@@ -59,14 +74,14 @@ def validate(data: Mapping[str, Any], *, source: str, check_fixed: bool = False)
         check_fixed: whether the recipe must also be valid with the settings of each ``ablation.KEY.set``.
 
     Raises:
-        UserError: it has problems; the message lists them and calls it ``source``.
+        RecipeError: it has problems; the message lists them and calls it ``source``.
         PrerequisiteError: it names a reward of a plug-in that cannot be used.
     """
     recipe, found = _checked(data)
     if recipe is not None and check_fixed:
         found += list(_fixed_problems(recipe, found))
     if recipe is None or found:
-        raise _refusal(found, source)
+        raise RecipeError(found, source, schema_of(data))
     return recipe
 
 
@@ -92,12 +107,31 @@ def _fixed_problems(recipe: Recipe, known: Sequence[Problem]) -> Iterator[Proble
             yield from (Problem(path, f"{shown(new.path)}: {new.message}") for new in found if new not in known)
 
 
-def _refusal(found: Sequence[Problem], source: str) -> UserError:
-    lines = [f"{shown(problem.path)}: {problem.message}" for problem in found[:MAX_PROBLEMS]]
+def _message(found: Sequence[Problem], source: str, meanings: Sequence[Sequence[str]]) -> str:
+    lines = [f"{shown(problem.path)}: {problem.message}" for problem in found[: len(meanings)]]
     if len(lines) == 1:
-        return UserError(f"{source}: {lines[0]}")
-    more = [f"and {len(found) - len(lines)} more"] if len(found) > len(lines) else []
-    return UserError(f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines + more))
+        return f"{source}: {lines[0]}" + "".join(f" ({meaning})" for meaning in meanings[0])
+    lines = [part for line, more in zip(lines, meanings, strict=True) for part in (line, *(f"    {m}" for m in more))]
+    if len(found) > len(meanings):
+        lines.append(f"and {len(found) - len(meanings)} more")
+    return f"{source} has {len(found)} problems:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _explanation(problem: Problem, schema: type[Recipe]) -> list[str]:
+    """What the key of a problem means, or each key that its message suggests instead.
+
+    The first two sentences of its help, without a range that the message states.
+    """
+    names = field_names(schema, sections=True)
+    own = problem.path.partition("[")[0]
+    keys = [own] if own in names else [key for key in _SUGGESTED.findall(problem.message) if key in names]
+    stated = problem.message.startswith(_STATES_RANGE)
+    meanings = []
+    for key in keys:
+        sentences = _SENTENCE_END.split(field_doc(key, schema).text)[:2]
+        text = " ".join(sentence for sentence in sentences if not (stated and _RANGE.match(sentence)))
+        meanings += [text if key == own else f"{key}: {text}"] if text else []
+    return meanings
 
 
 def _key_problems(details: Sequence[ErrorDetails], data: Mapping[str, Any], schema: type[Recipe]) -> list[Problem]:

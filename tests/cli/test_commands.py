@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdro_cli import __version__
 from gdro_cli.cli.app import main
 from gdro_cli.cli.failures import exit_code_of
 from gdro_cli.config.load import load_recipe, shipped_recipes
@@ -66,6 +67,34 @@ def test_recipes_check_reports_every_problem_of_every_recipe(
     assert "ocr: correct" in captured.out
     for words in ("nowhere", "did you mean `seed`?", "method.tau: must be at least 0"):
         assert words in captured.err
+
+
+def test_recipes_check_says_what_a_wrong_key_means(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Not the range, where the problem states it."""
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("extends: ocr\nsede: 1\nxyz: 1\nsample: {image_format: jpg}\ntrain: {lr: -1}\nmethod: {k: 99}\n")
+    assert run("recipes", "check", str(bad)) == 2
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "  sede: unknown key; did you mean `seed`?",
+        "      seed: Seed of everything random except the evaluation (`eval.seed`), built-in prompts "
+        "(their own `seed`), and a training with a seed of its own (`train.seed`). 0 or more.",
+        "  xyz: unknown key",
+        "  sample.image_format: must be 'png' or 'webp', not 'jpg'; did you mean `png`?",
+        "      File format of the images in a new store. Both are lossless.",
+        "  train.lr: must be greater than 0, not -1",
+        "      Highest learning rate of AdamW.",
+        "  method.k: 99 is more than sample.images_per_prompt (16): lower k or sample more images",
+        "      Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.",
+    ]
+    bad.write_text("extends: ocr\ntrain: {lr: x}\n")
+    assert run("recipes", "check", str(bad)) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("must be a number, not 'x' (Highest learning rate of AdamW. Above 0.)\n")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"gdro_cli {__version__}\n"
 
 
 def test_recipes_fields_explains_one_section_or_all(capsys: pytest.CaptureFixture[str]) -> None:

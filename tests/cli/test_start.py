@@ -7,13 +7,14 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.slow
 
 COMMANDS = (
-    *("sample", "score", "train", "eval", "compare", "ablate", "export"),
+    *("init", "completion", "sample", "score", "train", "eval", "compare", "ablate", "export"),
     *("recipes", "recipes show", "prompts", "runs", "env"),
 )
 #: Seconds of processor time; about 0.2 on a desktop computer. Loading torch alone takes more than this.
@@ -81,3 +82,29 @@ def test_printing_prompts_loads_nothing_heavy() -> None:
 
 def test_checking_recipes_loads_no_torch() -> None:
     assert loaded_by(["recipes", "check"]) == [(0, ["pydantic", "yaml"])]
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("gdro tr", "train"), ("gdro recipes ", "list show check fields"), ("gdro --ver", "--version")],
+)
+def test_bash_completes_commands_and_options(line: str, expected: str, tmp_path: Path) -> None:
+    """With the script that the command prints, whose function calls `gdro` again."""
+    gdro = tmp_path / "gdro"
+    gdro.write_text(f'#!/bin/sh\nexec {sys.executable} -m gdro_cli "$@"\n')
+    gdro.chmod(0o755)
+    script = """
+    source <("$0" completion bash)
+    read -ra COMP_WORDS <<<"$1"
+    [[ $1 == *" " ]] && COMP_WORDS+=("")
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+    _gdro_completion "$0"
+    echo "${COMPREPLY[*]}"
+    """
+    done = subprocess.run(["bash", "-c", script, str(gdro), line], capture_output=True, text=True, check=True)
+    assert (" ".join(done.stdout.split()), done.stderr) == (expected, "")
+
+
+def test_starting_a_job_loads_no_torch(tmp_path: Path) -> None:
+    ((code, names),) = loaded_by(["init", str(tmp_path / "job")])
+    assert (code, set(names) & {"torch", "diffusers", "transformers", "numpy", "PIL"}) == (0, set())

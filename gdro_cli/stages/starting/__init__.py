@@ -1,0 +1,1 @@
+"""The folder that ``gdro init`` writes: a job to begin with."""
