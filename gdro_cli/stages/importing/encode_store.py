@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from typing import Self
 
@@ -49,25 +49,22 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
         nonlocal enlarged
         start = time.perf_counter()
         latents: list[torch.Tensor] = []
-        images: list[_Fitted] = []
+        images: list[Image.Image] = []
+        origins: list[dict[str, object]] = []
         for first in range(0, store.images_in(number), batch_size):
             batch = readers.take(min(batch_size, store.images_in(number) - first))
             pixels = to_pixels([one.image for one in batch])
             latents.append(model.encode_images(pixels).to("cpu", model.dtype))
             enlarged += sum(one.enlarged for one in batch)
-            images += batch if keeps else [replace(one, image=_NO_IMAGE) for one in batch]
+            images += [one.image for one in batch] if keeps else []
+            origins += [one.origin for one in batch]
             progress.advance(len(batch))
             session.stop.check(stopped)
-        texts = model.encode([prompt.prompt for prompt in store.shards[number]])
-        rest, parts = (
-            iter(images),
-            torch.cat(latents).split([store.sizes[prompt.id] for prompt in store.shards[number]]),
-        )
+        prompts, whole, end = store.shards[number], torch.cat(latents), 0
         groups = []
-        for prompt, part, text in zip(store.shards[number], parts, texts, strict=True):
-            members = list(islice(rest, len(part)))
-            kept = [one.image for one in members] if keeps else []
-            groups.append(Group(prompt, part, text, kept, [one.origin for one in members]))
+        for prompt, text in zip(prompts, model.encode([prompt.prompt for prompt in prompts]), strict=True):
+            members = slice(end, end := end + store.sizes[prompt.id])
+            groups.append(Group(prompt, whole[members], text, images[members], origins[members]))
         writer.write(number, groups, start)
 
     total = sum(store.images_in(number) for number in own)
@@ -93,10 +90,6 @@ def _images(store: GroupStore, data: OwnData, shards: Sequence[int]) -> Iterator
         for prompt in store.shards[number]
         for image in groups[prompt.id].images
     )
-
-
-_NO_IMAGE = Image.new("RGB", (1, 1))
-"""In the place of an image that is not needed any more."""
 
 
 @dataclass(frozen=True, slots=True)
