@@ -124,7 +124,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
         load_lora_state(model, weights.adapter)
         (group,) = sample_groups(model, (prompt,), evaluation_plan(session, images_per_prompt=1), batch_size=1)
     base, adapted = (
-        pipeline_image(folder, name, run, prompt.prompt, group.seeds[0]) for run in (None, trained.run.path)
+        pipeline_image(folder, name, run, prompt.prompt, group.origins[0]["seed"]) for run in (None, trained.run.path)
     )
     assert np.abs(adapted - np.asarray(group.images[0])).max() <= 1
     assert np.abs(adapted - base).max() > 1
@@ -134,7 +134,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     assert call == {**called, **PIPELINE_OPTIONS[name]}
     assert f"LoRA adapter for the model {folder.name}" in (trained.run.path / "README.md").read_text()
     export.run(export.Export(trained.run.path.name, merge=tmp_path / "merged"), tmp_path, quiet)
-    merged = pipeline_image(tmp_path / "merged", name, None, prompt.prompt, group.seeds[0])
+    merged = pipeline_image(tmp_path / "merged", name, None, prompt.prompt, group.origins[0]["seed"])
     assert np.abs(merged - adapted).max() <= 1
 
 

@@ -263,7 +263,7 @@ def test_the_pipeline_with_the_adapter_draws_the_evaluated_images(finished: Fini
         width=64,
         num_inference_steps=3,
         max_sequence_length=pipe.tokenizer_2.model_max_length,
-        generator=torch.Generator().manual_seed(group.seeds[0]),
+        generator=torch.Generator().manual_seed(group.origins[0]["seed"]),
     ).images
     assert np.abs(np.asarray(image).astype(int) - np.asarray(group.images[0])).max() <= 1
 
