@@ -30,6 +30,7 @@ from gdro_cli.images import fit, open_image
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.latents import to_pixels
 from gdro_cli.rewards.ocr.rules import ocr_reward
+from gdro_cli.stages.importing import import_data
 from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.session import Session
@@ -178,20 +179,22 @@ def show(rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def bare_loop(folder: Path, model: FlowModel, size: tuple[int, int], batch: int) -> float:
-    """Seconds to read, fit and encode all images in one thread, and nothing else."""
-    height, width = size
-    images = [image for group in read_own_data(folder).groups for image in group.images]
+    """Seconds to read, fit and encode all images in one thread and to encode all prompts, and nothing else."""
+    (height, width), data = size, read_own_data(folder)
+    images = [image for group in data.groups for image in group.images]
     start, kept = time.perf_counter(), []
     for first in range(0, len(images), batch):
         pictures = [open_image(image.source.read()) for image in images[first : first + batch]]
         fitted = [fit(picture, height=height, width=width, how="crop") for picture in pictures]
         kept.append(model.encode_images(to_pixels(fitted)))
+    for first in range(0, len(data.groups), batch):
+        model.encode([group.record.prompt for group in data.groups[first : first + batch]])
     return time.perf_counter() - start
 
 
-def speed(out: Path, count: int) -> None:
-    """Import ``count`` JPEG files of 96 x 80 pixels in pairs, and the same by a bare loop, alternating."""
-    folder = out / f"photos-{count}"
+def photos(out: Path, count: int, size: tuple[int, int] = (96, 80)) -> Path:
+    """``count`` JPEG files of this width and height, in pairs."""
+    folder = out / f"photos-{count}-{size[0]}x{size[1]}"
     if not folder.exists():
         (folder / "images").mkdir(parents=True)
         rng, rows = np.random.default_rng(0), []
@@ -199,20 +202,33 @@ def speed(out: Path, count: int) -> None:
             names = [f"images/{number:06d}-{side}.jpg" for side in "ab"]
             drawing = draw_sign("SIGN", colour="red", background=sorted(BACKGROUNDS)[0], rng=rng)
             for name in names:
-                drawing.image.resize((96, 80)).save(folder / name, quality=90)
+                drawing.image.resize(size).save(folder / name, quality=90)
             rows.append({"prompt": f"photo {number}", "chosen": names[0], "rejected": names[1]})
         write_table(folder / "data.jsonl", rows)
+    return folder
+
+
+def speed(out: Path, count: int) -> None:
+    """Import pairs, and do the same work in a bare loop, alternating; then the peak memory of a fifth and of all.
+
+    Small files, for which everything beside decoding and encoding counts most, and a fifth as many larger ones.
+    """
     recipe = load_recipe("own-pairs")
-    session = Session(recipe, out)
     model = open_model(recipe)
-    model.encode(["warm"])
-    for attempt in range(3):
-        bare = bare_loop(folder, model, session.image_size, recipe.sample.batch_size)
-        start = time.perf_counter()
-        gdro(out, "import", str(folder), "--recipe", "own-pairs", "--name", f"photos-{count}-{attempt}-{os.getpid()}")
-        whole = time.perf_counter() - start
+    bare_loop(photos(out, 64), model, Session(recipe, out, model=model).image_size, 32)  # loads the encoders
+    for folder in (photos(out, count), photos(out, count // 5, (640, 480))):
+        for attempt in range(3):
+            session = Session(recipe, out, model=model)
+            bare = bare_loop(folder, model, session.image_size, recipe.sample.batch_size)
+            start = time.perf_counter()
+            import_data.run(session, import_data.Import(folder, f"{folder.name}-{attempt}-{os.getpid()}"))
+            whole = time.perf_counter() - start
+            print(f"{folder.name}: bare loop {bare:.1f} s, import {whole:.1f} s, ratio {bare / whole:.2f}", flush=True)
+    for part in (count // 5, count):
+        name = f"memory-{part}-{os.getpid()}"
+        gdro(out, "import", str(photos(out, part)), "--recipe", "own-pairs", "--name", name)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-        print(f"bare loop {bare:.1f} s, gdro import {whole:.1f} s: ratio {bare / whole:.2f}; {peak:.2f} GB")
+        print(f"{part} images: peak memory {peak:.2f} GB", flush=True)
 
 
 def main() -> None:

@@ -164,12 +164,10 @@ def _described(data: OwnData) -> dict[str, str]:
 
 def _values(data: OwnData, name: str) -> dict[tuple[str, int], float | str]:
     """The scores of a name by prompt id and index of the image; an image without one is left out."""
-    return {
-        (group.record.id, index): 1.0 if not data.score_names else image.scores[name]
-        for group in data.groups
-        for index, image in enumerate(group.images)
-        if not data.score_names or name in image.scores
-    }
+    slots = ((group, index, image) for group in data.groups for index, image in enumerate(group.images))
+    if not data.score_names:
+        return {(group.record.id, index): 1.0 for group, index, _ in slots}
+    return {(group.record.id, index): image.scores[name] for group, index, image in slots if name in image.scores}
 
 
 def _identity(session: Session, request: Import, data: OwnData) -> dict[str, Any]:
