@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gdro_cli.data.own_data import read_own_data
 from gdro_cli.stages.starting.init import DataForm, run
 from tests.support.own_data import save_images
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 FEW = {"steps: 300": 2, "steps: 30": 2, "images_per_prompt: 16": 6, "eval_every: 100": 0, "eval_every: 10": 0}
 
 
-def run_the_readme(folder: Path, *, evaluate: bool) -> None:
+def run_the_readme(folder: Path) -> None:
     recipe = folder / "recipe.yaml"
     text = re.sub(r"(eval: .*count:) \d+", r"\1 2", recipe.read_text(encoding="utf-8"))
     for line, value in FEW.items():
@@ -28,7 +28,7 @@ def run_the_readme(folder: Path, *, evaluate: bool) -> None:
     recipe.write_text(text, encoding="utf-8")
     lines = re.findall(r"^    gdro (.*?) +#", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert lines[-2:] == ["train --recipe recipe.yaml", "eval --recipe recipe.yaml"]
-    for line in lines if evaluate else lines[:-1]:
+    for line in lines:
         done = subprocess.run(
             [sys.executable, "-m", "gdro_cli", *line.split()],
             cwd=folder,
@@ -38,21 +38,20 @@ def run_the_readme(folder: Path, *, evaluate: bool) -> None:
             check=False,
         )
         assert done.returncode == 0, done.stderr
-    result = "results.json" if evaluate else "pytorch_lora_weights.safetensors"
-    assert len(list((folder / "gdro-out" / "runs").glob(f"{folder.name}-*/{result}"))) == 1
+    assert len(list((folder / "gdro-out" / "runs").glob(f"{folder.name}-*/results.json"))) == 1
 
 
 def test_training_on_the_example_prompts(tmp_path: Path) -> None:
     run(tmp_path / "job", model="tiny", reward="ocr")
-    run_the_readme(tmp_path / "job", evaluate=True)
+    run_the_readme(tmp_path / "job")
 
 
-@pytest.mark.parametrize("data", ["scores", "demonstrations"])  # half a minute each; pairs differ in a key
-def test_training_on_a_table_in_the_form_that_the_readme_shows(data: DataForm, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("data", "form"), [("scores", "scored groups"), ("pairs", "pairs"), ("demonstrations",) * 2])
+def test_the_table_that_the_readme_shows_is_of_its_form(data: DataForm, form: str, tmp_path: Path) -> None:
+    """Trainings on imported data are tested in ``importing``."""
     folder = tmp_path / "kites"
     run(folder, model="tiny", reward="ocr", data=data)
     (line,) = re.findall(r"^        (\{.*)", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
-    assert "prompt" in json.loads(line)
     (folder / "data.jsonl").write_text(f"{line}\n", encoding="utf-8")
     save_images(folder, "a.png", "b.png")
-    run_the_readme(folder, evaluate=False)
+    assert read_own_data(folder / "data.jsonl").form == form
