@@ -212,7 +212,7 @@ def _other_rewards(recipe: Recipe) -> Iterator[Problem]:
     rewards = recipe.eval.rewards
     for name in dict.fromkeys(rewards):
         if name in (recipe.reward.kind, *recipe.reward.parts, MIX):
-            trained = "is trained on and reported anyway" if name != MIX else "is no single reward"
+            trained = "is trained on and reported anyway" if name != MIX else "is not a single reward"
             yield Problem("eval.rewards", f"names {name!r}, which {trained}: remove it")
         elif rewards.count(name) > 1:
             yield Problem("eval.rewards", f"names {name!r} twice: remove one")

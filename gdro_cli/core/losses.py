@@ -1,10 +1,9 @@
-"""The group losses: GDRO, its rank and top-1 forms, DPO, other offline methods, and the top-1 stabilisation.
+"""The group losses of the GDRO paper, the top-1 stabilisation, and the whole loss of any method on stored groups.
 
-Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19); the other methods name theirs. Every loss
-takes the explicit rewards ``r`` and something that the policy can change, the implicit rewards ``s`` or (sft, nft) the
-errors themselves, of B groups of K images, all [B, K] in any order inside a group, and returns a ``LossOutput``. Those
-of ``s`` depend only on its differences inside a group, but for the ``lair`` target of ``regression_loss``. To all but
-``sft_loss``, a group with fewer than two scored images adds 0.
+Source: the GDRO paper (arXiv 2601.02036) and its supplement (eqs. 13-19): GDRO, its rank and top-1 forms, and DPO.
+``other_losses`` has those of other papers. Every loss takes the implicit rewards ``s`` and the explicit rewards ``r``
+of B groups of K images, both [B, K] in any order inside a group, and returns a ``LossOutput``. Those of this module
+depend only on differences of ``s`` inside a group. To them, a group with fewer than two scored images adds 0.
 
 Common arguments: ``mask`` is [B, K] bool, True = scored, None = all scored. An unscored image adds no loss and no
 gradient, whatever its values. ``tau`` is the temperature of the target distribution, >= 0, in units of the reward; 0 is
@@ -25,33 +24,11 @@ from torch.nn.functional import softplus
 from gdro_cli.core.diagnostics import group_metrics
 from gdro_cli.core.flow import as_float
 from gdro_cli.core.implicit import implicit_reward
-from gdro_cli.core.policy import group_advantages
+from gdro_cli.core.loss_output import LossOutput, checked
+from gdro_cli.core.other_losses import dgpo_loss, nft_loss, regression_loss, sft_loss
 from gdro_cli.core.ranking import Ranking, best_share, preferences, rank_images, target_distributions
 
 Pairs = Literal["best_worst", "all"]
-RegressionTarget = Literal["lair", "crd"]
-
-
-@dataclass(frozen=True, slots=True)
-class LossOutput:
-    """A loss and what is worth logging about it.
-
-    Attributes:
-        loss: scalar, mean of ``per_group``; carries the gradient.
-        per_group: [B] loss of each group; carries the gradient.
-        metrics: detached scalars. ``loss_floor`` is the lowest value that the loss can reach for these rewards (that
-            of distributions: the entropy of the targets); the method's loss minus this is what is left to learn.
-    """
-
-    loss: Tensor
-    per_group: Tensor
-    metrics: dict[str, Tensor]
-
-
-def _check(s: Tensor, rewards: Tensor) -> Tensor:
-    if s.shape != rewards.shape or s.ndim != 2:
-        raise ValueError(f"s and rewards must share one shape [B, K], got {list(s.shape)} and {list(rewards.shape)}")
-    return as_float(s)
 
 
 def _cross_entropies(s: Tensor, ranking: Ranking, target: Tensor, *, terms: Tensor) -> LossOutput:
@@ -63,7 +40,7 @@ def _cross_entropies(s: Tensor, ranking: Ranking, target: Tensor, *, terms: Tens
         target: q [B, K, K] in rank order.
         terms: [B, K] bool, the ranks i that count.
     """
-    s = _check(s, ranking.rewards)
+    s = checked(s, ranking.rewards)
     columns = ranking.sort(s)[:, None, :]
     remaining = ranking.remaining
     # No set is empty and all its members are finite, so -inf outside adds exact zeros and no nan in backward.
@@ -119,7 +96,7 @@ def dpo_loss(s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: T
     ``pairs``: "best_worst" takes the best and the worst image of each group (exact ties share equally), "all" takes
     every pair with different rewards.
     """
-    values = _check(s, rewards)
+    values = checked(s, rewards)
     preferred = preferences(rewards, mask)
     if pairs == "best_worst":
         best, worst = best_share(rewards, mask), best_share(-rewards, mask)
@@ -133,137 +110,6 @@ def dpo_loss(s: Tensor, rewards: Tensor, *, pairs: Pairs = "best_worst", mask: T
     margin = torch.where(preferred, margin, torch.zeros_like(margin))
     per_group = (softplus(-margin) * weights.to(values.dtype)).sum(dim=(1, 2))
     return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
-
-
-def sft_loss(errors: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:
-    """Supervised fine-tuning: the velocity errors of the group's images, weighted by ``q = softmax(r / tau)``.
-
-        L = sum_{i=1..K} q(i, tau) e_i
-
-    At tau = 0 it fine-tunes on the best image alone; at K = 1, on demonstrations. No reference takes part.
-
-    Args:
-        errors: velocity errors of the policy [B, K].
-        rewards: explicit rewards [B, K].
-        tau: see the module.
-        mask: see the module.
-    """
-    ranking = rank_images(rewards, mask)
-    values = ranking.sort(_check(errors, rewards))
-    target = target_distributions(ranking, tau=tau)[:, 0].to(values.dtype) * ranking.valid
-    per_group = (target * values).sum(dim=1)
-    return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
-
-
-def regression_loss(
-    s: Tensor,
-    rewards: Tensor,
-    *,
-    target: RegressionTarget = "lair",
-    tau: float,
-    penalty: float,
-    mask: Tensor | None = None,
-) -> LossOutput:
-    """Regression of the implicit rewards onto targets made of the rewards, with n scored images and lambda = penalty.
-
-    "lair", Diffusion LAIR (arXiv 2605.26491), has its minimum at ``s_i = a_i / lambda``:
-
-        L = sum_i ( lambda / 2 s_i^2 - a_i s_i )        a = softmax(r / tau) - 1 / n
-
-    "crd", Centered Reward Distillation (arXiv 2603.14128), at ``s_i = A_i / lambda`` + constant:
-
-        L = 1 / n sum_i ( s_i - mean s - A_i / lambda )^2        A = (r - mean r) / std r, divisor n
-
-    Args:
-        s: implicit rewards [B, K].
-        rewards: explicit rewards [B, K].
-        target: "lair" or "crd".
-        tau: see the module; "crd" has none.
-        penalty: lambda, above 0.
-        mask: see the module.
-    """
-    ranking = rank_images(rewards, mask)
-    values = ranking.sort(_check(s, rewards))
-    count = _counts(ranking).to(values.dtype)
-    if target == "lair":
-        q = target_distributions(ranking, tau=tau)[:, 0].to(values.dtype)
-        wanted = torch.where(ranking.valid, q - 1 / count, 0.0)
-        per_group = (penalty / 2 * values.square() - wanted * values).sum(dim=1)
-        floor = -wanted.square().sum(dim=1) / (2 * penalty)
-    elif target == "crd":
-        centred = torch.where(ranking.valid, values - values.sum(dim=1, keepdim=True) / count, 0.0)
-        per_group = (centred - _advantages(ranking).to(values.dtype) / penalty).square().sum(dim=1) / count.squeeze(1)
-        floor = torch.zeros_like(per_group)
-    else:
-        raise ValueError(f"target must be 'lair' or 'crd', got {target!r}")
-    per_group, floor = per_group * ranking.terms[:, 0], floor * ranking.terms[:, 0]
-    return LossOutput(per_group.mean(), per_group, {"loss_floor": floor.mean().detach()})
-
-
-def dgpo_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> LossOutput:
-    """DGPO (arXiv 2510.08425): the images above the group's mean reward against those below, weighted by advantage.
-
-        L = -log sigmoid( 1 / n sum_i A_i s_i )        A = (r - mean r) / std r, divisor n
-
-    over the n scored images. With K = 2, A is +1 and -1: DPO at half the margin. A group of equal rewards adds 0.
-    """
-    ranking = rank_images(rewards, mask)
-    values = ranking.sort(_check(s, rewards))
-    advantages = _advantages(ranking).to(values.dtype)
-    margin = (advantages * values).sum(dim=1) / _counts(ranking).squeeze(1)
-    per_group = softplus(-margin) * advantages.any(dim=1)
-    return LossOutput(per_group.mean(), per_group, {"loss_floor": per_group.new_zeros(())})
-
-
-def nft_loss(
-    errors: Tensor,
-    reference_errors: Tensor,
-    deviations: Tensor,
-    rewards: Tensor,
-    *,
-    mixing: float,
-    advantage_clip: float,
-    mask: Tensor | None = None,
-) -> LossOutput:
-    """DiffusionNFT (arXiv 2509.16117): a good image pulls the policy's velocity towards it, a bad one a mirrored one.
-
-        L = 1 / n sum_i ( p_i ||v+ - v||^2 + (1 - p_i) ||v- - v||^2 )        v+- = (1 -+ b) v_ref +- b v_theta
-
-    over the n scored images, with ``b = mixing`` and the probability ``p = (1 + clip(A / advantage_clip, -1, 1)) / 2``
-    that the image is a good one, A as in ``dgpo_loss``. Both distances follow from three scalars of an image: with
-    ``d = v_theta - v_ref`` and ``t = v - v_ref``, ``||v+- - v||^2 = ||t||^2 -+ 2 b <t, d> + b^2 ||d||^2`` and
-    ``e_theta = ||t||^2 - 2 <t, d> + ||d||^2``.
-
-    Args:
-        errors: velocity errors of the policy e_theta [B, K].
-        reference_errors: those of the reference ||t||^2 [B, K].
-        deviations: ||d||^2 [B, K], reduced over the latent's dimensions as the errors are.
-        rewards: explicit rewards [B, K].
-        mixing: b, above 0.
-        advantage_clip: the advantage at which p is 1, above 0.
-        mask: see the module.
-    """
-    ranking = rank_images(rewards, mask)
-    own, reference, apart = (ranking.sort(_check(each, rewards)) for each in (errors, reference_errors, deviations))
-    good = (1 + (_advantages(ranking).to(own.dtype) / advantage_clip).clamp(-1, 1)) / 2
-    along = mixing * (own - reference - apart)  # -2 b <t, d>
-    around = reference + mixing**2 * apart
-    per_image = good * (around + along) + (1 - good) * (around - along)
-    lowest = 4 * good * (1 - good) * reference  # at b d = (2 p - 1) t
-    share = ranking.valid * ranking.terms[:, :1] / _counts(ranking)
-    per_group = (share * per_image).sum(dim=1)
-    return LossOutput(per_group.mean(), per_group, {"loss_floor": (share * lowest).sum(dim=1).mean().detach()})
-
-
-def _counts(ranking: Ranking) -> Tensor:
-    """Number of scored images [B, 1], at least 1."""
-    return ranking.valid.sum(dim=1, keepdim=True).clamp_min(1)
-
-
-def _advantages(ranking: Ranking) -> Tensor:
-    """``(r - mean r) / std r`` of a group's scored images, divisor n: [B, K] in rank order, 0 for equal rewards."""
-    rewards = ranking.rewards.masked_fill(~ranking.valid, torch.nan)
-    return group_advantages(rewards, scale="group", clip=torch.inf, floor=0.0)
 
 
 def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -280,7 +126,7 @@ def top1_stabiliser(errors: Tensor, rewards: Tensor, mask: Tensor | None = None)
     Returns:
         [B], at least float32; 0 for a group without a score.
     """
-    values = _check(errors, rewards)
+    values = checked(errors, rewards)
     share = best_share(rewards, mask).to(values.dtype)
     return (share * torch.where(share > 0, values, torch.zeros_like(values))).sum(dim=1)
 

@@ -20,7 +20,7 @@ from typing import Any, Self, get_args
 from gdro_cli.data.records import PromptRecord, PromptSet
 from gdro_cli.data.shards import Group, ImageFormat, Shard, StoredGroup, StoredImage
 from gdro_cli.errors import StoreError
-from gdro_cli.files import read_object, sha256, write_json
+from gdro_cli.files import read_object, sha256, storage_errors, write_json
 from gdro_cli.identity import canonical_json, differences, digest
 
 __all__ = ["Group", "GroupStore", "ImageFormat", "StoredGroup", "StoredImage"]
@@ -133,6 +133,11 @@ class GroupStore:
     def images_in(self, number: int) -> int:
         """Images of shard ``number``."""
         return sum(self.sizes[prompt.id] for prompt in self.shards[number])
+
+    def discard(self) -> None:
+        """Remove the manifest of a store without shards, as if it had never been made. Raises StoreError."""
+        with storage_errors(self.path):
+            (self.path / _MANIFEST).unlink()
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards that are missing. Raises StoreError for a damaged shard."""

@@ -21,7 +21,7 @@ def read_template(path: str, *, key: str) -> str:
         key: the recipe's key that names it, for messages.
 
     Raises:
-        UserError: the file cannot be read, is no text, is larger than 64 KiB, or has no such place.
+        UserError: the file cannot be read, is not text, is larger than 64 KiB, or has no such place.
     """
     try:
         data = Path(at_home(path, key=key)).read_bytes()

@@ -59,7 +59,7 @@ class MixReward(Reward):
         parts: the rewards of the terms by name, opened with their own settings.
 
     Raises:
-        UserError: a term is no number that its reward reports.
+        UserError: a term is not a number that its reward reports.
     """
 
     name = MIX
@@ -97,7 +97,7 @@ class MixReward(Reward):
         known = sorted(part.unit_details | measured | part.signals.keys())
         if dot and detail not in known:
             names = ", ".join(f"{name}.{each}" for each in known) or "none"
-            raise UserError(f"reward.mix.weights: {term} is no number that {name} reports (it reports {names})")
+            raise UserError(f"reward.mix.weights: {term} is not a number that {name} reports (it reports {names})")
 
     def _is_unit(self, term: str) -> bool:
         name, _, detail = term.partition(".")

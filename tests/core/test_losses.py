@@ -12,20 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdro_cli.core.losses import (
-    LossOutput,
-    dgpo_loss,
-    dpo_loss,
-    gdro_loss,
-    group_loss,
-    image_weights,
-    nft_loss,
-    rank_loss,
-    regression_loss,
-    sft_loss,
-    top1_loss,
-    top1_stabiliser,
-)
+from gdro_cli.core.loss_output import LossOutput
+from gdro_cli.core.losses import dpo_loss, gdro_loss, group_loss, image_weights, rank_loss, top1_loss, top1_stabiliser
+from gdro_cli.core.other_losses import dgpo_loss, nft_loss, regression_loss, sft_loss
 
 LN2, LN3, LN5, LN6 = math.log(2), math.log(3), math.log(5), math.log(6)
 

@@ -107,7 +107,7 @@ def test_what_a_mixture_says_about_itself() -> None:
 
 @pytest.mark.parametrize("term", ["ocr.nosuch", "ocr.", "clip.paint"])
 def test_a_term_that_no_score_has_is_refused_before_anything_is_sampled(term: str) -> None:
-    with pytest.raises(UserError, match=rf"{re.escape(term)} is no number that (ocr|clip) reports \(it reports "):
+    with pytest.raises(UserError, match=rf"{re.escape(term)} is not a number that (ocr|clip) reports \(it reports "):
         mix({term: 1})
 
 
@@ -166,7 +166,7 @@ def test_a_recipe_opens_the_parts_with_their_own_settings() -> None:
         ),
         (["reward.mix.weights={clip: 1}", "reward.clip.modell=x"], r"reward\.clip\.modell: unknown key.*model"),
         (["reward.mix.weights={ocr: 1}", "eval.rewards=[ocr]"], r"eval\.rewards: names 'ocr', which is trained on"),
-        (["reward.mix.weights={ocr: 1}", "eval.rewards=[mix]"], r"eval\.rewards: names 'mix', which is no single"),
+        (["reward.mix.weights={ocr: 1}", "eval.rewards=[mix]"], r"eval\.rewards: names 'mix', which is not a single"),
         (["reward.mix.weights={ocr: 1}", "eval.rewards=[clip, clip]"], r"eval\.rewards: names 'clip' twice"),
         (["reward.mix.weights={ocr: 1}", "eval.rewards=[clipp]"], r"eval\.rewards\[0\]: must be .*not 'clipp'.*clip"),
     ],

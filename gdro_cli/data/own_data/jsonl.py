@@ -43,7 +43,7 @@ def unreadable(path: Path, error: OSError) -> UserError:
 
 
 def finite_number(value: Any, name: str) -> float:
-    """The value as a float. Raises ValueError, with the name, if it is no finite number in single precision."""
+    """The value as a float. Raises ValueError, with the name, if it is not a finite number in single precision."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:
         return float(value)
     raise ValueError(f"{name} must be a finite number, not {shown(value)}")

@@ -7,25 +7,23 @@ last, so a store with scores is whole.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.config.sections import NAME
 from gdro_cli.data.imported_scores import write_imported_scores
 from gdro_cli.data.own_data import ImageSource, OwnData, read_own_data
 from gdro_cli.data.records import PromptSet
 from gdro_cli.data.store import GroupStore
-from gdro_cli.errors import StoreError, UserError
-from gdro_cli.files import sha256, storage_errors
+from gdro_cli.errors import StoreError
+from gdro_cli.files import sha256
 from gdro_cli.identity import differences
 from gdro_cli.images import Fitting
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.importing.encode_store import encode_store
-from gdro_cli.stages.setup.imported import COMMAND, encoding_identity, imported_path
+from gdro_cli.stages.setup.imported import COMMAND, check_name, encoding_identity, imported_path
 from gdro_cli.stages.setup.session import Session
 
 DEMONSTRATION = "demonstration"
@@ -54,10 +52,7 @@ def import_name(data: Path, recipe: Recipe, given: str | None) -> str:
     Raises:
         UserError: the name cannot be used.
     """
-    name = given or recipe.prompts.train.imported or data.resolve().stem
-    if not re.fullmatch(NAME, name):
-        raise UserError(f"the data cannot be called {name!r}: give --name letters, digits, dots, dashes or underscores")
-    return name
+    return check_name(given or recipe.prompts.train.imported or data.resolve().stem, "the data")
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +180,8 @@ def _open(session: Session, request: Import, data: OwnData) -> GroupStore:
         if len(store.missing_shards()) < len(store.shards):
             _refuse_other(store, request, data, identity)
         else:  # an import that failed at once has left nothing but its manifest
-            with folder_lock(path / "lock"), storage_errors(path):
-                (path / "manifest.json").unlink()
+            with folder_lock(path / "lock"):
+                store.discard()
     sizes = [len(group.images) for group in data.groups]
     keeps = request.keep_images or not data.score_names
     return GroupStore.create_or_open(

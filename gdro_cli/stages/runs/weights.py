@@ -70,7 +70,7 @@ def keep_if_best(
 ) -> bool:
     """Keep the weights of an evaluation point if no earlier point of the same protocol was better.
 
-    A point that lacks the measure is no candidate.
+    A point that lacks the measure is not a candidate.
 
     Args:
         folder: the run.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from gdro_cli.config.sections import NAME
 from gdro_cli.data.imported_scores import write_imported_scores
 from gdro_cli.data.own_data import read_score_file
 from gdro_cli.data.store import StoredImage
 from gdro_cli.errors import UserError
 from gdro_cli.files import json_lines, write_bytes
 from gdro_cli.stages.scoring.score import fill_training_store
+from gdro_cli.stages.setup.imported import check_name
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import open_training_store
 
@@ -55,10 +54,7 @@ def import_scores(session: Session, path: Path, name: str) -> dict[str, str]:
     """
     session.require_store("score")
     with session:
-        if not re.fullmatch(NAME, name):
-            raise UserError(
-                f"scores cannot be called {name!r}: give --name letters, digits, dots, dashes or underscores"
-            )
+        check_name(name, "scores")
         store, given = open_training_store(session), read_score_file(path)
         ids = {_id(p.id, i): (p.id, i) for p in store.prompts for i in range(store.sizes[p.id])}
         failed = sum(isinstance(score, str) for id_, score in given.items() if id_ in ids)

@@ -24,7 +24,7 @@ def run(section: RewardSection, *, host: str, port: int, key_env: str | None, sa
         say: prints the address, once requests are answered.
 
     Raises:
-        UserError: the address cannot be used, ``key_env`` is no name of a variable, or others could reach the server
+        UserError: the address cannot be used, ``key_env`` does not name a variable, or others could reach the server
             without a key.
         PrerequisiteError: the server's packages, the key, or something that the reward needs is missing.
     """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
+from gdro_cli.config.sections import NAME
 from gdro_cli.data.records import PromptReader
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import PrerequisiteError, UserError
@@ -12,6 +14,13 @@ from gdro_cli.identity import digest
 from gdro_cli.models.base import FlowModel
 
 COMMAND = "gdro import"
+
+
+def check_name(name: str, what: str) -> str:
+    """Return the name of imported data or scores. Raises UserError, which calls it ``what``, unless recipes take it."""
+    if not re.fullmatch(NAME, name):
+        raise UserError(f"{what} cannot be called {name!r}: give --name letters, digits, dots, dashes or underscores")
+    return name
 
 
 def encoding_identity(model: FlowModel, *, height: int, width: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from gdro_cli.config.methods import GroupMethod
 from gdro_cli.core.flow import Reduction, interpolate, velocity_error, velocity_target
-from gdro_cli.core.losses import DEVIATION_LOSSES, LossOutput, group_loss, image_weights
+from gdro_cli.core.loss_output import LossOutput
+from gdro_cli.core.losses import DEVIATION_LOSSES, group_loss, image_weights
 from gdro_cli.core.seeds import generator
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.models.adapters import reference

@@ -10,7 +10,8 @@ import torch
 
 from gdro_cli.config.methods import METHODS, GdroMethod, GroupMethod
 from gdro_cli.config.recipe import Recipe
-from gdro_cli.core.losses import DEVIATION_LOSSES, LossOutput, group_loss
+from gdro_cli.core.loss_output import LossOutput
+from gdro_cli.core.losses import DEVIATION_LOSSES, group_loss
 from gdro_cli.data.dataset import GroupBatch
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.models.base import FlowModel
