@@ -140,8 +140,12 @@ class SampleSection(StrictModel):
 
 
 class OcrReward(StrictModel):
-    """The text recognition engine, PaddleOCR."""
+    """The reward to train on, and the text recognition engine, PaddleOCR."""
 
+    objective: Annotated[Literal["accuracy", "confident"], Affects("training")] = "accuracy"
+    """The reward to train on. `accuracy`: how much of the text was read, in steps of a letter; `confident`: that times
+    the recogniser's confidence, which also orders images with the same letters. Both are stored, so a change needs no
+    new scoring."""
     engine: Literal["onnxruntime", "paddle"] = "onnxruntime"
     """What runs the models: `onnxruntime`, or `paddle` if paddlepaddle is installed (for GPUs; it needs models in its
     own format, see `model_dir`)."""

@@ -97,7 +97,7 @@ class Sweep:
     @property
     def trains_on_another(self) -> bool:
         """Whether the cells are trained on different rewards, so that `reward` is not one measure."""
-        return any(axis.key == "reward.geneval.objective" for axis in self.axes)
+        return any(axis.key in ("reward.ocr.objective", "reward.geneval.objective") for axis in self.axes)
 
 
 def plan_sweep(recipe: Recipe, names: Sequence[str], values: Sequence[str] | None = None, *, seeds: int = 1) -> Sweep:

@@ -33,7 +33,7 @@ def _share_mean(values: Tensor, share: Tensor) -> Tensor:
 
 def _entropies(s: Tensor, ranking: Ranking, *, tau: float) -> tuple[Tensor, Tensor]:
     """Mean entropy in nats of the policy's and the rewards' distribution over a whole group."""
-    logits = ranking.sort(s).masked_fill(~ranking.remaining[:, 0], -torch.inf)
+    logits = ranking.sort(s).masked_fill(ranking.remaining[:, 0] == 0, -torch.inf)
     policy = torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1)
     target = torch.special.entr(target_distributions(ranking, tau=tau)[:, 0]).sum(dim=-1)
     present = ranking.valid[:, 0]

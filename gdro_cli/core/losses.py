@@ -34,6 +34,10 @@ Pairs = Literal["best_worst", "all"]
 def _cross_entropies(s: Tensor, ranking: Ranking, target: Tensor, *, terms: Tensor) -> LossOutput:
     """Sum over ranks of ``logsumexp(s over the remaining set) - sum_j q_i(j) s_j``.
 
+    With ties, the second term is its mean over the orders of tied images, and the first the logarithm of the mean
+    partition (Efron). That is at least the mean over the orders, by Jensen's inequality, and equal to it, as is the
+    gradient, where tied images have equal s, which is what their target asks for.
+
     Args:
         s: implicit rewards [B, K] in the order of the caller.
         ranking: the sorted groups.
@@ -42,13 +46,13 @@ def _cross_entropies(s: Tensor, ranking: Ranking, target: Tensor, *, terms: Tens
     """
     s = checked(s, ranking.rewards)
     columns = ranking.sort(s)[:, None, :]
-    remaining = ranking.remaining
+    share = ranking.remaining.to(s.dtype)
     # No set is empty and all its members are finite, so -inf outside adds exact zeros and no nan in backward.
-    log_partition = columns.masked_fill(~remaining, -torch.inf).logsumexp(dim=-1)
+    log_partition = (columns + share.log()).logsumexp(dim=-1)
     expected = (target.to(s.dtype) * columns).sum(dim=-1)
     per_group = ((log_partition - expected) * terms).sum(dim=1)
-    entropy = torch.special.entr(target).sum(dim=-1)
-    return LossOutput(per_group.mean(), per_group, {"loss_floor": (entropy * terms).sum(dim=1).mean()})
+    floor = torch.special.entr(target) + torch.xlogy(target, ranking.remaining)
+    return LossOutput(per_group.mean(), per_group, {"loss_floor": (floor.sum(dim=-1) * terms).sum(dim=1).mean()})
 
 
 def gdro_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:
@@ -69,11 +73,9 @@ def rank_loss(s: Tensor, rewards: Tensor, *, mask: Tensor | None = None) -> Loss
 
         L = sum_{i=1..K-1} ( logsumexp_{m=i..K} s_m - s_i )
 
-    Equal to ``gdro_loss`` at tau = 0 when no rewards are tied. Here tied images keep their order in the group.
+    Equal to ``gdro_loss`` at tau = 0, tied images included.
     """
-    ranking = rank_images(rewards, mask)
-    target = torch.eye(s.shape[1], device=s.device).expand(len(s), -1, -1)
-    return _cross_entropies(s, ranking, target, terms=ranking.terms)
+    return gdro_loss(s, rewards, tau=0.0, mask=mask)
 
 
 def top1_loss(s: Tensor, rewards: Tensor, *, tau: float, mask: Tensor | None = None) -> LossOutput:

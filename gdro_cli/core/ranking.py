@@ -1,7 +1,9 @@
 """Order and share inside a group: from explicit rewards to ranks, remaining sets and targets.
 
-The remaining set of rank i is the images i..K after sorting by reward, best first. An image without a score (mask
-False) is in no set: it is sorted last, and its value, even nan, is replaced before any arithmetic.
+The remaining set of rank i is the images i..K after sorting by reward, best first. Images with equal rewards can be
+sorted in several ways, and none is preferred: a tied image is in a remaining set to the share of these orders that have
+it there. This is Efron's treatment of ties (1977, J. Am. Stat. Assoc. 72). An image without a score (mask False) is in
+no set: it is sorted last, and its value, even nan, is replaced before any arithmetic.
 
 ``rewards`` are explicit rewards [B, K] and ``mask`` is [B, K] bool, True = scored, None = all scored. Every function of
 the two raises ValueError for a wrong shape or dtype and for a scored reward that is not finite.
@@ -25,8 +27,9 @@ class Ranking:
         order: [B, K] index of the image at each rank.
         rewards: [B, K] rewards in that order; 0 for an unscored image.
         valid: [B, K] bool, True if the image at the rank is scored.
-        remaining: [B, K, K] bool, ``remaining[b, i, j]``: the image at rank j is in the remaining set of rank i. In the
-            row of an unscored rank only the diagonal is True, so that no row is empty.
+        remaining: [B, K, K], ``remaining[b, i, j]``: the share of the orders of tied images in which the image at rank
+            j is in the remaining set of rank i; without ties 0 or 1. At least float32. In the row of an unscored rank
+            only the diagonal is 1, so that no row is empty.
         terms: [B, K] bool, True for the ranks 1..n-1 of the n scored images: the terms of the sums in eqs. 7 and 12.
     """
 
@@ -57,15 +60,18 @@ def scored(rewards: Tensor, mask: Tensor | None) -> Tensor:
 def rank_images(rewards: Tensor, mask: Tensor | None = None) -> Ranking:
     """Sort each group by explicit reward, descending.
 
-    The sort is stable: images with exactly equal rewards keep their order in the group. Data sets draw the images of a
-    group in random order, so no image is favoured.
+    The sort is stable, but the order of images with exactly equal rewards decides nothing: at the l-th of m tied ranks,
+    each of the m images remains with the share (m - l) / m, l = 0..m-1.
     """
     valid = scored(rewards, mask)
     r = as_float(rewards.detach())
     order = torch.argsort(r.masked_fill(~valid, -torch.inf), dim=1, descending=True, stable=True)
     valid, r = valid.gather(1, order), r.gather(1, order)
     square = torch.ones(r.shape[1], r.shape[1], dtype=torch.bool, device=r.device)
-    inside = square.triu() & valid[:, :, None] & valid[:, None, :]
+    both = valid[:, :, None] & valid[:, None, :]
+    tied = both & (r[:, :, None] == r[:, None, :])
+    share = (tied & square.triu()).sum(dim=-1) / tied.sum(dim=-1).clamp_min(1)
+    remaining = torch.where(tied, share[:, :, None].to(r.dtype), (both & square.triu()).to(r.dtype))
     terms = valid.clone()
     terms[:, :-1] &= valid[:, 1:]
     terms[:, -1:] = False
@@ -73,7 +79,7 @@ def rank_images(rewards: Tensor, mask: Tensor | None = None) -> Ranking:
         order=order,
         rewards=r.masked_fill(~valid, 0.0),
         valid=valid,
-        remaining=inside | torch.eye(r.shape[1], dtype=torch.bool, device=r.device),
+        remaining=torch.where(valid[:, :, None], remaining, torch.eye(r.shape[1], dtype=r.dtype, device=r.device)),
         terms=terms,
     )
 
@@ -81,7 +87,8 @@ def rank_images(rewards: Tensor, mask: Tensor | None = None) -> Ranking:
 def target_distributions(ranking: Ranking, *, tau: float) -> Tensor:
     """Return ``q_i(j, tau)`` of eq. 7: softmax of reward / tau over the remaining set of each rank i.
 
-    ``tau = 0`` is the exact limit: all weight on the best remaining image, shared equally between exact ties.
+    ``tau = 0`` is the exact limit: all weight on the best remaining image, shared equally between exact ties. With
+    ties, q_i is the mean over their orders.
 
     Args:
         ranking: the sorted groups.
@@ -99,11 +106,11 @@ def target_distributions(ranking: Ranking, *, tau: float) -> Tensor:
     gap = ranking.rewards[:, None, :] - ranking.rewards[:, :, None]
     tied = gap == 0
     if tau == 0:
-        best = (tied & ranking.remaining).to(gap.dtype)
+        best = tied * ranking.remaining
         return best / best.sum(dim=-1, keepdim=True)
-    # A tau too small for the dtype divides as 0; ties must still give 0 and not nan.
-    logits = (gap / tau).masked_fill(tied, 0.0)
-    return logits.masked_fill(~ranking.remaining, -torch.inf).softmax(dim=-1)
+    # A tau too small for the dtype divides as 0; ties must still give 0, and absent images -inf, not nan.
+    logits = (gap / tau).masked_fill(tied, 0.0).masked_fill(ranking.remaining == 0, -torch.inf)
+    return (logits + ranking.remaining.log()).softmax(dim=-1)
 
 
 def best_share(rewards: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import pytest
@@ -40,9 +41,10 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
 
 
 def literal(name: str, s: list[float], r: list[float]) -> float:
-    """One group's loss by plain loops over the paper's sums; the caller leaves out unscored images."""
-    order = sorted(range(len(r)), key=lambda i: -r[i])
-    s, r = [s[i] for i in order], [r[i] for i in order]
+    """One group's loss by plain loops over the paper's sums; the caller leaves out unscored images.
+
+    With ties, the partitions and the expected s of a rank are means over all orders of tied images.
+    """
     size = len(r)
     if name.startswith("dpo"):
         if name == "dpo":
@@ -65,18 +67,23 @@ def literal(name: str, s: list[float], r: list[float]) -> float:
             return sum((y - middle - a / 0.7) ** 2 for a, y in zip(advantage, s, strict=True)) / size
         margin = sum(a * y for a, y in zip(advantage, s, strict=True)) / size
         return math.log1p(math.exp(-margin)) if max(r) > min(r) else 0.0
+    orders = [p for p in itertools.permutations(range(size)) if all(r[i] >= r[j] for i, j in itertools.pairwise(p))]
     total = 0.0
-    for i in range(size - 1 if not name.startswith("top1") else min(1, size - 1)):
-        left = range(i, size)
-        if name == "rank":
-            q = {j: float(j == i) for j in left}
-        elif name.endswith("tau 0"):
-            ties = [j for j in left if r[j] == r[i]]
-            q = {j: (j in ties) / len(ties) for j in left}
-        else:
-            scale = sum(math.exp((r[j] - r[i]) / 0.3) for j in left)
-            q = {j: math.exp((r[j] - r[i]) / 0.3) / scale for j in left}
-        total += math.log(sum(math.exp(s[m]) for m in left)) - sum(q[j] * s[j] for j in left)
+    for rank in range(size - 1 if not name.startswith("top1") else min(1, size - 1)):
+        partitions, expectations = [], []
+        for order in orders:
+            left = order[rank:]
+            if name == "rank":
+                q = {j: float(j == left[0]) for j in left}
+            elif name.endswith("tau 0"):
+                ties = [j for j in left if r[j] == r[left[0]]]
+                q = {j: (j in ties) / len(ties) for j in left}
+            else:
+                scale = sum(math.exp((r[j] - r[left[0]]) / 0.3) for j in left)
+                q = {j: math.exp((r[j] - r[left[0]]) / 0.3) / scale for j in left}
+            partitions.append(sum(math.exp(s[m]) for m in left))
+            expectations.append(sum(q[j] * s[j] for j in left))
+        total += math.log(statistics.fmean(partitions)) - statistics.fmean(expectations)
     return total
 
 
@@ -308,13 +315,32 @@ def test_a_weight_multiplies_all_of_a_groups_loss(method: str) -> None:
     assert torch.allclose(other, one * torch.tensor([[3.0], [0.5]]))
 
 
-def test_ties_share_the_target_at_tau_zero() -> None:
-    """r = (1, 1, 0), s = (0, ln 2, ln 3): rank 1 is ln 6 - ln 2 / 2, rank 2 is ln 5 - ln 2."""
+def test_ties_share_the_target_and_the_remaining_set() -> None:
+    """r = (1, 1, 0), s = (0, ln 2, ln 3): rank 1 is ln 6 - ln 2 / 2, rank 2 is ln(1 / 2 + 2 / 2 + 3) - ln 2 / 2."""
     s = torch.tensor([[0.0, LN2, LN3]], dtype=torch.float64)
     r = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64)
-    expected = LN6 - LN2 / 2 + LN5 - LN2
-    assert gdro_loss(s, r, tau=0.0).loss.item() == pytest.approx(expected, abs=1e-12)
-    assert gdro_loss(s, r, tau=1e-4).loss.item() == pytest.approx(expected, abs=1e-12)
+    expected = LN6 - LN2 / 2 + math.log(4.5) - LN2 / 2
+    for value in (gdro_loss(s, r, tau=0.0), gdro_loss(s, r, tau=1e-4), rank_loss(s, r)):
+        assert value.loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.3, 0.0])
+def test_a_tie_is_the_mean_over_its_orders(tau: float) -> None:
+    """Loss and gradient are the means over the orders where tied images have equal s; elsewhere the loss is above."""
+    r = torch.tensor([[0.6, 0.2, 0.6, 0.6, 0.2]], dtype=torch.float64)
+    orders = [r + torch.tensor([step]) * 1e-9 for step in itertools.permutations(range(5))]
+    tied, apart = 1.7 * r, random_groups(groups=1, images=5, seed=15, ties=False)[0]
+
+    def mean(s: Tensor) -> Tensor:
+        return torch.stack([gdro_loss(s, order, tau=tau).loss for order in orders]).mean()
+
+    def mean_gradient(s: Tensor) -> Tensor:
+        leaf = s.clone().requires_grad_(True)
+        return torch.autograd.grad(mean(leaf), leaf)[0]
+
+    torch.testing.assert_close(gdro_loss(tied, r, tau=tau).loss, mean(tied), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gradient(partial(gdro_loss, tau=tau), tied, r), mean_gradient(tied), atol=1e-6, rtol=0)
+    assert mean(apart) + 1e-3 < gdro_loss(apart, r, tau=tau).loss
 
 
 def test_dpo_ties_share_best_and_worst() -> None:
@@ -374,13 +400,13 @@ def test_permutation_inside_a_group(loss: Loss) -> None:
         torch.testing.assert_close(gradient(loss, s[:, index], r[:, index]), base[:, index])
 
 
-@pytest.mark.parametrize("name", ["top1", "top1 tau 0", "dpo", "dpo all pairs", "lair", "crd", "dgpo"])
-def test_permutation_of_tied_images(name: str) -> None:
-    """These losses need no order between tied images. GDRO and rank do, and take that of the group."""
-    s, _ = random_groups(groups=1, images=4, seed=4, ties=False)
-    r = torch.tensor([[1.0, 1.0, 0.0, 0.0]], dtype=torch.float64)
-    swapped = [1, 0, 3, 2]
-    torch.testing.assert_close(LOSSES[name](s[:, swapped], r).loss, LOSSES[name](s, r).loss)
+@every_loss
+def test_permutation_of_tied_images(loss: Loss) -> None:
+    s, _ = random_groups(groups=1, images=5, seed=4, ties=False)
+    r = torch.tensor([[1.0, 1.0, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    swapped = [1, 0, 2, 4, 3]
+    torch.testing.assert_close(loss(s[:, swapped], r).loss, loss(s, r).loss)
+    torch.testing.assert_close(gradient(loss, s[:, swapped], r), gradient(loss, s, r)[:, swapped])
 
 
 @pytest.mark.parametrize("loss", [loss for name, loss in LOSSES.items() if name != "lair"])
@@ -400,12 +426,6 @@ def test_gdro_with_two_images_and_tau_zero_is_dpo(s_values: tuple[float, float])
     expected = -math.log(1 / (1 + math.exp(s_values[0] - s_values[1])))
     for value in (dpo_loss(s, r), gdro_loss(s, r, tau=0.0), gdro_loss(s, r, tau=0.02), rank_loss(s, r)):
         assert value.loss.item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_gdro_tau_zero_is_rank_without_ties() -> None:
-    s, r = random_groups(groups=5, images=6, seed=6, ties=False)
-    torch.testing.assert_close(gdro_loss(s, r, tau=0.0).per_group, rank_loss(s, r).per_group)
-    torch.testing.assert_close(gradient(LOSSES["gdro tau 0"], s, r), gradient(rank_loss, s, r))
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -448,10 +468,11 @@ def test_beta_to_zero(method: str, settings: dict[str, float]) -> None:
     assert weights(1e-7).abs().max() > 1e-9
 
 
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("tau", [0.05, 0.3, 0.0])
-def test_loss_floor_is_reached_by_the_rewards_themselves(tau: float) -> None:
-    """s = r / tau makes P equal to Q on every remaining set; at tau = 0, without ties, any steep s does."""
-    s, r = random_groups(groups=4, images=5, seed=10, ties=False)
+def test_loss_floor_is_reached_by_the_rewards_themselves(tau: float, ties: bool) -> None:
+    """s = r / tau makes P equal to Q on every remaining set; at tau = 0 any steep s does."""
+    s, r = random_groups(groups=4, images=5, seed=10, ties=ties)
     best = gdro_loss(r / (tau or 1e-6), r, tau=tau)
     torch.testing.assert_close(best.loss, best.metrics["loss_floor"])
     away = gdro_loss(s, r, tau=tau)

@@ -20,7 +20,7 @@ def test_ranks_by_hand() -> None:
     assert ranking.rewards.tolist() == [[1.0, 0.5, 0.5, 0.0]]
     assert ranking.valid.tolist() == [[True, True, True, False]]
     assert ranking.terms.tolist() == [[True, True, False, False]]
-    assert ranking.remaining[0].int().tolist() == [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+    assert ranking.remaining[0].tolist() == [[1, 1, 1, 0], [0, 1, 1, 0], [0, 0.5, 0.5, 0], [0, 0, 0, 1]]
 
 
 def test_last_rank_has_no_term() -> None:

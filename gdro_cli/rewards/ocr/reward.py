@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from gdro_cli.config.sections import OcrReward as OcrSettings
-from gdro_cli.core.measures import Measure
+from gdro_cli.core.measures import Detail, Measure
 from gdro_cli.core.quotes import quoted_text
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.base import PromptLike, Resources, Reward, Score
@@ -29,8 +29,8 @@ class OcrReward(Reward):
     """Scores images by the text that PaddleOCR reads in them.
 
     Details of a measured score: ``text`` (lines joined), ``lines``, ``line_confidences``, ``exact`` (bool),
-    ``similarity``, ``confidence`` (mean over lines, ``None`` without text) and ``text_area`` (area of the detected
-    boxes as a share of the image).
+    ``similarity``, ``confidence`` (mean over lines, ``None`` without text), ``confident`` (the reward times the
+    confidence) and ``text_area`` (area of the detected boxes as a share of the image).
     """
 
     name = "ocr"
@@ -41,13 +41,19 @@ class OcrReward(Reward):
         Measure("reward"),
         Measure("exact match", "exact"),
         Measure("similarity", "similarity"),
+        Measure("confident reward", "confident"),
         Measure("text area", "text_area"),
     )
     signals: ClassVar = {"text_area": "share of the image that text covers"}
-    unit_details = frozenset({"exact", "similarity", "text_area"})
+    unit_details = frozenset({"exact", "similarity", "confident", "text_area"})
     columns = ("exact", "similarity", "text", "confidence")
     settings: OcrSettings
     _engine: OcrEngine | None = None
+
+    @property
+    def trained_on(self) -> Detail:
+        """The objective: the accuracy, which is the score's value, or the detail ``confident``."""
+        return None if self.settings.objective == "accuracy" else self.settings.objective
 
     @property
     def resources(self) -> Resources:
@@ -125,6 +131,7 @@ class OcrReward(Reward):
         """Score one RGB image. Errors of the engine are not caught; a prompt without target is a ``UserError``."""
         target, reading = target_text(prompt), self._loaded().read(image)
         text = reading.text
+        accuracy = ocr_reward(target, text)
         details = {
             "text": text,
             "lines": list(reading.lines),
@@ -132,9 +139,10 @@ class OcrReward(Reward):
             "exact": exact_match(target, text),
             "similarity": similarity(target, text),
             "confidence": round(reading.confidence, 4) if reading.confidence is not None else None,
+            "confident": round(accuracy * (reading.confidence or 0.0), 4),
             "text_area": round(reading.text_area, 4),
         }
-        return Score(ocr_reward(target, text), None, details)
+        return Score(accuracy, None, details)
 
     def _loaded(self) -> OcrEngine:
         if self._engine is None:

@@ -20,8 +20,8 @@ import unicodedata
 
 from rapidfuzz.distance import Levenshtein
 
-RULE = "flow-grpo-substring-2"
-"""Name of the rule in the provenance; it changes whenever the same text would score differently."""
+RULE = "flow-grpo-substring-3"
+"""Name of the rule in the provenance; it changes whenever the same text would get another score or other details."""
 
 _TWINS = str.maketrans(
     {

@@ -68,6 +68,8 @@ def test_a_wrong_letter_costs_its_share(reward: OcrReward) -> None:
     (score,) = reward.score([sign(["HOTEL"])], [ask("MOTEL")])
     assert score.value == pytest.approx(0.8)
     assert score.details["exact"] is False
+    assert score.details["confident"] == pytest.approx(0.8 * score.details["confidence"], abs=1e-4)
+    assert 0.72 < score.details["confident"] < 0.8
 
 
 @pytest.mark.parametrize("colour", ["black", "white", "#507090"])
@@ -78,6 +80,7 @@ def test_a_blank_image_is_a_measured_zero(reward: OcrReward, colour: str) -> Non
     assert score.details["text"] == ""
     assert score.details["lines"] == []
     assert score.details["confidence"] is None
+    assert score.details["confident"] == 0.0
     assert score.details["text_area"] == 0.0
 
 

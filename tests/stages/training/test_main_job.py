@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
+from gdro_cli.data.dataset import GroupDataset
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
 from gdro_cli.models.adapters import LORA_FILE
@@ -37,6 +38,7 @@ from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.sampling.fill_store import fill_store, sample_groups
 from gdro_cli.stages.scoring import score
 from gdro_cli.stages.scoring.score import make_scored_store
+from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan, open_training_store, training_plan
 from gdro_cli.stages.training import train
@@ -92,6 +94,22 @@ def test_a_second_call_reuses_everything(
     assert (again.run.path.name, again.resumed_from) == (trained.run.path.name, 4)
     assert evaluate.run(Session(make_recipe(), workspace, quiet)).results.measures == evaluated.results.measures
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
+
+
+def test_the_confident_objective_is_trained_on_without_new_scores(
+    finished: Finished, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
+) -> None:
+    workspace = shutil.copytree(finished[0], tmp_path / "out")
+    session = Session(make_recipe(reward={"ocr": {"objective": "confident"}}), workspace, quiet)
+    assert score.run(session).shards_made == 0
+    assert run_path(session).name != finished[1].run.path.name
+    store = open_training_store(session)
+    table = open_reward_table(session, store)
+    assert session.reward.trained_on == "confident"
+    for row in table.rows():
+        assert row.measured("confident") == pytest.approx(row.value * (row.details["confidence"] or 0.0), abs=1e-3)
+    rewards = GroupDataset.load(store, table, k=2, detail="confident").rewards
+    assert set(rewards.flatten().tolist()) <= {np.float32(row.details["confident"]) for row in table.rows()}
 
 
 def test_changed_settings_get_their_own_store_or_run(
