@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from gdro_cli import __version__
 from gdro_cli.cli import launch, show, tables
 from gdro_cli.cli.options import (
+    ABLATION_RECIPE,
     DEFAULT_OUT,
     DEFAULT_RECIPE,
     AdapterOption,
@@ -321,7 +322,7 @@ def ablate(
     param: ParamOption = None,
     values: ValuesOption = None,
     seeds: SeedsOption = 1,
-    recipe: RecipeOption = DEFAULT_RECIPE,
+    recipe: RecipeOption = ABLATION_RECIPE,
     overrides: SetOption = None,
     out: OutOption = DEFAULT_OUT,
     jobs: JobsOption = 1,

@@ -145,4 +145,5 @@ ShellArgument = Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar
 WorkerOption = Annotated[bool, typer.Option("--worker", hidden=True)]
 
 DEFAULT_RECIPE = "ocr"
+ABLATION_RECIPE = "ocr-ablation"
 DEFAULT_OUT = Path("gdro-out")

@@ -236,7 +236,7 @@ def test_an_ablation_can_be_described_first(tmp_path: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     for words in (
         "192 prompts x 16 = 3072 images; none is made yet",
-        "2400 steps are left",
+        "1920 steps are left",
         "128 validation prompts",
     ):
         assert words in shown
