@@ -26,6 +26,7 @@ from threading import Event, Lock
 
 from PIL import Image, ImageDraw, ImageFont
 
+from gdro_cli.config.layers import shipped_recipes
 from gdro_cli.config.load import load_recipe
 from gdro_cli.stages.comparison.compare import compare
 from gdro_cli.stages.comparison.result import Comparison
@@ -35,10 +36,31 @@ from gdro_cli.stages.runs.identity import find_run
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.session import Session
 
-METHODS = ("fast", "dpo", "rank", "top1", "flow-grpo", "dance-grpo")
-"""Last parts of the recipes' names; the first is GDRO's."""
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "fast": (),
+    "dpo": (),
+    "dpo-plain": ("dpo", "method.gamma=0"),
+    "rank": (),
+    "top1": (),
+    "sft": (),
+    "regression": (),
+    "crd": ("regression", "method.target=crd", "method.penalty=1"),
+    "dgpo": (),
+    "nft": (),
+    "flow-grpo": (),
+    "dance-grpo": (),
+}
+"""Last parts of the recipes' names, GDRO's first; or a recipe and what it is changed in."""
 PROMPTS, ROW_NAME = 2 * LINE + MARGIN, 60
 """Pixels of a sheet of validation images above and left of its images."""
+
+
+def recipe_of(task: str, method: str) -> tuple[str, list[str]]:
+    """The recipe of a method, and its ``--set``. Raises SystemExit if there is no such recipe."""
+    base, *overrides = METHODS[method] or (method,)
+    if f"{task}-{base}" not in shipped_recipes():
+        raise SystemExit(f"there is no recipe {task}-{base}: leave {method} out of --methods")
+    return f"{task}-{base}", [f"name={task}-{method}", *overrides] if overrides else []
 
 
 def gdro(arguments: Sequence[str], *, log: Path, core: int | None) -> None:
@@ -82,20 +104,21 @@ def main() -> None:
     options = argparse.ArgumentParser(description="Train, evaluate and compare every method on one task.")
     options.add_argument("task", choices=("ocr", "geneval"))
     options.add_argument("--seeds", type=int, default=3, help="trainings of each method (default: 3)")
-    options.add_argument("--methods", default=",".join(METHODS[1:]), help="in addition to GDRO, which comes first")
+    options.add_argument("--methods", default=",".join([*METHODS][1:]), help="in addition to GDRO, which comes first")
     options.add_argument("--cores", default="", help="numbers of cores, e.g. 0,1; default: one training uses all")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
     options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
     arguments = options.parse_args()
 
-    unknown = {name for name in arguments.methods.split(",") if name} - set(METHODS[1:])
+    unknown = {name for name in arguments.methods.split(",") if name} - {*METHODS}
     if unknown:
-        options.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(METHODS[1:])}")
+        options.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(METHODS)}")
     if not all(core.isdecimal() for core in arguments.cores.split(",") if core):
         options.error(f"--cores {arguments.cores}: give numbers of cores, e.g. 0,1")
 
     task, out = arguments.task, arguments.out / arguments.task
-    recipes = [f"{task}-{method}" for method in (METHODS[0], *arguments.methods.split(",")) if method]
+    methods = dict.fromkeys(["fast", *(name for name in arguments.methods.split(",") if name)])
+    recipes = {method: recipe_of(task, method) for method in methods}
     cores: queue.Queue[int | None] = queue.Queue()
     for core in [int(number) for number in arguments.cores.split(",") if number] or [None]:
         cores.put(core)
@@ -103,9 +126,10 @@ def main() -> None:
     # The first evaluation also samples and scores the base model's held-out images; the others wait for it.
     first, evaluated = Lock(), Event()
 
-    def job(recipe: str, seed: int | None, *stages: str) -> list[str]:
+    def job(method: str, seed: int | None, *stages: str) -> list[str]:
+        recipe, changes = recipes[method]
         online = load_recipe(recipe).online_method is not None
-        overrides = [*arguments.set, *([] if online else ["train.cache_reference=false"])]
+        overrides = [*changes, *arguments.set, *([] if online else ["train.cache_reference=false"])]
         overrides += [] if seed is None else [f"train.seed={seed}"]
         sets = [part for override in overrides for part in ("--set", override)]
         core = cores.get()
@@ -115,7 +139,7 @@ def main() -> None:
                 with first if alone else nullcontext():
                     gdro(
                         [stage, "--recipe", recipe, "--out", str(out), *sets],
-                        log=out / "logs" / f"{recipe}-{seed}.log",
+                        log=out / "logs" / f"{method}-{seed}.log",
                         core=core,
                     )
                 if stage == "eval":
@@ -124,23 +148,24 @@ def main() -> None:
             cores.put(core)
         return overrides
 
-    def run_of(recipe: str, overrides: Sequence[str]) -> Path:
+    def run_of(method: str, overrides: Sequence[str]) -> Path:
+        recipe = recipes[method][0]
         loaded = load_recipe(recipe, overrides=overrides)
         run = find_run(Session(loaded, out, model=model, planning=True))
         if run is None:
             raise SystemExit(f"{out} has no run of {recipe} with {overrides}")
         return run.path
 
-    model = open_model(load_recipe(recipes[0]))
-    job(recipes[0], None, "score")
+    model = open_model(load_recipe(recipes["fast"][0]))
+    job("fast", None, "score")
     with ThreadPoolExecutor(cores.qsize()) as pool:
         # Seed by seed, so that a stop leaves complete comparisons, and all methods run on an equally busy machine.
         jobs = [
-            (recipe, pool.submit(job, recipe, seed, "train", "eval"))
+            (method, pool.submit(job, method, seed, "train", "eval"))
             for seed in range(1, arguments.seeds + 1)
-            for recipe in recipes
+            for method in recipes
         ]
-        runs = [run_of(recipe, overrides.result()) for recipe, overrides in jobs]
+        runs = [run_of(method, overrides.result()) for method, overrides in jobs]
     log = out / "logs" / "compare.log"
     log.unlink(missing_ok=True)
     gdro(["compare", *map(str, runs), "--out", str(out)], log=log, core=None)

@@ -1,0 +1,102 @@
+"""One rule that chooses the settings of every method on stored groups, on validation prompts.
+
+    python -m tests.benchmarks.tune ocr --cores 0,1           # docs/LOG.md
+    python -m tests.benchmarks.tune geneval --cores 0,1
+
+Every method is trained once with each of the same few settings, with a training seed that no reported result uses. The
+setting with the highest corrected score at an evaluation point whose verdict is healthy is chosen; the point of the
+untrained model does not count. After a stop the same command continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import queue
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from gdro_cli.config.load import load_recipe
+from gdro_cli.runtime.metrics import ValidationRow
+from gdro_cli.stages.runs.identity import find_run
+from gdro_cli.stages.setup.model import open_model
+from gdro_cli.stages.setup.session import Session
+from tests.benchmarks.head_to_head import METHODS, gdro, recipe_of
+
+SEED = 100
+SETTINGS = [
+    [f"train.lr={lr}", f"method.beta={beta}", f"method.gamma={gamma}"]
+    for (lr, beta), gamma in itertools.product([("1e-3", 6), ("1e-3", 12), ("6e-4", 12)], [0, 1])
+]
+PENALTIES = {"regression": ["0.1", "1"], "crd": ["0.3", "1"]}
+"""In place of gamma, which is 0."""
+ONLINE = ["flow-grpo", "dance-grpo"]
+"""They have other keys, and are not tuned here."""
+
+
+def settings_of(method: str) -> list[list[str]]:
+    """What a method is tried with."""
+    if method == "dpo-plain":
+        return [setting for setting in SETTINGS if setting[-1] == "method.gamma=0"]
+    if method in PENALTIES:
+        plain = [setting for setting in SETTINGS if setting[-1] == "method.gamma=0"]
+        return [[*setting, f"method.penalty={penalty}"] for setting in plain for penalty in PENALTIES[method]]
+    return SETTINGS
+
+
+def entry(point: ValidationRow) -> str:
+    """A point as a cell of the table: reward / corrected score, ``!`` where it isn't healthy."""
+    return f"{point.reward:.3f}/{point.corrected:.3f}{'' if point.verdict == 'healthy' else '!'}"
+
+
+def main() -> None:
+    """Train, and print the table and the choices."""
+    options = argparse.ArgumentParser(description="Try every method with the same settings, and choose by one rule.")
+    options.add_argument("task", choices=("ocr", "geneval"))
+    options.add_argument("--methods", default=",".join(name for name in METHODS if name not in ONLINE))
+    options.add_argument("--cores", default="0", help="numbers of cores, e.g. 0,1")
+    options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every training")
+    options.add_argument("--out", type=Path, default=Path("gdro-tune"))
+    arguments = options.parse_args()
+    task, out = arguments.task, arguments.out / arguments.task
+    cores: queue.Queue[int] = queue.Queue()
+    for core in arguments.cores.split(","):
+        cores.put(int(core))
+    model = open_model(load_recipe(f"{task}-fast"))
+    gdro(["score", "--recipe", f"{task}-fast", "--out", str(out)], log=out / "logs" / "score.log", core=None)
+
+    def train(method: str, setting: Sequence[str]) -> list[ValidationRow]:
+        recipe, changes = recipe_of(task, method)
+        overrides = [*changes, *arguments.set, *setting, f"train.seed={SEED}"]
+        core = cores.get()
+        try:
+            sets = [part for override in overrides for part in ("--set", override)]
+            log = out / "logs" / f"{method}.log"
+            gdro(["train", "--recipe", recipe, "--out", str(out), *sets], log=log, core=core)
+        finally:
+            cores.put(core)
+        run = find_run(Session(load_recipe(recipe, overrides=overrides), out, model=model, planning=True))
+        assert run is not None
+        return [row for row in run.metrics() if isinstance(row, ValidationRow) and row.step]
+
+    with ThreadPoolExecutor(cores.qsize()) as pool:
+        jobs = {
+            method: [(setting, pool.submit(train, method, setting)) for setting in settings_of(method)]
+            for method in arguments.methods.split(",")
+        }
+        for method, tried in jobs.items():
+            results = [(setting, job.result()) for setting, job in tried]
+            healthy = [
+                (point.corrected or 0.0, setting, point.step)
+                for setting, points in results
+                for point in points
+                if point.verdict == "healthy"
+            ]
+            print(f"\n{method}: chosen {max(healthy, default=None)}")
+            for setting, points in results:
+                print(f"| {', '.join(setting)} | {', '.join(map(entry, points))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
