@@ -56,6 +56,7 @@ from gdro_cli.cli.options import (
     SetOption,
     ShellArgument,
     ValuesOption,
+    WatchOption,
     WorkerOption,
 )
 from gdro_cli.cli.rewards import rewards
@@ -236,16 +237,18 @@ def train(
     dry_run: DryRunOption = False,
     debug: DebugOption = False,
     num_processes: ProcessesOption = 1,
+    watch: WatchOption = False,
 ) -> None:
     """Train an adapter: on scored groups (missing ones are made first), or online, depending on the method."""
-    job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug)
+    more = ("--watch",) if watch else ()
+    job = launch.prepare("train", recipe=recipe, overrides=overrides, out=out, debug=debug, more=more)
     if dry_run:
         return _describe(job, num_processes)
     if launch.several(num_processes):
         return launch.run_in_processes(job, num_processes)
     from gdro_cli.stages.training import train as stage
 
-    tables.print_result("Training", stage.run(launch.start(job)).summary)
+    tables.print_result("Training", stage.run(launch.start(job), watch=watch).summary)
 
 
 @app.command(name="eval")
@@ -394,4 +397,5 @@ app.add_typer(show.recipes, name="recipes")
 app.add_typer(rewards, name="rewards")
 app.command(name="prompts")(show.prompts)
 app.command(name="runs")(show.runs)
+app.command(name="watch")(show.watch)
 app.command(name="env")(show.env)

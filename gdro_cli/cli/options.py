@@ -142,6 +142,7 @@ PushOption = Annotated[
 ]
 PublicOption = Annotated[bool, typer.Option("--public", help="Push to a public repository.")]
 ShellArgument = Annotated[Literal["bash", "zsh", "fish"], typer.Argument(metavar="SHELL", help="bash, zsh or fish.")]
+WatchOption = Annotated[bool, typer.Option("--watch", help="Serve a page of the run to a browser on this machine.")]
 WorkerOption = Annotated[bool, typer.Option("--worker", hidden=True)]
 
 DEFAULT_RECIPE = "ocr"

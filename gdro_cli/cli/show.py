@@ -1,4 +1,4 @@
-"""Commands that change nothing: ``gdro recipes``, ``gdro prompts``, ``gdro runs``, ``gdro env``."""
+"""Commands that change nothing: ``gdro recipes``, ``prompts``, ``runs``, ``watch`` and ``env``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, SetOption, path_at_home
+from gdro_cli.cli.options import DEFAULT_OUT, DebugOption, OutOption, SetOption, path_at_home
 from gdro_cli.errors import StoreError, UserError
+from gdro_cli.files import at_home
 from gdro_cli.runtime.terminal import printable
 
 recipes = typer.Typer(
@@ -160,6 +161,33 @@ def runs(
         raise UserError(f"there is no run in {out}: make one with gdro train, or name the folder that was its --out")
     rows = [[folder.name, *_run_row(folder)] for folder in folders]
     print_table(f"Runs in {out / 'runs'}", ["run", "recipe", "method", "step", "results"], rows)
+
+
+def watch(
+    run: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN]", parser=at_home, help="A run: its folder, or its name. Default: the newest."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", metavar="NAME|PATH", help="Watch the run of this recipe instead.")
+    ] = None,
+    overrides: SetOption = None,
+    out: OutOption = DEFAULT_OUT,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 for any free one.")] = 0,
+    debug: DebugOption = False,
+) -> None:
+    """Show a run in a browser on this machine while it trains: curves, images, verdict, time left."""
+    from gdro_cli.config.load import load_recipe
+    from gdro_cli.runtime.interrupt import work_begins
+    from gdro_cli.stages.watching import watch as stage
+
+    if run is not None and recipe is not None:
+        raise UserError("name a run or a recipe with --recipe, not both")
+    if overrides and recipe is None:
+        raise UserError("--set changes a recipe: name it with --recipe")
+    loaded = None if recipe is None else load_recipe(recipe, overrides=overrides or ())
+    work_begins()
+    stage.run(stage.run_to_watch(run, loaded, out), port=port, say=lambda text: typer.echo(text, err=True))
 
 
 def _run_row(folder: Path) -> list[str]:

@@ -319,7 +319,9 @@ class TrainSection(StrictModel):
     eval_every: Annotated[int, Affects("measurement")] = Field(0, ge=0)
     """Steps between evaluation points on the validation prompts. 0: no evaluation points."""
     trackers: Annotated[tuple[Tracker, ...], Field(strict=False), Affects("speed")] = ()
-    """Experiment trackers that get the metrics, by accelerate's names. metrics.jsonl is always written."""
+    """Experiment trackers that get the metrics, by accelerate's names. metrics.jsonl is always written.
+
+    `tensorboard`, `trackio` and `wandb` also get the image sheets of evaluation points."""
     lora: LoraSection = LoraSection()
     """The trained adapter."""
     ema: EmaSection = EmaSection()

@@ -10,7 +10,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Never
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from gdro_cli.errors import EndedElsewhere, Interrupted, PrerequisiteError, UserError, is_out_of_memory
@@ -184,9 +186,28 @@ class Engine(ProcessGroup):
         if self._tracked:
             self._accelerator.log(dict(numbers), step=step)
 
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Send an image file to the trackers that take images: tensorboard, trackio and wandb."""
+        for tracker in self._accelerator.trackers if self._tracked else ():
+            _log_image(tracker, name, path, step)
+
     def end(self) -> None:
         """Close the trackers and leave the process group. Call it once, at the end of the job."""
         self._accelerator.end_training()
+
+
+def _log_image(tracker: Any, name: str, path: Path, step: int) -> None:
+    if tracker.name == "trackio":  # for which accelerate has no method
+        import trackio
+
+        tracker.log({name: trackio.Image(path)}, step=step)
+    elif tracker.name in ("tensorboard", "wandb"):
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        if tracker.name == "wandb":
+            tracker.log_images({name: [image]}, step=step)
+        else:
+            tracker.log_images({name: np.asarray(image)[None]}, step=step, dataformats="NHWC")
 
 
 @contextmanager

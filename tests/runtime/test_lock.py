@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gdro_cli.errors import StoreError
-from gdro_cli.runtime.lock import folder_lock
+from gdro_cli.runtime.lock import folder_lock, is_held
 
 HOLD = """
 import sys, time
@@ -37,10 +37,12 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path) -
             StoreError, match=f"{tmp_path} is in use by process {holder.pid} on {os.uname().nodename}: "
         ):
             take(lock)
+        assert is_held(lock)
     finally:
         holder.kill()
         holder.communicate()
     assert (tmp_path / "lock.owner").exists()  # a process that is killed removes nothing
+    assert not is_held(lock)
     take(lock)
     assert not (tmp_path / "lock.owner").exists()
 
@@ -53,6 +55,13 @@ def test_the_lock_is_released_after_an_error_and_names_its_owner_until_then(tmp_
         raise KeyError
     take(tmp_path / "lock")
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_a_process_of_another_host_holds_a_lock_and_a_damaged_note_names_none(tmp_path: Path) -> None:
+    assert not is_held(tmp_path / "lock")
+    for note, held in (("process 999999999 on elsewhere", True), ("process x on y", False), ("\xff", False)):
+        (tmp_path / "lock.owner").write_bytes(note.encode("latin-1"))
+        assert is_held(tmp_path / "lock") is held
 
 
 def test_no_link_is_followed(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from gdro_cli.core.scores import Interval
 from gdro_cli.rewards.registry import reward_class
 from gdro_cli.runtime.metrics import TrainRow, ValidationRow
 from gdro_cli.stages.evaluation.measures import CORRECTED_OF_MEANS
+from gdro_cli.stages.reporting.image_sheet import point_sheet
 from gdro_cli.stages.runs.results import Results
 
 POINT_VALUES = ("reward", "u", "corrected", CORRECTED_OF_MEANS)
@@ -114,6 +115,4 @@ def _matched(run: EvaluatedRun, point: ValidationRow | None) -> MatchedPoint:
     headline = reward_class(run.results.task).measures[0].name
     values = {name: point.get(name) for name in POINT_VALUES}
     values[CORRECTED_OF_MEANS] = None if point.corrected is None else corrected_score(point.get(headline), point.u)
-    sheet = f"validation/step-{point.step:06d}.png"
-    inside = (run.path / sheet).is_file() and (run.path / sheet).resolve().is_relative_to(run.path.resolve())
-    return MatchedPoint(run.name, point.step, values, point.verdict, sheet if inside else None)
+    return MatchedPoint(run.name, point.step, values, point.verdict, point_sheet(run.path, point.step))

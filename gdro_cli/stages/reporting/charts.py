@@ -131,6 +131,15 @@ def axes_chart(rows: Sequence[ValidationRow], *, marked: int | None = None) -> s
     return _stacked("axes", [panel], label="Quality axes and u over steps", marked=marked)
 
 
+def loss_chart(rows: Sequence[TrainRow]) -> str | None:
+    """The loss above its floor, which is what remains to be learnt; the loss itself for methods without a floor."""
+    if any(row.loss_floor is not None for row in rows):
+        panel = _panel([_binned(rows, "loss_method", STYLES[0], minus="loss_floor")], "loss above its floor")
+    else:
+        panel = _panel([_binned(rows, "loss", STYLES[0])], "loss")
+    return _stacked("loss", [panel], label="Training loss over steps")
+
+
 def order_chart(rows: Sequence[TrainRow], *, marked: int | None = None) -> str | None:
     """Implicit order accuracy over the steps of a training; None without it."""
     panel = _panel([_binned(rows, "implicit_accuracy", STYLES[0])], "order accuracy", level=0.5)
@@ -217,8 +226,14 @@ def time_chart(curves: Mapping[str, Mapping[str, Sequence[Banded]]], *, level: f
 # -- lines and panels -------------------------------------------------------------------------------------------------
 
 
-def _points(rows: Iterable[MetricsRow], name: str) -> list[tuple[int, float]]:
-    return [(row.step, value) for row in rows if (value := row.get(name)) is not None]
+def _points(rows: Iterable[MetricsRow], name: str, minus: str | None = None) -> list[tuple[int, float]]:
+    """Steps with the values of one name, less those of another."""
+    points = []
+    for row in rows:
+        value, less = row.get(name), 0.0 if minus is None else row.get(minus)
+        if value is not None and less is not None:
+            points.append((row.step, value - less))
+    return points
 
 
 def _line(rows: Iterable[MetricsRow], name: str, style: Style, label: str | None = None) -> _Line:
@@ -227,9 +242,9 @@ def _line(rows: Iterable[MetricsRow], name: str, style: Style, label: str | None
     return _Line([x for x, _ in points], [y for _, y in points], style, label or name)
 
 
-def _binned(rows: Iterable[MetricsRow], name: str, style: Style, label: str = "") -> _Line:
+def _binned(rows: Iterable[MetricsRow], name: str, style: Style, label: str = "", *, minus: str | None = None) -> _Line:
     """Mean per bin of steps as a line, lowest to highest as a band."""
-    points = _points(rows, name)
+    points = _points(rows, name, minus)
     size = -(-len(points) // BINS) or 1
     bins = [tuple(zip(*points[start : start + size], strict=True)) for start in range(0, len(points), size)]
     x, y = ([fmean(values) for values in column] for column in zip(*bins, strict=True)) if bins else ([], [])

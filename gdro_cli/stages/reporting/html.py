@@ -1,4 +1,4 @@
-"""Pages that are one file: no network, no script, images inside. Text from data is escaped."""
+"""Pages from templates. Text from data is escaped. Reports are one file: no network, no script, images inside."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from PIL import Image
 from gdro_cli.stages.reporting.image_sheet import decoded
 from gdro_cli.stages.reporting.number_format import MISSING, VERDICTS, difference, ends, interval, number, signed
 
+TEMPLATES = Path(__file__).with_name("templates")
 IMAGE_SIDE = 256
 """Pixels; larger images are shrunk, or a page of fifty would weigh 100 MB."""
 
@@ -22,7 +23,7 @@ IMAGE_SIDE = 256
 def environment(**options: Any) -> Environment:
     """The templates of this package, HTML's or Markdown's."""
     made = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")),
+        loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -62,6 +62,13 @@ def draw_sheet(
     write_bytes(path, data.getvalue())
 
 
+def point_sheet(run: Path, step: int) -> str | None:
+    """The sheet of an evaluation point, relative to the run; None where there is none inside the run."""
+    sheet = f"validation/step-{step:06d}.png"
+    inside = (run / sheet).is_file() and (run / sheet).resolve().is_relative_to(run.resolve())
+    return sheet if inside else None
+
+
 def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image | None, ScoreRow]]:
     """The first image of each of the first ``count`` prompts with its score; None for one that cannot be decoded."""
     images: list[tuple[Image.Image | None, ScoreRow]] = []

@@ -6,7 +6,8 @@ The gradients come from ``offline`` (stored groups), ``rounds`` (a new store now
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 from gdro_cli.models.adapters import LORA_FILE
@@ -16,7 +17,7 @@ from gdro_cli.runtime.metrics import validation_rows
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.reporting.model_card import write_card
-from gdro_cli.stages.runs.identity import find_run, open_run, runs_of_other_length
+from gdro_cli.stages.runs.identity import find_run, open_run, run_path, runs_of_other_length
 from gdro_cli.stages.runs.weights import ADAPTER_NOTE, STOPPED, best_folder, early_end, is_finished, refuse_repetition
 from gdro_cli.stages.scoring.score import make_scored_store
 from gdro_cli.stages.setup.session import Session
@@ -28,6 +29,7 @@ from gdro_cli.stages.training.rounds import RoundSteps
 from gdro_cli.stages.training.state import TrainingState
 from gdro_cli.stages.training.step_source import StepSource
 from gdro_cli.stages.training.trainer import Trainer
+from gdro_cli.stages.watching.watch import watched
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,12 @@ class TrainResult:
         return rows | {"adapter": str(self.run.path / LORA_FILE)}
 
 
-def run(session: Session) -> TrainResult:
+def run(session: Session, *, watch: bool = False) -> TrainResult:
     """Train the recipe's adapter; makes missing samples and scores first and resumes an interrupted run.
+
+    Args:
+        session: the job.
+        watch: serve a page of the run meanwhile.
 
     Raises:
         UserError: the recipe cannot be trained on these prompts or in these processes.
@@ -72,7 +78,7 @@ def run(session: Session) -> TrainResult:
         Interrupted: stopped by the user after a checkpoint.
     """
     session.track()
-    with session:
+    with session, _page(session) if watch else nullcontext():
         engine, recipe = session.engine, session.recipe
         finished = engine.from_main(lambda: _finished_run(session))
         if finished is not None and latest_checkpoint(finished.path) is None:
@@ -100,6 +106,14 @@ def run(session: Session) -> TrainResult:
                     state.export()
                     write_card(folder.path)
         return TrainResult(folder, recipe.train.steps, start, state.finished)
+
+
+@contextmanager
+def _page(session: Session) -> Iterator[None]:
+    """Serve the page of the recipe's run while the block runs, in the main process."""
+    path = session.engine.from_main(lambda: run_path(session))
+    with watched(path, session.reporter.say) if session.engine.is_main else nullcontext():
+        yield
 
 
 def _finished_run(session: Session) -> RunFolder | None:

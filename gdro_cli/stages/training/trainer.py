@@ -18,6 +18,7 @@ from gdro_cli.models.adapters import lora_state, reference
 from gdro_cli.runtime.metrics import TrainRow, ValidationRow
 from gdro_cli.stages.evaluation.measures import deciding_measure
 from gdro_cli.stages.evaluation.validation import PointGivenUp, Validation
+from gdro_cli.stages.reporting.image_sheet import point_sheet
 from gdro_cli.stages.runs.weights import keep_if_best
 from gdro_cli.stages.setup.reward import missing_limits
 from gdro_cli.stages.setup.session import Session
@@ -223,6 +224,8 @@ class Trainer:
         state, step = self.state, self.state.step
         state.folder.append_metrics(row)
         self.session.engine.log({f"validation/{name}": value for name, value in row.numbers.items()}, step)
+        if (sheet := point_sheet(state.folder.path, step)) is not None:
+            self.session.engine.log_image("validation/images", state.folder.path / sheet, step)
         self.session.reporter.say(f"step {step}: {_point_text(self.session, row)}")
         if step:
             self._keep_if_best(row, validation)

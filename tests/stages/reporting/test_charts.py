@@ -31,6 +31,15 @@ def test_an_online_training_has_a_chart_of_its_rounds() -> None:
     assert drawn is not None and "reward of the rounds" in drawn and "clipped ratios" in drawn
 
 
+def test_the_loss_is_drawn_above_its_floor_where_it_has_one() -> None:
+    rows = [step(1, loss=3.0, loss_method=2.0, loss_floor=0.5), step(2, loss=3.0, loss_method=1.0, loss_floor=0.75)]
+    assert charts._binned(rows, "loss_method", charts.STYLES[0], minus="loss_floor").y == [1.5, 0.25]
+    assert "loss above its floor" in str(charts.loss_chart(rows))
+    plain = charts.loss_chart([step(1, loss=3.0)])
+    assert plain is not None and "above its floor" not in plain
+    assert charts.loss_chart([]) is None
+
+
 def test_a_long_training_is_averaged_into_few_points() -> None:
     rows = [step(number, implicit_accuracy=0.5 + (number % 2) / 10) for number in range(1, 10_001)]
     drawn = charts.order_chart(rows)
