@@ -1,4 +1,7 @@
-"""docs/demo.ipynb, executed. ``python -m tests.support.notebook`` runs the main job and writes the notebook with its pictures."""
+"""docs/demo.ipynb, executed.
+
+python -m tests.support.notebook      # runs the main job and writes the notebook with its pictures
+"""
 
 from __future__ import annotations
 
