@@ -26,6 +26,7 @@ def verdict_of(notebook: nbformat.NotebookNode) -> str:
     return last.outputs[0].text.split()[0]
 
 
+@pytest.mark.timeout(600)
 def test_the_notebook_runs(tmp_path: Path) -> None:
     notebook = executed(tmp_path, recipe="smoke")
     assert pictures_of(notebook) == [1, 1, 1]

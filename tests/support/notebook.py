@@ -22,6 +22,7 @@ def executed(folder: Path, *, recipe: str) -> nbformat.NotebookNode:
     client = NotebookClient(
         notebook,
         timeout=None,
+        startup_timeout=300,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
