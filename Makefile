@@ -1,6 +1,7 @@
 # make demo   sets everything up and runs the main job: train, then evaluate (needs Python 3.11 or 3.12 and pip)
 # make check  sets everything up and runs the quick checks: format, lint, types, import rules, unit tests
 # make test   sets everything up and runs every check: the same, and all tests
+# make docs   sets everything up and builds the documentation as a site; open site/index.html
 
 PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)))
 VENV ?= .venv
@@ -11,7 +12,7 @@ OUT ?= gdro-out
 PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist worksteal
 PYTEST_ARGS ?=
 
-.PHONY: demo check test static lint types unit-tests all-tests format
+.PHONY: demo check test docs static lint types unit-tests all-tests format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +25,9 @@ check: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	$(MAKE) --jobs 2 static all-tests
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 static: lint types
 

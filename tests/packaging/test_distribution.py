@@ -57,5 +57,12 @@ def test_the_sdist_holds_what_building_and_testing_need(tmp_path: Path) -> None:
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     files = [".ci/run", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"]
-    wanted = {*files, "recipes/ocr.yaml", "gdro_cli/cli/app.py", "tests/packaging/test_distribution.py"}
+    wanted = {
+        *files,
+        "mkdocs.yml",
+        "docs/demo.ipynb",
+        "recipes/ocr.yaml",
+        "gdro_cli/cli/app.py",
+        "tests/packaging/test_distribution.py",
+    }
     assert wanted <= names
