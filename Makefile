@@ -1,9 +1,11 @@
-# make demo   sets everything up and runs the main job: train, then evaluate (needs Python 3.11 or 3.12 and pip)
-# make check  sets everything up and runs the quick checks: format, lint, types, import rules, unit tests
-# make test   sets everything up and runs every check: the same, and all tests
+# make demo    sets everything up and runs the main job: train, then evaluate (needs Python 3.11, 3.12 or 3.13 and pip)
+# make check   sets everything up and runs the quick checks: format, lint, types, import rules, unit tests
+# make test    sets everything up and runs every check: the same, and all tests
+# make lowest  runs the unit tests and trains with the lowest versions that pyproject.toml allows
 
-PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3,$(shell command -v $(name) 2>/dev/null)))
+PYTHON ?= $(firstword $(foreach name,python3.11 python3.12 python3.13 python3,$(shell command -v $(name) 2>/dev/null)))
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 RECIPE ?= ocr.yaml
 OUT ?= gdro-out
@@ -11,7 +13,7 @@ OUT ?= gdro-out
 PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist worksteal
 PYTEST_ARGS ?=
 
-.PHONY: demo check test static lint types unit-tests all-tests format
+.PHONY: demo check test lowest static lint types unit-tests all-tests format
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -24,6 +26,11 @@ check: $(VENV)/.installed-dev
 
 test: $(VENV)/.installed-dev
 	$(MAKE) --jobs 2 static all-tests
+
+LOWEST := VENV=.venv-lowest CONSTRAINTS=.ci/lowest.txt
+lowest:
+	$(MAKE) .venv-lowest/.installed-dev unit-tests $(LOWEST)
+	$(MAKE) all-tests $(LOWEST) PYTEST_ARGS=tests/stages/training/test_main_job.py
 
 static: lint types
 
@@ -48,10 +55,10 @@ format: $(VENV)/.installed-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e .
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e .
 	touch $@
 
-$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+$(VENV)/.installed-dev: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/python -m pip install -c $(CONSTRAINTS) -e ".[dev]"
 	touch $(VENV)/.installed $@
