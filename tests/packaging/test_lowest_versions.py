@@ -1,4 +1,4 @@
-"""What `make lowest` installs are the lower bounds of pyproject.toml, of the package and of the extras that tests use."""
+"""What `make lowest` installs: the lower bounds of pyproject.toml, of the package and of extras that tests use."""
 
 from __future__ import annotations
 
