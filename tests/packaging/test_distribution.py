@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -52,17 +53,23 @@ def test_the_wheel_finds_its_recipes_outside_the_checkout(wheel: Path, tmp_path:
     assert f"{site}/gdro_cli/recipes/ocr.yaml: correct" in done.stdout
 
 
+def test_the_files_that_docker_is_given_build_the_same_wheel(wheel: Path, tmp_path: Path) -> None:
+    """.dockerignore leaves out everything, then takes back names."""
+    first, *names = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()[1:]
+    assert first == "*"
+    for name in (name.removeprefix("!") for name in names if name.startswith("!")):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    (path,) = WheelBuilder(str(tmp_path)).build(directory=str(tmp_path / "dist"), versions=["standard"])
+    assert set(zipfile.ZipFile(path).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
 def test_the_sdist_holds_what_building_and_testing_need(tmp_path: Path) -> None:
     (path,) = SdistBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    files = [".ci/run", "CHANGELOG.md", "LICENSE", "Makefile", "README.md", "constraints.txt", "pyproject.toml"]
-    wanted = {
-        *files,
-        "mkdocs.yml",
-        "docs/demo.ipynb",
-        "recipes/ocr.yaml",
-        "gdro_cli/cli/app.py",
-        "tests/packaging/test_distribution.py",
-    }
+    files = [".dockerignore", "CHANGELOG.md", "Dockerfile", "LICENSE", "Makefile", "README.md", "compose.yaml"]
+    files += ["constraints.txt", "mkdocs.yml", "pyproject.toml", ".ci/lowest.txt", ".ci/run", ".github/workflows/ci.yml"]
+    files += ["docs/demo.ipynb", "recipes/ocr.yaml", "gdro_cli/cli/app.py", "tests/packaging/test_distribution.py"]
+    wanted = {*files}
     assert wanted <= names
