@@ -159,10 +159,10 @@ class _Readers:
                 problems.append(str(error))
             except IndexError:  # there are no more
                 break
-        if len(problems) == 1:
-            return first
         more = ["and more"] if len(problems) > MAX_PROBLEMS else []
-        return "; ".join([f"{len(problems) - len(more)} images cannot be used", *problems[:MAX_PROBLEMS], *more])
+        count = [f"{len(problems) - len(more)} images cannot be used"] if len(problems) > 1 else []
+        remedy = "put a good file in its place" if len(problems) == 1 else "put good files in their places"
+        return "; ".join([*count, *problems[:MAX_PROBLEMS], *more, f"{remedy} and run the command again"])
 
     def _read(self, group: OwnGroup, image: OwnImage, content: bytes | None) -> _Fitted:
         source = image.source
