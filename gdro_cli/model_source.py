@@ -38,6 +38,7 @@ _PATIENCE = 10.0
 """Seconds for the Hub's first answer; the Hub's client waits for as long as the operating system does."""
 _silent_hubs: dict[str, Exception | None] = {}
 """Address of a Hub that was asked by this process -> why it does not answer; None if it does."""
+_NUMBER = re.compile(r"\d+")
 _VARIANT = re.compile(r"(?:diffusion_pytorch_)?model\.([\w-]+?)(?:-\d{5}-of-\d{5})?\.safetensors")
 _LOGGING = ("diffusers.utils.logging", "transformers.utils.logging")
 
@@ -190,7 +191,8 @@ class ModelSource:
             options: more arguments of ``from_pretrained``.
 
         Raises:
-            PrerequisiteError: files are missing or broken, or they lack weights of a network.
+            PrerequisiteError: files are missing or broken, they lack weights of a network, or they have more blocks
+                of it than their configuration says. Other weights that the class does not have are ignored.
         """
         from safetensors import SafetensorError
 
@@ -209,8 +211,13 @@ class ModelSource:
         if dtype is None:
             return part
         module, report = part
-        # Weights that the files lack would stay random or uninitialised.
-        problem = weights_problem(missing=report["missing_keys"], misshapen=report["mismatched_keys"])
+        # Weights that the files lack would stay random or uninitialised, and a part of the blocks is another network.
+        own = {_NUMBER.sub("#", name) for name in module.state_dict()}
+        problem = weights_problem(
+            missing=report["missing_keys"],
+            misshapen=report["mismatched_keys"],
+            unexpected=[name for name in report["unexpected_keys"] if _NUMBER.sub("#", name) in own],
+        )
         if problem is not None:
             raise PrerequisiteError(f"{what} {problem}: {self.remedy}")
         return module

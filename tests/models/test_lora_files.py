@@ -312,6 +312,16 @@ def test_one_file_of_a_folder_and_names_without_a_prefix_are_read(tmp_path: Path
     assert adapter.scales == {layer: 0.5} and adapter.pairs[layer][1].shape == (24, 2)
 
 
+@pytest.mark.parametrize(("layer", "rows"), [("double_blocks.0.img_mlp.2", 8), ("single_blocks.0.linear1", 56)])
+def test_original_names_with_peft_s_prefix_need_no_configuration(layer: str, rows: int, tmp_path: Path) -> None:
+    """As hosted trainers write FLUX's; a configuration that lies beside the file counts."""
+    name = f"base_model.model.{layer}"
+    file = saved(tmp_path / "trained.safetensors", {f"{name}.{A}": random(2, 8), f"{name}.{B}": random(rows, 2)})
+    assert set(read_adapter(file).scales.values()) == {1.0}
+    (tmp_path / "adapter_config.json").write_text('{"lora_alpha": 6}')
+    assert set(read_adapter(file).scales.values()) == {3.0}
+
+
 def test_z_image_s_joined_attention_is_read(tmp_path: Path) -> None:
     down, up = random(2, 4), random(12, 2)
     for block, dot in (("lora_unet_layers_1", "_"), ("diffusion_model.layers.1", ".")):
@@ -409,6 +419,8 @@ JOINED |= {"lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": torch.one
         (GOOD | {"transformer.x.alpha": torch.tensor(math.inf)}, StoreError, "transformer.x has the scale inf"),
         (GOOD | {"transformer.x.alpha": torch.ones(2)}, StoreError, "transformer.x.alpha is not a number"),
         (GOOD | TWICE, StoreError, "x is in it twice"),
+        (GOOD | {f"transformer.x.{A}": torch.full((2, 4), math.nan)}, StoreError, "x has numbers that are not finite"),
+        (GOOD | {f"transformer.x.{B}": torch.full((3, 2), math.inf)}, StoreError, "x has numbers that are not finite"),
         (PEFT, PrerequisiteError, "has no adapter_config.json beside it"),
     ],
 )  # fmt: skip

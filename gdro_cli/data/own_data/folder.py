@@ -51,20 +51,24 @@ def read_images(folder: Path) -> OwnData:
     """
     if any(path.name.isdigit() and (path / METADATA).exists() for path in visible(folder)):
         return _geneval(folder)
-    images, _ = image_files(folder)  # what else lies there is counted below
+    images, others = image_files(folder)
     if not images:
-        tables = [path.name for path in visible(folder) if path.suffix.lower() in SUFFIXES]
+        tables = [path.name for path in others if path.suffix.lower() in SUFFIXES]
+        folders = [path.name for path in others if path.is_dir()]
         hint = f"name one of its files, {', '.join(tables[:3])}" if tables else "docs/own-data.md has the forms of data"
+        if folders and not tables:
+            hint = f"name one of its folders, {', '.join(folders[:3])}, or write a table"
         raise UserError(f"{folder} has no table (data.jsonl, metadata.jsonl, *.parquet) and no images: {hint}")
-    return _sidecars(folder, images)
+    return _sidecars(folder, images, others)
 
 
 def _geneval(folder: Path) -> OwnData:
-    groups = []
+    groups, others = [], []
     for entry in read_image_folder(folder, reward=_AnyPrompt()):
         where = entry.images[0].relative_to(folder).parts[0]
         groups.append(_group(folder, entry.prompt, entry.images, where))
-    return OwnData(folder, GENEVAL, tuple(groups), ())
+        others += [str(path.relative_to(folder)) for path in entry.left_out]
+    return OwnData(folder, GENEVAL, tuple(groups), tuple(_left_out("what is not an image", others)))
 
 
 class _AnyPrompt:
@@ -77,21 +81,36 @@ class _AnyPrompt:
         return target
 
 
-def _sidecars(folder: Path, images: Sequence[Path]) -> OwnData:
+def _sidecars(folder: Path, images: Sequence[Path], others: Sequence[Path]) -> OwnData:
     bare = [image.name for image in images if not image.with_suffix(".txt").is_file()]
     if bare:
         raise UserError(
             f"{folder} has images without a prompt ({len(bare)} of {len(images)}): write the prompt of {bare[0]} into"
             f" {Path(bare[0]).with_suffix('.txt')}, or write a table"
         )
+    prompts = {path: _prompt(path) for path in dict.fromkeys(image.with_suffix(".txt") for image in images)}
     groups: dict[str, list[Path]] = {}
     for image in images:
-        groups.setdefault(_prompt(image.with_suffix(".txt")), []).append(image)
-    stems = {image.stem for image in images}
-    alone = sum(path.suffix == ".txt" and path.stem not in stems for path in visible(folder))
+        groups.setdefault(prompts[image.with_suffix(".txt")], []).append(image)
     listed = [_group(folder, PromptRecord.of(prompt), files, files[0].name) for prompt, files in groups.items()]
-    notes = (f".txt files without an image, left out: {alone}",) if alone else ()
-    return OwnData(folder, SIDECARS, tuple(listed), notes)
+    folders = [path.name for path in others if path.is_dir()]
+    files = [path.name for path in others if not path.is_dir() and path not in prompts]
+    several = [path.name for path, prompt in prompts.items() if len(prompt.splitlines()) > 1]
+    notes = [
+        *_left_out("what is neither an image nor its prompt", files),
+        *_left_out("folders, which are imported one by one", folders),
+        *([f"prompts of several lines, each taken as one: {len(several)} ({_some(several)})"] if several else []),
+    ]
+    return OwnData(folder, SIDECARS, tuple(listed), tuple(notes))
+
+
+def _left_out(what: str, names: Sequence[str]) -> list[str]:
+    """A note about what lies in a folder and is not imported; none if there is nothing."""
+    return [f"left out, {what}: {len(names)} ({_some(names)})"] if names else []
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
 
 
 def _prompt(path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ _SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _TEXT_ENCODER = re.compile(r"lora_te\d*_|te\d*_|text_encoders?(_\d)?\.|text_model\.|conditioner\.")
 _KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "dora_scale": "DoRA", "magnitude_vector": "DoRA"}
 """Marks in the keys of adapters that are not ``W + s B A``."""
+_ORIGINAL = ("flux", "flux2-klein", "sd3")
+"""Families that ``recognise`` knows by original names alone; the others share names with diffusers."""
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq")
 """Initialisations of peft that change the base's own weights."""
 _BAD = (AttributeError, KeyError, OverflowError, TypeError, ValueError, re.error)
@@ -43,6 +45,8 @@ def read_adapter(path: Path) -> Adapter:
     underscores), and bare layer names. Layers that the original code joins are split into diffusers' layers.
 
     The scale of a layer is that of its tensor ``alpha``, else of diffusers' metadata or peft's configuration, else 1.
+    peft always writes its configuration; files with its prefix, original names and no configuration come from other
+    trainers, and every reader takes their scale as 1.
 
     Args:
         path: a safetensors file, or a folder with one.
@@ -54,11 +58,11 @@ def read_adapter(path: Path) -> Adapter:
     """
     file = _file(path)
     raw, alphas, metadata = _tensors(file)
-    config_scale = _config_scale(file, raw, metadata)
+    family = recognise({_bare(key): pair for key, pair in raw.items()})
+    unscaled = [key for key in raw if key not in alphas]
+    config_scale = _config_scale(file, unscaled, metadata, is_original=family in _ORIGINAL)
     pairs: dict[str, Pair] = {}
     scales: dict[str, float] = {}
-    bare = {_bare(key): pair for key, pair in raw.items()}
-    family = recognise(bare)
     for key, (down, up) in raw.items():
         name, rank = _bare(key), len(down)
         try:
@@ -68,7 +72,7 @@ def read_adapter(path: Path) -> Adapter:
             raise _damaged(file, f"{key}: {error}") from error
         if not math.isfinite(scale):
             raise _damaged(file, f"{key} has the scale {scale}")
-        if layers is None and (key.startswith("lora_") or family in ("flux", "flux2-klein", "sd3")):
+        if layers is None and (key.startswith("lora_") or family in _ORIGINAL):
             raise UserError(f"{file} names a layer that gdro_cli does not know, {key}: give an adapter of diffusers")
         for layer, pair in (layers or {name: (down, up)}).items():
             if layer in pairs:
@@ -121,6 +125,8 @@ def _tensors(file: Path) -> tuple[dict[str, Pair], dict[str, float], Mapping[str
             raise UserError(f"{file} adapts the convolution {layer}: only adapters of linear layers can be read")
         if not (down.ndim == up.ndim == 2 and len(down) == up.shape[1] >= 1):
             raise _damaged(file, f"A and B of {layer} do not fit")
+        if not (down.isfinite().all() and up.isfinite().all()):
+            raise _damaged(file, f"{layer} has numbers that are not finite, as after a training that diverged")
     return pairs, alphas, metadata
 
 
@@ -142,11 +148,13 @@ def _refuse_other_kinds(file: Path, keys: list[str]) -> None:
         raise UserError(f"{file} has {len(others)} tensors beside the LoRA's, such as {others[0]}: {_ONLY}")
 
 
-def _config_scale(file: Path, raw: Mapping[str, Any], metadata: Mapping[str, str]) -> Callable[[str, int], float]:
+def _config_scale(
+    file: Path, unscaled: Sequence[str], metadata: Mapping[str, str], *, is_original: bool
+) -> Callable[[str, int], float]:
     """The scale of a layer, from its name and rank, as the file's configuration defines it."""
     config: dict[str, Any] = {}
-    if any(key.startswith(PEFT_PREFIX) for key in raw):
-        beside = file.with_name(PEFT_CONFIG)
+    beside = file.with_name(PEFT_CONFIG)
+    if any(key.startswith(PEFT_PREFIX) for key in unscaled) and (beside.is_file() or not is_original):
         if not beside.is_file():
             raise PrerequisiteError(f"{file} has no {PEFT_CONFIG} beside it, which holds its scale: fetch that file")
         config = read_object(beside, remedy="fetch the adapter's folder again")

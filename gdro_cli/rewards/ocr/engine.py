@@ -39,6 +39,11 @@ _RUNTIME_PACKAGES: dict[EngineKind, dict[str, tuple[str, ...]]] = {
 }
 
 
+READING_SIDE = 512
+"""Pixels of the shorter side to which a larger image is shrunk: PaddleOCR's detector does not see letters of several
+hundred pixels, or cuts them into pieces, and it shrinks images without smoothing (docs/rewards.md)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reading:
     """The text that the engine read in one image, lines in reading order."""
@@ -125,7 +130,10 @@ class OcrEngine:
         """Read an RGB image of any size. An image without text has no lines. Errors of PaddleOCR are not caught."""
         import numpy as np
 
-        bgr = np.ascontiguousarray(np.asarray(image.convert("RGB"))[:, :, ::-1])
+        image = image.convert("RGB")
+        if (factor := READING_SIDE / max(min(image.size), 1)) < 1:
+            image = image.resize((round(factor * image.width), round(factor * image.height)), Image.Resampling.LANCZOS)
+        bgr = np.ascontiguousarray(np.asarray(image)[:, :, ::-1])
         (result,) = self._pipeline.predict(bgr)
         boxes = [_bounds(polygon) for polygon in result["rec_polys"]]
         order = reading_order(boxes)

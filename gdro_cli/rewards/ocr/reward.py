@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.core.measures import Detail, Measure
 from gdro_cli.core.quotes import quoted_text
-from gdro_cli.errors import UserError
+from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import PromptLike, Resources, Reward, Score
 from gdro_cli.rewards.ocr.rules import RULE, exact_match, letters, normalise, ocr_reward, similarity
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 _SHOWN = 20
 """Letters that a message names."""
+_SIGN = "2749"
+"""What an engine must read. Digits, which recognisers of all scripts have."""
 
 
 class OcrReward(Reward):
@@ -148,8 +150,35 @@ class OcrReward(Reward):
         if self._engine is None:
             from gdro_cli.rewards.ocr.engine import OcrEngine
 
-            self._engine = OcrEngine(self.models, kind=self.settings.engine)
+            engine = OcrEngine(self.models, kind=self.settings.engine)
+            if self.settings.model_dir is not None or self.settings.engine == "paddle":
+                self._try_out(engine)
+            self._engine = engine
         return self._engine
+
+    def _try_out(self, engine: OcrEngine) -> None:
+        """Let an engine read a plain sign, unless its models lack the letters.
+
+        Otherwise wrong models, a wrong list of characters or a GPU that computes nonsense would give every image 0.
+
+        Raises:
+            PrerequisiteError: it reads less than half of the sign.
+        """
+        from PIL import Image, ImageDraw, ImageFont
+
+        known = frozenset().union(*map(letters, self.models.characters))
+        if known and not letters(_SIGN) <= known:
+            return
+        image = Image.new("RGB", (256, 128), "white")
+        ImageDraw.Draw(image).text((128, 64), _SIGN, "black", ImageFont.load_default(64), anchor="mm")
+        text = engine.read(image).text
+        if similarity(_SIGN, text) < 0.5:
+            folder = self.models.recognition.path
+            raise PrerequisiteError(
+                f"the OCR engine reads {text!r} where {_SIGN} is written, so no score would mean anything: check that"
+                f" weights and characters in {folder} belong together, or leave out reward.ocr.engine and"
+                " reward.ocr.model_dir"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but the loaded engine, so that a reward can be sent to a worker process."""

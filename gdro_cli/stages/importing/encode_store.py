@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from gdro_cli.data.own_data import OwnData, OwnGroup, OwnImage
+from gdro_cli.data.promptfile import MAX_PROBLEMS
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.files import sha256
@@ -32,7 +33,7 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
         The number of shards, and of images that had to be enlarged.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: images cannot be used; the message has up to ten of them.
         StoreError: another job is filling the store, or an image's latents are not finite.
         Interrupted: between two batches; finished shards are kept.
         EndedElsewhere: another process raised one of these.
@@ -71,7 +72,7 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
     threads = max(1, usable_cores() // engine.local_world)
     with (
         engine.held_by_main(folder_lock(store.path / "lock")),
-        _Readers(_images(store, data, own), threads, batch_size, size=session.image_size, how=how) as readers,
+        _Readers(session, _images(store, data, own), threads, how=how, stopped=stopped) as readers,
         ShardWriter(store, processes=engine.world) as writer,
         session.reporter.track("importing" + own_part(engine), total=total, unit="images") as progress,
     ):
@@ -104,24 +105,25 @@ class _Readers:
     """Threads that read and fit images in order, a little ahead of their use.
 
     Args:
+        session: has the size of the images, of which two batches are read ahead.
         images: what to read.
         threads: number of threads.
-        batch_size: images that are taken at a time; two batches are read ahead.
-        size: height and width.
         how: how images are brought to the size.
+        stopped: what a stop says.
     """
 
     def __init__(
         self,
+        session: Session,
         images: Iterator[tuple[OwnGroup, OwnImage]],
         threads: int,
-        batch_size: int,
         *,
-        size: tuple[int, int],
         how: Fitting,
+        stopped: str,
     ) -> None:
-        self._images, self._ahead = images, 2 * batch_size + threads
-        self._size, self._how = size, how
+        self._session, self._stopped = session, stopped
+        self._images, self._ahead = images, 2 * session.recipe.sample.batch_size + threads
+        self._size, self._how = session.image_size, how
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._begun: deque[Future[_Fitted]] = deque()
 
@@ -132,15 +134,35 @@ class _Readers:
         self._threads.shutdown(cancel_futures=True)
 
     def take(self, count: int) -> list[_Fitted]:
-        """The next images. Raises UserError if one cannot be used."""
-        taken = []
-        for _ in range(count):
-            for group, image in islice(self._images, self._ahead - len(self._begun)):
-                # Cells of a table are read here, row by row: each thread would read all of the table's pages.
-                content = None if image.source.row is None else image.source.read()
-                self._begun.append(self._threads.submit(self._read, group, image, content))
-            taken.append(self._begun.popleft().result())
-        return taken
+        """The next images. Raises UserError if one cannot be used, naming those after it as well."""
+        try:
+            return [self._next() for _ in range(count)]
+        except UserError as error:
+            raise UserError(self._with_the_rest(str(error))) from error
+
+    def _next(self) -> _Fitted:
+        for group, image in islice(self._images, self._ahead - len(self._begun)):
+            # Cells of a table are read here, row by row: each thread would read all of the table's pages.
+            content = None if image.source.row is None else image.source.read()
+            self._begun.append(self._threads.submit(self._read, group, image, content))
+        return self._begun.popleft().result()
+
+    def _with_the_rest(self, first: str) -> str:
+        """A problem with those of the images that are still to come, so that one repair is enough."""
+        self._session.reporter.say("an image cannot be used; reading the rest for more of them")
+        problems = [first]
+        while len(problems) <= MAX_PROBLEMS:
+            self._session.stop.check(self._stopped)
+            try:
+                self._next()
+            except UserError as error:
+                problems.append(str(error))
+            except IndexError:  # there are no more
+                break
+        more = ["and more"] if len(problems) > MAX_PROBLEMS else []
+        count = [f"{len(problems) - len(more)} images cannot be used"] if len(problems) > 1 else []
+        remedy = "put a good file in its place" if len(problems) == 1 else "put good files in their places"
+        return "; ".join([*count, *problems[:MAX_PROBLEMS], *more, f"{remedy} and run the command again"])
 
     def _read(self, group: OwnGroup, image: OwnImage, content: bytes | None) -> _Fitted:
         source = image.source

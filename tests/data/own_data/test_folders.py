@@ -69,7 +69,23 @@ def test_prompts_beside_their_images(tmp_path: Path) -> None:
     assert data.form == "images with sidecar prompts"
     assert all_scores(data) == [("a kite", {"a.png": {}, "c.png": {}}), ("a “cat”", {"b.png": {}})]
     assert [group.where for group in data.groups] == ["a.png", "b.png"]
-    assert data.notes == (".txt files without an image, left out: 1",)
+    assert data.notes == ("left out, what is neither an image nor its prompt: 1 (README.txt)",)
+
+
+def test_what_is_not_imported_is_named(tmp_path: Path) -> None:
+    """Images in folders of their own, of a format that is not read, and several captions of one image."""
+    beside(tmp_path, a="a kite\n\na red kite", b="a cat")
+    beside(tmp_path / "10_dogs", c="a dog")
+    (tmp_path / "d.heic").write_bytes(b"ftypheic")
+    assert read_own_data(tmp_path).notes == (
+        "left out, what is neither an image nor its prompt: 1 (d.heic)",
+        "left out, folders, which are imported one by one: 1 (10_dogs)",
+        "prompts of several lines, each taken as one: 1 (a.txt)",
+    )
+    geneval(tmp_path / "images", "00000", "a dog")
+    (tmp_path / "images/00000/samples/0002.heic").write_bytes(b"ftypheic")
+    (note,) = read_own_data(tmp_path / "images").notes
+    assert note == "left out, what is not an image: 1 (00000/samples/0002.heic)"
 
 
 def test_images_without_a_prompt(tmp_path: Path) -> None:
@@ -99,3 +115,5 @@ def test_a_folder_with_nothing(tmp_path: Path) -> None:
     assert "has no table (data.jsonl, metadata.jsonl, *.parquet) and no images" in refusal(tmp_path)
     write_table(tmp_path / "train.jsonl", {"prompt": "a kite", "image": "a.png"})
     assert "name one of its files, train.jsonl" in refusal(tmp_path)
+    beside(tmp_path / "folders" / "10_dogs", c="a dog")
+    assert "name one of its folders, 10_dogs, or write a table" in refusal(tmp_path / "folders")

@@ -247,6 +247,17 @@ def test_incomplete_and_damaged_weights_are_refused(folder: Path, tmp_path: Path
         Mask2FormerDetector(str(broken))
 
 
+def test_weights_of_a_larger_model_than_the_configuration_says_are_refused(folder: Path, tmp_path: Path) -> None:
+    """A part of the blocks would load, and find hardly anything."""
+    larger = shutil.copytree(folder, tmp_path / "larger")
+    weights = load_file(larger / "model.safetensors")
+    more = {name.replace("decoder.layers.0.", "decoder.layers.1."): weight.clone() for name, weight in weights.items()}
+    assert len(weights) < len(weights | more)
+    save_file(weights | more, larger / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(PrerequisiteError, match=r"larger holds the weight .*\.layers\.1\..*, which its class does not"):
+        Mask2FormerDetector(str(larger)).load()
+
+
 def test_other_vocabulary() -> None:
     """A model with other classes than COCO's keeps its names, and a prompt with another class is refused."""
     names = class_names({"id2label": {"2": "gizmo", "0": "cat", "1": "mouse"}}, model="mine")

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.errors import UserError
 from gdro_cli.rewards.ocr.engine import OcrEngine
 from gdro_cli.rewards.ocr.reward import OcrReward
-from tests.support.ocr_signs import Prompt, ask, sign
+from tests.support.ocr_signs import FONT, Prompt, ask, sign
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +98,15 @@ def test_channel_order_is_the_one_in_which_paddleocr_reads_files(tmp_path: Path)
     assert wrong.confidences != pytest.approx(ours.confidences, abs=1e-7)
 
 
+def test_letters_of_several_hundred_pixels_are_read(reward: OcrReward) -> None:
+    """As on a sign that fills an image of a usual size; a part of the letters, or none, would be found."""
+    image = Image.new("RGB", (1024, 1024), "#7090a8")
+    ImageDraw.Draw(image).text((512, 512), "HI", "white", ImageFont.truetype(str(FONT), 700), anchor="mm")
+    (score,) = reward.score([image], [ask("HI")])
+    assert (score.value, score.details["exact"]) == (1.0, True)
+    assert 0.1 < score.details["text_area"] < 1.0  # of the image itself, not of the smaller one
+
+
 def test_other_image_modes_are_read(reward: OcrReward) -> None:
     images = [sign(["HELLO"]).convert(mode) for mode in ("RGBA", "L", "P")]
     assert [score.value for score in reward.score(images, [ask("HELLO")] * 3)] == [1.0] * 3
@@ -162,7 +171,7 @@ def test_a_loaded_reward_can_be_pickled_without_its_engine(reward: OcrReward) ->
 
 
 QUIET = """
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from gdro_cli.rewards.ocr.reward import OcrReward
 import sys
 assert not {"torch", "numpy", "paddleocr", "onnxruntime"} & set(sys.modules), "heavy import"

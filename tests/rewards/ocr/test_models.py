@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +14,10 @@ import yaml
 from gdro_cli.config.sections import OcrReward as OcrSettings
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.files import cache_folder
-from gdro_cli.rewards.ocr.engine import OcrEngine, engine_version
-from gdro_cli.rewards.ocr.models import DETECTION_MODEL, RECOGNITION_MODEL, OcrModels, find_models
+from gdro_cli.rewards.ocr.engine import engine_version
+from gdro_cli.rewards.ocr.models import _LOADER, DETECTION_MODEL, RECOGNITION_MODEL, OcrModels, find_models
 from gdro_cli.rewards.ocr.reward import OcrReward
-from tests.support.ocr_signs import sign
+from tests.support.ocr_signs import ask, sign
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +149,8 @@ def test_own_folder_with_another_width_reads(own_folder: Path) -> None:
     models = find_models(DETECTION_MODEL, RECOGNITION_MODEL, recognition_width=200, model_dir=own_folder)
     assert recognition_width(models.recognition.path) == 200
     assert recognition_width(own_folder / RECOGNITION_MODEL) == 160
-    assert OcrEngine(models).read(sign(["HELLO"])).lines == ("HELLO",)
+    reward = OcrReward(OcrSettings(recognition_width=200, model_dir=str(own_folder)))
+    assert reward.score([sign(["HELLO"])], [ask("HELLO")])[0].value == 1.0
 
 
 def test_own_folder_that_is_incomplete(own_folder: Path) -> None:
@@ -175,4 +177,14 @@ def test_a_detection_model_in_place_of_the_recognition_model(own_folder: Path) -
 def test_weights_that_are_not_a_model(own_folder: Path) -> None:
     (own_folder / DETECTION_MODEL / "inference.onnx").write_bytes(b"not a model")
     with pytest.raises(PrerequisiteError, match="PaddleOCR cannot load the models"):
+        OcrReward(OcrSettings(model_dir=str(own_folder))).load()
+
+
+def test_characters_in_another_order_than_the_recogniser_s(own_folder: Path) -> None:
+    """Every image would be read as nonsense, and scored 0."""
+    file = own_folder / RECOGNITION_MODEL / "inference.yml"
+    config = yaml.load(file.read_bytes(), Loader=_LOADER)
+    config["PostProcess"]["character_dict"].reverse()
+    file.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")  # which is YAML, and written at once
+    with pytest.raises(PrerequisiteError, match=r"reads '.*' where 2749 is written.*belong together, or leave out"):
         OcrReward(OcrSettings(model_dir=str(own_folder))).load()

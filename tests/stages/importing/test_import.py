@@ -144,7 +144,11 @@ def test_an_unreadable_image_is_named_with_its_line_and_nothing_is_half_imported
     content = broken.read_bytes()
     broken.write_bytes(content[:200])
     data = table(tmp_path / "data", rows)
-    with pytest.raises(UserError, match=r"data.jsonl line 3: images/MILK-1.png cannot be used: "):
+    with pytest.raises(UserError, match=r"^data.jsonl line 3: images/MILK-1.png cannot be used: "):
+        bring(recipe, tmp_path / "out", data)
+    (tmp_path / "data" / rows[3]["images"][2]).write_bytes(b"")
+    words = r"^2 images cannot be used; data.jsonl line 3: images/MILK.* line 4: images/TAXI-2.png .*; put good files"
+    with pytest.raises(UserError, match=words):
         bring(recipe, tmp_path / "out", data)
     with pytest.raises(PrerequisiteError, match="the import of mine into .* is not complete"):
         train.run(Session(recipe, tmp_path / "out"))
