@@ -53,7 +53,9 @@ def test_an_existing_path_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: 
 
 
 def test_an_unknown_recipe_is_refused_with_the_shipped_names() -> None:
-    with pytest.raises(UserError, match="no recipe file 'orc'.*shipped: .*geneval, .*ocr, ocr-ablation, ocr-dance-grpo, ocr-dgpo"):
+    with pytest.raises(
+        UserError, match="no recipe file 'orc'.*shipped: .*geneval, .*ocr, ocr-ablation, ocr-dance-grpo"
+    ):
         load_recipe("orc")
 
 
