@@ -79,6 +79,10 @@ class FlowModel(Autoencoding):
     """Keys of the transformer's configuration for the number of repeated blocks of each kind."""
     negative_prompt: ClassVar[str] = ""
     """The prompt of the unconditional pass."""
+    pads_text: ClassVar[bool] = True
+    """Whether the model sees padding as text, so that each conditioning has ``max_sequence_length`` tokens."""
+    pipeline_setup: ClassVar[str] = ""
+    """Python that diffusers' pipeline ``pipe`` needs, once it is loaded, to draw the same image; empty for most."""
 
     place_transformer: Callable[[nn.Module], nn.Module]
     """Moves the frozen transformer, just loaded, to its device; assign another one (FSDP) before its first use."""

@@ -10,6 +10,7 @@ import torch
 from gdro_cli.errors import UserError
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
+from gdro_cli.models.chroma import ChromaFlow
 from gdro_cli.models.flux import FluxFlow
 from gdro_cli.models.flux2_klein import Flux2KleinFlow
 from gdro_cli.models.folder import PipelineFolder
@@ -19,6 +20,7 @@ from gdro_cli.models.sd3 import StableDiffusion3Flow
 from gdro_cli.models.z_image import ZImageFlow
 
 FAMILIES: dict[str, type[FlowModel]] = {
+    "ChromaPipeline": ChromaFlow,
     "FluxPipeline": FluxFlow,
     "Flux2KleinPipeline": Flux2KleinFlow,
     "QwenImagePipeline": QwenImageFlow,

@@ -25,6 +25,7 @@ class QwenImageFlow(PackedFlow):
     """Qwen-Image as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D], L the prompt's own length."""
 
     family: ClassVar[str] = "qwen-image"
+    pads_text: ClassVar[bool] = False
     negative_prompt: ClassVar[str] = " "  # what the model's authors sample with
     lora_targets: tuple[str, ...] = ATTENTION_LAYERS
 

@@ -32,6 +32,7 @@ IMAGE_TO_IMAGE = {
     "qwen-image": "QwenImageImg2ImgPipeline",
     "z-image": "ZImageImg2ImgPipeline",
     "flux2-klein": "Flux2KleinPipeline",
+    "chroma": "ChromaImg2ImgPipeline",
 }
 """The pipeline of each family that encodes images."""
 by_family = pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
@@ -67,7 +68,7 @@ def by_pipeline(folder: Path, family: str, pixels: Tensor) -> Tensor:
         if family == "sd3":
             return pipe.prepare_latents(num_images_per_prompt=1, **common)
         latents = pipe.prepare_latents(num_channels_latents=4, **common, **SIZE)
-    return latents[0] if family == "flux" else latents
+    return latents[0] if family in ("flux", "chroma") else latents
 
 
 @by_family

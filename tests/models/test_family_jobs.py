@@ -32,6 +32,7 @@ from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.rollout import Policy, RolloutImage, policy_guidance, roll_out
+from tests.support.tiny_families import set_up
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,7 @@ PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
     "qwen-image": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
     "z-image": {"guidance_scale": GUIDANCE - 1.0},
     "flux2-klein": {"guidance_scale": GUIDANCE},
+    "chroma": {"guidance_scale": GUIDANCE},
 }
 
 
@@ -91,6 +93,7 @@ def pipeline_image(folder: Path, name: str, run: Path | None, prompt: str, seed:
 
     pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
+    set_up(pipe)
     if run is not None:
         pipe.load_lora_weights(run)
     generator = torch.Generator().manual_seed(seed)

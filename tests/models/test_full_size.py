@@ -37,6 +37,7 @@ class Expected:
 
 EXPECTED = {
     "FLUX.1-dev": Expected("23.8", 16, 89653248, "9.77"),
+    "Chroma1-HD": Expected("17.8", 16, 89653248, "9.52"),
     "SD3.5-medium": Expected("4.94", 16, 18776064, "11.16"),
     "SD3.5-large": Expected("16.292561536", 16, 47161344, "11.16"),
     "Qwen-Image": Expected("40.9", 16, 47185920),
@@ -56,9 +57,7 @@ def open_on_meta(name: str) -> FlowModel:
 
 
 def conditioning(model: FlowModel, count: int) -> dict[str, torch.Tensor]:
-    tokens = (
-        min(model.max_sequence_length, 60) if model.family in ("qwen-image", "z-image") else model.max_sequence_length
-    )
+    tokens = model.max_sequence_length if model.pads_text else min(model.max_sequence_length, 60)
     shapes = model.conditioning_shapes(tokens)
     return {key: torch.empty(count, *shape, device="meta", dtype=torch.bfloat16) for key, shape in shapes.items()}
 
@@ -73,8 +72,8 @@ def test_published_model_at_full_size(name: str) -> None:
 
     The adapter has rank x (inputs + outputs) parameters per layer; with rank 32, in thousands of inputs and outputs:
 
-    - FLUX.1-dev: 19 x (8 x 6.144 + 4 x 15.360) + 38 x 3 x 6.144; SD3.5: (24 x 8 - 1) x 3.072 and (38 x 8 - 1) x 4.864,
-      for the last block has no text output; Qwen-Image: 60 x 4 x 6.144; Z-Image: 34 x 4 x 7.680;
+    - FLUX.1-dev and Chroma: 19 x (8 x 6.144 + 4 x 15.360) + 38 x 3 x 6.144; SD3.5: (24 x 8 - 1) x 3.072 and
+      (38 x 8 - 1) x 4.864, for the last block has no text output; Qwen-Image: 60 x 4 x 6.144; Z-Image: 34 x 4 x 7.680;
       FLUX.2-klein-4B: 5 x 4 x 6.144 + 20 x (30.720 + 15.360).
 
     The models in ``STEPPED`` also take an Euler step of the sampler and a checkpointed two-pass gradient of groups:

@@ -130,6 +130,13 @@ def scheduler(**options: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**options)
 
 
+def set_up(pipe: Any) -> None:
+    """Let a pipeline draw what the family draws, as the model card says."""
+    from gdro_cli.models.diffusers_flow import FAMILIES
+
+    exec(FAMILIES[type(pipe).__name__].pipeline_setup, {"pipe": pipe})
+
+
 def build_flux(folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bool = True) -> Path:
     """FLUX.1, with or without a guidance input, its schedule shifted by image size or by a fixed number."""
     from diffusers import FluxPipeline, FluxTransformer2DModel
@@ -163,6 +170,33 @@ def build_flux(folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bo
             tokenizer=clip_tokenizer(length=77),
             text_encoder_2=t5_encoder(),
             tokenizer_2=t5_tokenizer(),
+            transformer=loud(transformer),
+        ).save_pretrained(folder)
+    return folder
+
+
+def build_chroma(folder: Path) -> Path:
+    """Chroma, with the spacing of noise levels that it is published with."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    with seeded():
+        transformer = ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=2,
+        )
+        ChromaPipeline(
+            scheduler=scheduler(use_beta_sigmas=True),
+            vae=autoencoder(),
+            text_encoder=t5_encoder(),
+            tokenizer=t5_tokenizer(),
             transformer=loud(transformer),
         ).save_pretrained(folder)
     return folder
@@ -343,4 +377,5 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "z-image": build_z_image,
     "flux2-klein": build_flux2_klein,
     "flux2-klein-distilled": build_flux2_klein_distilled,
+    "chroma": build_chroma,
 }

@@ -68,7 +68,7 @@ def read_adapter(path: Path) -> Adapter:
             raise _damaged(file, f"{key}: {error}") from error
         if not math.isfinite(scale):
             raise _damaged(file, f"{key} has the scale {scale}")
-        if layers is None and (key.startswith("lora_") or family in ("flux", "flux2-klein", "sd3")):
+        if layers is None and (key.startswith("lora_") or family in ("flux", "chroma", "flux2-klein", "sd3")):
             raise UserError(f"{file} names a layer that gdro_cli does not know, {key}: give an adapter of diffusers")
         for layer, pair in (layers or {name: (down, up)}).items():
             if layer in pairs:
