@@ -33,8 +33,10 @@ IMAGE_TO_IMAGE = {
     "z-image": "ZImageImg2ImgPipeline",
     "flux2-klein": "Flux2KleinPipeline",
     "chroma": "ChromaImg2ImgPipeline",
+    "lumina2": "Lumina2Pipeline",
+    "sana": "SanaPipeline",
 }
-"""The pipeline of each family that encodes images."""
+"""The pipeline of each family that encodes images; the last two do not, but diffusers' training scripts do."""
 by_family = pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
 
 
@@ -61,6 +63,12 @@ def by_pipeline(folder: Path, family: str, pixels: Tensor) -> Tensor:
     if family == "flux2-klein":
         tokens = pipe.prepare_image_latents(list(pixels[:, None]), batch_size=1, **common)[0]
         return tokens.reshape(len(pixels), -1, tokens.shape[-1])
+    if family == "lumina2":
+        return (
+            pipe.vae.encode(pixels).latent_dist.mode() - pipe.vae.config.shift_factor
+        ) * pipe.vae.config.scaling_factor
+    if family == "sana":
+        return pipe.vae.encode(pixels).latent * pipe.vae.config.scaling_factor
     pipe.scheduler.scale_noise = lambda clean, _timestep, _noise: clean
     common |= {"image": pixels, "timestep": None, "batch_size": len(pixels)}
     with pytest.MonkeyPatch.context() as patch:

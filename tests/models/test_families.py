@@ -23,11 +23,19 @@ Folder = Callable[[str], Path]
 STEPS = 4
 PROMPTS = ("a red sign", "two blue stars on a brick wall", "a green heart")
 ALL = tuple(BUILDERS)
-TRAINED = ("sd3", "qwen-image", "z-image", "flux2-klein", "chroma")
+TRAINED = ("sd3", "qwen-image", "z-image", "flux2-klein", "chroma", "lumina2", "sana")
 """One model of each family."""
 
 
-TEXT_LENGTH = {"flux2-klein": 48, "flux2-klein-distilled": 48, "sd3": 32, "sd3-without-t5": 32, "chroma": 48}
+TEXT_LENGTH = {
+    "flux2-klein": 48,
+    "flux2-klein-distilled": 48,
+    "sd3": 32,
+    "sd3-without-t5": 32,
+    "chroma": 48,
+    "lumina2": 48,
+    "sana": 48,
+}
 """Shorter than the family's own length where it pads, for speed."""
 
 
@@ -49,6 +57,8 @@ def guidance_options(name: str, guidance: float) -> dict[str, Any]:
     """Our guidance as the pipeline takes it: at 1 there is none, and Z-Image counts from 0."""
     if name == "qwen-image":
         return {"true_cfg_scale": guidance, "negative_prompt": " "}
+    if name == "sana":
+        return {"guidance_scale": guidance, "use_resolution_binning": False}
     return {"guidance_scale": guidance - 1.0 if name == "z-image" else guidance}
 
 
@@ -217,6 +227,13 @@ def test_size_beyond_the_position_table_is_refused(family_folder: Folder) -> Non
     assert model.latent_shape(height=192, width=192) == (4, 24, 24)
     with pytest.raises(UserError, match="208 x 32 is too large for this model: no side may exceed 192"):
         model.noise([1], height=208, width=32)
+
+
+def test_more_text_than_the_model_has_positions_for_is_refused(family_folder: Folder) -> None:
+    """The image has a position after the text, so 300 positions are 299 tokens and the image."""
+    load_flow_model(family_folder("lumina2"), max_sequence_length=299)
+    with pytest.raises(UserError, match="is 300, but this model has positions for 299 text tokens: set it to 299"):
+        load_flow_model(family_folder("lumina2"), max_sequence_length=300)
 
 
 def test_too_long_a_prompt_is_named_without_its_template(

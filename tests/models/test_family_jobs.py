@@ -44,6 +44,8 @@ PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
     "z-image": {"guidance_scale": GUIDANCE - 1.0},
     "flux2-klein": {"guidance_scale": GUIDANCE},
     "chroma": {"guidance_scale": GUIDANCE},
+    "lumina2": {"guidance_scale": GUIDANCE},
+    "sana": {"guidance_scale": GUIDANCE, "use_resolution_binning": False},
 }
 
 

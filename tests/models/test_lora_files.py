@@ -349,6 +349,17 @@ def test_the_rows_of_parts_that_are_not_adapted_are_zero(tmp_path: Path) -> None
         assert_equal(updates(adapter), updates(read_adapter(file)))
 
 
+@pytest.mark.parametrize("family", ["lumina2", "sana"])
+def test_formats_with_original_names_are_refused_where_those_are_not_known(family: str) -> None:
+    layer = "layers.0.attn.to_q"
+    adapter = Adapter({layer: (random(2, 4), random(4, 2))}, {layer: 1.0})
+    for format in ("comfyui", "kohya"):
+        with pytest.raises(
+            UserError, match="no place for 1 of the adapter's 1 layers, such as layers.0.attn.to_q: exp"
+        ):
+            adapter_file(adapter, format, family=family, stem="mine")
+
+
 def test_layers_that_kohya_s_tools_do_not_adapt_are_named() -> None:
     layers = ("x_embedder", "transformer_blocks.0.attn.to_q", "proj_out")
     adapter = Adapter({layer: (random(2, 4), random(4, 2)) for layer in layers}, dict.fromkeys(layers, 1.0))

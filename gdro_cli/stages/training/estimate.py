@@ -75,7 +75,7 @@ def with_adapter(
 
 def autocast(flow: FlowModel) -> torch.dtype | None:
     """The dtype of autocast, as ``FlowModel.autocasts`` has it on a GPU."""
-    return torch.bfloat16 if flow.dtype == torch.bfloat16 else None
+    return torch.bfloat16 if flow.autocast and flow.dtype == torch.bfloat16 else None
 
 
 @cache
