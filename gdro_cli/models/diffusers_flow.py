@@ -12,6 +12,7 @@ from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.chroma import ChromaFlow
 from gdro_cli.models.flux import FluxFlow
+from gdro_cli.models.flux2 import Flux2Flow
 from gdro_cli.models.flux2_klein import Flux2KleinFlow
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.lumina2 import Lumina2Flow
@@ -24,6 +25,7 @@ from gdro_cli.models.z_image import ZImageFlow
 FAMILIES: dict[str, type[FlowModel]] = {
     "ChromaPipeline": ChromaFlow,
     "FluxPipeline": FluxFlow,
+    "Flux2Pipeline": Flux2Flow,
     "Flux2KleinPipeline": Flux2KleinFlow,
     "Lumina2Pipeline": Lumina2Flow,
     "QwenImagePipeline": QwenImageFlow,

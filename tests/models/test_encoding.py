@@ -31,6 +31,7 @@ IMAGE_TO_IMAGE = {
     "sd3": "StableDiffusion3Img2ImgPipeline",
     "qwen-image": "QwenImageImg2ImgPipeline",
     "z-image": "ZImageImg2ImgPipeline",
+    "flux2": "Flux2Pipeline",
     "flux2-klein": "Flux2KleinPipeline",
     "chroma": "ChromaImg2ImgPipeline",
     "lumina2": "Lumina2Pipeline",
@@ -60,7 +61,7 @@ def by_pipeline(folder: Path, family: str, pixels: Tensor) -> Tensor:
 
     pipe: Any = getattr(diffusers, IMAGE_TO_IMAGE[family]).from_pretrained(folder, local_files_only=True)
     common = {"generator": None, "dtype": torch.float32, "device": torch.device("cpu")}
-    if family == "flux2-klein":
+    if family.startswith("flux2"):
         tokens = pipe.prepare_image_latents(list(pixels[:, None]), batch_size=1, **common)[0]
         return tokens.reshape(len(pixels), -1, tokens.shape[-1])
     if family == "lumina2":

@@ -467,6 +467,60 @@ def build_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
     return folder
 
 
+def build_flux2(folder: Path) -> Path:
+    """FLUX.2 dev; the published one has a processor, which needs torchvision, in place of the tokenizer."""
+    from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    with seeded():
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=64
+        )
+        vae.bn.running_mean.copy_(torch.randn(16))
+        vae.bn.running_var.copy_(torch.rand(16) + 0.5)
+        small = {"intermediate_size": 16, "num_attention_heads": 2, "head_dim": 4, "hidden_size": 8}
+        config = Mistral3Config(
+            text_config={
+                "model_type": "mistral",
+                "vocab_size": 261,
+                "num_hidden_layers": 31,
+                "num_key_value_heads": 1,
+                **small,
+            },
+            vision_config={
+                "model_type": "pixtral",
+                "num_hidden_layers": 1,
+                "image_size": 28,
+                "patch_size": 14,
+                **small,
+            },
+            image_token_index=258,
+        )
+        tokenizer = qwen_tokenizer()
+        tokenizer.add_tokens([SYSTEM_MESSAGE])
+        tokenizer.chat_template = (
+            "{% for m in messages %}<{% for c in m.content %}{{ c.text }}{% endfor %}>{% endfor %}"
+        )
+        Flux2Pipeline(
+            transformer=loud(transformer),
+            scheduler=scheduler(use_dynamic_shifting=True, shift=3.0),
+            vae=vae.eval(),
+            text_encoder=Mistral3ForConditionalGeneration(config).eval(),
+            tokenizer=tokenizer,
+        ).save_pretrained(folder)
+    return folder
+
+
 def build_flux2_klein_distilled(folder: Path) -> Path:
     return build_flux2_klein(folder, distilled=True)
 
@@ -480,6 +534,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd3-without-t5": build_sd3_without_t5,
     "qwen-image": build_qwen_image,
     "z-image": build_z_image,
+    "flux2": build_flux2,
     "flux2-klein": build_flux2_klein,
     "flux2-klein-distilled": build_flux2_klein_distilled,
     "chroma": build_chroma,
