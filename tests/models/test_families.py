@@ -18,6 +18,7 @@ from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import FlowModel, stack_conditioning
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.sampling import sample_latents
+from gdro_cli.stages.training.estimate import autocast
 from tests.support.tiny_families import BUILDERS, SIZE, set_up
 
 Folder = Callable[[str], Path]
@@ -214,6 +215,14 @@ def test_bfloat16_stays_close(name: str, family_folder: Folder) -> None:
     assert rough.dtype == torch.bfloat16
     assert (rough - fine).abs().mean() < 0.1 * fine.std()
     assert coarse.decode(by_us(coarse, list(PROMPTS[:1]), [1], guidance=2.0), **SIZE)[0].mode == "RGB"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("sd3", True), ("sana", False)])
+def test_linear_attention_is_not_run_under_autocast(name: str, expected: bool, family_folder: Folder) -> None:
+    """Its sums are float32, which autocast would round; the estimate of a job counts as the job computes."""
+    model = load_flow_model(family_folder(name), dtype="bfloat16", device="cuda")  # nothing is loaded
+    assert model.autocasts == expected
+    assert autocast(model) == (torch.bfloat16 if expected else None)
 
 
 def test_stacking_pads_and_masks_only_entries_of_different_lengths() -> None:
