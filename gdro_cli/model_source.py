@@ -26,7 +26,10 @@ WEIGHTS = "*.safetensors"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _NEVER_FETCHED = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.py"]
-_LICENSED = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-klein-9B", "stabilityai/stable-diffusion-3")
+_LICENSED = (
+    "black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.2-dev", "black-forest-labs/FLUX.2-klein-9B",
+    "stabilityai/stable-diffusion-3",
+)  # fmt: skip
 """Prefixes of the ids of repositories whose licence the user must accept before the Hub serves their files."""
 _HASH_THREADS = 4
 _REMEMBERED_FROM = 2**27

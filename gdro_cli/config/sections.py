@@ -124,9 +124,8 @@ class SampleSection(StrictModel):
     (`method.train_sample_steps`)."""
     guidance: Annotated[float, Affects("images", "training")] = Field(1.0, ge=0)
     """Guidance scale g, 0 or more. FLUX.1-dev and other guidance-distilled models take it as an input, in training too.
-    SD3, Qwen-Image, Z-Image and FLUX.2-klein-base use classifier-free guidance, v_uncond + g (v_cond - v_uncond) for g
-    above 1, in sampling and in online methods, but not in training on stored groups. Models without guidance ignore
-    it."""
+    Most others use classifier-free guidance, v_uncond + g (v_cond - v_uncond) for g above 1, in sampling and in online
+    methods, but not in training on stored groups. Models without guidance ignore it. docs/models.md has the kinds."""
     height: Annotated[int | None, Affects("images", "training", "measurement")] = Field(None, ge=8)
     """Image height in pixels, 8 or more. Set both height and width, or neither. Unset: the model's own size."""
     width: Annotated[int | None, Affects("images", "training", "measurement")] = Field(None, ge=8)

@@ -99,3 +99,11 @@ def euler_step(x: Tensor, v: Tensor, sigma: Tensor | float, sigma_next: Tensor |
     state = as_float(x)
     step = _sigma_like(sigma_next, state) - _sigma_like(sigma, state)
     return (state + step * as_float(v)).to(x.dtype)
+
+
+def with_norms_of(target: Tensor, values: Tensor) -> Tensor:
+    """Scale each row of ``values`` (its last dimension) to the norm of ``target``'s; a row of zeros stays zero."""
+    _same_shape("with_norms_of", target, values)
+    wanted: Tensor = torch.linalg.vector_norm(as_float(target), dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(as_float(values), dim=-1, keepdim=True)
+    return as_float(values) * (wanted / norm.clamp_min(torch.finfo(norm.dtype).tiny))

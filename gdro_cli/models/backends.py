@@ -73,7 +73,7 @@ def prepare_transformer(module: Any, options: ComputeOptions) -> None:
 def _rotate_in_one_product(module: Any) -> None:
     """Replace the rotary embedding of FLUX's classes, for all models of the process, by ``rotated``."""
     classes: Any = sys.modules[type(module).__module__]
-    if hasattr(classes, "apply_rotary_emb"):
+    if type(module).__name__.startswith("Flux") and hasattr(classes, "apply_rotary_emb"):
         classes.apply_rotary_emb = rotated
 
 

@@ -79,6 +79,12 @@ class FlowModel(Autoencoding):
     """Keys of the transformer's configuration for the number of repeated blocks of each kind."""
     negative_prompt: ClassVar[str] = ""
     """The prompt of the unconditional pass."""
+    pads_text: ClassVar[bool] = True
+    """Whether the model sees padding as text, so that each conditioning has ``max_sequence_length`` tokens."""
+    autocast: ClassVar[bool] = True
+    """Whether the transformer may run under autocast, which also rounds what the model computes in float32."""
+    pipeline_setup: ClassVar[str] = ""
+    """Python that diffusers' pipeline ``pipe`` needs, once it is loaded, to draw the same image; empty for most."""
 
     place_transformer: Callable[[nn.Module], nn.Module]
     """Moves the frozen transformer, just loaded, to its device; assign another one (FSDP) before its first use."""
@@ -147,11 +153,11 @@ class FlowModel(Autoencoding):
 
     @property
     def autocasts(self) -> bool:
-        """Whether the transformer runs under autocast: on CUDA in bfloat16, in sampling as in training.
+        """Whether the transformer runs under autocast: on CUDA in bfloat16 if it may, in sampling as in training.
 
         So both round alike, and compiled blocks serve both.
         """
-        return self.device.type == "cuda" and self.dtype == torch.bfloat16
+        return self.autocast and self.device.type == "cuda" and self.dtype == torch.bfloat16
 
     @property
     def identity(self) -> dict[str, str | dict[str, str]]:
@@ -240,15 +246,19 @@ class FlowModel(Autoencoding):
     def unconditional(self) -> Conditioning:
         """Return the encoded negative prompt, away from which ``cfg`` guidance leads; encoded once."""
         if self._unconditional is None:
-            self._unconditional = self._encode_all([self.negative_prompt])[0]
+            with torch.no_grad(), torch.inference_mode(False):
+                self._unconditional = _on_cpu(self._encode_negative())[0]
         return self._unconditional
+
+    def _encode_negative(self) -> list[Conditioning]:
+        """Encode the negative prompt, as any prompt unless overridden."""
+        return self._encode([self.negative_prompt])
 
     def _encode_all(self, prompts: Sequence[str]) -> list[Conditioning]:
         conditionings: list[Conditioning] = []
         with torch.no_grad(), torch.inference_mode(False):
             for start in range(0, len(prompts), _ENCODE_BATCH):
-                batch = self._encode(list(prompts[start : start + _ENCODE_BATCH]))
-                conditionings += [{key: value.to("cpu", copy=True) for key, value in one.items()} for one in batch]
+                conditionings += _on_cpu(self._encode(list(prompts[start : start + _ENCODE_BATCH])))
         return conditionings
 
     def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
@@ -364,6 +374,10 @@ class FlowModel(Autoencoding):
     @abc.abstractmethod
     def _velocity(self, x: Tensor, sigma: Tensor, text: Conditioning, guidance: float, grid: tuple[int, int]) -> Any:
         """The velocity [N, ...] of batched arguments, ``x`` in the model's dtype, on the token grid (rows, columns)."""
+
+
+def _on_cpu(conditionings: list[Conditioning]) -> list[Conditioning]:
+    return [{key: value.to("cpu", copy=True) for key, value in one.items()} for one in conditionings]
 
 
 def takes_two_passes(model: FlowModel, guidance: float) -> bool:

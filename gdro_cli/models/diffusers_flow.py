@@ -10,18 +10,26 @@ import torch
 from gdro_cli.errors import UserError
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
+from gdro_cli.models.chroma import ChromaFlow
 from gdro_cli.models.flux import FluxFlow
+from gdro_cli.models.flux2 import Flux2Flow
 from gdro_cli.models.flux2_klein import Flux2KleinFlow
 from gdro_cli.models.folder import PipelineFolder
+from gdro_cli.models.lumina2 import Lumina2Flow
 from gdro_cli.models.memory import MemoryOptions
 from gdro_cli.models.qwen_image import QwenImageFlow
+from gdro_cli.models.sana import SanaFlow
 from gdro_cli.models.sd3 import StableDiffusion3Flow
 from gdro_cli.models.z_image import ZImageFlow
 
 FAMILIES: dict[str, type[FlowModel]] = {
+    "ChromaPipeline": ChromaFlow,
     "FluxPipeline": FluxFlow,
+    "Flux2Pipeline": Flux2Flow,
     "Flux2KleinPipeline": Flux2KleinFlow,
+    "Lumina2Pipeline": Lumina2Flow,
     "QwenImagePipeline": QwenImageFlow,
+    "SanaPipeline": SanaFlow,
     "StableDiffusion3Pipeline": StableDiffusion3Flow,
     "ZImagePipeline": ZImageFlow,
 }

@@ -27,6 +27,8 @@ _COMPONENT = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _NETWORKS = ("text_encoder", "transformer", "vae")
 _ATTENTION = ("eager", "sdpa", "flex_attention", "grouped_mm", "batched_mm")
 """The implementations that a configuration may name. Other names are kernels, which are code from the Hub."""
+_TOKENIZERS = {"PixtralProcessor": "PreTrainedTokenizerFast"}
+"""A processor of texts and images, which needs torchvision -> the class that loads its tokenizer from its files."""
 _WEIGHTS = "diffusion_pytorch_model"
 _LICENCES = ("licen", "notice", "use_policy")
 
@@ -249,6 +251,7 @@ class PipelineFolder:
         if name not in self._entries:
             raise PrerequisiteError(f"model {self.path} has no component {name}: {self._source.remedy}")
         library, class_name = self._entries[name]
+        class_name = _TOKENIZERS.get(class_name, class_name)
         if library not in _LIBRARIES and not library.startswith(_OWN):
             raise UserError(
                 f"model {self.path} names {library}.{class_name} for {name}, "

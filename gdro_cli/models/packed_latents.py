@@ -1,4 +1,4 @@
-"""Families whose latents are packed into tokens before the transformer sees them (FLUX.1, FLUX.2 klein, Qwen-Image)."""
+"""Families whose latents are packed into tokens before the transformer sees them: FLUX, Chroma and Qwen-Image."""
 
 from __future__ import annotations
 

@@ -11,10 +11,9 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
-from gdro_cli.core.flow import as_float
+from gdro_cli.core.flow import with_norms_of
 from gdro_cli.models.autoencoding import posterior_mode
 from gdro_cli.models.base import ATTENTION_LAYERS, Conditioning
 from gdro_cli.models.packed_latents import PackedFlow
@@ -25,6 +24,7 @@ class QwenImageFlow(PackedFlow):
     """Qwen-Image as a ``FlowModel``; conditioning: ``prompt_embeds`` [L, D], L the prompt's own length."""
 
     family: ClassVar[str] = "qwen-image"
+    pads_text: ClassVar[bool] = False
     negative_prompt: ClassVar[str] = " "  # what the model's authors sample with
     lora_targets: tuple[str, ...] = ATTENTION_LAYERS
 
@@ -50,10 +50,7 @@ class QwenImageFlow(PackedFlow):
 
     def guided(self, conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:
         """v_uncond + g (v_cond - v_uncond), each token scaled to the norm of its v_cond; in float32."""
-        combined = super().guided(conditional, unconditional, guidance)
-        target: Tensor = torch.linalg.vector_norm(as_float(conditional), dim=-1, keepdim=True)
-        norm: Tensor = torch.linalg.vector_norm(combined, dim=-1, keepdim=True)
-        return combined * (target / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        return with_norms_of(conditional, super().guided(conditional, unconditional, guidance))
 
     def _pipeline_guidance(self, guidance: float) -> dict[str, Any]:
         return {"true_cfg_scale": guidance, "negative_prompt": self.negative_prompt}

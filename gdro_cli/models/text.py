@@ -26,12 +26,16 @@ def tokenize(
         to_length: pad to ``length``; otherwise to the longest text.
         prompts: what the warning names instead of a text that is a prompt inside a template.
     """
-    for text, prompt in zip(texts, prompts or texts, strict=True):
-        whole = len(tokenizer(text).input_ids)
-        if whole > length:
-            _LOG.warning("prompt cut to %d of its %d text tokens: %s", length, whole, prompt)
+    warn_of_cuts([len(tokenizer(text).input_ids) for text in texts], prompts or texts, length)
     padding = "max_length" if to_length else "longest"
     return tokenizer(list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt")
+
+
+def warn_of_cuts(lengths: Sequence[int], prompts: Sequence[str], length: int) -> None:
+    """Name each prompt whose text has more than ``length`` tokens in a warning."""
+    for whole, prompt in zip(lengths, prompts, strict=True):
+        if whole > length:
+            _LOG.warning("prompt cut to %d of its %d text tokens: %s", length, whole, prompt)
 
 
 def clip_ids(tokenizer: Any, prompts: list[str], *, length: int) -> Tensor:

@@ -23,6 +23,7 @@ class ZImageFlow(FlowModel):
 
     family: ClassVar[str] = "z-image"
     depth_keys: ClassVar[tuple[str, ...]] = ("n_layers",)
+    pads_text: ClassVar[bool] = False
     lora_targets: tuple[str, ...] = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
 
     def _encode(self, prompts: list[str]) -> list[Conditioning]:

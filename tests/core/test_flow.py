@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from gdro_cli.core.flow import euler_step, interpolate, velocity_error, velocity_target
+from gdro_cli.core.flow import euler_step, interpolate, velocity_error, velocity_target, with_norms_of
 from gdro_cli.core.seeds import generator
 
 
@@ -56,6 +56,12 @@ def test_velocity_error_is_reduced_in_float32() -> None:
     error = velocity_error(v, torch.ones(1, 4096), reduction="sum")
     assert error.dtype == torch.float32
     assert error.item() == 4096 * 2**-14
+
+
+def test_rows_take_the_norms_of_others() -> None:
+    """(3, 4) of norm 5 to norm 10; a row of zeros has no direction and stays."""
+    target, values = torch.tensor([[0.0, 10.0], [1.0, 0.0]]), torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    assert with_norms_of(target, values).tolist() == [[6.0, 8.0], [0.0, 0.0]]
 
 
 def test_dtypes() -> None:

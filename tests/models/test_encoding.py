@@ -31,9 +31,13 @@ IMAGE_TO_IMAGE = {
     "sd3": "StableDiffusion3Img2ImgPipeline",
     "qwen-image": "QwenImageImg2ImgPipeline",
     "z-image": "ZImageImg2ImgPipeline",
+    "flux2": "Flux2Pipeline",
     "flux2-klein": "Flux2KleinPipeline",
+    "chroma": "ChromaImg2ImgPipeline",
+    "lumina2": "Lumina2Pipeline",
+    "sana": "SanaPipeline",
 }
-"""The pipeline of each family that encodes images."""
+"""The pipeline of each family that encodes images; the last two do not, but diffusers' training scripts do."""
 by_family = pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
 
 
@@ -57,9 +61,15 @@ def by_pipeline(folder: Path, family: str, pixels: Tensor) -> Tensor:
 
     pipe: Any = getattr(diffusers, IMAGE_TO_IMAGE[family]).from_pretrained(folder, local_files_only=True)
     common = {"generator": None, "dtype": torch.float32, "device": torch.device("cpu")}
-    if family == "flux2-klein":
+    if family.startswith("flux2"):
         tokens = pipe.prepare_image_latents(list(pixels[:, None]), batch_size=1, **common)[0]
         return tokens.reshape(len(pixels), -1, tokens.shape[-1])
+    if family == "lumina2":
+        return (
+            pipe.vae.encode(pixels).latent_dist.mode() - pipe.vae.config.shift_factor
+        ) * pipe.vae.config.scaling_factor
+    if family == "sana":
+        return pipe.vae.encode(pixels).latent * pipe.vae.config.scaling_factor
     pipe.scheduler.scale_noise = lambda clean, _timestep, _noise: clean
     common |= {"image": pixels, "timestep": None, "batch_size": len(pixels)}
     with pytest.MonkeyPatch.context() as patch:
@@ -67,7 +77,7 @@ def by_pipeline(folder: Path, family: str, pixels: Tensor) -> Tensor:
         if family == "sd3":
             return pipe.prepare_latents(num_images_per_prompt=1, **common)
         latents = pipe.prepare_latents(num_channels_latents=4, **common, **SIZE)
-    return latents[0] if family == "flux" else latents
+    return latents[0] if family in ("flux", "chroma") else latents
 
 
 @by_family

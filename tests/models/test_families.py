@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,28 @@ from gdro_cli.models.adapters import attach_lora
 from gdro_cli.models.base import FlowModel, stack_conditioning
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.sampling import sample_latents
-from tests.support.tiny_families import BUILDERS, SIZE
+from gdro_cli.stages.training.estimate import autocast
+from tests.support.tiny_families import BUILDERS, SIZE, set_up
 
 Folder = Callable[[str], Path]
 
 STEPS = 4
 PROMPTS = ("a red sign", "two blue stars on a brick wall", "a green heart")
 ALL = tuple(BUILDERS)
+TRAINED = ("sd3", "qwen-image", "z-image", "flux2-klein", "chroma", "lumina2", "sana", "flux2")
+"""One model of each family."""
 
 
-TEXT_LENGTH = {"flux2-klein": 48, "flux2-klein-distilled": 48, "sd3": 32, "sd3-without-t5": 32}
+TEXT_LENGTH = {
+    "flux2-klein": 48,
+    "flux2-klein-distilled": 48,
+    "sd3": 32,
+    "sd3-without-t5": 32,
+    "chroma": 48,
+    "lumina2": 48,
+    "sana": 48,
+    "flux2": 48,
+}
 """Shorter than the family's own length where it pads, for speed."""
 
 
@@ -39,6 +53,7 @@ def open_pipeline(folder: Folder, name: str) -> Any:
     absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}
     pipe = DiffusionPipeline.from_pretrained(folder(name), local_files_only=True, **absent)
     pipe.set_progress_bar_config(disable=True)
+    set_up(pipe)
     return pipe
 
 
@@ -46,6 +61,8 @@ def guidance_options(name: str, guidance: float) -> dict[str, Any]:
     """Our guidance as the pipeline takes it: at 1 there is none, and Z-Image counts from 0."""
     if name == "qwen-image":
         return {"true_cfg_scale": guidance, "negative_prompt": " "}
+    if name == "sana":
+        return {"guidance_scale": guidance, "use_resolution_binning": False}
     return {"guidance_scale": guidance - 1.0 if name == "z-image" else guidance}
 
 
@@ -111,16 +128,17 @@ def test_a_schedule_that_is_not_finite_is_refused(family_folder: Folder) -> None
 
 @pytest.mark.parametrize("name", ALL)
 def test_guidance_does_what_the_family_says(name: str, family_folder: Folder) -> None:
-    """Guidance above 1 changes samples where it is classifier-free, but no trained velocity."""
+    """Guidance above 1 changes samples where it is classifier-free, but no trained velocity; embedded, both."""
     model = open_model(family_folder, name)
-    assert model.guidance_kind == ("none" if name == "flux2-klein-distilled" else "cfg")
+    kind = {"flux2-klein-distilled": "none", "flux2": "embedded"}.get(name, "cfg")
+    assert model.guidance_kind == kind
     texts, noise = model.encode(PROMPTS[:1]), model.noise([3], **SIZE)
     plain, strong = (by_us(model, [PROMPTS[0]], [3], guidance=g) for g in (1.0, 5.0))
-    assert torch.allclose(plain, strong) == (model.guidance_kind == "none")
-    assert torch.equal(plain, by_us(model, [PROMPTS[0]], [3], guidance=0.0))
+    assert torch.allclose(plain, strong) == (kind == "none")
+    assert torch.equal(plain, by_us(model, [PROMPTS[0]], [3], guidance=0.0)) == (kind != "embedded")
     sigma = torch.tensor([0.5])
     trained = [model.velocity(noise, sigma, texts, guidance=g, **SIZE) for g in (1.0, 5.0)]
-    assert torch.equal(*trained)
+    assert torch.equal(*trained) == (kind != "embedded")
 
 
 def test_guidance_of_flux_is_an_input_or_nothing(flux_folder: Path, guided_folder: Path) -> None:
@@ -150,7 +168,7 @@ def test_the_prompt_matters(name: str, family_folder: Folder) -> None:
     assert not torch.allclose(one, other, atol=1e-3 * float(one.std()))
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if name != "flux2"])
 def test_unconditional_pass_needs_no_encoder_after_encoding(name: str, family_folder: Folder) -> None:
     model: Any = open_model(family_folder, name)
     texts = model.encode(PROMPTS[:1])
@@ -159,7 +177,7 @@ def test_unconditional_pass_needs_no_encoder_after_encoding(name: str, family_fo
     assert not any(part.startswith("text_encoder") for part in model._loaded)
 
 
-@pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_published_layers_are_adapted_and_trained(name: str, family_folder: Folder) -> None:
     """Every adapter layer gets a gradient: none feeds only an unused output."""
     model = open_model(family_folder, name)
@@ -176,16 +194,35 @@ def test_published_layers_are_adapted_and_trained(name: str, family_folder: Fold
     assert all("to_add_out" in n or "add_q_proj" in n for n in idle), idle
 
 
+@pytest.mark.parametrize("name", TRAINED)
+def test_checkpointing_does_not_change_the_velocity(name: str, family_folder: Folder) -> None:
+    model: Any = open_model(family_folder, name)
+    x, sigma, texts = model.noise([1, 2], **SIZE), torch.tensor([0.9, 0.3]), model.encode(PROMPTS[:2])
+    expected = model.velocity(x, sigma, texts, guidance=1.0, **SIZE)
+    model.transformer.enable_gradient_checkpointing()
+    velocity = model.velocity(x.requires_grad_(), sigma, texts, guidance=1.0, **SIZE)
+    torch.testing.assert_close(velocity, expected)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sd3", "qwen-image", "z-image", "flux2-klein"])
+@pytest.mark.parametrize("name", TRAINED)
 def test_bfloat16_stays_close(name: str, family_folder: Folder) -> None:
     exact, coarse = open_model(family_folder, name), open_model(family_folder, name, dtype="bfloat16")
-    texts, noise, sigma = exact.encode(PROMPTS), exact.noise([1, 2, 3], **SIZE), torch.tensor([0.875, 0.5, 0.125])
+    texts, noise = exact.encode(PROMPTS), exact.noise([1, 2, 3], **SIZE)
+    sigma = torch.tensor([0.5, 0.25, 0.125])  # as exact in bfloat16, even as times up to 1000
     fine = exact.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
     rough = coarse.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
     assert rough.dtype == torch.bfloat16
     assert (rough - fine).abs().mean() < 0.1 * fine.std()
     assert coarse.decode(by_us(coarse, list(PROMPTS[:1]), [1], guidance=2.0), **SIZE)[0].mode == "RGB"
+
+
+@pytest.mark.parametrize(("name", "expected"), [("sd3", True), ("sana", False)])
+def test_linear_attention_is_not_run_under_autocast(name: str, expected: bool, family_folder: Folder) -> None:
+    """Its sums are float32, which autocast would round; the estimate of a job counts as the job computes."""
+    model = load_flow_model(family_folder(name), dtype="bfloat16", device="cuda")  # nothing is loaded
+    assert model.autocasts == expected
+    assert autocast(model) == (torch.bfloat16 if expected else None)
 
 
 def test_stacking_pads_and_masks_only_entries_of_different_lengths() -> None:
@@ -203,6 +240,25 @@ def test_size_beyond_the_position_table_is_refused(family_folder: Folder) -> Non
     assert model.latent_shape(height=192, width=192) == (4, 24, 24)
     with pytest.raises(UserError, match="208 x 32 is too large for this model: no side may exceed 192"):
         model.noise([1], height=208, width=32)
+
+
+def test_more_text_than_the_model_has_positions_for_is_refused(family_folder: Folder) -> None:
+    """The image has a position after the text, so 300 positions are 299 tokens and the image."""
+    load_flow_model(family_folder("lumina2"), max_sequence_length=299)
+    with pytest.raises(UserError, match="is 300, but this model has positions for 299 text tokens: set it to 299"):
+        load_flow_model(family_folder("lumina2"), max_sequence_length=300)
+
+
+def test_a_processor_s_tokenizer_is_loaded_without_the_rest(family_folder: Folder, tmp_path: Path) -> None:
+    """The published FLUX.2 dev names a processor, which needs torchvision, and has the tokenizer's files."""
+    copy = Path(shutil.copytree(family_folder("flux2"), tmp_path / "copy"))
+    index = json.loads((copy / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    (ours,), (expected,) = (
+        open_model(lambda _, at=at: at, "flux2").encode(PROMPTS[:1]) for at in (copy, family_folder("flux2"))
+    )
+    assert torch.equal(ours["prompt_embeds"], expected["prompt_embeds"])
 
 
 def test_too_long_a_prompt_is_named_without_its_template(

@@ -113,7 +113,7 @@ def test_own_modules_are_loaded_and_foreign_ones_refused(copy: Path) -> None:
 
 def test_unknown_pipeline_is_refused_with_the_known_ones(copy: Path) -> None:
     edit_index(copy, _class_name="StableDiffusionPipeline")
-    with pytest.raises(UserError, match="StableDiffusionPipeline, which is not supported: choose one of FluxPipeline"):
+    with pytest.raises(UserError, match="which is not supported: choose one of ChromaPipeline, FluxPipeline"):
         load_flow_model(copy)
 
 

@@ -124,10 +124,45 @@ def qwen3_config(*, width: int, layers: int) -> Any:
     )
 
 
+def gemma_tokenizer(template: str) -> Any:
+    """One token per letter, and one for the text that the pipeline puts before each prompt."""
+    from transformers import GemmaTokenizer
+
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *string.ascii_letters]
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], add_bos_token=True)
+    tokenizer.add_tokens([template])
+    return tokenizer
+
+
+def gemma_encoder() -> Any:
+    from transformers import Gemma2Config, Gemma2Model
+
+    config = Gemma2Config(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=4,
+        query_pre_attn_scalar=4,
+    )
+    return Gemma2Model(config).eval()
+
+
 def scheduler(**options: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     return FlowMatchEulerDiscreteScheduler(**options)
+
+
+def set_up(pipe: Any) -> None:
+    """Let a pipeline draw what the family draws, as the model card says."""
+    from gdro_cli.models.diffusers_flow import FAMILIES
+
+    exec(FAMILIES[type(pipe).__name__].pipeline_setup, {"pipe": pipe})
+    if type(pipe).__name__ == "SanaPipeline":
+        pipe.check_inputs = lambda *_: None  # it demands multiples of 32, the pixels per token of the published models
 
 
 def build_flux(folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bool = True) -> Path:
@@ -163,6 +198,33 @@ def build_flux(folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bo
             tokenizer=clip_tokenizer(length=77),
             text_encoder_2=t5_encoder(),
             tokenizer_2=t5_tokenizer(),
+            transformer=loud(transformer),
+        ).save_pretrained(folder)
+    return folder
+
+
+def build_chroma(folder: Path) -> Path:
+    """Chroma, with the spacing of noise levels that it is published with."""
+    from diffusers import ChromaPipeline, ChromaTransformer2DModel
+
+    with seeded():
+        transformer = ChromaTransformer2DModel(
+            in_channels=16,
+            num_layers=2,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=2,
+        )
+        ChromaPipeline(
+            scheduler=scheduler(use_beta_sigmas=True),
+            vae=autoencoder(),
+            text_encoder=t5_encoder(),
+            tokenizer=t5_tokenizer(),
             transformer=loud(transformer),
         ).save_pretrained(folder)
     return folder
@@ -296,6 +358,83 @@ def build_z_image(folder: Path) -> Path:
     return folder
 
 
+def build_lumina2(folder: Path) -> Path:
+    """Lumina-Image 2.0; its schedule is shifted as the pipeline does it, which the published one is not."""
+    from diffusers import Lumina2Pipeline, Lumina2Transformer2DModel
+
+    with seeded():
+        transformer = Lumina2Transformer2DModel(
+            sample_size=16,
+            in_channels=4,
+            hidden_size=48,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            multiple_of=8,
+            axes_dim_rope=(4, 4, 4),
+            axes_lens=(300, 64, 64),
+            cap_feat_dim=WIDTH,
+        )
+        pipe = Lumina2Pipeline(
+            transformer=loud(transformer),
+            scheduler=scheduler(use_dynamic_shifting=True),
+            vae=autoencoder(),
+            text_encoder=gemma_encoder(),
+            tokenizer=gemma_tokenizer(""),
+        )
+        pipe.register_modules(tokenizer=gemma_tokenizer(pipe.system_prompt))
+        pipe.save_pretrained(folder)
+    return folder
+
+
+def build_sana(folder: Path) -> Path:
+    """SANA with the scheduler that it is published with."""
+    import inspect
+
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+
+    with seeded():
+        transformer = SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            caption_channels=WIDTH,
+            sample_size=8,
+        )
+        vae = AutoencoderDC(
+            latent_channels=4,
+            attention_head_dim=4,
+            encoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+            decoder_block_types=("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock"),
+            encoder_block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            encoder_layers_per_block=(1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1),
+            encoder_qkv_multiscales=((), (), (), (5,)),
+            decoder_qkv_multiscales=((), (), (), (5,)),
+            upsample_block_type="interpolate",
+            downsample_block_type="conv",
+            scaling_factor=0.4,
+        )
+        instruction = inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+        SanaPipeline(
+            transformer=loud(transformer),
+            scheduler=DPMSolverMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+            vae=vae.eval(),
+            text_encoder=gemma_encoder(),
+            tokenizer=gemma_tokenizer("\n".join(instruction)),
+        ).save_pretrained(folder)
+    return folder
+
+
 def build_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
     """FLUX.2 klein base (or distilled), with batch statistics that are not the identity."""
     from diffusers import AutoencoderKLFlux2, Flux2KleinPipeline, Flux2Transformer2DModel
@@ -328,6 +467,60 @@ def build_flux2_klein(folder: Path, *, distilled: bool = False) -> Path:
     return folder
 
 
+def build_flux2(folder: Path) -> Path:
+    """FLUX.2 dev; the published one has a processor, which needs torchvision, in place of the tokenizer."""
+    from diffusers import AutoencoderKLFlux2, Flux2Pipeline, Flux2Transformer2DModel
+    from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
+    from transformers import Mistral3Config, Mistral3ForConditionalGeneration
+
+    with seeded():
+        transformer = Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            axes_dims_rope=(4, 4, 4, 4),
+        )
+        vae = AutoencoderKLFlux2(
+            block_out_channels=(4, 4, 4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=64
+        )
+        vae.bn.running_mean.copy_(torch.randn(16))
+        vae.bn.running_var.copy_(torch.rand(16) + 0.5)
+        small = {"intermediate_size": 16, "num_attention_heads": 2, "head_dim": 4, "hidden_size": 8}
+        config = Mistral3Config(
+            text_config={
+                "model_type": "mistral",
+                "vocab_size": 261,
+                "num_hidden_layers": 31,
+                "num_key_value_heads": 1,
+                **small,
+            },
+            vision_config={
+                "model_type": "pixtral",
+                "num_hidden_layers": 1,
+                "image_size": 28,
+                "patch_size": 14,
+                **small,
+            },
+            image_token_index=258,
+        )
+        tokenizer = qwen_tokenizer()
+        tokenizer.add_tokens([SYSTEM_MESSAGE])
+        tokenizer.chat_template = (
+            "{% for m in messages %}<{% for c in m.content %}{{ c.text }}{% endfor %}>{% endfor %}"
+        )
+        Flux2Pipeline(
+            transformer=loud(transformer),
+            scheduler=scheduler(use_dynamic_shifting=True, shift=3.0),
+            vae=vae.eval(),
+            text_encoder=Mistral3ForConditionalGeneration(config).eval(),
+            tokenizer=tokenizer,
+        ).save_pretrained(folder)
+    return folder
+
+
 def build_flux2_klein_distilled(folder: Path) -> Path:
     return build_flux2_klein(folder, distilled=True)
 
@@ -341,6 +534,10 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd3-without-t5": build_sd3_without_t5,
     "qwen-image": build_qwen_image,
     "z-image": build_z_image,
+    "flux2": build_flux2,
     "flux2-klein": build_flux2_klein,
     "flux2-klein-distilled": build_flux2_klein_distilled,
+    "chroma": build_chroma,
+    "lumina2": build_lumina2,
+    "sana": build_sana,
 }

@@ -33,6 +33,16 @@ _FLUX_ENDS = {
     "final_layer.linear": "proj_out",
     "final_layer.adaLN_modulation.1": "norm_out.linear",
 }
+_FLUX_DOUBLE = {
+    **_FLUX_ATTENTION,
+    "img_mlp.0": "ff.net.0.proj",
+    "img_mlp.2": "ff.net.2",
+    "txt_mlp.0": "ff_context.net.0.proj",
+    "txt_mlp.2": "ff_context.net.2",
+}
+_FLUX_SINGLE = {"linear1": f"{_QKV} proj_mlp", "linear2": "proj_out"}
+_APPROXIMATOR = "distilled_guidance_layer"
+"""Chroma's layer that computes all modulations."""
 _Z_IMAGE_BLOCK = (
     "attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0",
     "feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0",
@@ -51,19 +61,11 @@ def _same(names: Iterable[str]) -> dict[str, str]:
 _TABLES: dict[str, dict[tuple[str, str], dict[str, str]]] = {
     "flux": {
         ("double_blocks", "transformer_blocks"): {
-            **_FLUX_ATTENTION,
-            "img_mlp.0": "ff.net.0.proj",
-            "img_mlp.2": "ff.net.2",
-            "txt_mlp.0": "ff_context.net.0.proj",
-            "txt_mlp.2": "ff_context.net.2",
+            **_FLUX_DOUBLE,
             "img_mod.lin": "norm1.linear",
             "txt_mod.lin": "norm1_context.linear",
         },
-        ("single_blocks", "single_transformer_blocks"): {
-            "linear1": f"{_QKV} proj_mlp",
-            "linear2": "proj_out",
-            "modulation.lin": "norm.linear",
-        },
+        ("single_blocks", "single_transformer_blocks"): {**_FLUX_SINGLE, "modulation.lin": "norm.linear"},
         _OUTSIDE: {
             **_FLUX_ENDS,
             "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
@@ -72,6 +74,15 @@ _TABLES: dict[str, dict[tuple[str, str], dict[str, str]]] = {
             "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
             "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
             "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        },
+    },
+    "chroma": {
+        ("double_blocks", "transformer_blocks"): _FLUX_DOUBLE,
+        ("single_blocks", "single_transformer_blocks"): _FLUX_SINGLE,
+        (f"{_APPROXIMATOR}.layers", f"{_APPROXIMATOR}.layers"): {"in_layer": "linear_1", "out_layer": "linear_2"},
+        _OUTSIDE: {
+            **{name: own for name, own in _FLUX_ENDS.items() if own != "norm_out.linear"},
+            **_same((f"{_APPROXIMATOR}.in_proj", f"{_APPROXIMATOR}.out_proj")),
         },
     },
     "flux2-klein": {
@@ -145,6 +156,7 @@ _TABLES: dict[str, dict[tuple[str, str], dict[str, str]]] = {
         },
     },
 }  # fmt: skip
+_TABLES["flux2"] = _TABLES["flux2-klein"]
 _TAKE_ALL = "export with --format diffusers or peft, which take every layer"
 _BLOCKS = sorted({name for table in _TABLES.values() for pair in table for name in pair if name})
 _IN_BLOCK = re.compile(rf"({'|'.join(_BLOCKS)})[._](\d+)[._](.+)", re.ASCII)
@@ -155,11 +167,13 @@ _FLUX2_RATIOS = {"linear1": 9, "linear2": 4, "mlp_0": 6, "mlp_2": 3}
 def recognise(layers: Mapping[str, Pair]) -> str | None:
     """The family that a file's layers belong to, from their names and shapes; None if all names can be diffusers'.
 
-    FLUX.1 and FLUX.2 share names. Layers of their attention alone do not tell which it is, and need not: those have the
-    same names in diffusers.
+    FLUX.1, Chroma and FLUX.2 share names. Layers of their attention alone do not tell which it is, and need not: those
+    have the same names in diffusers.
     """
     starts = {found[1] for found in map(_IN_BLOCK.match, layers) if found}
     if starts & {"double_blocks", "single_blocks"}:
+        if any(name.startswith(_APPROXIMATOR) for name in layers):
+            return "chroma"
         return "flux2-klein" if any(_is_flux2(*item) for item in layers.items()) else "flux"
     if "joint_blocks" in starts:
         return "sd3"

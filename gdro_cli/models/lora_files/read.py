@@ -28,7 +28,7 @@ _SIDES = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _TEXT_ENCODER = re.compile(r"lora_te\d*_|te\d*_|text_encoders?(_\d)?\.|text_model\.|conditioner\.")
 _KINDS = {"lokr_": "LoKr", "hada_": "LoHa", "oft_": "OFT", "dora_scale": "DoRA", "magnitude_vector": "DoRA"}
 """Marks in the keys of adapters that are not ``W + s B A``."""
-_ORIGINAL = ("flux", "flux2-klein", "sd3")
+_ORIGINAL = ("flux", "chroma", "flux2-klein", "sd3")
 """Families that ``recognise`` knows by original names alone; the others share names with diffusers."""
 _OTHER_BASES = ("pissa", "olora", "corda", "loftq")
 """Initialisations of peft that change the base's own weights."""

@@ -29,7 +29,7 @@ from gdro_cli.models.lora_files.read import (
 Format = Literal["diffusers", "peft", "comfyui", "kohya"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 
-_ORIGINAL_IN_COMFYUI = ("flux2-klein",)
+_ORIGINAL_IN_COMFYUI = ("chroma", "flux2", "flux2-klein", "lumina2", "sana")
 """Families of which ComfyUI does not know every layer by diffusers' name."""
 
 

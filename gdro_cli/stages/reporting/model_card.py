@@ -16,6 +16,7 @@ from huggingface_hub import ModelCardData
 import gdro_cli
 from gdro_cli.files import write_bytes
 from gdro_cli.models.adapters import LORA_FILE
+from gdro_cli.models.diffusers_flow import FAMILIES
 from gdro_cli.models.lora_files import Format
 from gdro_cli.rewards.registry import reward_class
 from gdro_cli.stages.reporting.evaluation_report import measure_names, signal_rows
@@ -125,6 +126,8 @@ def loading_code(run: FinishedRun, folder: CardFolder) -> str:
         lines.append(f"pipe.transformer.load_lora_adapter({here}, {options})")
     elif folder.kind != "merged":
         lines.append(f"pipe.load_lora_weights({here})")
+    if setup := FAMILIES[pipeline].pipeline_setup:
+        lines.append(setup)
     lines.append(f"image = pipe({prompt!r}, {arguments}).images[0]")
     return "\n".join(lines)
 

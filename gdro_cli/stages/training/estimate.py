@@ -55,8 +55,7 @@ class Shape:
     def text(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's conditioning."""
         flow = without_adapter(*self.model).flow
-        own_length = flow.family in ("qwen-image", "z-image")
-        return flow.conditioning_shapes(_MASKED_TOKENS if own_length else flow.max_sequence_length)
+        return flow.conditioning_shapes(flow.max_sequence_length if flow.pads_text else _MASKED_TOKENS)
 
 
 @cache
@@ -76,7 +75,7 @@ def with_adapter(
 
 def autocast(flow: FlowModel) -> torch.dtype | None:
     """The dtype of autocast, as ``FlowModel.autocasts`` has it on a GPU."""
-    return torch.bfloat16 if flow.dtype == torch.bfloat16 else None
+    return torch.bfloat16 if flow.autocast and flow.dtype == torch.bfloat16 else None
 
 
 @cache
