@@ -44,7 +44,10 @@ def test_the_list(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("rewards") == run("rewards", "list") == 0
     rows = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "brightness gdro-reward-brightness 0.1.0 nothing to draw bright images power, threads" in rows
-    assert any(row.startswith("ocr built in target to write the text that a prompt asks for objective, engine, ") for row in rows)
+    assert any(
+        row.startswith("ocr built in target to write the text that a prompt asks for objective, engine, ")
+        for row in rows
+    )
     assert any(row.startswith("broken gdro-reward-broken 0.1.0 the reward broken of the package") for row in rows)
     assert "ocr gdro-reward-fake 0.1.0 it is never used, since a built-in reward has its name" in rows
     assert run("rewards", "list", "--json") == 0
