@@ -370,7 +370,7 @@ def test_an_evaluation_writes_its_report(finished: Finished) -> None:
     chosen = {"measure": "corrected", "score": point["corrected"], "protocol": point["protocol"]}
     assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4, "chosen_by": chosen}
     assert set(results["measures"]) == {
-        *("reward", "exact match", "similarity", "text area"),
+        *("reward", "exact match", "similarity", "confident reward", "text area"),
         *(*AXES, "u", "corrected", "corrected of the means"),
     }
     signals = {"dark_share", "edge_density", "colour_entropy", "high_frequency", "stripe_peak", "diversity"}
@@ -537,7 +537,7 @@ def test_without_a_judge_there_is_no_quality_and_the_best_point_goes_by_the_rewa
     assert json_of(trained.run.path / "best" / "best.json") == {"step": 4, "reward": points[-1]["reward"]}
     found = evaluate.run(Session(recipe, tmp_path, quiet))
     results = json_of(found.file)
-    assert set(results["measures"]) == {"reward", "exact match", "similarity", "text area"}
+    assert set(results["measures"]) == {"reward", "exact match", "similarity", "confident reward", "text area"}
     assert "rank_disagreement" not in results["signals"] and "dark_share" in results["signals"]
     assert results["protocol"]["judge"] is None and results["unjudged"] == found.results.unjudged == 0
     assert results["verdict"] is not None
