@@ -28,7 +28,7 @@ def run(python: Path, folder: Path, *arguments: str) -> float:
     """Run a `gdro` command in ``folder``; returns the processor time of its processes in seconds."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [python, "-P", "-m", "gdro_cli", *arguments, "--out", folder / "out"]
+    command: list[str | Path] = [python, "-P", "-m", "gdro_cli", *arguments, "--out", folder / "out"]
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -14,17 +14,13 @@ SMALL_FLUX = (
     "train.gradient_checkpointing=true",
 )
 LARGE_SD35 = ("train.gradient_checkpointing=false", "train.micro_batch=24", "sample.batch_size=32")
-ROWS: tuple[tuple[tuple[str, str], int, tuple[str, ...]], ...] = (
+ROWS: tuple[tuple[tuple[str, ...], int, tuple[str, ...]], ...] = (
     (("flux-ocr", "flux-geneval", "flux-ocr-pickscore", "flux-pickscore"), 24, SMALL_FLUX),
     (("flux-ocr", "flux-geneval", "flux-ocr-pickscore", "flux-pickscore"), 48, ("train.gradient_checkpointing=0.75",)),
     (("flux-ocr", "flux-geneval", "flux-ocr-pickscore", "flux-pickscore"), 80, ()),
     (("sd35-ocr", "sd35-geneval"), 24, ()),
     (("sd35-ocr", "sd35-geneval"), 48, ("train.gradient_checkpointing=false",)),
-    (
-        ("sd35-ocr", "sd35-geneval"),
-        80,
-        ("train.gradient_checkpointing=false", "train.micro_batch=24", "sample.batch_size=32"),
-    ),
+    (("sd35-ocr", "sd35-geneval"), 80, LARGE_SD35),
 )
 
 

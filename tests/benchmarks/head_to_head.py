@@ -55,12 +55,14 @@ PROMPTS, ROW_NAME = 2 * LINE + MARGIN, 60
 """Pixels of a sheet of validation images above and left of its images."""
 
 
-def recipe_of(task: str, method: str) -> tuple[str, list[str]]:
-    """The recipe of a method, and its ``--set``. Raises SystemExit if there is no such recipe."""
-    base, *overrides = METHODS[method] or (method,)
-    if f"{task}-{base}" not in shipped_recipes():
-        raise SystemExit(f"there is no recipe {task}-{base}: leave {method} out of --methods")
-    return f"{task}-{base}", [f"name={task}-{method}", *overrides] if overrides else []
+def recipes_of(task: str) -> dict[str, tuple[str, list[str]]]:
+    """The methods that have a recipe for a task: the recipe, and its ``--set``."""
+    found = {}
+    for method, variant in METHODS.items():
+        base, *overrides = variant or (method,)
+        if f"{task}-{base}" in shipped_recipes():
+            found[method] = f"{task}-{base}", [f"name={task}-{method}", *overrides] if overrides else []
+    return found
 
 
 def gdro(arguments: Sequence[str], *, log: Path, core: int | None) -> None:
@@ -104,24 +106,24 @@ def main() -> None:
     options = argparse.ArgumentParser(description="Train, evaluate and compare every method on one task.")
     options.add_argument("task", choices=("ocr", "geneval"))
     options.add_argument("--seeds", type=int, default=3, help="trainings of each method (default: 3)")
-    options.add_argument("--methods", default=",".join([*METHODS][1:]), help="in addition to GDRO, which comes first")
+    options.add_argument("--methods", help="in addition to GDRO, which comes first (default: all with a recipe)")
     options.add_argument("--cores", default="", help="numbers of cores, e.g. 0,1; default: one training uses all")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
     options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
     arguments = options.parse_args()
 
-    unknown = {name for name in arguments.methods.split(",") if name} - {*METHODS}
-    if unknown:
-        options.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(METHODS)}")
+    known = recipes_of(arguments.task)
+    chosen = [*known] if arguments.methods is None else ["fast", *filter(None, arguments.methods.split(","))]
+    if unknown := {*chosen} - {*known}:
+        options.error(f"{', '.join(sorted(unknown))}: the methods with a recipe are {', '.join(known)}")
     if not all(core.isdecimal() for core in arguments.cores.split(",") if core):
         options.error(f"--cores {arguments.cores}: give numbers of cores, e.g. 0,1")
 
     task, out = arguments.task, arguments.out / arguments.task
-    methods = dict.fromkeys(["fast", *(name for name in arguments.methods.split(",") if name)])
-    recipes = {method: recipe_of(task, method) for method in methods}
+    recipes = {method: known[method] for method in chosen}
     cores: queue.Queue[int | None] = queue.Queue()
-    for core in [int(number) for number in arguments.cores.split(",") if number] or [None]:
-        cores.put(core)
+    for number in arguments.cores.split(","):
+        cores.put(int(number) if number else None)
 
     # The first evaluation also samples and scores the base model's held-out images; the others wait for it.
     first, evaluated = Lock(), Event()
@@ -172,8 +174,8 @@ def main() -> None:
     print(log.read_text())
     comparison = compare(runs, at_reward=None, workspace=out)
     grid = out / f"head-to-head-{task}.png"
-    draw_grid(grid, {arm.name: sheet_of(comparison, arm.runs[0], out) for arm in comparison.arms})
-    chart = time_chart({arm.name: arm.curves for arm in comparison.arms}, level=comparison.matching.reward)
+    draw_grid(grid, {group.name: sheet_of(comparison, group.runs[0], out) for group in comparison.seed_groups})
+    chart = time_chart({group.name: group.curves for group in comparison.seed_groups}, level=comparison.matching.reward)
     if chart is not None:
         grid.with_suffix(".svg").write_text(chart)
     print(f"images at the matched reward: {grid}; curves: {grid.with_suffix('.svg')}")

@@ -77,8 +77,8 @@ def group_gradient(
     """The gradient as ``gdro train`` computes it, without accelerate."""
     return GroupGradient(
         model=model,
-        loss=loss_arguments(recipe.method),
-        reduction=recipe.method.reduction,
+        loss=loss_arguments(recipe.group_method),
+        reduction=recipe.group_method.reduction,
         guidance=recipe.sample.guidance,
         size=(side, side),
         micro_batch=micro_batch,
@@ -91,15 +91,15 @@ def train_step(recipe: Recipe) -> tuple[float, float, float]:
     """A whole step (noise, loss, metrics, AdamW) against forward + backward of the same images."""
     model = open_model(recipe)
     parameters = attach_adapter(recipe, model)
-    batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.method.k)
+    batch = random_batch(recipe, model, groups=recipe.train.groups_per_step, k=recipe.group_method.k)
     gradient = group_gradient(recipe, model, one_pass=True, micro_batch=None)
     optimizer = torch.optim.AdamW(parameters, lr=1e-6)
-    noisy = noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0))
+    noisy = noisy_groups(model, batch, draw_noise(batch, recipe.group_method, seed=0))
     latents, target = noisy.at(slice(None))
     text = {key: value[noisy.group] for key, value in noisy.conditioning.items()}
 
     def ours() -> None:
-        gradient(noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0)))
+        gradient(noisy_groups(model, batch, draw_noise(batch, recipe.group_method, seed=0)))
         optimizer.step()
         optimizer.zero_grad()
 
@@ -201,7 +201,7 @@ def measure_memory(recipe: Recipe, k: int) -> None:
     batch = random_batch(recipe, model, groups=2, k=k, side=LARGE)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at the present size
-    gradient(noisy_groups(model, batch, draw_noise(batch, recipe.method, seed=0)))
+    gradient(noisy_groups(model, batch, draw_noise(batch, recipe.group_method, seed=0)))
     print(resident("VmHWM") - before)
 
 

@@ -1,6 +1,6 @@
 """One rule that chooses the settings of every method on stored groups, on validation prompts.
 
-    python -m tests.benchmarks.tune ocr --cores 0,1           # docs/LOG.md
+    python -m tests.benchmarks.tune ocr --cores 0,1
     python -m tests.benchmarks.tune geneval --cores 0,1
 
 Every method is trained once with each of the same few settings, with a training seed that no reported result uses. The
@@ -22,7 +22,7 @@ from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.stages.runs.identity import find_run
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.session import Session
-from tests.benchmarks.head_to_head import METHODS, gdro, recipe_of
+from tests.benchmarks.head_to_head import gdro, recipes_of
 
 SEED = 100
 SETTINGS = [
@@ -31,7 +31,7 @@ SETTINGS = [
 ]
 PENALTIES = {"regression": ["0.1", "1"], "crd": ["0.3", "1"]}
 """In place of gamma, which is 0."""
-ONLINE = ["flow-grpo", "dance-grpo"]
+ONLINE = {"flow-grpo", "dance-grpo"}
 """They have other keys, and are not tuned here."""
 
 
@@ -54,20 +54,26 @@ def main() -> None:
     """Train, and print the table and the choices."""
     options = argparse.ArgumentParser(description="Try every method with the same settings, and choose by one rule.")
     options.add_argument("task", choices=("ocr", "geneval"))
-    options.add_argument("--methods", default=",".join(name for name in METHODS if name not in ONLINE))
+    options.add_argument("--methods", help="default: all on stored groups that have a recipe")
     options.add_argument("--cores", default="0", help="numbers of cores, e.g. 0,1")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every training")
     options.add_argument("--out", type=Path, default=Path("gdro-tune"))
     arguments = options.parse_args()
     task, out = arguments.task, arguments.out / arguments.task
+    known = {method: recipe for method, recipe in recipes_of(task).items() if method not in ONLINE}
+    methods = [*known] if arguments.methods is None else arguments.methods.split(",")
+    if unknown := {*methods} - {*known}:
+        options.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(known)}")
     cores: queue.Queue[int] = queue.Queue()
     for core in arguments.cores.split(","):
         cores.put(int(core))
     model = open_model(load_recipe(f"{task}-fast"))
-    gdro(["score", "--recipe", f"{task}-fast", "--out", str(out)], log=out / "logs" / "score.log", core=None)
+    shared = [part for override in arguments.set for part in ("--set", override)]
+    score = ["score", "--recipe", f"{task}-fast", "--out", str(out), *shared]
+    gdro(score, log=out / "logs" / "score.log", core=None)  # the store that all share
 
     def train(method: str, setting: Sequence[str]) -> list[ValidationRow]:
-        recipe, changes = recipe_of(task, method)
+        recipe, changes = known[method]
         overrides = [*changes, *arguments.set, *setting, f"train.seed={SEED}"]
         core = cores.get()
         try:
@@ -83,7 +89,7 @@ def main() -> None:
     with ThreadPoolExecutor(cores.qsize()) as pool:
         jobs = {
             method: [(setting, pool.submit(train, method, setting)) for setting in settings_of(method)]
-            for method in arguments.methods.split(",")
+            for method in methods
         }
         for method, tried in jobs.items():
             results = [(setting, job.result()) for setting, job in tried]
