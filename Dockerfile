@@ -24,8 +24,8 @@ ARG EXTRAS=serve
 RUN --mount=type=bind,target=/src \
     pip install --no-cache-dir -c /src/constraints.txt "/src[${EXTRAS}]"
 
-RUN useradd --create-home --uid 10001 gdro && install --directory --owner=gdro /work
+RUN useradd --create-home --uid 10001 gdro && install --directory --owner=gdro /data
 USER 10001
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["gdro"]
 CMD ["--help"]

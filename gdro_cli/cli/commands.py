@@ -395,7 +395,5 @@ def completion(shell: ShellArgument) -> None:
 
 app.add_typer(show.recipes, name="recipes")
 app.add_typer(rewards, name="rewards")
-app.command(name="prompts")(show.prompts)
-app.command(name="runs")(show.runs)
-app.command(name="watch")(show.watch)
-app.command(name="env")(show.env)
+for _command in (show.prompts, show.runs, show.watch, show.env):
+    app.command()(_command)

@@ -255,11 +255,9 @@ class FlowModel(Autoencoding):
         return self._encode([self.negative_prompt])
 
     def _encode_all(self, prompts: Sequence[str]) -> list[Conditioning]:
-        conditionings: list[Conditioning] = []
+        batches = (list(prompts[i : i + _ENCODE_BATCH]) for i in range(0, len(prompts), _ENCODE_BATCH))
         with torch.no_grad(), torch.inference_mode(False):
-            for start in range(0, len(prompts), _ENCODE_BATCH):
-                conditionings += _on_cpu(self._encode(list(prompts[start : start + _ENCODE_BATCH])))
-        return conditionings
+            return [one for batch in batches for one in _on_cpu(self._encode(batch))]
 
     def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
         """Return N conditionings, stacked unless they are already, on the model's device, floats in its dtype."""

@@ -70,7 +70,7 @@ class RunServer(ThreadingHTTPServer):
             return _text(HTTPStatus.INTERNAL_SERVER_ERROR, "The page cannot be drawn.")
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A browser that has left is no failure."""
+        """A browser that leaves early is not an error."""
 
     def _file(self, path: str) -> Answer:
         if path == "/":

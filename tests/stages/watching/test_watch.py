@@ -1,4 +1,4 @@
-"""The page of a run: what it says of runs in all states, over real HTTP, and while a training goes on."""
+"""The page of a run: what it says of runs in all states, over real HTTP, and during a training."""
 
 from __future__ import annotations
 
