@@ -3,9 +3,9 @@
     python -m tests.benchmarks.tune ocr --cores 0,1
     python -m tests.benchmarks.tune geneval --cores 0,1
 
-Every method is trained once with each of the same few settings, with a training seed that no reported result uses. The
-setting with the highest corrected score at an evaluation point whose verdict is healthy is chosen; the point of the
-untrained model does not count. After a stop the same command continues.
+Every method is trained once with each of six settings, with a training seed that no reported result uses. The setting
+with the highest corrected score at an evaluation point whose verdict is healthy is chosen; the point of the untrained
+model does not count. After a stop the same command continues.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from gdro_cli.stages.setup.session import Session
 from tests.benchmarks.head_to_head import gdro, recipes_of
 
 SEED = 100
-SETTINGS = [
-    [f"train.lr={lr}", f"method.beta={beta}", f"method.gamma={gamma}"]
-    for (lr, beta), gamma in itertools.product([("1e-3", 6), ("1e-3", 12), ("6e-4", 12)], [0, 1])
-]
-PENALTIES = {"regression": ["0.1", "1"], "crd": ["0.3", "1"]}
-"""In place of gamma, which is 0."""
-ONLINE = {"flow-grpo", "dance-grpo"}
-"""They have other keys, and are not tuned here."""
+RATES = ["1e-3", "6e-4", "3e-4"]
+STABILISED = {"ocr": "1", "geneval": "0.25"}
+"""The gamma that each method with a stabilisation is tried with, beside 0."""
+LEFT_OUT = {"flow-grpo", "dance-grpo", "dpo-plain"}
+"""Online methods have other keys. Plain DPO is among the settings of DPO."""
 
 
-def settings_of(method: str) -> list[list[str]]:
-    """What a method is tried with."""
-    if method == "dpo-plain":
-        return [setting for setting in SETTINGS if setting[-1] == "method.gamma=0"]
-    if method in PENALTIES:
-        plain = [setting for setting in SETTINGS if setting[-1] == "method.gamma=0"]
-        return [[*setting, f"method.penalty={penalty}"] for setting in plain for penalty in PENALTIES[method]]
-    return SETTINGS
+def settings_of(method: str, task: str) -> list[list[str]]:
+    """The six settings that a method is tried with."""
+    key, values = {
+        "sft": ("tau", ["0", "0.05"]),
+        "regression": ("penalty", ["0.03", "0.1", "0.3"]),  # only its product with beta counts
+        "crd": ("penalty", ["0.3", "1", "3"]),
+        "nft": ("mixing", ["0.1", "1"]),  # without beta
+    }.get(method, ("gamma", ["0", STABILISED[task]]))
+    rates = [f"train.lr={lr}" for lr in RATES[: 6 // len(values)]]
+    if key == "gamma":
+        rates = [f"train.lr={lr} method.beta={beta}" for lr, beta in (("1e-3", 6), ("1e-3", 12), ("6e-4", 12))]
+    return [[*rate.split(), f"method.{key}={value}"] for rate, value in itertools.product(rates, values)]
 
 
 def entry(point: ValidationRow) -> str:
@@ -60,7 +61,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("gdro-tune"))
     arguments = options.parse_args()
     task, out = arguments.task, arguments.out / arguments.task
-    known = {method: recipe for method, recipe in recipes_of(task).items() if method not in ONLINE}
+    known = {method: recipe for method, recipe in recipes_of(task).items() if method not in LEFT_OUT}
     methods = [*known] if arguments.methods is None else arguments.methods.split(",")
     if unknown := {*methods} - {*known}:
         options.error(f"{', '.join(sorted(unknown))}: methods are {', '.join(known)}")
@@ -88,7 +89,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(cores.qsize()) as pool:
         jobs = {
-            method: [(setting, pool.submit(train, method, setting)) for setting in settings_of(method)]
+            method: [(setting, pool.submit(train, method, setting)) for setting in settings_of(method, task)]
             for method in methods
         }
         for method, tried in jobs.items():
