@@ -10,17 +10,17 @@ import torch
 from gdro_cli.errors import UserError
 from gdro_cli.models.backends import ComputeOptions
 from gdro_cli.models.base import FlowModel
-from gdro_cli.models.chroma import ChromaFlow
-from gdro_cli.models.flux import FluxFlow
-from gdro_cli.models.flux2 import Flux2Flow
-from gdro_cli.models.flux2_klein import Flux2KleinFlow
+from gdro_cli.models.families.chroma import ChromaFlow
+from gdro_cli.models.families.flux import FluxFlow
+from gdro_cli.models.families.flux2 import Flux2Flow
+from gdro_cli.models.families.flux2_klein import Flux2KleinFlow
+from gdro_cli.models.families.lumina2 import Lumina2Flow
+from gdro_cli.models.families.qwen_image import QwenImageFlow
+from gdro_cli.models.families.sana import SanaFlow
+from gdro_cli.models.families.sd3 import StableDiffusion3Flow
+from gdro_cli.models.families.z_image import ZImageFlow
 from gdro_cli.models.folder import PipelineFolder
-from gdro_cli.models.lumina2 import Lumina2Flow
 from gdro_cli.models.memory import MemoryOptions
-from gdro_cli.models.qwen_image import QwenImageFlow
-from gdro_cli.models.sana import SanaFlow
-from gdro_cli.models.sd3 import StableDiffusion3Flow
-from gdro_cli.models.z_image import ZImageFlow
 
 FAMILIES: dict[str, type[FlowModel]] = {
     "ChromaPipeline": ChromaFlow,

@@ -12,7 +12,7 @@ import torch
 
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.models.adapters import Ema
-from gdro_cli.models.flux import FluxFlow
+from gdro_cli.models.families.flux import FluxFlow
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation.validation import Validation
 from gdro_cli.stages.sampling.fill_store import fill_store

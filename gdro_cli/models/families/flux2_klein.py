@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from gdro_cli.models.base import GuidanceKind
-from gdro_cli.models.flux2 import Flux2Flow
+from gdro_cli.models.families.flux2 import Flux2Flow
 from gdro_cli.models.text import chat, tokenize
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gdro_cli.models.autoencoding import posterior_mode
 from gdro_cli.models.base import ATTENTION_LAYERS, Conditioning, GuidanceKind
+from gdro_cli.models.families.packed_latents import PackedFlow
 from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.latents import positions
-from gdro_cli.models.packed_latents import PackedFlow
 from gdro_cli.models.text import split, warn_of_cuts
 
 _STEPS = (10, 200)

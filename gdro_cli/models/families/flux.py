@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gdro_cli.models.base import JOINT_ATTENTION_LAYERS, Conditioning, GuidanceKind
+from gdro_cli.models.families.packed_latents import PackedFlow
 from gdro_cli.models.latents import positions
-from gdro_cli.models.packed_latents import PackedFlow
 from gdro_cli.models.text import clip_ids, split, tokenize
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from gdro_cli.core.flow import with_norms_of
 from gdro_cli.models.autoencoding import posterior_mode
 from gdro_cli.models.base import ATTENTION_LAYERS, Conditioning
-from gdro_cli.models.packed_latents import PackedFlow
+from gdro_cli.models.families.packed_latents import PackedFlow
 from gdro_cli.models.text import own_tokens, tokenize
 
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gdro_cli.models.base import Conditioning
-from gdro_cli.models.flux import FluxFlow
+from gdro_cli.models.families.flux import FluxFlow
+from gdro_cli.models.families.packed_latents import PackedFlow
 from gdro_cli.models.latents import positions
-from gdro_cli.models.packed_latents import PackedFlow
 from gdro_cli.models.text import tokenize
 
 
