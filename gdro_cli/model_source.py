@@ -72,15 +72,20 @@ class ModelSource:
         if self.on_hub and not _HUB_ID.fullmatch(self.name):
             raise PrerequisiteError(
                 f"the model folder {self.name} does not exist: set {key} to a folder (such as `hf download OWNER/NAME "
-                "--local-dir FOLDER` makes), or to a Hub id like OWNER/NAME"
+                f"--local-dir FOLDER` makes), or to a Hub id like OWNER/NAME{self._page}"
             )
 
     @property
     def remedy(self) -> str:
         """What the user can do about a missing or broken file."""
         if self.on_hub:
-            return f"run `hf download {self.name}` again, or set {self.key} to a local folder"
+            return f"run `hf download {self.name}` again, or set {self.key} to a local folder{self._page}"
         return "fetch the whole folder again"
+
+    @property
+    def _page(self) -> str:
+        page = "rewards.md" if self.key.startswith(("reward", "judge")) else "models.md#fetching-weights"
+        return f" (docs/{page})"
 
     def get(self, *patterns: str) -> Path:
         """Return the model's folder, after fetching the files of these patterns if the model is on the Hub.
@@ -95,7 +100,7 @@ class ModelSource:
 
         repo = self.name
         terms = f"accept its licence at https://huggingface.co/{repo} and log in with `hf auth login`"
-        local = f"or put it anywhere with `hf download {repo} --local-dir FOLDER` and set {self.key}=FOLDER"
+        local = f"or put it anywhere with `hf download {repo} --local-dir FOLDER` and set {self.key}=FOLDER{self._page}"
         try:
             return self._snapshot(patterns, offline=not self._may_fetch or self._why_silent() is not None)
         except GatedRepoError as error:

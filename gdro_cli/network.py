@@ -49,7 +49,7 @@ def _check_proxy(name: str, value: str) -> None:
     if scheme in _SOCKS and find_spec("socksio") is None:
         raise PrerequisiteError(
             f"the environment variable {name} names a SOCKS proxy, for which the package socksio is not installed: run"
-            " `pip install socksio`, or set the variable to a proxy of http"
+            " `pip install socksio`, or set the variable to a proxy of http (docs/models.md#fetching-weights)"
         )
     try:
         if scheme not in ("http", "https", *_SOCKS) or not httpx2.URL(value if "://" in value else f"//{value}").host:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -63,6 +64,29 @@ def test_the_commands_of_pages_exist_with_their_options_and_keys(page: Path) -> 
         changes = options.get("overrides") or []
         if "recipe" in options and not {options["recipe"], *changes} & MADE_BY_READERS:
             load_recipe(options["recipe"], overrides=changes)
+
+
+def test_messages_name_pages_and_sections_that_exist() -> None:
+    named = set()
+    for file in sorted((ROOT / "gdro_cli").rglob("*.py")):
+        named |= set(re.findall(r"\b(docs/[\w-]+\.md)(?:#([\w-]+))?", file.read_text(encoding="utf-8")))
+    assert len(named) > 10
+    for page, section in named:
+        headings = re.findall(r"^#+ (.+)$", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+        slugs = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+        assert not section or section in slugs, (page, section)
+
+
+def test_messages_that_ask_to_install_something_name_a_page() -> None:
+    messages = [
+        ast.unparse(call)
+        for file in sorted((ROOT / "gdro_cli").rglob("*.py"))
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "PrerequisiteError"
+    ]
+    installing = [message for message in messages if "pip install" in message]
+    assert len(installing) > 5
+    assert [message for message in installing if "docs/" not in message] == []
 
 
 def test_commands_are_found() -> None:

@@ -53,7 +53,7 @@ def load_reward_section(kind: str, *, overrides: Sequence[str] = ()) -> RewardSe
     if kind not in names:
         raise UserError(
             f"there is no reward {kind!r} in this installation (it has {', '.join(names)}): install the package that"
-            f" has it{similar(kind, names)}"
+            f" has it (docs/adding-a-reward.md){similar(kind, names)}"
         )
     source = {"file": "prompts.txt"}  # never read
     prompts = {"train": source, "validation": source, "eval": source}

@@ -359,10 +359,10 @@ class EvalSection(StrictModel):
     weights: Literal["ema", "raw"] = "ema"
     """The adapter's weights to evaluate: the moving average (`ema`) or the trained weights themselves (`raw`)."""
     checkpoint: Annotated[Literal["best", "last"], Affects("evaluation")] = "best"
-    """The step to evaluate. `best`: the evaluation point with the best corrected score on the validation prompts
-    (without a judge, with the best headline measure: the OCR reward, or GenEval's overall accuracy); a point that lacks
-    more than `reward.max_failed_share` or `judge.max_failed_share` is not a candidate. `last`: the end of the training,
-    which is also `best` if there are no evaluation points."""
+    """The step to evaluate. `best`: the evaluation point with the best verdict, and among these with the best corrected
+    score on the validation prompts (without a judge, with the best headline measure: the OCR reward, or GenEval's
+    overall accuracy); a point that lacks more than `reward.max_failed_share` or `judge.max_failed_share` is not a
+    candidate. `last`: the end of the training, which is also `best` if there are no evaluation points."""
     rewards: Annotated[tuple[RewardName, ...], Field(strict=False), Affects("evaluation")] = ()
     """Rewards that `gdro eval` reports beside the trained one, such as [clip, aesthetic]. A trained model that gains in
     its own reward and loses in others has probably hacked its own."""

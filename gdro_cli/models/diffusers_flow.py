@@ -71,7 +71,7 @@ def load_flow_model(
     if family is None:
         raise UserError(
             f"model {folder.path} is a {folder.pipeline or 'folder without a pipeline class'}, which is not supported: "
-            f"choose one of {', '.join(FAMILIES)}"
+            f"choose one of {', '.join(FAMILIES)} (docs/models.md)"
         )
     return family(
         folder,

@@ -88,7 +88,7 @@ def quantization_config(kind: Quantization, *, dtype: torch.dtype, device: torch
     if find_spec(package) is None:
         raise PrerequisiteError(
             f"model.quantization {kind} needs the package {package}: run `pip install 'gdro_cli[{package}]'`, or set"
-            " model.quantization=none"
+            " model.quantization=none (docs/memory.md#quantised-base)"
         )
     if kind == "nf4":
         if device.type != "cuda":

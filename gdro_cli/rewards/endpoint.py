@@ -104,7 +104,7 @@ class Endpoint:
         except APIConnectionError as error:
             raise PrerequisiteError(
                 f"{self._owner} endpoint {self._url} cannot be reached ({self._cause(error)}): start the server, or "
-                "correct its base_url"
+                "correct its base_url (docs/rewards.md#a-vision-language-model)"
             ) from None
         except APIStatusError as error:
             if error.status_code in (401, 403):
@@ -197,6 +197,7 @@ def check_package(who: str = "judge.kind unified-reward") -> None:
         key = who.split()[0]
         raise PrerequisiteError(
             f"{who} needs the package openai: run `pip install 'gdro_cli[judge]'`, or choose another {key}"
+            " (docs/rewards.md#a-vision-language-model)"
         )
 
 

@@ -25,7 +25,7 @@ def reward_class(name: str) -> type[Reward]:
     if name not in REWARDS and name not in reward_names():
         raise UserError(
             f"there is no reward {name!r} in this installation (it has {', '.join(reward_names())}): install the"
-            " package that has it"
+            " package that has it (docs/adding-a-reward.md)"
         )
     cls: type[Reward] = resolve_reward(name)
     return cls

@@ -295,4 +295,5 @@ def _check_trackers(names: Sequence[str]) -> None:
         if name not in installed:
             raise PrerequisiteError(
                 f"tracker {name} is not installed: `pip install {name}` or drop it from train.trackers"
+                " (docs/quickstart.md#watching-a-training)"
             )

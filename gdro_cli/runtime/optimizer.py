@@ -44,7 +44,7 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
     except ImportError as error:
         raise PrerequisiteError(
             "train.optimizer adamw8bit needs the package bitsandbytes: run `pip install 'gdro_cli[bitsandbytes]'`, or"
-            " set train.optimizer=adamw"
+            " set train.optimizer=adamw (docs/memory.md)"
         ) from error
     eight_bit: type[torch.optim.Optimizer] = optim.AdamW8bit  # type: ignore[attr-defined]
     return eight_bit

@@ -170,8 +170,8 @@ def test_a_mixture_is_checked(site: Path, capsys: pytest.CaptureFixture[str]) ->
     ("arguments", "words"),
     [
         (["music"], "there is no reward 'music' in this installation (it has ocr, geneval"),
-        (["music"], ": install the package that has it"),
-        (["occr"], "install the package that has it; did you mean `ocr`?"),
+        (["music"], ": install the package that has it (docs/adding-a-reward.md)"),
+        (["occr"], "install the package that has it (docs/adding-a-reward.md); did you mean `ocr`?"),
         (["ocr", "--set", "reward.kind=clip"], "--set names the reward 'clip', and the command 'ocr': remove reward"),
     ],
 )

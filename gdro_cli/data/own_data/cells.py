@@ -28,7 +28,9 @@ def open_parquet(path: Path) -> Any:
         OSError: it cannot be read.
     """
     if find_spec("pyarrow") is None:
-        raise PrerequisiteError(f"{path} needs the package pyarrow: run `pip install 'gdro_cli[data]'`")
+        raise PrerequisiteError(
+            f"{path} needs the package pyarrow: run `pip install 'gdro_cli[data]'` (docs/own-data.md)"
+        )
     from pyarrow.parquet import ParquetFile
 
     return ParquetFile(path, buffer_size=_BUFFER_BYTES)

@@ -74,6 +74,7 @@ class RewardClient:
         except _NoContactError as error:
             raise PrerequisiteError(
                 f"the reward server {self._url} cannot be reached ({error}): start it, or correct reward.http.url"
+                " (docs/reward-servers.md)"
             ) from None
         except BadAnswerError as error:
             raise PrerequisiteError(

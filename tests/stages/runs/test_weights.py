@@ -72,6 +72,13 @@ def test_a_worse_or_equal_point_replaces_nothing(run: RunFolder, score: float) -
     assert kept(run) == (10, 0.5)
 
 
+def test_a_better_verdict_comes_before_a_higher_score(run: RunFolder) -> None:
+    offer(run, 10, 0.9, verdict="collapsed")
+    assert offer(run, 20, 0.8, verdict="suspicious") and offer(run, 30, 0.5, verdict="healthy")
+    assert not offer(run, 40, 0.95, verdict="suspicious")
+    assert offer(run, 50, 0.6, verdict="healthy") and kept(run) == (50, 0.6)
+
+
 def test_the_same_point_again_replaces_nothing(run: RunFolder) -> None:
     offer(run, 10, 0.5)
     assert not offer(run, 10, 0.5)
@@ -122,7 +129,8 @@ def test_the_best_point_or_the_end_is_evaluated(run: RunFolder, make_recipe: Mak
     best, last = (evaluated_weights(run, make_recipe(eval={"checkpoint": name})) for name in ("best", "last"))
     assert (best.step, best.checkpoint) == (2, "best")
     assert (last.step, last.checkpoint) == (4, "last")
-    assert best.chosen_by == {"measure": "corrected", "score": 0.5, "protocol": "p"} and last.chosen_by is None
+    assert best.chosen_by == {"measure": "corrected", "score": 0.5, "protocol": "p", "verdict": None}
+    assert last.chosen_by is None
     assert best.adapter["lora"].tolist() == [2.0] * 3 and best.ema["lora"].tolist() == [1.0] * 3
     assert last.adapter["lora"].tolist() == [104.0] * 3 and last.ema["lora"].tolist() == [52.0] * 3
 
