@@ -36,32 +36,32 @@ from gdro_cli.stages.runs.identity import find_run
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.session import Session
 
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "fast": (),
-    "dpo": (),
-    "dpo-plain": ("dpo", "method.gamma=0"),
-    "rank": (),
-    "top1": (),
-    "sft": (),
-    "regression": (),
-    "crd": ("regression", "method.target=crd", "method.penalty=1"),
-    "dgpo": (),
-    "nft": (),
-    "flow-grpo": (),
-    "dance-grpo": (),
+METHODS = ("fast", "dpo", "rank", "top1", "sft", "regression", "dgpo", "nft", "flow-grpo", "dance-grpo")
+"""Last parts of the recipes' names, GDRO's first."""
+VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "ocr": {
+        "dpo-stabilised": ("dpo", "method.beta=12", "method.gamma=1"),
+        "crd": ("regression", "method.target=crd", "method.penalty=0.3", "train.lr=1e-3"),
+    },
+    "geneval": {
+        "dpo-stabilised": ("dpo", "method.gamma=0.25"),
+        "crd": ("regression", "method.target=crd", "method.penalty=0.3"),
+    },
 }
-"""Last parts of the recipes' names, GDRO's first; or a recipe and what it is changed in."""
+"""By the task: a method's recipe, and what it is changed in."""
 PROMPTS, ROW_NAME = 2 * LINE + MARGIN, 60
 """Pixels of a sheet of validation images above and left of its images."""
 
 
 def recipes_of(task: str) -> dict[str, tuple[str, list[str]]]:
     """The methods that have a recipe for a task: the recipe, and its ``--set``."""
-    found = {}
-    for method, variant in METHODS.items():
-        base, *overrides = variant or (method,)
-        if f"{task}-{base}" in shipped_recipes():
-            found[method] = f"{task}-{base}", [f"name={task}-{method}", *overrides] if overrides else []
+    found: dict[str, tuple[str, list[str]]] = {}
+    for method in METHODS:
+        if f"{task}-{method}" in shipped_recipes():
+            found[method] = f"{task}-{method}", []
+            for name, (base, *overrides) in VARIANTS[task].items():
+                if base == method:
+                    found[name] = f"{task}-{base}", [f"name={task}-{name}", *overrides]
     return found
 
 
