@@ -26,6 +26,7 @@ from tests.benchmarks.head_to_head import gdro, recipes_of
 
 SEED = 100
 RATES = ["1e-3", "6e-4", "3e-4"]
+BETAS = {"ocr": (6, 12), "geneval": (3, 6)}
 STABILISED = {"ocr": "1", "geneval": "0.25"}
 """The gamma that each method with a stabilisation is tried with, beside 0."""
 LEFT_OUT = {"flow-grpo", "dance-grpo", "dpo-stabilised"}
@@ -42,7 +43,8 @@ def settings_of(method: str, task: str) -> list[list[str]]:
     }.get(method, ("gamma", ["0", STABILISED[task]]))
     rates = [f"train.lr={lr}" for lr in RATES[: 6 // len(values)]]
     if key == "gamma":
-        rates = [f"train.lr={lr} method.beta={beta}" for lr, beta in (("1e-3", 6), ("1e-3", 12), ("6e-4", 12))]
+        low, high = BETAS[task]
+        rates = [f"train.lr={lr} method.beta={beta}" for lr, beta in (("1e-3", low), ("1e-3", high), ("6e-4", high))]
     return [[*rate.split(), f"method.{key}={value}"] for rate, value in itertools.product(rates, values)]
 
 
