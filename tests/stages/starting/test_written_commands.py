@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
+import contextlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from gdro_cli.cli.commands import app
 from gdro_cli.data.own_data import read_own_data
 from gdro_cli.stages.starting.init import DataForm, run
 from tests.support.own_data import save_images
@@ -28,16 +27,9 @@ def run_the_readme(folder: Path) -> None:
     recipe.write_text(text, encoding="utf-8")
     lines = re.findall(r"^    gdro (.*?) +#", (folder / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert lines[-2:] == ["train --recipe recipe.yaml", "eval --recipe recipe.yaml"]
-    for line in lines:
-        done = subprocess.run(
-            [sys.executable, "-m", "gdro_cli", *line.split()],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+    with contextlib.chdir(folder):
+        for line in lines:
+            app(args=line.split(), prog_name="gdro", standalone_mode=False)
     assert len(list((folder / "gdro-out" / "runs").glob(f"{folder.name}-*/results.json"))) == 1
 
 
