@@ -109,6 +109,7 @@ def main() -> None:
     options.add_argument("--methods", help="in addition to GDRO, which comes first (default: all with a recipe)")
     options.add_argument("--cores", default="", help="numbers of cores, e.g. 0,1; default: one training uses all")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
+    options.add_argument("--at-reward", type=float, help="default: the lowest of the runs' highest validation rewards")
     options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
     arguments = options.parse_args()
 
@@ -170,9 +171,10 @@ def main() -> None:
         runs = [run_of(method, overrides.result()) for method, overrides in jobs]
     log = out / "logs" / "compare.log"
     log.unlink(missing_ok=True)
-    gdro(["compare", *map(str, runs), "--out", str(out)], log=log, core=None)
+    matched = [] if arguments.at_reward is None else ["--at-reward", str(arguments.at_reward)]
+    gdro(["compare", *map(str, runs), *matched, "--out", str(out)], log=log, core=None)
     print(log.read_text())
-    comparison = compare(runs, at_reward=None, workspace=out)
+    comparison = compare(runs, at_reward=arguments.at_reward, workspace=out)
     grid = out / f"head-to-head-{task}.png"
     draw_grid(grid, {group.name: sheet_of(comparison, group.runs[0], out) for group in comparison.seed_groups})
     chart = time_chart({group.name: group.curves for group in comparison.seed_groups}, level=comparison.matching.reward)

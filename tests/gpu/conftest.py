@@ -1,12 +1,13 @@
-"""The library of the pretended GPU, compiled once for the whole suite, and its jobs, each in a process of its own."""
+"""The library of the pretended GPU, compiled once for the whole suite, and a process of its own for its jobs."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ from filelock import FileLock
 
 SOURCE = Path(__file__).with_name("pretend_gpu.cpp")
 TORCH = Path(torch.__file__).parent
+END = "-- end of the job --\n"
+"""What ``tests.gpu.jobs`` prints after each job."""
 
-Job = Callable[..., str]
-"""Runs a job of ``tests.gpu.jobs`` by its name and arguments; returns what it printed."""
+Jobs = Callable[..., list[str]]
+"""Runs jobs of ``tests.gpu.jobs``, each given by its name and arguments; returns what each one printed."""
 
 
 def compile_library(target: Path) -> Path:
@@ -47,11 +50,11 @@ def library(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 
 @pytest.fixture
-def job(library: Path) -> Job:
-    """A job that succeeds, or fails the test with what it said."""
+def jobs(library: Path) -> Jobs:
+    """Jobs in one process, since starting it takes longer than most of them. One that fails fails the test."""
 
-    def run(name: str, *arguments: str | Path) -> str:
-        command = [sys.executable, "-m", "tests.gpu.jobs", name, *map(str, arguments)]
+    def run(*each: Sequence[str | Path]) -> list[str]:
+        command = [sys.executable, "-m", "tests.gpu.jobs", json.dumps(each, default=str)]
         done = subprocess.run(
             command,
             env={**os.environ, "PRETEND_GPU": str(library), "OMP_NUM_THREADS": "1"},
@@ -61,6 +64,6 @@ def job(library: Path) -> Job:
             timeout=600,
         )
         assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-        return done.stdout
+        return done.stdout.split(END)[:-1]
 
     return run

@@ -1,7 +1,7 @@
-"""What is done on the pretended GPU: ``python -m tests.gpu.jobs NAME ARGUMENT...``, with ``PRETEND_GPU`` set.
+"""What is done on the pretended GPU: ``python -m tests.gpu.jobs JOBS``, with ``PRETEND_GPU`` set.
 
-A job is a process of its own, since the pretended GPU must be there before PyTorch. It ends with an error where a check
-fails.
+JOBS is a JSON list of ``[NAME, ARGUMENT, ...]``. They need a process of their own, since the pretended GPU must be
+there before PyTorch. It ends with an error where a check fails.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from gdro_cli.stages.training import group_gradient, train
 from gdro_cli.stages.training.group_gradient import GroupGradient
 from tests.gpu import passes
 from tests.gpu.acceptance import __main__ as acceptance
+from tests.gpu.conftest import END
 from tests.gpu.passes import FAMILIES, difference, engine_pass, flat
 from tests.gpu.peaks import check_peaks
 
@@ -221,4 +222,6 @@ if __name__ == "__main__":
         "acceptance": check_acceptance,
         "device-scorer": check_device_scorer,
     }
-    JOBS[sys.argv[1]](*sys.argv[2:])
+    for name, *arguments in json.loads(sys.argv[1]):
+        JOBS[name](*arguments)
+        print(END, end="", flush=True)  # noqa: T201

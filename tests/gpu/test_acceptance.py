@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.gpu.acceptance.sections import SECTIONS
-from tests.gpu.conftest import Job
+from tests.gpu.conftest import Jobs
 
 pytestmark = pytest.mark.slow
 
@@ -61,8 +61,9 @@ def test_the_page_has_every_section() -> None:
     assert [int(number) for number in re.findall(r"^\| (\d+) \|", table, flags=re.MULTILINE)] == list(SECTIONS)
 
 
-def test_faults_stops_and_second_runs(job: Job, tmp_path: Path) -> None:
-    codes = json.loads(job("acceptance", tmp_path).splitlines()[-1])
+def test_faults_stops_and_second_runs(jobs: Jobs, tmp_path: Path) -> None:
+    (output,) = jobs(["acceptance", tmp_path])
+    codes = json.loads(output.splitlines()[-1])
     assert codes == [1, 1, 1, 3]
 
     # a gradient that is wrong in two passes; the second run, without the fault, adds no row

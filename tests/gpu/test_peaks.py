@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from tests.gpu.conftest import Job
+from tests.gpu.conftest import Jobs
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
-    ("kind", "package"), [("none", "torch"), ("int8", "torchao"), ("fp8", "torchao"), ("nf4", "bitsandbytes")]
+    ("package", "kinds"), [("torchao", ["none", "int8", "fp8"]), ("bitsandbytes", ["nf4"])], ids=["torchao", "nf4"]
 )
-def test_estimated_peaks_are_those_of_a_pass_on_cuda(kind: str, package: str, job: Job) -> None:
+def test_estimated_peaks_are_those_of_a_pass_on_cuda(package: str, kinds: list[str], jobs: Jobs) -> None:
     """At FLUX's width, where matrices count; without and with gradient checkpointing."""
     pytest.importorskip(package)
-    rows = [line.split() for line in job("peaks", kind).splitlines()]
-    assert [row[1] for row in rows] == ["False", "True"]
-    for row in rows:
-        assert int(row[3]) == pytest.approx(int(row[2]), rel=0.05), row
+    for output in jobs(*(["peaks", kind] for kind in kinds)):
+        rows = [line.split() for line in output.splitlines()]
+        assert [row[1] for row in rows] == ["False", "True"]
+        for row in rows:
+            assert int(row[3]) == pytest.approx(int(row[2]), rel=0.05), row

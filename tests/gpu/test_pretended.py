@@ -12,23 +12,22 @@ import pytest
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.stages.training.estimate import Estimate
-from tests.gpu.conftest import Job
+from tests.gpu.conftest import Jobs
 
 pytestmark = pytest.mark.slow
 
 
-def test_sampling_and_gradients_are_those_of_the_cpu(job: Job, tmp_path: Path) -> None:
+def test_models_and_planted_faults(jobs: Jobs, tmp_path: Path) -> None:
+    """Sampling and gradients are those of the CPU, planted faults are caught, and a foreign attention kernel works.
+
+    Under CUDA's autocast the norms of queries and keys are float32, which such kernels refuse.
+    """
     families = ["flux-dev", "sd3", "qwen-image", "z-image", "flux2-klein", "chroma"]
-    assert job("families", tmp_path, *families).split() == families
-
-
-def test_planted_faults_are_caught(job: Job, tmp_path: Path) -> None:
-    assert job("planted", tmp_path / "model").split() == ["reference", "text", "sigma", "image"]
-
-
-def test_a_foreign_attention_kernel_samples_and_trains(job: Job, tmp_path: Path) -> None:
-    """Under CUDA's autocast the norms of queries and keys are float32, which such kernels refuse."""
-    job("attention", tmp_path / "model")
+    drawn, faults, _ = jobs(
+        ["families", tmp_path, *families], ["planted", tmp_path / "planted"], ["attention", tmp_path / "attention"]
+    )
+    assert drawn.split() == families
+    assert faults.split() == ["reference", "text", "sigma", "image"]
 
 
 SMALL = (
@@ -36,13 +35,20 @@ SMALL = (
     "prompts.train.count=2",
     "prompts.validation.count=1",
     "prompts.eval.count=2",
+    "sample.images_per_prompt=3",
     "train.steps=2",
 )
 
 
-def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
-    assert "validation reward" in job("recipe", tmp_path, *SMALL)
-    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
+def test_training_and_evaluation(jobs: Jobs, tmp_path: Path) -> None:
+    """Also in two precisions, each in one state of autocast, and without the model while a scorer needs the GPU."""
+    output, *_ = jobs(
+        ["recipe", tmp_path / "recipe", *SMALL],
+        ["autocast", tmp_path / "autocast", *SMALL],
+        ["device-scorer", tmp_path / "scorer", *SMALL],
+    )
+    assert "validation reward" in output
+    (metrics,) = tmp_path.glob("recipe/runs/*/metrics.jsonl")
     steps = [row for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "train"]
     assert [row["gpu_peak_gb"] for row in steps] == [2, 2]
     on_gpu = load_recipe("smoke", overrides=[*SMALL, "model.dtype=bfloat16"])
@@ -50,26 +56,19 @@ def test_training_and_evaluation(job: Job, tmp_path: Path) -> None:
     assert [row["tflops"] * row["seconds"] for row in steps] == pytest.approx([expected, expected])
 
 
-def test_sampling_and_training_share_a_state_of_autocast(job: Job, tmp_path: Path) -> None:
-    job("autocast", tmp_path, *SMALL)
+def test_small_memory_online_and_resumed(jobs: Jobs, tmp_path: Path) -> None:
+    """An automatic micro-batch fits the GPU, an online method trains with offload, a resumed run has the same bits.
 
-
-def test_the_model_leaves_the_gpu_to_scorers_that_need_it(job: Job, tmp_path: Path) -> None:
-    job("device-scorer", tmp_path, *SMALL)
-
-
-def test_automatic_micro_batch_fits_the_gpu(job: Job, tmp_path: Path) -> None:
-    """Of 100 MB a tenth stays free and other programs have 32 MB: 58 MB. Six images would need 63."""
-    job("small_gpu", tmp_path, *SMALL, "train.micro_batch=auto", "train.eval_every=0")
-    (metrics,) = tmp_path.glob("runs/*/metrics.jsonl")
-    assert [json.loads(row)["micro_batch"] for row in metrics.read_text().splitlines()] == [3, 3]
-
-
-def test_online_method_with_offload(job: Job, tmp_path: Path) -> None:
+    Of 100 MB a tenth stays free and other programs have 32 MB: 58 MB. Six images would need 63.
+    """
+    automatic = ("train.micro_batch=auto", "train.eval_every=0")
     method = ("group_size=2", "prompts_per_round=2", "updates_per_round=1", "train_sample_steps=3")
-    settings = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")
-    assert "report" in job("recipe", tmp_path, *SMALL, *settings, "train.eval_every=0")
-
-
-def test_resumed_run_has_the_same_bits(job: Job, tmp_path: Path) -> None:
-    job("resume", tmp_path, *SMALL)
+    online = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")
+    _, output, _ = jobs(
+        ["small_gpu", tmp_path / "small", *SMALL, *automatic],
+        ["recipe", tmp_path / "online", *SMALL, *online, "train.eval_every=0"],
+        ["resume", tmp_path / "resume", *SMALL],
+    )
+    (metrics,) = tmp_path.glob("small/runs/*/metrics.jsonl")
+    assert [json.loads(row)["micro_batch"] for row in metrics.read_text().splitlines()] == [3, 3]
+    assert "report" in output
