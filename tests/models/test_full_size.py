@@ -48,7 +48,7 @@ EXPECTED = {
     "FLUX.2-dev": Expected("64.4", 32, 154140672, "48.02"),
     "FLUX.2-klein-4B": Expected("7.8", 32, 33423360),
 }
-STEPPED = ("FLUX.1-dev", "SD3.5-medium", "SD3.5-large")
+STEPPED = ("FLUX.1-dev", "SD3.5-medium")
 """Models that take a whole sampling and training step at full size."""
 
 
