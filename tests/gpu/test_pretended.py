@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_sampling_and_gradients_are_those_of_the_cpu(job: Job, tmp_path: Path) -> None:
-    families = ["flux-dev", "sd3", "qwen-image", "z-image", "flux2-klein", "chroma"]
+    families = ["flux-dev", "sd3", "qwen-image", "z-image", "flux2-klein", "chroma", "hidream"]
     assert job("families", tmp_path, *families).split() == families
 
 

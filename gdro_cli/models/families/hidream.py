@@ -51,7 +51,7 @@ class HiDreamFlow(FlowModel):
         "old = pipe.scheduler.config\n"
         "shift = old.get('flow_shift', old.get('shift', 1.0))\n"
         "pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(old, shift=shift)\n"
-        "pipe.default_sample_size = 1.00001 * ($height * $width) ** 0.5 / pipe.vae_scale_factor  # no other size"
+        "pipe.default_sample_size = 1.00001 * ($height * $width) ** 0.5 / pipe.vae_scale_factor  # or it scales"
     )
     lora_targets: tuple[str, ...] = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out")
 
@@ -208,7 +208,7 @@ def mixed_experts(layer: Any, x: Tensor) -> Tensor:
     if x.is_meta:
         shares = order.tensor_split(len(layer.experts))
     else:
-        shares = order.split(chosen.bincount(minlength=len(layer.experts)).tolist())
+        shares = order.split(chosen.bincount(minlength=len(layer.experts)).cpu().tolist())
     mixed = torch.zeros_like(tokens)
     for expert, share in zip(layer.experts, shares, strict=True):
         rows = share // layer.num_activated_experts
