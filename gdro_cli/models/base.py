@@ -84,7 +84,7 @@ class FlowModel(Autoencoding):
     autocast: ClassVar[bool] = True
     """Whether the transformer may run under autocast, which also rounds what the model computes in float32."""
     pipeline_setup: ClassVar[str] = ""
-    """Python that diffusers' pipeline ``pipe`` needs, once it is loaded, to draw the same image; empty for most."""
+    """Python that diffusers' pipeline ``pipe`` needs to draw the same image, of ``$height`` x ``$width`` pixels."""
 
     place_transformer: Callable[[nn.Module], nn.Module]
     """Moves the frozen transformer, just loaded, to its device; assign another one (FSDP) before its first use."""

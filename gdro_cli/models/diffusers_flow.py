@@ -14,6 +14,7 @@ from gdro_cli.models.families.chroma import ChromaFlow
 from gdro_cli.models.families.flux import FluxFlow
 from gdro_cli.models.families.flux2 import Flux2Flow
 from gdro_cli.models.families.flux2_klein import Flux2KleinFlow
+from gdro_cli.models.families.hidream import HiDreamFlow
 from gdro_cli.models.families.lumina2 import Lumina2Flow
 from gdro_cli.models.families.qwen_image import QwenImageFlow
 from gdro_cli.models.families.sana import SanaFlow
@@ -27,6 +28,7 @@ FAMILIES: dict[str, type[FlowModel]] = {
     "FluxPipeline": FluxFlow,
     "Flux2Pipeline": Flux2Flow,
     "Flux2KleinPipeline": Flux2KleinFlow,
+    "HiDreamImagePipeline": HiDreamFlow,
     "Lumina2Pipeline": Lumina2Flow,
     "QwenImagePipeline": QwenImageFlow,
     "SanaPipeline": SanaFlow,

@@ -42,7 +42,7 @@ class LoraLinear(Linear):
         for down, up, scale in terms:
             inner = functional.linear(rows, down.to(x.dtype)).to(product.dtype)
             product.addmm_(inner, up.to(product.dtype).t(), alpha=scale)
-        return product.view(*x.shape[:-1], -1)
+        return product.view(*x.shape[:-1], product.shape[-1])  # x may have no row: an expert that no token goes to
 
     @property
     def can_fold(self) -> bool:

@@ -22,7 +22,7 @@ def test_models_and_planted_faults(jobs: Jobs, tmp_path: Path) -> None:
 
     Under CUDA's autocast the norms of queries and keys are float32, which such kernels refuse.
     """
-    families = ["flux-dev", "sd3", "qwen-image", "z-image", "flux2-klein", "chroma"]
+    families = ["flux-dev", "sd3", "qwen-image", "z-image", "flux2-klein", "chroma", "hidream"]
     drawn, faults, _ = jobs(
         ["families", tmp_path, *families], ["planted", tmp_path / "planted"], ["attention", tmp_path / "attention"]
     )

@@ -36,8 +36,9 @@ IMAGE_TO_IMAGE = {
     "chroma": "ChromaImg2ImgPipeline",
     "lumina2": "Lumina2Pipeline",
     "sana": "SanaPipeline",
+    "hidream": "HiDreamImagePipeline",
 }
-"""The pipeline of each family that encodes images; the last two do not, but diffusers' training scripts do."""
+"""The pipeline of each family that encodes images; the last three do not, but diffusers' training scripts do."""
 by_family = pytest.mark.parametrize("family", IMAGE_TO_IMAGE)
 
 
@@ -64,7 +65,7 @@ def by_pipeline(folder: Path, family: str, pixels: Tensor) -> Tensor:
     if family.startswith("flux2"):
         tokens = pipe.prepare_image_latents(list(pixels[:, None]), batch_size=1, **common)[0]
         return tokens.reshape(len(pixels), -1, tokens.shape[-1])
-    if family == "lumina2":
+    if family in ("lumina2", "hidream"):
         return (
             pipe.vae.encode(pixels).latent_dist.mode() - pipe.vae.config.shift_factor
         ) * pipe.vae.config.scaling_factor

@@ -26,7 +26,7 @@ Folder = Callable[[str], Path]
 STEPS = 4
 PROMPTS = ("a red sign", "two blue stars on a brick wall", "a green heart")
 ALL = tuple(BUILDERS)
-TRAINED = ("sd3", "qwen-image", "z-image", "flux2-klein", "chroma", "lumina2", "sana", "flux2")
+TRAINED = ("sd3", "qwen-image", "z-image", "flux2-klein", "chroma", "lumina2", "sana", "flux2", "hidream")
 """One model of each family."""
 
 
@@ -39,6 +39,7 @@ TEXT_LENGTH = {
     "lumina2": 48,
     "sana": 48,
     "flux2": 48,
+    "hidream": 32,
 }
 """Shorter than the family's own length where it pads, for speed."""
 

@@ -47,6 +47,7 @@ PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
     "chroma": {"guidance_scale": GUIDANCE},
     "lumina2": {"guidance_scale": GUIDANCE},
     "sana": {"guidance_scale": GUIDANCE, "use_resolution_binning": False},
+    "hidream": {"guidance_scale": GUIDANCE},
 }
 
 
@@ -141,7 +142,8 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     called = {"num_inference_steps": STEPS, "max_sequence_length": TEXT, "height": 32, "width": 48}
     call = model.pipeline_call(steps=STEPS, guidance=GUIDANCE, height=32, width=48)
     assert call == {**called, **PIPELINE_OPTIONS[name]}
-    assert f"LoRA adapter for the model {folder.name}" in (trained.run.path / "README.md").read_text()
+    card = (trained.run.path / "README.md").read_text()
+    assert f"LoRA adapter for the model {folder.name}" in card and "$height" not in card
     export.run(export.Export(trained.run.path.name, merge=tmp_path / "merged"), tmp_path, quiet)
     merged = pipeline_image(tmp_path / "merged", name, None, prompt.prompt, group.origins[0]["seed"])
     assert np.abs(merged - adapted).max() <= 1

@@ -47,6 +47,7 @@ EXPECTED = {
     "Z-Image": Expected("12.3", 16, 33423360),
     "FLUX.2-dev": Expected("64.4", 32, 154140672, "48.02"),
     "FLUX.2-klein-4B": Expected("7.8", 32, 33423360),
+    "HiDream-I1-Full": Expected("34.211466368", 16, 31457280, "27.22"),
 }
 STEPPED = ("FLUX.1-dev", "SD3.5-medium")
 """Models that take a whole sampling and training step at full size."""
@@ -79,7 +80,14 @@ def test_published_model_at_full_size(name: str) -> None:
     - FLUX.1-dev and Chroma: 19 x (8 x 6.144 + 4 x 15.360) + 38 x 3 x 6.144; SD3.5: (24 x 8 - 1) x 3.072 and
       (38 x 8 - 1) x 4.864, for the last block has no text output; Qwen-Image: 60 x 4 x 6.144; Z-Image: 34 x 4 x 7.680;
       Lumina-Image-2.0: 30 x (2 x 4.608 + 2 x 3.072); SANA-1.6B: 20 x 6 x 4.480;
-      FLUX.2-klein-4B: 5 x 4 x 6.144 + 20 x (30.720 + 15.360); FLUX.2-dev: 8 x 4 x 12.288 + 48 x (61.440 + 30.720).
+      FLUX.2-klein-4B: 5 x 4 x 6.144 + 20 x (30.720 + 15.360); FLUX.2-dev: 8 x 4 x 12.288 + 48 x (61.440 + 30.720);
+      HiDream-I1: 48 x 4 x 5.120.
+
+    The numbers of HiDream-I1's transformer, in millions, with w = 2560: an expert has 3 w 6912 = 53.08, the shared one
+    3 w 3584 = 27.53, so the mixture with its gate (4 w) 239.87; attention has 4 (w^2 + w) + 2 w = 26.23, twice that in
+    the double blocks. 16 double blocks of 12 (w^2 + w) + 52.46 + 239.87 + 53.08 = 424.09, 32 single blocks of
+    6 (w^2 + w) + 26.23 + 239.87 = 305.44, 49 projections of text of 4096 w = 10.49, and 32.46 for time, pooled text,
+    patches and output: 17105.73.
 
     The models in ``STEPPED`` also take an Euler step of the sampler and a checkpointed two-pass gradient of groups:
     reference, errors, loss, and the backward pass of each micro-batch.

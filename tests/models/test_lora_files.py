@@ -21,7 +21,7 @@ from gdro_cli.models.lora_files import FORMATS, Adapter, Format, adapter_file, r
 from gdro_cli.models.lora_files.original_names import from_original, to_original
 from gdro_cli.models.merge import merge_into
 
-FAMILIES = ("flux", "sd3", "qwen-image", "z-image", "flux2", "flux2-klein", "chroma")
+FAMILIES = ("flux", "sd3", "qwen-image", "z-image", "flux2", "flux2-klein", "chroma", "hidream")
 RANK, ALPHA = 4, 6.0
 SCALE = ALPHA / math.sqrt(RANK)
 A, B = "lora_A.weight", "lora_B.weight"
@@ -204,7 +204,7 @@ class Checkpoint(dict[str, Tensor]):
         return super().pop(key) if key in self else torch.zeros(size)
 
 
-@pytest.mark.parametrize("family", ["flux", "sd3", "flux2-klein", "z-image", "chroma"])
+@pytest.mark.parametrize("family", ["flux", "sd3", "flux2-klein", "z-image", "chroma", "hidream"])
 def test_original_names_are_those_of_the_published_weights(family: str, folder_of: Callable[[str], Path]) -> None:
     """diffusers' converters of whole checkpoints take each B for the weight, and say which rows are whose."""
     from diffusers.loaders import single_file_utils as converters
@@ -220,6 +220,7 @@ def test_original_names_are_those_of_the_published_weights(family: str, folder_o
         "flux2-klein": converters.convert_flux2_transformer_checkpoint_to_diffusers,
         "z-image": converters.convert_z_image_transformer_checkpoint_to_diffusers,
         "chroma": converters.convert_chroma_transformer_checkpoint_to_diffusers,
+        "hidream": converters.convert_hidream_transformer_to_diffusers,
     }[family]
     ups = convert(checkpoint)
     downs = {

@@ -6,6 +6,7 @@ import string
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def clip_tokenizer(*, length: int = 16) -> Any:
     return CLIPTokenizer(vocab=words, merges=[], model_max_length=length)
 
 
-def clip_encoder(width: int) -> Any:
+def clip_encoder(width: int, *, positions: int = 77) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -76,6 +77,7 @@ def clip_encoder(width: int) -> Any:
         projection_dim=width,
         num_hidden_layers=2,
         num_attention_heads=2,
+        max_position_embeddings=positions,
         bos_token_id=0,
         eos_token_id=1,
     )
@@ -124,6 +126,19 @@ def qwen3_config(*, width: int, layers: int) -> Any:
     )
 
 
+def llama_tokenizer() -> Any:
+    """One token per byte after a first token; it has no token for padding, like the published one."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<first>": 0, "<end>": 1}
+    vocab |= {byte: i + 2 for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<first> $A", special_tokens=[("<first>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<first>", eos_token="<end>")
+
+
 def gemma_tokenizer(template: str) -> Any:
     """One token per letter, and one for the text that the pipeline puts before each prompt."""
     from transformers import GemmaTokenizer
@@ -157,10 +172,10 @@ def scheduler(**options: Any) -> Any:
 
 
 def set_up(pipe: Any) -> None:
-    """Let a pipeline draw what the family draws, as the model card says."""
+    """Let a pipeline draw what the family draws at the tests' size, as the model card says."""
     from gdro_cli.models.diffusers_flow import FAMILIES
 
-    exec(FAMILIES[type(pipe).__name__].pipeline_setup, {"pipe": pipe})
+    exec(Template(FAMILIES[type(pipe).__name__].pipeline_setup).substitute(SIZE), {"pipe": pipe})
     if type(pipe).__name__ == "SanaPipeline":
         pipe.check_inputs = lambda *_: None  # it demands multiples of 32, the pixels per token of the published models
 
@@ -521,6 +536,53 @@ def build_flux2(folder: Path) -> Path:
     return folder
 
 
+def build_hidream(folder: Path) -> Path:
+    """HiDream-I1 with the scheduler that Full is published with, and with its Llama, which it is published without."""
+    from diffusers import HiDreamImagePipeline, HiDreamImageTransformer2DModel, UniPCMultistepScheduler
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with seeded():
+        transformer = HiDreamImageTransformer2DModel(
+            patch_size=2,
+            in_channels=4,
+            out_channels=4,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            caption_channels=[WIDTH, 16],
+            text_emb_dim=20,
+            axes_dims_rope=(4, 2, 2),
+            max_resolution=(8, 8),
+            llama_layers=[0, 2, 1],
+        )
+        llama = LlamaConfig(
+            vocab_size=258,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+        HiDreamImagePipeline(
+            scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+            vae=autoencoder(),
+            text_encoder=clip_encoder(8, positions=248),
+            tokenizer=clip_tokenizer(),
+            text_encoder_2=clip_encoder(12, positions=248),
+            tokenizer_2=clip_tokenizer(),
+            text_encoder_3=t5_encoder(),
+            tokenizer_3=t5_tokenizer(),
+            text_encoder_4=LlamaForCausalLM(llama).eval(),
+            tokenizer_4=llama_tokenizer(),
+            transformer=loud(transformer),
+        ).save_pretrained(folder)
+    llama_tokenizer().save_pretrained(folder / "tokenizer_4")  # without the padding that the pipeline has given it
+    return folder
+
+
 def build_flux2_klein_distilled(folder: Path) -> Path:
     return build_flux2_klein(folder, distilled=True)
 
@@ -540,4 +602,5 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "chroma": build_chroma,
     "lumina2": build_lumina2,
     "sana": build_sana,
+    "hidream": build_hidream,
 }

@@ -52,6 +52,15 @@ _QWEN_BLOCK = (
     *_QKV.split(), *_ADDED_QKV.split(), "attn.to_out.0", "attn.to_add_out", "img_mod.1", "txt_mod.1",
     "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
 )  # fmt: skip
+_HIDREAM_ATTENTION = tuple(f"block.attn1.{name}" for name in ("to_q", "to_k", "to_v", "to_out"))
+_HIDREAM_EXPERTS = ("ff_i.shared_experts", *(f"ff_i.experts.{number}" for number in range(4)))
+_HIDREAM_SINGLE = (
+    "block.adaLN_modulation.1", *_HIDREAM_ATTENTION,
+    *(f"block.{expert}.w{number}" for expert in _HIDREAM_EXPERTS for number in (1, 2, 3)),
+)  # fmt: skip
+_HIDREAM_DOUBLE = (
+    *_HIDREAM_SINGLE, *(f"{name}_t" for name in _HIDREAM_ATTENTION), *(f"block.ff_t.w{number}" for number in (1, 2, 3))
+)  # fmt: skip
 
 
 def _same(names: Iterable[str]) -> dict[str, str]:
@@ -155,11 +164,24 @@ _TABLES: dict[str, dict[tuple[str, str], dict[str, str]]] = {
             **_same(("t_embedder.mlp.0", "t_embedder.mlp.2", "cap_embedder.1")),
         },
     },
+    "hidream": {
+        ("double_stream_blocks", "double_stream_blocks"): _same(_HIDREAM_DOUBLE),
+        ("single_stream_blocks", "single_stream_blocks"): _same(_HIDREAM_SINGLE),
+        ("caption_projection", "caption_projection"): _same(("linear",)),
+        _OUTSIDE: _same(
+            (
+                "x_embedder.proj", "final_layer.linear", "final_layer.adaLN_modulation.1",
+                "t_embedder.timestep_embedder.linear_1", "t_embedder.timestep_embedder.linear_2",
+                "p_embedder.pooled_embedder.linear_1", "p_embedder.pooled_embedder.linear_2",
+            )
+        ),
+    },
 }  # fmt: skip
 _TABLES["flux2"] = _TABLES["flux2-klein"]
 _TAKE_ALL = "export with --format diffusers or peft, which take every layer"
 _BLOCKS = sorted({name for table in _TABLES.values() for pair in table for name in pair if name})
 _IN_BLOCK = re.compile(rf"({'|'.join(_BLOCKS)})[._](\d+)[._](.+)", re.ASCII)
+_HIDREAM_FLAT = ("double_stream_blocks_", "single_stream_blocks_")
 _FLUX2_RATIOS = {"linear1": 9, "linear2": 4, "mlp_0": 6, "mlp_2": 3}
 """Wide side over narrow side of FLUX.2's matrices; in FLUX.1, whose layers have the same names: 7, 5, 4 and 4."""
 
@@ -179,6 +201,8 @@ def recognise(layers: Mapping[str, Pair]) -> str | None:
         return "sd3"
     if starts & set(_Z_IMAGE_BLOCKS):
         return "z-image"
+    if any(name.startswith(_HIDREAM_FLAT) for name in layers):
+        return "hidream"
     return "qwen-image" if any(name.startswith("transformer_blocks_") for name in layers) else None
 
 
@@ -205,7 +229,7 @@ def from_original(name: str, pair: Pair, family: str) -> dict[str, Pair] | None:
         return None
     names, (down, up) = [part.format(block) for part in parts], pair
     if len(names) == 1:
-        return {names[0]: (down, _reordered(original, pair))}
+        return {names[0]: (down, _reordered(original, names[0], pair))}
     rows = _rows(names, down)
     if len(up) != sum(rows):
         raise ValueError(f"{name} has {len(up)} rows")
@@ -251,7 +275,7 @@ def to_original(pairs: Mapping[str, Pair], family: str, *, blocks_only: bool = F
 def _joined(original: str, parts: list[str], pairs: Mapping[str, Pair]) -> Pair:
     """Stack parts: A one below the other, B along the diagonal."""
     if len(parts) == 1:
-        return pairs[parts[0]][0], _reordered(original, pairs[parts[0]])
+        return pairs[parts[0]][0], _reordered(original, parts[0], pairs[parts[0]])
     downs = [pairs[part][0] for part in parts if part in pairs]
     rows = _rows(parts, downs[0])
     unused = [(None, torch.zeros(height, 0)) for height in rows]
@@ -266,10 +290,11 @@ def _rows(parts: Iterable[str], down: Tensor) -> list[int]:
     return [(4 if part.endswith("proj_mlp") else 1) * down.shape[1] for part in parts]
 
 
-def _reordered(original: str, pair: Pair) -> Tensor:
-    """B; its halves swapped if it makes shift and scale for the last norm, which diffusers has as scale and shift."""
+def _reordered(original: str, own: str, pair: Pair) -> Tensor:
+    """B; its halves swapped if it makes shift and scale for the last norm, which diffusers renames and has as scale and
+    shift."""
     down, up = pair
-    swapped = original.endswith("adaLN_modulation.1") and len(up) == 2 * down.shape[1]
+    swapped = original.endswith("adaLN_modulation.1") and own != original and len(up) == 2 * down.shape[1]
     return up.roll(down.shape[1], 0) if swapped else up
 
 

@@ -9,6 +9,7 @@ import platform
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
 from typing import Literal
 
 from huggingface_hub import ModelCardData
@@ -127,7 +128,7 @@ def loading_code(run: FinishedRun, folder: CardFolder) -> str:
     elif folder.kind != "merged":
         lines.append(f"pipe.load_lora_weights({here})")
     if setup := FAMILIES[pipeline].pipeline_setup:
-        lines.append(setup)
+        lines.append(Template(setup).substitute(run.call))
     lines.append(f"image = pipe({prompt!r}, {arguments}).images[0]")
     return "\n".join(lines)
 
