@@ -16,7 +16,7 @@ from tests.support.own_data import save_images
 pytestmark = pytest.mark.slow
 
 #: In place of the values of the recipe, so that a run takes seconds. Its keys and prompts stay as they are.
-FEW = {"steps: 300": 2, "steps: 30": 2, "images_per_prompt: 16": 6, "eval_every: 100": 0, "eval_every: 10": 0}
+FEW = {"steps: 300": 2, "steps: 30": 2, "images_per_prompt: 16": 6, "eval_every: 50": 0, "eval_every: 10": 0}
 
 
 def run_the_readme(folder: Path) -> None:
