@@ -34,6 +34,8 @@ PANEL = 1.75
 """Inches of height per panel."""
 BINS = 120
 """Points of a training curve; more steps than that are averaged."""
+MANY = 6
+"""Lines whose legend still has room in their panel."""
 BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK = (
     "#0072B2", "#D55E00", "#009E73", "#AA4499", "#B87800", "#2A8CC4", "#1A1A1A"
 )  # fmt: skip
@@ -220,7 +222,8 @@ def time_chart(curves: Mapping[str, Mapping[str, Sequence[Banded]]], *, level: f
         _panel(corrected, "corrected score", legend=0 if any(line.x for line in rewards) else 2),
     ]
     label = "Validation reward and corrected score against time, a line per method"
-    return _stacked("time", panels, label=label, across="minutes")
+    height = PANEL if len(curves) <= MANY else 1.3 * PANEL
+    return _stacked("time", panels, label=label, across="minutes", height=height)
 
 
 # -- lines and panels -------------------------------------------------------------------------------------------------
@@ -272,7 +275,11 @@ def _style(number: int) -> Style:
 
 
 def _panel(lines: Sequence[_Line], label: str, *, legend: int = 0, level: float | None = None) -> Panel | None:
-    """A panel of lines, None if none has points. ``legend`` has so many columns; ``level`` is a dotted horizontal."""
+    """A panel of lines, None if none has points.
+
+    ``legend`` has so many columns. One of more than ``MANY`` lines is above the panel, and one of more than twice as
+    many is left out. ``level`` is a dotted horizontal.
+    """
     drawn = [line for line in lines if line.x]
 
     def draw(axes: Axes) -> None:
@@ -281,8 +288,10 @@ def _panel(lines: Sequence[_Line], label: str, *, legend: int = 0, level: float 
         if level is not None:
             axes.axhline(level, color=GREY, linewidth=1, linestyle=":")
         axes.set_ylabel(label)
-        if legend:
+        if legend and len(drawn) <= MANY:
             axes.legend(ncols=legend)
+        elif legend and len(drawn) <= 2 * MANY:
+            axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.1, 1), columnspacing=1, handlelength=1.5)
 
     return draw if drawn else None
 
