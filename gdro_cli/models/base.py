@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -84,7 +85,11 @@ class FlowModel(Autoencoding):
     autocast: ClassVar[bool] = True
     """Whether the transformer may run under autocast, which also rounds what the model computes in float32."""
     pipeline_setup: ClassVar[str] = ""
-    """Python that diffusers' pipeline ``pipe`` needs, once it is loaded, to draw the same image; empty for most."""
+    """Python that diffusers' pipeline ``pipe`` needs, once it is loaded, to draw the same image; empty for most.
+
+    ``$height`` and ``$width`` stand for the size of the images."""
+    edits: ClassVar[bool] = False
+    """Whether the model draws an edited version of a source image, which is part of each conditioning."""
 
     place_transformer: Callable[[nn.Module], nn.Module]
     """Moves the frozen transformer, just loaded, to its device; assign another one (FSDP) before its first use."""
@@ -232,13 +237,22 @@ class FlowModel(Autoencoding):
         """Text tokens per prompt: as the recipe sets, or the family's own."""
         return self.longest_text if self._max_sequence_length is None else self._max_sequence_length
 
-    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+    def encode(self, prompts: Sequence[str], sources: Sequence[Image.Image] = ()) -> list[Conditioning]:
         """Encode prompts; the results are on the CPU and do not depend on the batch, up to rounding.
 
         If the family pads no text, each conditioning is as long as its prompt. With ``cfg`` guidance the negative
         prompt is also encoded, so that sampling need not load the encoders again for it.
+
+        Args:
+            prompts: the texts.
+            sources: the image that each prompt edits, RGB and of the size of the images to draw, if the model edits.
+
+        Raises:
+            ValueError: there are fewer or more sources than the model needs.
         """
-        conditionings = self._encode_all(prompts)
+        if len(sources) != (len(prompts) if self.edits else 0):
+            raise ValueError(f"{self.family}: {len(prompts)} prompts and {len(sources)} images to edit")
+        conditionings = self._encode_all(prompts, sources)
         if self.guidance_kind == "cfg":
             self.unconditional()
         return conditionings
@@ -250,14 +264,20 @@ class FlowModel(Autoencoding):
                 self._unconditional = _on_cpu(self._encode_negative())[0]
         return self._unconditional
 
+    def away(self, conditioning: Conditioning) -> Conditioning:
+        """Return the conditioning of the unconditional pass beside a batched one: the negative prompt's, for each."""
+        count = len(next(iter(conditioning.values())))
+        one = self.batch_conditioning([self.unconditional()])
+        return {name: value.expand(count, *value.shape[1:]) for name, value in one.items()}
+
     def _encode_negative(self) -> list[Conditioning]:
         """Encode the negative prompt, as any prompt unless overridden."""
         return self._encode([self.negative_prompt])
 
-    def _encode_all(self, prompts: Sequence[str]) -> list[Conditioning]:
-        batches = (list(prompts[i : i + _ENCODE_BATCH]) for i in range(0, len(prompts), _ENCODE_BATCH))
+    def _encode_all(self, prompts: Sequence[str], sources: Sequence[Image.Image]) -> list[Conditioning]:
+        batches = (slice(i, i + _ENCODE_BATCH) for i in range(0, len(prompts), _ENCODE_BATCH))
         with torch.no_grad(), torch.inference_mode(False):
-            return [one for batch in batches for one in _on_cpu(self._encode(batch))]
+            return [one for part in batches for one in _on_cpu(self._encode_with(list(prompts[part]), sources[part]))]
 
     def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
         """Return N conditionings, stacked unless they are already, on the model's device, floats in its dtype."""
@@ -268,9 +288,17 @@ class FlowModel(Autoencoding):
         """Shapes of one prompt's conditioning of ``tokens`` text tokens: token embeddings unless overridden."""
         return {"prompt_embeds": (tokens, int(self.transformer_config["joint_attention_dim"]))}
 
+    def sized_shapes(self, tokens: int, *, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's whole conditioning: ``conditioning_shapes``, and what depends on the image size."""
+        return self.conditioning_shapes(tokens)
+
     @abc.abstractmethod
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         """Encode a few prompts, one conditioning each."""
+
+    def _encode_with(self, prompts: list[str], sources: Sequence[Image.Image]) -> list[Conditioning]:
+        """Encode a few prompts, each with the image that it edits if the model edits."""
+        return self._encode(prompts)
 
     # -- flow ---------------------------------------------------------------------------------------------------
 
@@ -381,6 +409,15 @@ def _on_cpu(conditionings: list[Conditioning]) -> list[Conditioning]:
 def takes_two_passes(model: FlowModel, guidance: float) -> bool:
     """Whether a sampling step at this guidance scale also needs the unconditional velocity."""
     return model.guidance_kind == "cfg" and guidance > 1.0
+
+
+NEGATIVE = "negative_"
+"""How the names begin of what only the unconditional pass of its own prompt needs."""
+
+
+def trained_on(conditioning: Conditioning) -> Conditioning:
+    """Return a conditioning without what only the unconditional pass needs, which training on stored groups lacks."""
+    return {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
 
 
 def stack_conditioning(conditionings: Sequence[Conditioning]) -> Conditioning:
