@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gdro_cli.config.layers import merge_layers
 from gdro_cli.config.load import build_recipe
@@ -24,10 +25,11 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.exporting import export
 from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.reporting.image_sheet import CELL, LINE, MARGIN
 from gdro_cli.stages.runs.weights import applied, trained_run
 from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.sampling.fill_store import sample_groups
-from gdro_cli.stages.scoring import score
+from gdro_cli.stages.scoring import exchange, score
 from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
@@ -74,7 +76,7 @@ def recipe_of(name: str, folder: Path, workspace: Path) -> Recipe:
         return recipe
     counts = {"train": 2, "validation": 1, "eval": 2}
     prompts = {split: edit_prompts(workspace, split, count) for split, count in counts.items()}
-    changes = {"prompts": prompts, "train": {"eval_every": 3}}
+    changes = {"prompts": prompts, "train": {"eval_every": 3 if name == "flux-kontext" else 0}}
     return build_recipe(merge_layers([recipe.resolved(), changes]))
 
 
@@ -119,6 +121,24 @@ def give_order(recipe: Recipe, sampled: sample.SampleResult) -> None:
         table.write_shard(number, [ScoreRow(i.prompt.id, i.index, 0.5 * i.index, None, {}) for i in images])
 
 
+def check_that_sources_are_shown(recipe: Recipe, evaluated: evaluate.EvalResult, workspace: Path) -> None:
+    """In the sheets, in the report, and in the list of images for other programs."""
+    assert evaluated.grid is not None
+    point = evaluated.run / "validation" / "step-000003.png"
+    for sheet, rows in ((evaluated.grid, 3), *([(point, 2)] if recipe.train.eval_every else [])):
+        with Image.open(sheet) as image:
+            assert image.height == 2 * LINE + MARGIN + rows * (CELL + 2 * LINE + MARGIN)
+            shown = image.crop((60, 2 * LINE + MARGIN, 60 + CELL, 2 * LINE + MARGIN + CELL))
+        prompt = Session(recipe, workspace).prompts("eval" if rows == 3 else "validation").records[0]
+        assert prompt.source is not None
+        assert shown.tobytes() == prompt.source.resize((CELL, CELL), Image.Resampling.NEAREST).tobytes()
+    page = evaluated.page.read_text(encoding="utf-8")
+    assert page.index('alt="the image to edit: ') < page.index('alt="base model') < page.index('alt="trained model')
+    exchange.export_images(Session(recipe, workspace, Reporter(quiet=True)), workspace / "images.jsonl")
+    lines = [json.loads(line) for line in (workspace / "images.jsonl").read_text().splitlines()]
+    assert len({line["source"] for line in lines}) == 2 and all(Path(line["source"]).is_file() for line in lines)
+
+
 def pipeline_image(folder: Path, name: str, run: Path | None, prompt: PromptRecord, seed: int) -> np.ndarray[Any, Any]:
     pipe = open_pipeline(folder, dtype=torch.float32)
     if run is not None:
@@ -150,6 +170,9 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     assert len(losses) == 3 and np.isfinite(losses).all() and losses[0] != losses[2]
     evaluated = evaluate.run(Session(recipe, tmp_path, quiet))  # with the real OCR
     assert next(iter(evaluated.results.measures.values())).trained.images == 2
+
+    if name in EDITING:
+        check_that_sources_are_shown(recipe, evaluated, tmp_path)
 
     session = Session(recipe, tmp_path)
     model: FlowModel = session.model
