@@ -251,11 +251,11 @@ class Validation:
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
         full = [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
         if shown := self.prompts.records[: session.recipe.eval.grid_prompts]:
-            sheet: dict[str, SheetRow] = {
+            drawn: dict[str, SheetRow] = {
                 f"step {step}": [(images[i * count], full[i * count]) for i in range(len(shown))]
             }
-            rows = source_row(shown) | sheet
-            draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], rows, reward=reward)
+            sheet = source_row(shown) | drawn
+            draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet, reward=reward)
         return rate(reward, self.prompts.records, full, images, judged=self.judges is not None)
 
     @property
