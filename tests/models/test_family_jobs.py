@@ -122,7 +122,7 @@ def give_order(recipe: Recipe, sampled: sample.SampleResult) -> None:
 
 
 def check_that_sources_are_shown(recipe: Recipe, evaluated: evaluate.EvalResult, workspace: Path) -> None:
-    """In the sheets, in the report, and in the list of images for other programs."""
+    """In the sheets, in the report, in the card's code and in the list of images for other programs."""
     assert evaluated.grid is not None
     point = evaluated.run / "validation" / "step-000003.png"
     for sheet, rows in ((evaluated.grid, 3), *([(point, 2)] if recipe.train.eval_every else [])):
@@ -134,6 +134,12 @@ def check_that_sources_are_shown(recipe: Recipe, evaluated: evaluate.EvalResult,
         assert shown.tobytes() == prompt.source.resize((CELL, CELL), Image.Resampling.NEAREST).tobytes()
     page = evaluated.page.read_text(encoding="utf-8")
     assert page.index('alt="the image to edit: ') < page.index('alt="base model') < page.index('alt="trained model')
+    card = (evaluated.run / "README.md").read_text(encoding="utf-8")
+    assert (
+        "source = ImageOps.fit(Image.open('image.png').convert('RGB'), (48, 32), " in card and "pipe(source, '" in card
+    )
+    assert ("calculate_dimensions = lambda area, ratio: (48, 32, None)" in card) == ("Qwen" in card)
+    assert "pipeline_tag: image-to-image" in card
     exchange.export_images(Session(recipe, workspace, Reporter(quiet=True)), workspace / "images.jsonl")
     lines = [json.loads(line) for line in (workspace / "images.jsonl").read_text().splitlines()]
     assert len({line["source"] for line in lines}) == 2 and all(Path(line["source"]).is_file() for line in lines)
