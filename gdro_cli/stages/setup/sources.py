@@ -29,7 +29,7 @@ def check_sources(prompts: Sequence[PromptRecord], model: FlowModel, *, where: s
     if model.edits:
         raise UserError(
             f"{where}: {count} have no image to edit, the first is {first}, and {model.folder.pipeline} edits images:"
-            f" give each prompt an `{key}`, or choose a model that draws from text"
+            f" give each prompt its `{key}`, or choose a model that draws from text"
         )
     editors = " or ".join(name for name, family in FAMILIES.items() if family.edits)
     raise UserError(

@@ -110,6 +110,6 @@ def test_edits_without_a_source_are_refused_and_a_source_that_nothing_edits_is_i
         Session(plain, tmp_path / "out").prompts("eval")
     write_table(tmp_path / "data" / "prompts.jsonl", {"prompt": 'write "HI"'})
     with pytest.raises(
-        UserError, match=r"prompts\.eval: 1 of 1 prompts have no image to edit, .* give each prompt an `im"
+        UserError, match=r"prompts\.eval: 1 of 1 prompts have no image to edit, .* give each prompt its `im"
     ):
         Session(mine, tmp_path / "out").prompts("eval")
