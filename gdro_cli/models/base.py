@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -29,6 +27,7 @@ from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.initial_adapter import InitialAdapter
 from gdro_cli.models.latents import seeded_noise
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_quantised, prepare_vae, quantization_config
+from gdro_cli.models.scheduling import Scheduling
 
 Conditioning = dict[str, Tensor]
 """The text encoders' output for ONE prompt, without a batch dimension; batched, each tensor has a leading N."""
@@ -54,7 +53,7 @@ _ENCODE_BATCH = 8
 """Prompts per pass through the text encoders; they are cheap beside the transformer."""
 
 
-class FlowModel(Autoencoding):
+class FlowModel(Autoencoding, Scheduling):
     """A pipeline folder seen as a flow: noise, velocity, images.
 
     A component is loaded at its first use: the transformer by ``velocity``, the text encoders by ``encode``, the
@@ -312,41 +311,6 @@ class FlowModel(Autoencoding):
         start = as_float(unconditional)
         return start + guidance * (as_float(conditional) - start)
 
-    def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
-        """Return the scheduler's schedule [steps + 1] with its shift for this size: float32, descending to 0.
-
-        Raises:
-            UserError: the schedule is not finite, as that of one step where the scheduler stretches it to end at
-                ``shift_terminal`` (Qwen-Image): it divides 0 by 0, in diffusers' own pipeline as well.
-        """
-        scheduler, (rows, columns) = self._component("scheduler"), self.grid(height=height, width=width)
-        config = scheduler.config
-        unshifted = None if config.get("use_flow_sigmas") else self._unshifted(steps)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            scheduler.set_timesteps(
-                num_inference_steps=steps if unshifted is None else None,
-                sigmas=unshifted,
-                mu=self._shift(config, rows * columns, steps) if config.get("use_dynamic_shifting") else None,
-            )
-        schedule: Tensor = scheduler.sigmas
-        if not schedule.isfinite().all():
-            raise UserError(
-                f"this model's scheduler has no noise levels for {steps} sampling step{'s' if steps > 1 else ''} (they"
-                " are not finite numbers): raise the number of steps (sample.steps, eval.steps or"
-                " method.train_sample_steps)"
-            )
-        return schedule.to("cpu", torch.float32).clone()
-
-    def _unshifted(self, steps: int) -> npt.NDArray[np.float64] | None:
-        """Sigmas [steps] before the scheduler shifts them, from 1 down; None = spaced by the scheduler."""
-        return np.linspace(1.0, 1.0 / steps, steps)
-
-    def _shift(self, config: Any, tokens: int, steps: int) -> float:
-        """The schedule's shift exponent mu: linear in the number of image tokens (``calculate_shift``)."""
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return float(start + (end - start) * (tokens - low) / (high - low))
-
     def pipeline_call(self, *, steps: int, guidance: float, height: int, width: int) -> dict[str, Any]:
         """Return the arguments, prompt aside, with which diffusers' pipeline draws the same image."""
         call = {"height": height, "width": width, "num_inference_steps": steps}
@@ -409,15 +373,6 @@ def _on_cpu(conditionings: list[Conditioning]) -> list[Conditioning]:
 def takes_two_passes(model: FlowModel, guidance: float) -> bool:
     """Whether a sampling step at this guidance scale also needs the unconditional velocity."""
     return model.guidance_kind == "cfg" and guidance > 1.0
-
-
-NEGATIVE = "negative_"
-"""How the names begin of what only the unconditional pass of its own prompt needs."""
-
-
-def trained_on(conditioning: Conditioning) -> Conditioning:
-    """Return a conditioning without what only the unconditional pass needs, which training on stored groups lacks."""
-    return {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
 
 
 def stack_conditioning(conditionings: Sequence[Conditioning]) -> Conditioning:

@@ -19,6 +19,13 @@ from gdro_cli.models.families.packed_latents import PackedFlow
 from gdro_cli.models.latents import to_pixels
 
 SOURCE = "source_latents"
+NEGATIVE = "negative_"
+"""How the names begin of what only the unconditional pass of its own prompt needs."""
+
+
+def trained_on(conditioning: Conditioning) -> Conditioning:
+    """Return a conditioning without what only the unconditional pass needs, which training on stored groups lacks."""
+    return {name: value for name, value in conditioning.items() if not name.startswith(NEGATIVE)}
 
 
 class EditingFlow(PackedFlow):

@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from gdro_cli.models.base import NEGATIVE, Conditioning
-from gdro_cli.models.families.editing import SOURCE, EditingFlow
+from gdro_cli.models.base import Conditioning
+from gdro_cli.models.families.editing import NEGATIVE, SOURCE, EditingFlow
 from gdro_cli.models.families.qwen_image import QwenImageFlow
 from gdro_cli.models.text import own_tokens
 

@@ -19,7 +19,7 @@ from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.files import sha256
 from gdro_cli.images import Fitting, UnusableImageError, fit, open_image, scaling
-from gdro_cli.models.base import trained_on
+from gdro_cli.models.families.editing import trained_on
 from gdro_cli.models.latents import to_pixels
 from gdro_cli.rewards.pool import usable_cores
 from gdro_cli.runtime.lock import folder_lock

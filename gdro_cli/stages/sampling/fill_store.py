@@ -20,7 +20,8 @@ from gdro_cli.data.shard_times import add_time
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import merged
-from gdro_cli.models.base import Conditioning, FlowModel, trained_on
+from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.families.editing import trained_on
 from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.runtime.distributed import Engine
