@@ -2,6 +2,7 @@
 
 <NNNNN>/metadata.jsonl        one line: the prompt with its metadata
 <NNNNN>/samples/0000.png ...  its images
+<NNNNN>/source.png            the image that the prompt edits, if it edits one
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gdro_cli.data.promptfile import read_prompt_file
-from gdro_cli.data.records import PromptReader, PromptRecord
+from gdro_cli.data.records import IMAGE, PromptReader, PromptRecord
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.images import UnusableImageError, open_image, suffixes
 
 METADATA = "metadata.jsonl"
 SAMPLES = "samples"
+SOURCE = "source.png"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,8 @@ def write_image_folder(folder: Path, entries: Iterable[PromptImages]) -> None:
                 open_image(image).save(target)
             except UnusableImageError as error:
                 raise StoreError(f"the image {image} cannot be exported ({error}): delete its shard") from error
+        if (source := entry.prompt.source) is not None:
+            source.save(samples.parent / SOURCE)
         (samples.parent / METADATA).write_text(metadata_line(entry.prompt) + "\n", encoding="utf-8")
 
 
@@ -132,4 +136,5 @@ def refuse_used(folder: Path, *, what: str = "images") -> None:
 def metadata_line(prompt: PromptRecord) -> str:
     """The prompt in the form of the official metadata; a file of such lines is a prompt file."""
     target = {} if prompt.target is None else {"target": prompt.target}
-    return json.dumps({**prompt.metadata, **target, "prompt": prompt.prompt}, ensure_ascii=False)
+    image = {} if prompt.image is None else {IMAGE: SOURCE}
+    return json.dumps({**prompt.metadata, **target, **image, "prompt": prompt.prompt}, ensure_ascii=False)

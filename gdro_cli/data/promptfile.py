@@ -1,7 +1,8 @@
 """Prompt files: one prompt per line, or JSON Lines.
 
 Text files have one prompt per line (Flow-GRPO's ``train.txt`` loads unchanged). Files named ``.jsonl``, ``.ndjson`` or
-``.json`` have one JSON object per line with ``prompt`` and optionally ``target``; every other key becomes metadata.
+``.json`` have one JSON object per line with ``prompt`` and optionally ``target`` and ``image``, the path of the image
+that the prompt edits; every other key becomes metadata.
 Blank lines are skipped. All bad lines of a file are reported at once, with their numbers; on request they are left out
 and counted.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
 from gdro_cli.core.quotes import has_odd_mark, has_several
-from gdro_cli.data.records import PromptReader, PromptRecord, PromptSet
+from gdro_cli.data.records import IMAGE, PromptReader, PromptRecord, PromptSet
+from gdro_cli.data.sources import SourceImage, read_sources
 from gdro_cli.errors import UserError
 from gdro_cli.files import parse_json
 
@@ -62,20 +65,28 @@ def read_prompt_set(path: Path, *, reward: PromptReader, skip_bad: bool = False)
 
 def _read(path: Path, *, reward: PromptReader, skip_bad: bool) -> tuple[list[PromptRecord], list[str]]:
     parse = _parse_json if path.suffix.lower() in _JSON_SUFFIXES else _parse_text
+    parsed: list[tuple[int, _Line | ValueError]] = []
+    for number, raw in _lines(path):
+        try:
+            if line := _decode(raw).strip():
+                parsed.append((number, parse(line)))
+        except ValueError as error:
+            parsed.append((number, error))
+    named = (line.image for _, line in parsed if isinstance(line, _Line) and line.image is not None)
+    sources = read_sources(named, path.parent)
     records: list[PromptRecord] = []
     problems: list[str] = []
     several: list[str] = []
     odd: list[str] = []
-    for number, raw in _lines(path):
+    for number, said in parsed:
         try:
-            line = _decode(raw).strip()
-            if not line:
-                continue
-            prompt, target, metadata = parse(line)
-            record = _record(prompt, target, metadata, reward=reward)
+            if isinstance(said, ValueError):
+                raise said
+            record = _record(said, None if said.image is None else sources[said.image], reward=reward)
         except ValueError as error:
             problems.append(f"line {number}: {error}")
             continue
+        prompt, target = said.prompt, said.target
         records.append(record)
         if target is None and record.target is not None:  # it was taken from the quotes
             if has_odd_mark(prompt):
@@ -148,13 +159,23 @@ def check_characters(text: str, what: str) -> None:
         raise ValueError(f"{what} contains the character U+{ord(match[0]):04X}, which is not text; remove it")
 
 
-def _parse_text(line: str) -> tuple[str, str | None, dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """What a line says."""
+
+    prompt: str
+    target: str | None = None
+    image: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _parse_text(line: str) -> _Line:
     if line.startswith("{") and line.endswith("}") and '"prompt"' in line:
         raise ValueError("it looks like JSON; name the file .jsonl to have it read as JSON Lines")
-    return line, None, {}
+    return _Line(line)
 
 
-def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
+def _parse_json(line: str) -> _Line:
     try:
         value = parse_json(line)
     except json.JSONDecodeError as error:
@@ -165,15 +186,23 @@ def _parse_json(line: str) -> tuple[str, str | None, dict[str, Any]]:
         raise ValueError('it is not a JSON object; write one {"prompt": ...} per line')
     if "prompt" not in value:
         raise ValueError(f"the key prompt is missing; the keys are {shown(sorted(value))}")
-    prompt, target = value.pop("prompt"), value.pop("target", None)
+    prompt, target, image = value.pop("prompt"), value.pop("target", None), value.pop(IMAGE, None)
     if not isinstance(prompt, str):
         raise ValueError(f"prompt must be a text, not {type(prompt).__name__}")
     if target is not None and not isinstance(target, str):
         raise ValueError(f"target must be a text, not {type(target).__name__}")
-    return prompt.strip(), target, value
+    if image is not None:
+        if not isinstance(image, str) or not image:
+            raise ValueError(f"image must be the path of the image to edit, not {shown(image)}")
+        check_characters(image, "the path of the image")
+    return _Line(prompt.strip(), target, image, value)
 
 
-def _record(prompt: str, target: str | None, metadata: Mapping[str, Any], *, reward: PromptReader) -> PromptRecord:
-    check_prompt(prompt, target)
-    target = reward.read_prompt(prompt, target=target, metadata=metadata)
-    return PromptRecord.of(prompt, target=target, metadata=metadata)
+def _record(line: _Line, source: SourceImage | str | None, *, reward: PromptReader) -> PromptRecord:
+    """The record of a line; ``source`` is its image, or what is wrong with it. Raises ValueError."""
+    check_prompt(line.prompt, line.target)
+    if isinstance(source, str):
+        raise ValueError(source)
+    record = PromptRecord.of(line.prompt, target=line.target, metadata=line.metadata, image=source)
+    target = reward.read_prompt(record.prompt, target=record.target, metadata=record.metadata)
+    return PromptRecord.of(line.prompt, target=target, metadata=line.metadata, image=source)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from gdro_cli.data.sources import SourceImage
 from gdro_cli.identity import digest
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+IMAGE = "image"
+"""The key of a prompt's source image: its path in a prompt file, its SHA-256 in the metadata of a record."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class PromptReader(Protocol):
@@ -39,12 +48,35 @@ class PromptRecord:
     """The text that must be readable in the image; ``None`` if the prompt asks for no text."""
     metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """Everything else that a reward needs, as JSON values (GenEval: ``tag``, ``include``, ``exclude``)."""
+    image: SourceImage | None = field(default=None, compare=False)
+    """The file of the source image; None if there is none, or if the record comes from a manifest."""
 
     @classmethod
-    def of(cls, prompt: str, *, target: str | None = None, metadata: Mapping[str, Any] | None = None) -> Self:
-        """Make a record and its id. Raises ValueError if ``metadata`` is not JSON."""
-        extra = dict(metadata or {})
-        return cls(id=digest([prompt, target, extra]), prompt=prompt, target=target, metadata=extra)
+    def of(
+        cls,
+        prompt: str,
+        *,
+        target: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        image: SourceImage | None = None,
+    ) -> Self:
+        """Make a record and its id. The digest of ``image`` becomes part of the metadata.
+
+        Raises ValueError if ``metadata`` is not JSON.
+        """
+        extra = dict(metadata or {}) | ({} if image is None else {IMAGE: image.sha256})
+        return cls(digest([prompt, target, extra]), prompt, target, extra, image)
+
+    @property
+    def image_sha256(self) -> str | None:
+        """The SHA-256 of the source image; None for a prompt that edits none."""
+        value = self.metadata.get(IMAGE)
+        return value if isinstance(value, str) and _SHA256.fullmatch(value) else None
+
+    @property
+    def source(self) -> Image.Image | None:
+        """The source image in RGB, as the model sees it; None if there is none. Raises UserError."""
+        return None if self.image is None else self.image.read()
 
     def to_json(self) -> dict[str, Any]:
         """The record as a JSON object."""
@@ -90,6 +122,16 @@ class PromptSet:
     def digest(self) -> str:
         """Short digest of the ids in order: equal for equal sets."""
         return digest([record.id for record in self.records])
+
+    def at_size(self, height: int, width: int) -> Self:
+        """The set with its source images brought to a size in pixels."""
+        return replace(
+            self,
+            records=tuple(
+                record if record.image is None else replace(record, image=replace(record.image, size=(height, width)))
+                for record in self.records
+            ),
+        )
 
     def first(self, count: int) -> Self:
         """The set of the first ``count`` prompts."""

@@ -4,6 +4,7 @@
                  index.jsonl           one row per image: prompt id, index, seed or source, file
                  tensors.safetensors   <prompt id>/latents [K, ...] and <prompt id>/conditioning/<name>
                  images/<prompt id>-<index, three digits>.png, unless the store keeps no images
+                 images/<prompt id>-source.png, the image that the prompt edits, if it edits one
 
 File names are derived from the prompt ids and never read from a file, so nothing outside the shard is touched.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.sources import SourceImage
 from gdro_cli.errors import StoreError
 from gdro_cli.files import json_bytes, json_lines, new_folder, parse_json, read_file, read_object, refuse_links, sha256
 
@@ -48,6 +50,8 @@ class Group:
     """K decoded images; none if the store keeps no images."""
     origins: Sequence[Mapping[str, Any]]
     """Where each of the K images comes from: ``seed`` of its noise, or ``source`` and ``sha256`` of a user's file."""
+    source: Image.Image | None = None
+    """The image that the prompt edits, as the model saw it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,7 @@ class StoredImage:
     """One image of the store."""
 
     prompt: PromptRecord
+    """With its source image in the store, if it edits one."""
     index: int
     """Index in its group, 0..K-1."""
     path: Path
@@ -92,6 +97,12 @@ class Shard:
             return []
         return [self._image_name(prompt.id, index) for prompt, index in self.slots()]
 
+    @property
+    def source_names(self) -> dict[str, str]:
+        """Prompt id -> relative name of its source image, where it has one and the store keeps images."""
+        edits = (prompt.id for prompt in self.prompts if prompt.image_sha256 and self.image_format != "none")
+        return {prompt_id: f"images/{source_name(prompt_id, self.image_format)}" for prompt_id in edits}
+
     def slots(self) -> Iterator[tuple[PromptRecord, int]]:
         """Every (prompt, image index) in order."""
         sizes = zip(self.prompts, self.sizes, strict=True)
@@ -104,10 +115,13 @@ class Shard:
         """
         self._check_groups(groups)
         files = {TENSORS: _tensor_bytes(groups), INDEX: json_lines(self._index_rows(groups))}
-        images = [image for group in groups for image in group.images]
+        sources = [
+            group.source for group in groups if group.source is not None and group.prompt.id in self.source_names
+        ]
+        images = [*(image for group in groups for image in group.images), *sources]
         with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter's lock while it compresses
             encoded = pool.map(_image_bytes, images, repeat(self.image_format))
-            files |= zip(self.image_names, encoded, strict=True)
+            files |= zip([*self.image_names, *self.source_names.values()], encoded, strict=True)
         content = {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()}
         files[MANIFEST] = json_bytes(self._head() | {"files": content})
         refuse_links([self.folder.parent])
@@ -126,7 +140,7 @@ class Shard:
         for key, expected in self._head().items():
             if value.get(key) != expected:
                 raise self._damaged(MANIFEST, f"has another {key} than the store")
-        if set(value.get("files", ())) != {TENSORS, INDEX, *self.image_names}:
+        if set(value.get("files", ())) != {TENSORS, INDEX, *self.image_names, *self.source_names.values()}:
             raise self._damaged(MANIFEST, "lists other files than those of the shard")
         return value
 
@@ -167,10 +181,17 @@ class Shard:
 
     def images(self, manifest: Mapping[str, Any]) -> list[StoredImage]:
         """Every image of the shard, digests checked. Raises StoreError."""
-        for name in self.image_names:
+        for name in (*self.image_names, *self.source_names.values()):
             self._read(name, manifest)
         paths = [self.folder / name for name in self.image_names]
-        return [StoredImage(prompt, index, path) for (prompt, index), path in zip(self.slots(), paths, strict=True)]
+        sources = {
+            prompt_id: SourceImage(self.folder / name, manifest["files"][name]["sha256"])
+            for prompt_id, name in self.source_names.items()
+        }
+        return [
+            StoredImage(replace(prompt, image=sources.get(prompt.id)), index, path)
+            for (prompt, index), path in zip(self.slots(), paths, strict=True)
+        ]
 
     def _read(self, name: str, manifest: Mapping[str, Any]) -> bytes:
         return read_file(self.folder / name, digest=manifest["files"][name]["sha256"], remedy=self._remedy)
@@ -202,6 +223,13 @@ class Shard:
             images = 0 if self.image_format == "none" else count
             if not (len(group.latents) == len(group.origins) == count and len(group.images) == images):
                 raise ValueError(f"prompt {group.prompt.id} needs {count} latents and origins, and {images} images")
+            if group.source is None and group.prompt.id in self.source_names:
+                raise ValueError(f"prompt {group.prompt.id} needs its source image")
+
+
+def source_name(prompt_id: str, image_format: str) -> str:
+    """The file of a prompt's source image, beside its images."""
+    return f"{prompt_id}-source.{image_format}"
 
 
 def _origin(row: dict[str, Any]) -> dict[str, Any]:

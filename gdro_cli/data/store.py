@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self, get_args
 
@@ -75,7 +75,8 @@ class GroupStore:
         Args:
             path: folder of the store.
             identity: everything that the images depend on, as JSON.
-            prompts: one group each.
+            prompts: one group each. The manifest has no paths, so these records are the ones that know the files of
+                their source images; the store has them as its own.
             images_per_prompt: the size of all groups, or of each.
             prompts_per_shard: groups in a shard.
             image_format: how images are kept, if they are.
@@ -100,7 +101,9 @@ class GroupStore:
             write_json(path / _MANIFEST, content | {"digest": digest(content)})
         store = cls.open(path, command=command)
         store._refuse_other(_described(identity, prompts.records, _plain_sizes(images_per_prompt)))
-        return store
+        given = {record.id: record for record in prompts.records}
+        shards = tuple(tuple(given[record.id] for record in shard) for shard in store.shards)
+        return replace(store, prompts=prompts.records, shards=shards)
 
     @staticmethod
     def exists(path: Path) -> bool:

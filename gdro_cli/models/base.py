@@ -14,9 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
@@ -28,6 +27,7 @@ from gdro_cli.models.folder import PipelineFolder
 from gdro_cli.models.initial_adapter import InitialAdapter
 from gdro_cli.models.latents import seeded_noise
 from gdro_cli.models.memory import MemoryOptions, OneAtATime, prepare_quantised, prepare_vae, quantization_config
+from gdro_cli.models.scheduling import Scheduling
 
 Conditioning = dict[str, Tensor]
 """The text encoders' output for ONE prompt, without a batch dimension; batched, each tensor has a leading N."""
@@ -53,7 +53,7 @@ _ENCODE_BATCH = 8
 """Prompts per pass through the text encoders; they are cheap beside the transformer."""
 
 
-class FlowModel(Autoencoding):
+class FlowModel(Autoencoding, Scheduling):
     """A pipeline folder seen as a flow: noise, velocity, images.
 
     A component is loaded at its first use: the transformer by ``velocity``, the text encoders by ``encode``, the
@@ -85,6 +85,8 @@ class FlowModel(Autoencoding):
     """Whether the transformer may run under autocast, which also rounds what the model computes in float32."""
     pipeline_setup: ClassVar[str] = ""
     """Python that diffusers' pipeline ``pipe`` needs to draw the same image, of ``$height`` x ``$width`` pixels."""
+    edits: ClassVar[bool] = False
+    """Whether the model draws an edited version of a source image, which is part of each conditioning."""
 
     place_transformer: Callable[[nn.Module], nn.Module]
     """Moves the frozen transformer, just loaded, to its device; assign another one (FSDP) before its first use."""
@@ -232,13 +234,22 @@ class FlowModel(Autoencoding):
         """Text tokens per prompt: as the recipe sets, or the family's own."""
         return self.longest_text if self._max_sequence_length is None else self._max_sequence_length
 
-    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+    def encode(self, prompts: Sequence[str], sources: Sequence[Image.Image] = ()) -> list[Conditioning]:
         """Encode prompts; the results are on the CPU and do not depend on the batch, up to rounding.
 
         If the family pads no text, each conditioning is as long as its prompt. With ``cfg`` guidance the negative
         prompt is also encoded, so that sampling need not load the encoders again for it.
+
+        Args:
+            prompts: the texts.
+            sources: the image that each prompt edits, RGB and of the size of the images to draw, if the model edits.
+
+        Raises:
+            ValueError: there are fewer or more sources than the model needs.
         """
-        conditionings = self._encode_all(prompts)
+        if len(sources) != (len(prompts) if self.edits else 0):
+            raise ValueError(f"{self.family}: {len(prompts)} prompts and {len(sources)} images to edit")
+        conditionings = self._encode_all(prompts, sources)
         if self.guidance_kind == "cfg":
             self.unconditional()
         return conditionings
@@ -250,14 +261,20 @@ class FlowModel(Autoencoding):
                 self._unconditional = _on_cpu(self._encode_negative())[0]
         return self._unconditional
 
+    def away(self, conditioning: Conditioning) -> Conditioning:
+        """Return the conditioning of the unconditional pass beside a batched one: the negative prompt's, for each."""
+        count = len(next(iter(conditioning.values())))
+        one = self.batch_conditioning([self.unconditional()])
+        return {name: value.expand(count, *value.shape[1:]) for name, value in one.items()}
+
     def _encode_negative(self) -> list[Conditioning]:
         """Encode the negative prompt, as any prompt unless overridden."""
         return self._encode([self.negative_prompt])
 
-    def _encode_all(self, prompts: Sequence[str]) -> list[Conditioning]:
-        batches = (list(prompts[i : i + _ENCODE_BATCH]) for i in range(0, len(prompts), _ENCODE_BATCH))
+    def _encode_all(self, prompts: Sequence[str], sources: Sequence[Image.Image]) -> list[Conditioning]:
+        batches = (slice(i, i + _ENCODE_BATCH) for i in range(0, len(prompts), _ENCODE_BATCH))
         with torch.no_grad(), torch.inference_mode(False):
-            return [one for batch in batches for one in _on_cpu(self._encode(batch))]
+            return [one for part in batches for one in _on_cpu(self._encode_with(list(prompts[part]), sources[part]))]
 
     def batch_conditioning(self, conditioning: Conditioning | Sequence[Conditioning]) -> Conditioning:
         """Return N conditionings, stacked unless they are already, on the model's device, floats in its dtype."""
@@ -268,9 +285,17 @@ class FlowModel(Autoencoding):
         """Shapes of one prompt's conditioning of ``tokens`` text tokens: token embeddings unless overridden."""
         return {"prompt_embeds": (tokens, int(self.transformer_config["joint_attention_dim"]))}
 
+    def sized_shapes(self, tokens: int, *, height: int, width: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one prompt's whole conditioning: ``conditioning_shapes``, and what depends on the image size."""
+        return self.conditioning_shapes(tokens)
+
     @abc.abstractmethod
     def _encode(self, prompts: list[str]) -> list[Conditioning]:
         """Encode a few prompts, one conditioning each."""
+
+    def _encode_with(self, prompts: list[str], sources: Sequence[Image.Image]) -> list[Conditioning]:
+        """Encode a few prompts, each with the image that it edits if the model edits."""
+        return self._encode(prompts)
 
     # -- flow ---------------------------------------------------------------------------------------------------
 
@@ -283,41 +308,6 @@ class FlowModel(Autoencoding):
         """Combine the velocities [N, ...] of the two passes, in float32: v_uncond + g (v_cond - v_uncond)."""
         start = as_float(unconditional)
         return start + guidance * (as_float(conditional) - start)
-
-    def sigmas(self, steps: int, *, height: int, width: int) -> Tensor:
-        """Return the scheduler's schedule [steps + 1] with its shift for this size: float32, descending to 0.
-
-        Raises:
-            UserError: the schedule is not finite, as that of one step where the scheduler stretches it to end at
-                ``shift_terminal`` (Qwen-Image): it divides 0 by 0, in diffusers' own pipeline as well.
-        """
-        scheduler, (rows, columns) = self._component("scheduler"), self.grid(height=height, width=width)
-        config = scheduler.config
-        unshifted = None if config.get("use_flow_sigmas") else self._unshifted(steps)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            scheduler.set_timesteps(
-                num_inference_steps=steps if unshifted is None else None,
-                sigmas=unshifted,
-                mu=self._shift(config, rows * columns, steps) if config.get("use_dynamic_shifting") else None,
-            )
-        schedule: Tensor = scheduler.sigmas
-        if not schedule.isfinite().all():
-            raise UserError(
-                f"this model's scheduler has no noise levels for {steps} sampling step{'s' if steps > 1 else ''} (they"
-                " are not finite numbers): raise the number of steps (sample.steps, eval.steps or"
-                " method.train_sample_steps)"
-            )
-        return schedule.to("cpu", torch.float32).clone()
-
-    def _unshifted(self, steps: int) -> npt.NDArray[np.float64] | None:
-        """Sigmas [steps] before the scheduler shifts them, from 1 down; None = spaced by the scheduler."""
-        return np.linspace(1.0, 1.0 / steps, steps)
-
-    def _shift(self, config: Any, tokens: int, steps: int) -> float:
-        """The schedule's shift exponent mu: linear in the number of image tokens (``calculate_shift``)."""
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        start, end = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
-        return float(start + (end - start) * (tokens - low) / (high - low))
 
     def pipeline_call(self, *, steps: int, guidance: float, height: int, width: int) -> dict[str, Any]:
         """Return the arguments, prompt aside, with which diffusers' pipeline draws the same image."""

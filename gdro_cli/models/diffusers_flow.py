@@ -14,9 +14,11 @@ from gdro_cli.models.families.chroma import ChromaFlow
 from gdro_cli.models.families.flux import FluxFlow
 from gdro_cli.models.families.flux2 import Flux2Flow
 from gdro_cli.models.families.flux2_klein import Flux2KleinFlow
+from gdro_cli.models.families.flux_kontext import FluxKontextFlow
 from gdro_cli.models.families.hidream import HiDreamFlow
 from gdro_cli.models.families.lumina2 import Lumina2Flow
 from gdro_cli.models.families.qwen_image import QwenImageFlow
+from gdro_cli.models.families.qwen_image_edit import QwenImageEditFlow
 from gdro_cli.models.families.sana import SanaFlow
 from gdro_cli.models.families.sd3 import StableDiffusion3Flow
 from gdro_cli.models.families.z_image import ZImageFlow
@@ -26,11 +28,13 @@ from gdro_cli.models.memory import MemoryOptions
 FAMILIES: dict[str, type[FlowModel]] = {
     "ChromaPipeline": ChromaFlow,
     "FluxPipeline": FluxFlow,
+    "FluxKontextPipeline": FluxKontextFlow,
     "Flux2Pipeline": Flux2Flow,
     "Flux2KleinPipeline": Flux2KleinFlow,
     "HiDreamImagePipeline": HiDreamFlow,
     "Lumina2Pipeline": Lumina2Flow,
     "QwenImagePipeline": QwenImageFlow,
+    "QwenImageEditPipeline": QwenImageEditFlow,
     "SanaPipeline": SanaFlow,
     "StableDiffusion3Pipeline": StableDiffusion3Flow,
     "ZImagePipeline": ZImageFlow,

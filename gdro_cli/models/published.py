@@ -19,9 +19,14 @@ from gdro_cli.models.folder import PipelineFolder
 
 @cache
 def published_configurations() -> dict[str, dict[str, Any]]:
-    """Name -> ``hub`` (ids), ``index`` (as in model_index.json) and ``configs`` (component name -> configuration)."""
+    """Name -> ``hub`` (ids), ``index`` (as in model_index.json) and ``configs`` (component name -> configuration).
+
+    In the file of a model with the configurations of another one, ``configs`` is the other one's name.
+    """
     files = sorted((Path(__file__).parent / "published").glob("*.json"))
-    return {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    entries = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in files}
+    others = {name: entries[entry["configs"]] for name, entry in entries.items() if isinstance(entry["configs"], str)}
+    return entries | {name: entries[name] | {"configs": other["configs"]} for name, other in others.items()}
 
 
 def published_name(path: str) -> str | None:

@@ -56,7 +56,7 @@ def sample_latents(
             batch = slice(start, start + batch_size)
             text = model.batch_conditioning(conditioning[batch])
             state = noise[batch].to(model.device, torch.float32)
-            away = away_from(model, len(state), guidance=guidance)
+            away = away_from(model, text, guidance=guidance)
             for sigma, sigma_next in pairwise(sigmas):
                 level = torch.full((len(state),), sigma, device=model.device)
                 velocity = guided_velocity(
@@ -69,12 +69,9 @@ def sample_latents(
     return result
 
 
-def away_from(model: FlowModel, count: int, *, guidance: float) -> Conditioning | None:
-    """Return the unconditional conditioning for a batch of ``count`` images; None if guidance takes one pass."""
-    if not takes_two_passes(model, guidance):
-        return None
-    one = model.batch_conditioning([model.unconditional()])
-    return {name: value.expand(count, *value.shape[1:]) for name, value in one.items()}
+def away_from(model: FlowModel, conditioning: Conditioning, *, guidance: float) -> Conditioning | None:
+    """Return the unconditional conditioning beside that of a batch; None if guidance takes one pass."""
+    return model.away(conditioning) if takes_two_passes(model, guidance) else None
 
 
 def guided_velocity(

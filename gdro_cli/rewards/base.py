@@ -98,6 +98,14 @@ class PromptLike(Protocol):
         """Everything else that a reward needs, as JSON values."""
         ...
 
+    @property
+    def source(self) -> Image.Image | None:
+        """The image that the prompt edits, RGB, of the size of the drawn image; ``None`` if it edits none.
+
+        It is read at each access. A reward that cannot do without it has ``image`` among its ``needs``.
+        """
+        ...
+
 
 class Scorer(Protocol):
     """What a scoring process runs: a reward, or a judge in its place.
@@ -142,7 +150,8 @@ class Reward(ABC):
     Settings: ClassVar[type[BaseModel]] = NoSettings
     """The reward's keys in a recipe."""
     needs: ClassVar[frozenset[str]] = frozenset()
-    """What a prompt must carry: ``target``, keys of its metadata, or nothing. See ``read_prompt``."""
+    """What a prompt must carry: ``target``, ``image`` (one that it edits), keys of its metadata, or nothing. See
+    ``read_prompt``."""
     measures: ClassVar[tuple[Measure, ...]] = (Measure("reward"),)
     """What an evaluation reports, the headline first. Without a judge, the headline selects the evaluation point."""
     signals: ClassVar[Mapping[str, str]] = {}

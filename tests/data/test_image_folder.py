@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from PIL import Image
 from gdro_cli.data.imagefolder import PromptImages, metadata_line, read_image_folder, refuse_used, write_image_folder
 from gdro_cli.data.promptfile import read_prompt_file
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.sources import SourceImage
 from gdro_cli.errors import StoreError, UserError
 from gdro_cli.rewards.base import Reward
-from tests.support.prompt_rewards import COCO, OCR
+from tests.support.prompt_rewards import ANYTHING, COCO, OCR
 
 DOG = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
 CATS = {
@@ -51,6 +53,17 @@ def refusal(folder: Path, reward: Reward = COCO) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def test_an_edit_is_written_with_its_source_and_read_back(tmp_path: Path) -> None:
+    before = tmp_path / "before.png"
+    for path, colour in ((before, "red"), (tmp_path / "after.png", "blue")):
+        Image.new("RGB", (8, 6), colour).save(path)
+    prompt = PromptRecord.of("make it blue", image=SourceImage(before, sha256(before.read_bytes()).hexdigest()))
+    write_image_folder(tmp_path / "out", [PromptImages(prompt, (tmp_path / "after.png",))])
+    assert json.loads((tmp_path / "out/00000/metadata.jsonl").read_text())["image"] == "source.png"
+    (entry,) = read_image_folder(tmp_path / "out", reward=ANYTHING)
+    assert entry.prompt.source is not None and entry.prompt.source.getcolors() == [(48, (255, 0, 0))]
 
 
 def test_a_written_folder_is_read_back(tmp_path: Path) -> None:

@@ -19,18 +19,33 @@ from gdro_cli.models.base import FlowModel, stack_conditioning
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.stages.training.estimate import autocast
-from tests.support.tiny_families import BUILDERS, SIZE, set_up
+from tests.support import tiny_families
+from tests.support.tiny_families import BUILDERS, SIZE, encode, sources
 
 Folder = Callable[[str], Path]
 
 STEPS = 4
 PROMPTS = ("a red sign", "two blue stars on a brick wall", "a green heart")
 ALL = tuple(BUILDERS)
-TRAINED = ("sd3", "qwen-image", "z-image", "flux2-klein", "chroma", "lumina2", "sana", "flux2", "hidream")
+TRAINED = (
+    "flux-kontext",
+    "sd3",
+    "qwen-image",
+    "qwen-image-edit",
+    "z-image",
+    "flux2-klein",
+    "chroma",
+    "lumina2",
+    "sana",
+    "flux2",
+    "hidream",
+)
 """One model of each family."""
+EDITING = ("flux-kontext", "qwen-image-edit")
 
 
 TEXT_LENGTH = {
+    "flux-kontext": 12,
     "flux2-klein": 48,
     "flux2-klein-distilled": 48,
     "sd3": 32,
@@ -49,21 +64,20 @@ def open_model(folder: Folder, name: str, **options: Any) -> FlowModel:
 
 
 def open_pipeline(folder: Folder, name: str) -> Any:
-    from diffusers import DiffusionPipeline
-
     absent = {"text_encoder_3": None, "tokenizer_3": None} if name == "sd3-without-t5" else {}
-    pipe = DiffusionPipeline.from_pretrained(folder(name), local_files_only=True, **absent)
-    pipe.set_progress_bar_config(disable=True)
-    set_up(pipe)
-    return pipe
+    return tiny_families.open_pipeline(folder(name), **absent)
 
 
 def guidance_options(name: str, guidance: float) -> dict[str, Any]:
     """Our guidance as the pipeline takes it: at 1 there is none, and Z-Image counts from 0."""
-    if name == "qwen-image":
-        return {"true_cfg_scale": guidance, "negative_prompt": " "}
+    if name.startswith("qwen-image"):
+        edited = {"image": sources(1)[0]} if name in EDITING else {}
+        return {"true_cfg_scale": guidance, "negative_prompt": " ", **edited}
     if name == "sana":
         return {"guidance_scale": guidance, "use_resolution_binning": False}
+    if name == "flux-kontext":
+        area = {"max_area": SIZE["height"] * SIZE["width"], "_auto_resize": False}
+        return {"guidance_scale": guidance, "image": sources(1)[0], **area}
     return {"guidance_scale": guidance - 1.0 if name == "z-image" else guidance}
 
 
@@ -89,7 +103,7 @@ def by_pipeline(pipe: Any, name: str, prompt: str, *, seed: int, guidance: float
 
 def by_us(model: FlowModel, prompts: list[str], seeds: list[int], *, guidance: float = 1.0, batch: int = 8) -> Tensor:
     options = {"steps": STEPS, "guidance": guidance, "batch_size": batch, **SIZE}
-    return sample_latents(model, model.noise(seeds, **SIZE), model.encode(prompts), **options)
+    return sample_latents(model, model.noise(seeds, **SIZE), encode(model, prompts), **options)
 
 
 @pytest.mark.slow
@@ -115,7 +129,7 @@ def test_velocity_is_the_slope_of_the_pipelines_path(name: str, family_folder: F
     sigmas = model.sigmas(STEPS, **SIZE)
     x, after = states[1], states[2]
     slope = (after - x) / (sigmas[3] - sigmas[2])
-    ours = model.velocity(x, sigmas[2:3], model.encode(PROMPTS[:1]), guidance=1.0, **SIZE)
+    ours = model.velocity(x, sigmas[2:3], encode(model, PROMPTS[:1]), guidance=1.0, **SIZE)
     torch.testing.assert_close(ours, slope, rtol=1e-3, atol=1e-3 * float(slope.std()))
 
 
@@ -131,9 +145,9 @@ def test_a_schedule_that_is_not_finite_is_refused(family_folder: Folder) -> None
 def test_guidance_does_what_the_family_says(name: str, family_folder: Folder) -> None:
     """Guidance above 1 changes samples where it is classifier-free, but no trained velocity; embedded, both."""
     model = open_model(family_folder, name)
-    kind = {"flux2-klein-distilled": "none", "flux2": "embedded"}.get(name, "cfg")
+    kind = {"flux2-klein-distilled": "none", "flux2": "embedded", "flux-kontext": "embedded"}.get(name, "cfg")
     assert model.guidance_kind == kind
-    texts, noise = model.encode(PROMPTS[:1]), model.noise([3], **SIZE)
+    texts, noise = encode(model, PROMPTS[:1]), model.noise([3], **SIZE)
     plain, strong = (by_us(model, [PROMPTS[0]], [3], guidance=g) for g in (1.0, 5.0))
     assert torch.allclose(plain, strong) == (kind == "none")
     assert torch.equal(plain, by_us(model, [PROMPTS[0]], [3], guidance=0.0)) == (kind != "embedded")
@@ -156,10 +170,23 @@ def test_image_does_not_depend_on_its_batch(name: str, family_folder: Folder) ->
     for batch in (1, 2):
         apart = by_us(model, list(PROMPTS), seeds, guidance=2.0, batch=batch)
         torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-3 * float(together.std()))
-    for one, prompt in zip(model.encode(PROMPTS), PROMPTS, strict=True):
-        alone = model.encode([prompt])[0]
+    for one, prompt in zip(encode(model, PROMPTS), PROMPTS, strict=True):
+        alone = encode(model, [prompt])[0]
         for key, value in one.items():
             torch.testing.assert_close(value, alone[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", EDITING)
+def test_each_prompt_edits_its_own_image(name: str, family_folder: Folder) -> None:
+    model, prompts, edited = open_model(family_folder, name), [PROMPTS[0]] * 2, sources(2)
+    options: dict[str, Any] = {"steps": STEPS, "guidance": 2.0, "batch_size": 2, **SIZE}
+    noise = model.noise([1, 1], **SIZE)
+    one, other = sample_latents(model, noise, model.encode(prompts, edited), **options)
+    assert not torch.allclose(one, other, atol=1e-2 * float(one.std()))
+    swapped = sample_latents(model, noise, model.encode(prompts, edited[::-1]), **options)
+    torch.testing.assert_close(swapped, torch.stack([other, one]), rtol=1e-3, atol=1e-3 * float(one.std()))
+    with pytest.raises(ValueError, match="2 prompts and 1 images to edit"):
+        model.encode(prompts, edited[:1])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -169,10 +196,10 @@ def test_the_prompt_matters(name: str, family_folder: Folder) -> None:
     assert not torch.allclose(one, other, atol=1e-3 * float(one.std()))
 
 
-@pytest.mark.parametrize("name", [name for name in TRAINED if name != "flux2"])
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in ("flux2", "flux-kontext")])
 def test_unconditional_pass_needs_no_encoder_after_encoding(name: str, family_folder: Folder) -> None:
     model: Any = open_model(family_folder, name)
-    texts = model.encode(PROMPTS[:1])
+    texts = encode(model, PROMPTS[:1])
     model.release_encoders()
     sample_latents(model, model.noise([1], **SIZE), texts, steps=2, guidance=2.0, batch_size=1, **SIZE)
     assert not any(part.startswith("text_encoder") for part in model._loaded)
@@ -185,7 +212,7 @@ def test_published_layers_are_adapted_and_trained(name: str, family_folder: Fold
     parameters = attach_lora(model, rank=2, alpha=2)
     model.transformer.enable_gradient_checkpointing()  # type: ignore[operator]
     x, sigma = model.noise([1, 2], **SIZE), torch.tensor([0.9, 0.3])
-    velocity = model.velocity(x, sigma, model.encode(PROMPTS[:2]), guidance=1.0, **SIZE)
+    velocity = model.velocity(x, sigma, encode(model, PROMPTS[:2]), guidance=1.0, **SIZE)
     assert velocity.shape == x.shape
     velocity.square().mean().backward()
     # B is zero at the start, so A has no gradient yet; the last block's text output is not used by any family.
@@ -198,7 +225,7 @@ def test_published_layers_are_adapted_and_trained(name: str, family_folder: Fold
 @pytest.mark.parametrize("name", TRAINED)
 def test_checkpointing_does_not_change_the_velocity(name: str, family_folder: Folder) -> None:
     model: Any = open_model(family_folder, name)
-    x, sigma, texts = model.noise([1, 2], **SIZE), torch.tensor([0.9, 0.3]), model.encode(PROMPTS[:2])
+    x, sigma, texts = model.noise([1, 2], **SIZE), torch.tensor([0.9, 0.3]), encode(model, PROMPTS[:2])
     expected = model.velocity(x, sigma, texts, guidance=1.0, **SIZE)
     model.transformer.enable_gradient_checkpointing()
     velocity = model.velocity(x.requires_grad_(), sigma, texts, guidance=1.0, **SIZE)
@@ -209,7 +236,7 @@ def test_checkpointing_does_not_change_the_velocity(name: str, family_folder: Fo
 @pytest.mark.parametrize("name", TRAINED)
 def test_bfloat16_stays_close(name: str, family_folder: Folder) -> None:
     exact, coarse = open_model(family_folder, name), open_model(family_folder, name, dtype="bfloat16")
-    texts, noise = exact.encode(PROMPTS), exact.noise([1, 2, 3], **SIZE)
+    texts, noise = encode(exact, PROMPTS), exact.noise([1, 2, 3], **SIZE)
     sigma = torch.tensor([0.5, 0.25, 0.125])  # as exact in bfloat16, even as times up to 1000
     fine = exact.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
     rough = coarse.velocity(noise, sigma, texts, guidance=1.0, **SIZE)
@@ -267,5 +294,5 @@ def test_too_long_a_prompt_is_named_without_its_template(
 ) -> None:
     """The tiny chat template adds 10 bytes to the prompt's 10; the warning must not show them."""
     model = load_flow_model(family_folder("z-image"), max_sequence_length=15)
-    assert model.encode(["a red sign"])[0]["prompt_embeds"].shape == (15, 24)
+    assert encode(model, ["a red sign"])[0]["prompt_embeds"].shape == (15, 24)
     assert "cut to 15 of its 20 text tokens: a red sign" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gdro_cli.config.layers import merge_layers
 from gdro_cli.config.load import build_recipe
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.sde import log_prob
+from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import UserError
 from gdro_cli.models.adapters import load_lora_state
@@ -22,25 +25,28 @@ from gdro_cli.runtime.progress import Reporter
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.exporting import export
 from gdro_cli.stages.planning import dry_run as plan
+from gdro_cli.stages.reporting.image_sheet import CELL, LINE, MARGIN
 from gdro_cli.stages.runs.weights import applied, trained_run
 from gdro_cli.stages.sampling import sample
 from gdro_cli.stages.sampling.fill_store import sample_groups
-from gdro_cli.stages.scoring import score
+from gdro_cli.stages.scoring import exchange, score
 from gdro_cli.stages.setup.model import attach_adapter, open_model
 from gdro_cli.stages.setup.scorers import open_reward_table
 from gdro_cli.stages.setup.session import Session
 from gdro_cli.stages.setup.store import evaluation_plan
 from gdro_cli.stages.training import train
 from gdro_cli.stages.training.rollout import Policy, RolloutImage, policy_guidance, roll_out
-from tests.support.tiny_families import set_up
+from tests.support.tiny_families import open_pipeline, sources
 
 pytestmark = pytest.mark.slow
 
 STEPS, GUIDANCE, TEXT = 2, 2.0, 64
 
 PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "flux-kontext": {"guidance_scale": GUIDANCE, "max_area": 32 * 48, "_auto_resize": False},
     "sd3": {"guidance_scale": GUIDANCE},
     "qwen-image": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
+    "qwen-image-edit": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
     "z-image": {"guidance_scale": GUIDANCE - 1.0},
     "flux2": {"guidance_scale": GUIDANCE},
     "flux2-klein": {"guidance_scale": GUIDANCE},
@@ -49,6 +55,30 @@ PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
     "sana": {"guidance_scale": GUIDANCE, "use_resolution_binning": False},
     "hidream": {"guidance_scale": GUIDANCE},
 }
+
+
+EDITING = ("flux-kontext", "qwen-image-edit")
+
+
+def edit_prompts(folder: Path, split: str, count: int) -> dict[str, Any]:
+    """A prompt file, each of whose prompts edits an image of its own, larger than those that are drawn."""
+    lines = []
+    for number, (image, word) in enumerate(zip(sources(count), ("ONE", "TWO"), strict=False)):
+        image.resize((70, 40)).rotate(90 * number).save(folder / f"{split}-{number}.png")
+        lines.append({"prompt": f'write "{word}" for {split}', "image": f"{split}-{number}.png"})
+    (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"builtin": None, "count": None, "file": str(folder / f"{split}.jsonl")}
+
+
+def recipe_of(name: str, folder: Path, workspace: Path) -> Recipe:
+    """The small recipe, with images to edit if the family edits images."""
+    recipe = tiny_recipe(folder)
+    if name not in EDITING:
+        return recipe
+    counts = {"train": 2, "validation": 1, "eval": 2}
+    prompts = {split: edit_prompts(workspace, split, count) for split, count in counts.items()}
+    changes = {"prompts": prompts, "train": {"eval_every": 3 if name == "flux-kontext" else 0}}
+    return build_recipe(merge_layers([recipe.resolved(), changes]))
 
 
 def tiny_recipe(folder: Path) -> Recipe:
@@ -92,17 +122,39 @@ def give_order(recipe: Recipe, sampled: sample.SampleResult) -> None:
         table.write_shard(number, [ScoreRow(i.prompt.id, i.index, 0.5 * i.index, None, {}) for i in images])
 
 
-def pipeline_image(folder: Path, name: str, run: Path | None, prompt: str, seed: int) -> np.ndarray[Any, Any]:
-    from diffusers import DiffusionPipeline
+def check_that_sources_are_shown(recipe: Recipe, evaluated: evaluate.EvalResult, workspace: Path) -> None:
+    """In the sheets, in the report, in the card's code and in the list of images for other programs."""
+    assert evaluated.grid is not None
+    point = evaluated.run / "validation" / "step-000003.png"
+    for sheet, rows in ((evaluated.grid, 3), *([(point, 2)] if recipe.train.eval_every else [])):
+        with Image.open(sheet) as image:
+            assert image.height == 2 * LINE + MARGIN + rows * (CELL + 2 * LINE + MARGIN)
+            shown = image.crop((60, 2 * LINE + MARGIN, 60 + CELL, 2 * LINE + MARGIN + CELL))
+        prompt = Session(recipe, workspace).prompts("eval" if rows == 3 else "validation").records[0]
+        assert prompt.source is not None
+        assert shown.tobytes() == prompt.source.resize((CELL, CELL), Image.Resampling.NEAREST).tobytes()
+    page = evaluated.page.read_text(encoding="utf-8")
+    assert page.index('alt="the image to edit: ') < page.index('alt="base model') < page.index('alt="trained model')
+    card = (evaluated.run / "README.md").read_text(encoding="utf-8")
+    assert (
+        "source = ImageOps.fit(Image.open('image.png').convert('RGB'), (48, 32), " in card and "pipe(source, '" in card
+    )
+    assert ("calculate_dimensions = lambda area, ratio: (48, 32, None)" in card) == ("Qwen" in card)
+    assert "pipeline_tag: image-to-image" in card
+    exchange.export_images(Session(recipe, workspace, Reporter(quiet=True)), workspace / "images.jsonl")
+    lines = [json.loads(line) for line in (workspace / "images.jsonl").read_text().splitlines()]
+    assert len({line["source"] for line in lines}) == 2 and all(Path(line["source"]).is_file() for line in lines)
 
-    pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    set_up(pipe)
+
+def pipeline_image(folder: Path, name: str, run: Path | None, prompt: PromptRecord, seed: int) -> np.ndarray[Any, Any]:
+    pipe = open_pipeline(folder, dtype=torch.float32)
     if run is not None:
         pipe.load_lora_weights(run)
     generator = torch.Generator().manual_seed(seed)
     options = {"num_inference_steps": STEPS, "max_sequence_length": TEXT, "height": 32, "width": 48}
-    image = pipe(prompt=prompt, generator=generator, **options, **PIPELINE_OPTIONS[name]).images[0]
+    edited = {} if prompt.source is None else {"image": prompt.source}
+    given: dict[str, Any] = {"prompt": prompt.prompt, **edited, **options, **PIPELINE_OPTIONS[name]}
+    image = pipe(generator=generator, **given).images[0]
     return np.asarray(image).astype(int)
 
 
@@ -111,9 +163,9 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     name: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder, quiet = family_folder(name), Reporter(quiet=True)
-    recipe = tiny_recipe(folder)
+    recipe = recipe_of(name, folder, tmp_path)
     rows = dict(plan.describe(recipe, "train", tmp_path))
-    embedded = name == "flux2"
+    embedded = name in ("flux2", "flux-kontext")
     assert rows["model"].startswith(f"{folder} ({name})")
     assert ("2 passes each" in rows["forward passes"]) != embedded
     kind = "an input of the model" if embedded else "classifier-free, in sampling only"
@@ -126,6 +178,9 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     evaluated = evaluate.run(Session(recipe, tmp_path, quiet))  # with the real OCR
     assert next(iter(evaluated.results.measures.values())).trained.images == 2
 
+    if name in EDITING:
+        check_that_sources_are_shown(recipe, evaluated, tmp_path)
+
     session = Session(recipe, tmp_path)
     model: FlowModel = session.model
     prompt = session.prompts("eval").records[0]
@@ -134,7 +189,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
         load_lora_state(model, weights.adapter)
         (group,) = sample_groups(model, (prompt,), evaluation_plan(session, images_per_prompt=1), batch_size=1)
     base, adapted = (
-        pipeline_image(folder, name, run, prompt.prompt, group.origins[0]["seed"]) for run in (None, trained.run.path)
+        pipeline_image(folder, name, run, prompt, group.origins[0]["seed"]) for run in (None, trained.run.path)
     )
     assert np.abs(adapted - np.asarray(group.images[0])).max() <= 1
     assert np.abs(adapted - base).max() > 1
@@ -145,7 +200,7 @@ def test_job_from_sampling_to_the_adapter_in_the_pipeline(
     card = (trained.run.path / "README.md").read_text()
     assert f"LoRA adapter for the model {folder.name}" in card and "$height" not in card
     export.run(export.Export(trained.run.path.name, merge=tmp_path / "merged"), tmp_path, quiet)
-    merged = pipeline_image(tmp_path / "merged", name, None, prompt.prompt, group.origins[0]["seed"])
+    merged = pipeline_image(tmp_path / "merged", name, None, prompt, group.origins[0]["seed"])
     assert np.abs(merged - adapted).max() <= 1
 
 
@@ -159,7 +214,7 @@ def test_a_schedule_without_noise_levels_ends_the_job_before_a_network_is_loaded
     assert set(session.model._loaded) == {"scheduler"}
 
 
-@pytest.mark.parametrize("name", [name for name in PIPELINE_OPTIONS if name != "flux2"])
+@pytest.mark.parametrize("name", [name for name in PIPELINE_OPTIONS if name not in ("flux2", *EDITING)])
 def test_online_steps_are_those_of_sampling_with_both_passes_and_have_a_gradient(
     name: str, family_folder: Callable[[str], Path]
 ) -> None:

@@ -38,12 +38,14 @@ class Expected:
 
 EXPECTED = {
     "FLUX.1-dev": Expected("23.8", 16, 89653248, "9.77"),
+    "FLUX.1-Kontext-dev": Expected("23.8", 16, 89653248, "9.77"),
     "Chroma1-HD": Expected("17.8", 16, 89653248, "9.52"),
     "Lumina-Image-2.0": Expected("5.22", 16, 14745600, "5.23"),
     "SANA-1.6B": Expected("3.21", 2, 17203200, "5.23"),
     "SD3.5-medium": Expected("4.94", 16, 18776064, "11.16"),
     "SD3.5-large": Expected("16.292561536", 16, 47161344, "11.16"),
     "Qwen-Image": Expected("40.9", 16, 47185920),
+    "Qwen-Image-Edit": Expected("40.9", 16, 47185920),
     "Z-Image": Expected("12.3", 16, 33423360),
     "FLUX.2-dev": Expected("64.4", 32, 154140672, "48.02"),
     "FLUX.2-klein-4B": Expected("7.8", 32, 33423360),
@@ -61,9 +63,9 @@ def open_on_meta(name: str) -> FlowModel:
     return model
 
 
-def conditioning(model: FlowModel, count: int) -> dict[str, torch.Tensor]:
+def conditioning(model: FlowModel, count: int, side: int = 512) -> dict[str, torch.Tensor]:
     tokens = model.max_sequence_length if model.pads_text else min(model.max_sequence_length, 60)
-    shapes = model.conditioning_shapes(tokens)
+    shapes = model.sized_shapes(tokens, height=side, width=side)
     return {key: torch.empty(count, *shape, device="meta", dtype=torch.bfloat16) for key, shape in shapes.items()}
 
 
@@ -77,11 +79,11 @@ def test_published_model_at_full_size(name: str) -> None:
 
     The adapter has rank x (inputs + outputs) parameters per layer; with rank 32, in thousands of inputs and outputs:
 
-    - FLUX.1-dev and Chroma: 19 x (8 x 6.144 + 4 x 15.360) + 38 x 3 x 6.144; SD3.5: (24 x 8 - 1) x 3.072 and
-      (38 x 8 - 1) x 4.864, for the last block has no text output; Qwen-Image: 60 x 4 x 6.144; Z-Image: 34 x 4 x 7.680;
-      Lumina-Image-2.0: 30 x (2 x 4.608 + 2 x 3.072); SANA-1.6B: 20 x 6 x 4.480;
-      FLUX.2-klein-4B: 5 x 4 x 6.144 + 20 x (30.720 + 15.360); FLUX.2-dev: 8 x 4 x 12.288 + 48 x (61.440 + 30.720);
-      HiDream-I1: 48 x 4 x 5.120.
+    - FLUX.1-dev, FLUX.1-Kontext-dev and Chroma: 19 x (8 x 6.144 + 4 x 15.360) + 38 x 3 x 6.144; SD3.5:
+      (24 x 8 - 1) x 3.072 and (38 x 8 - 1) x 4.864, for the last block has no text output; Qwen-Image and
+      Qwen-Image-Edit: 60 x 4 x 6.144; Z-Image: 34 x 4 x 7.680; Lumina-Image-2.0: 30 x (2 x 4.608 + 2 x 3.072);
+      SANA-1.6B: 20 x 6 x 4.480; FLUX.2-klein-4B: 5 x 4 x 6.144 + 20 x (30.720 + 15.360);
+      FLUX.2-dev: 8 x 4 x 12.288 + 48 x (61.440 + 30.720); HiDream-I1: 48 x 4 x 5.120.
 
     The numbers of HiDream-I1's transformer, in millions, with w = 2560: an expert has 3 w 6912 = 53.08, the shared one
     3 w 3584 = 27.53, so the mixture with its gate (4 w) 239.87; attention has 4 (w^2 + w) + 2 w = 26.23, twice that in
@@ -97,12 +99,12 @@ def test_published_model_at_full_size(name: str) -> None:
     digits = len(expected.gigabytes.split(".")[1])
     assert f"{size / 1e9:.{digits}f}" == expected.gigabytes
 
-    text = conditioning(model, 1)
     with torch.no_grad():
         for side in (512, 1024):
             pixels = {"height": side, "width": side}
             latents = torch.empty(1, *model.latent_shape(**pixels), device="meta")
             assert latents.numel() == side * side // 64 * expected.channels
+            text = conditioning(model, 1, side)
             velocity = model.velocity(latents, torch.empty(1, device="meta"), text, guidance=3.5, **pixels)
             assert velocity.shape == latents.shape and velocity.dtype == torch.bfloat16
 

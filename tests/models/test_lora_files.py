@@ -134,7 +134,7 @@ def test_a_reader_that_ignores_the_scale_gets_the_trained_strength(
     assert_equal(expected, loaded_updates(pipe.transformer))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "flux-kontext"])
 def test_diffusers_loads_its_own_format_and_comfyui_s(
     family: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -70,4 +70,4 @@ def test_the_members_of_a_reward() -> None:
 
 def test_what_a_prompt_has() -> None:
     members = {name for name in vars(rewards.PromptLike) if not name.startswith("_")}
-    assert members == {"prompt", "target", "metadata"}
+    assert members == {"prompt", "target", "metadata", "source"}

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from base64 import b64decode
 from collections.abc import Iterator
+from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from PIL import Image
 
 from gdro_cli.config.load import load_recipe
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.sources import SourceImage
 from gdro_cli.errors import PrerequisiteError, UserError
 from gdro_cli.rewards.base import ImageSource, Score
 from gdro_cli.rewards.registry import provenance
@@ -175,6 +179,26 @@ def test_an_endpoint_without_the_model(server: JudgeServer) -> None:
 
 
 # --- templates and recipes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_an_edited_image_is_sent_after_the_image_that_was_edited(server: JudgeServer, tmp_path: Path) -> None:
+    server.otherwise = lambda text: says("Score: 3")
+    before = Image.new("RGB", (8, 6), "#0000ff")
+    before.save(tmp_path / "before.png")
+    image = SourceImage(tmp_path / "before.png", sha256((tmp_path / "before.png").read_bytes()).hexdigest())
+    reward = make(server)
+    edit = PromptRecord.of("make the card red", image=image)
+    assert [score.value for score in reward.score([IMAGE] * 2, [edit, PromptRecord.of("a red card")])] == [0.5, 0.5]
+    edited, plain = sorted((seen.payload["messages"][0]["content"] for seen in server.seen), key=len, reverse=True)
+    assert [part["type"] for part in edited] == ["image_url", "image_url", "text"] and len(plain) == 2
+    colours = [
+        Image.open(BytesIO(b64decode(part["image_url"]["url"].partition(",")[2]))).getpixel((0, 0))
+        for part in edited[:2]
+    ]
+    assert colours == [(0, 0, 255), IMAGE.getpixel((0, 0))]
+    assert edited[2]["text"].startswith("The first image was edited into the second. The instruction was:\n\nmake the")
+    assert plain[1]["text"].startswith("Look at the image. It was made from this prompt:\n\na red card")
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def _handler(server: JudgeServer) -> type[BaseHTTPRequestHandler]:
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
             if self.path == "/v1/chat/completions":
-                reply = server.next_reply(payload["messages"][0]["content"][1]["text"])
+                reply = server.next_reply(payload["messages"][0]["content"][-1]["text"])
             else:
                 reply = fails(404)
             server.closing.wait(reply.delay)

@@ -21,6 +21,7 @@ class Prompt:
     prompt: str
     target: str | None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    source: Image.Image | None = None
 
 
 def ask(text: str) -> Prompt:

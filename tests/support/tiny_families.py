@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
+
+from gdro_cli.models.base import Conditioning, FlowModel
 
 SIZE = {"height": 32, "width": 48}
 """Image size of the tests: 4 x 6 latent pixels, 2 x 3 tokens; not square, so that swapped axes show."""
@@ -109,6 +113,9 @@ def qwen_tokenizer() -> Any:
     return Qwen2Tokenizer(vocab=vocab, merges=[], chat_template=_CHAT)
 
 
+_VISION_TOKENS = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+
+
 def qwen3_config(*, width: int, layers: int) -> Any:
     from transformers import Qwen3Config
 
@@ -171,18 +178,33 @@ def scheduler(**options: Any) -> Any:
     return FlowMatchEulerDiscreteScheduler(**options)
 
 
+def sources(count: int) -> list[Image.Image]:
+    """Images to edit, of the tests' size."""
+    pixels = torch.randint(256, (count, SIZE["height"], SIZE["width"], 3), generator=torch.Generator().manual_seed(5))
+    return [Image.fromarray(one.numpy().astype("uint8")) for one in pixels]
+
+
+def encode(model: FlowModel, prompts: Sequence[str]) -> list[Conditioning]:
+    """The conditionings of prompts; a model that edits edits one image with all of them."""
+    return model.encode(prompts, sources(1) * len(prompts) if model.edits else ())
+
+
 def set_up(pipe: Any) -> None:
     """Let a pipeline draw what the family draws at the tests' size, as the model card says."""
     from gdro_cli.models.diffusers_flow import FAMILIES
 
-    exec(Template(FAMILIES[type(pipe).__name__].pipeline_setup).substitute(SIZE), {"pipe": pipe})
+    setup = Template(FAMILIES[type(pipe).__name__].pipeline_setup).substitute(SIZE)
+    exec(setup, {"pipe": pipe})
     if type(pipe).__name__ == "SanaPipeline":
         pipe.check_inputs = lambda *_: None  # it demands multiples of 32, the pixels per token of the published models
 
 
-def build_flux(folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bool = True) -> Path:
+def build_flux(
+    folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bool = True, pipeline: str = "FluxPipeline"
+) -> Path:
     """FLUX.1, with or without a guidance input, its schedule shifted by image size or by a fixed number."""
-    from diffusers import FluxPipeline, FluxTransformer2DModel
+    import diffusers
+    from diffusers import FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     with seeded():
@@ -206,7 +228,7 @@ def build_flux(folder: Path, *, guidance_embeds: bool = False, dynamic_shift: bo
             bos_token_id=0,
             eos_token_id=1,
         )
-        FluxPipeline(
+        getattr(diffusers, pipeline)(
             scheduler=scheduler(use_dynamic_shifting=dynamic_shift, shift=3.0),
             vae=autoencoder(),
             text_encoder=CLIPTextModel(clip).eval(),
@@ -278,9 +300,14 @@ def build_sd3(folder: Path, *, t5: bool = True, dual: bool = True) -> Path:
     return folder
 
 
-def build_qwen_image(folder: Path) -> Path:
-    """Qwen-Image with its linear-in-size shift that ends at 0.02."""
-    from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+def build_qwen_image(folder: Path, *, edits: bool = False) -> Path:
+    """Qwen-Image (or Qwen-Image-Edit) with its linear-in-size shift that ends at 0.02."""
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        QwenImageEditPipeline,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     with seeded():
@@ -305,7 +332,7 @@ def build_qwen_image(folder: Path) -> Path:
         encoder = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(
                 text_config={
-                    "vocab_size": 257,
+                    "vocab_size": 257 + len(_VISION_TOKENS),
                     "hidden_size": 16,
                     "intermediate_size": 16,
                     "num_hidden_layers": 2,
@@ -324,13 +351,13 @@ def build_qwen_image(folder: Path) -> Path:
                     "out_hidden_size": 16,
                     "fullatt_block_indexes": [0],
                 },
-                image_token_id=250,
-                video_token_id=251,
-                vision_start_token_id=252,
-                vision_end_token_id=253,
+                image_token_id=257,
+                video_token_id=258,
+                vision_start_token_id=259,
+                vision_end_token_id=260,
             )
         )
-        QwenImagePipeline(
+        parts: dict[str, Any] = dict(
             transformer=loud(transformer),
             scheduler=scheduler(
                 use_dynamic_shifting=True,
@@ -342,8 +369,44 @@ def build_qwen_image(folder: Path) -> Path:
             vae=vae.eval(),
             text_encoder=encoder.eval(),
             tokenizer=qwen_tokenizer(),
-        ).save_pretrained(folder)
+        )
+        if not edits:
+            QwenImagePipeline(**parts).save_pretrained(folder)
+            return folder
+        parts["tokenizer"].add_special_tokens({"additional_special_tokens": _VISION_TOKENS})
+        QwenImageEditPipeline(**parts, processor=None).save_pretrained(folder)
+        image_processor(parts["tokenizer"]).image_processor.save_pretrained(folder / "processor")
+        index = json.loads((folder / "model_index.json").read_text())
+        index["processor"] = ["transformers", "Qwen2VLProcessor"]
+        (folder / "model_index.json").write_text(json.dumps(index))
     return folder
+
+
+def build_qwen_image_edit(folder: Path) -> Path:
+    return build_qwen_image(folder, edits=True)
+
+
+def image_processor(tokenizer: Any) -> Any:
+    """Qwen2.5-VL's processor for images and texts; the part for videos needs torchvision."""
+    from transformers import Qwen2VLImageProcessorPil, Qwen2VLProcessor
+
+    class OfImages(Qwen2VLProcessor):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, *_: Any) -> None: ...
+
+    return OfImages(Qwen2VLImageProcessorPil(), tokenizer, None)
+
+
+def open_pipeline(folder: Path, **options: Any) -> Any:
+    """The pipeline in a folder, which draws what the family draws."""
+    from diffusers import DiffusionPipeline
+    from transformers import Qwen2Tokenizer
+
+    if json.loads((folder / "model_index.json").read_text()).get("processor"):
+        options["processor"] = image_processor(Qwen2Tokenizer.from_pretrained(folder / "tokenizer"))
+    pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **options)
+    pipe.set_progress_bar_config(disable=True)
+    set_up(pipe)
+    return pipe
 
 
 def build_z_image(folder: Path) -> Path:
@@ -587,14 +650,20 @@ def build_flux2_klein_distilled(folder: Path) -> Path:
     return build_flux2_klein(folder, distilled=True)
 
 
+def build_flux_kontext(folder: Path) -> Path:
+    return build_flux(folder, guidance_embeds=True, pipeline="FluxKontextPipeline")
+
+
 def build_sd3_without_t5(folder: Path) -> Path:
     return build_sd3(folder, t5=False, dual=False)
 
 
 BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "flux-kontext": build_flux_kontext,
     "sd3": build_sd3,
     "sd3-without-t5": build_sd3_without_t5,
     "qwen-image": build_qwen_image,
+    "qwen-image-edit": build_qwen_image_edit,
     "z-image": build_z_image,
     "flux2": build_flux2,
     "flux2-klein": build_flux2_klein,

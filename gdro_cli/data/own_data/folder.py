@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.data.imagefolder import METADATA, image_files, read_image_folder
-from gdro_cli.data.own_data.groups import OpenGroup, OwnData, OwnGroup, OwnImage
+from gdro_cli.data.own_data.groups import ImageSource, OpenGroup, OwnData, OwnGroup, OwnImage
 from gdro_cli.data.own_data.jsonl import SUFFIXES
 from gdro_cli.data.own_data.parquet import SUFFIX
 from gdro_cli.data.own_data.paths import find_image
@@ -127,7 +127,8 @@ def _prompt(path: Path) -> str:
 
 
 def _group(folder: Path, record: PromptRecord, images: Sequence[Path], where: str) -> OwnGroup:
-    group = OpenGroup(record, 1.0, where)
+    edited = None if record.image is None else ImageSource(record.image.path, f"{where}/{record.image.path.name}")
+    group = OpenGroup(record, 1.0, where, edited)
     try:
         for image in images:
             group.add(OwnImage(find_image(str(image.relative_to(folder)), folder), {}))

@@ -79,6 +79,8 @@ class OwnGroup:
     """How much the group counts in a training, 1 unless the data says otherwise."""
     where: str
     """For messages: ``data.jsonl line 12``."""
+    source: ImageSource | None = None
+    """The image that was edited, whose SHA-256 is in the record; None for a model that edits none."""
 
 
 @dataclass(slots=True)
@@ -88,8 +90,9 @@ class OpenGroup:
     record: PromptRecord
     weight: float
     where: str
+    source: ImageSource | None = None
     images: dict[str, OwnImage] = field(default_factory=dict)
-    """By the name of the source."""
+    """By their names."""
 
     def add(self, image: OwnImage) -> None:
         """Add an image. Raises ValueError if the group has it."""
@@ -99,7 +102,7 @@ class OpenGroup:
 
     def close(self) -> OwnGroup:
         """The group with the images that it has."""
-        return OwnGroup(self.record, tuple(self.images.values()), self.weight, self.where)
+        return OwnGroup(self.record, tuple(self.images.values()), self.weight, self.where, self.source)
 
 
 @dataclass(frozen=True, slots=True)

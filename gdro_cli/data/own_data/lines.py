@@ -11,7 +11,8 @@ Pairs              prompt, chosen, rejected
 Demonstrations     prompt, image                 or images
 
 In every form: ``caption`` or ``text`` for ``prompt``, ``file_name`` for ``image`` (HF's imagefolder), and the optional
-``target``, ``metadata`` and ``weight``.
+``target``, ``metadata`` and ``weight``. For a model that edits images each line also has ``source``, the image that was
+edited; where the form has no ``image`` of its own, that is another name for it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _PROMPT = ("prompt", "caption", "text")
 _IMAGE = ("image", "file_name")
 _LISTED = ("images", "image_path", "file_path")
 _OPTIONAL = ("target", "metadata", "weight")
+_SOURCE = ("source", "image")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,17 @@ def find_keys(line: Mapping[str, Any]) -> Keys:
     raise ValueError(f"its keys ({', '.join(line)}) fit no form{guesses}: write {forms}; see docs/own-data.md")
 
 
-def ignored_keys(line: Mapping[str, Any], keys: Keys) -> list[str]:
-    """The keys of a line that nothing reads."""
-    read = {*keys.used(line), *_OPTIONAL, *keys.unused}
+def source_key(line: Mapping[str, Any], keys: Keys) -> str:
+    """The key of the image that was edited. Raises ValueError if the line has none."""
+    key = next((key for key in _SOURCE if line.get(key) is not None and key not in keys.used(line)), None)
+    if key is None:
+        raise ValueError("it has no `source`, the image that was edited, and the model edits images; add it")
+    return key
+
+
+def ignored_keys(line: Mapping[str, Any], keys: Keys, *, edits: bool = False) -> list[str]:
+    """The keys of a line that nothing reads; ``edits``: whether the images are edited ones."""
+    read = {*keys.used(line), *_OPTIONAL, *keys.unused, *(_SOURCE if edits else ())}
     return [key for key in line if key not in read]
 
 
@@ -122,35 +132,37 @@ def read_line(line: Mapping[str, Any], keys: Keys) -> Line:
 # -- Flow-Factory -----------------------------------------------------------------------------------------------------
 
 
-def without_nesting(line: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_nesting(line: Mapping[str, Any], *, edits: bool = False) -> Mapping[str, Any]:
     """A record of Flow-Factory (``"schema_version": 2``) with the keys of pairs or demonstrations; else the line.
 
-    Its metadata is provenance and is left out.
+    Its metadata is provenance and is left out. If the model ``edits``, the input's image is the ``source``.
 
     Raises:
-        ValueError: the record has another version, condition images, or other media than one image.
+        ValueError: the record has another version, images that the model does not take, or other media than one image.
     """
     if not {"schema_version", "input", "supervision"} <= line.keys():
         return line
     if line["schema_version"] != 2:
         raise ValueError(f"its schema_version is {shown(line['schema_version'])}; 2 is the one that can be read")
     given, supervision = _object(line["input"], "input"), _object(line["supervision"], "supervision")
-    if given.get("media") or set(given) - {"prompt", "media"}:
+    if (given.get("media") and not edits) or set(given) - {"prompt", "media"}:
         raise ValueError("its input has more than a prompt; only text-to-image data can be used")
+    source = {"source": _only_image(given, "input")} if given.get("media") else {}
     rest = {key: value for key, value in line.items() if key not in {"schema_version", "input", "supervision"}}
     rest.pop("metadata", None)
     parts = {"preference": {"chosen": "chosen", "rejected": "rejected"}, "demonstration": {"target": "image"}}
     kind = supervision.get("type")
     if not isinstance(kind, str) or kind not in parts:
         raise ValueError(f"its supervision.type is {shown(kind)}; it must be preference or demonstration")
-    images = {ours: _only_image(supervision, theirs) for theirs, ours in parts[kind].items()}
-    return {"prompt": given.get("prompt"), **images, **rest}
+    outputs = {ours: (f"supervision.{theirs}", supervision.get(theirs)) for theirs, ours in parts[kind].items()}
+    images = {ours: _only_image(value, name) for ours, (name, value) in outputs.items()}
+    return {"prompt": given.get("prompt"), **images, **source, **rest}
 
 
-def _only_image(supervision: Mapping[str, Any], name: str) -> Any:
-    media = _object(supervision.get(name), f"supervision.{name}").get("media")
+def _only_image(value: Any, name: str) -> Any:
+    media = _object(value, name).get("media")
     if not isinstance(media, list) or len(media) != 1 or _object(media[0], "media[0]").get("type") != "image":
-        raise ValueError(f"supervision.{name}.media must have one entry, of the type image")
+        raise ValueError(f"{name}.media must have one entry, of the type image")
     return media[0].get("path")
 
 
@@ -291,5 +303,5 @@ KEYS = (
 """In the order in which they are tried."""
 
 _KNOWN = [*_PROMPT, *_OPTIONAL, *dict.fromkeys(name for keys in KEYS for names in keys.names for name in names)]
-READ = frozenset([*_KNOWN, HAS_LABEL])
+READ = frozenset([*_KNOWN, *_SOURCE, HAS_LABEL])
 """Keys whose values are looked at."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from gdro_cli.data.own_data.groups import ImageSource
 from gdro_cli.data.promptfile import check_characters
+from gdro_cli.data.sources import find_image_file
 
 
 def find_image(value: Any, folder: Path, *, below: str = "") -> ImageSource:
@@ -25,14 +25,6 @@ def find_image(value: Any, folder: Path, *, below: str = "") -> ImageSource:
         if not value.cell_size:
             raise ValueError(f"the image in the column {value.column} is empty")
         return value
-    if not isinstance(value, str) or not value:
-        raise ValueError(f"an image must be a path, not {value!r}")
-    check_characters(value, "the path of an image")
-    root = os.path.join(os.path.realpath(folder), "")
-    for base in (root, os.path.join(root, below)):
-        full = os.path.realpath(os.path.join(base, value))
-        if not full.startswith(root):
-            raise ValueError(f"the image {value} is outside the folder {folder}; put it there, not a link to it")
-        if os.path.isfile(full):
-            return ImageSource(Path(full), full.removeprefix(root))
-    raise ValueError(f"the image {value} is missing; paths are relative to {folder}")
+    if isinstance(value, str):
+        check_characters(value, "the path of an image")
+    return ImageSource(*find_image_file(value, folder, below=below))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.data.own_data.folder import read_images, tables_in
-from gdro_cli.data.own_data.groups import OpenGroup, OwnData, OwnGroup, OwnImage
+from gdro_cli.data.own_data.groups import ImageSource, OpenGroup, OwnData, OwnGroup, OwnImage
 from gdro_cli.data.own_data.jsonl import SUFFIXES, Row, read_json_rows
 from gdro_cli.data.own_data.lines import (
     HAS_LABEL,
@@ -22,24 +22,26 @@ from gdro_cli.data.own_data.lines import (
     guess,
     ignored_keys,
     read_line,
+    source_key,
     without_nesting,
 )
 from gdro_cli.data.own_data.parquet import SUFFIX, read_parquet_rows
 from gdro_cli.data.own_data.paths import find_image
 from gdro_cli.data.promptfile import MAX_PROBLEMS
-from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.records import IMAGE, PromptRecord
 from gdro_cli.errors import UserError
 
 GROUP = "group"
 """The key of the metadata that tells groups with the same prompt apart."""
 
 
-def read_own_data(path: Path) -> OwnData:
+def read_own_data(path: Path, *, edits: bool = False) -> OwnData:
     """Read prompts with their images, scores and weights. Images are found, but not decoded.
 
     Args:
         path: a table (``.jsonl``, ``.json``, ``.parquet``), a folder that holds one, or a folder of images; the forms
             are in docs/own-data.md.
+        edits: whether the images are edited ones, so that each line of a table names the image that was edited.
 
     Raises:
         UserError: the path has no form that is known, or up to ten bad lines, each with what is wrong.
@@ -49,7 +51,7 @@ def read_own_data(path: Path) -> OwnData:
     if not path.exists():
         raise UserError(f"{path} does not exist: name a table or a folder of images")
     files = tables_in(path) if path.is_dir() else [path]
-    return _Table(path, files[0].parent).read(files) if files else read_images(path)
+    return _Table(path, files[0].parent, edits=edits).read(files) if files else read_images(path)
 
 
 def _rows(path: Path) -> Iterator[Row]:
@@ -64,9 +66,12 @@ def _rows(path: Path) -> Iterator[Row]:
 class _Table:
     """The lines of a table, gathered into groups."""
 
-    def __init__(self, path: Path, folder: Path) -> None:
+    def __init__(self, path: Path, folder: Path, *, edits: bool) -> None:
         self.path = path
         self.folder = folder
+        self.edits = edits
+        self.digests: dict[Path, str] = {}
+        """SHA-256 of source images that are files."""
         self.keys: Keys | None = None
         self.keys_from = ""
         self.groups: dict[str, OpenGroup] = {}
@@ -106,19 +111,21 @@ class _Table:
 
     def _add(self, where: str, row: Mapping[str, Any], *, below: str) -> None:
         """Add a line. Raises ValueError if it is wrong, UserError if its form is."""
-        line = without_nesting(row)
+        line = without_nesting(row, edits=self.edits)
         keys = self._form(where, line)
-        for key in ignored_keys(line, keys):
+        for key in ignored_keys(line, keys, edits=self.edits):
             self.ignored[key] += 1
             self.guesses.setdefault(key, guess(key, line))
         if HAS_LABEL in keys.unused and line.get(HAS_LABEL) is False:
             self.unlabelled += 1
             return
         said = read_line(line, keys)
-        group = self.groups.get(said.record.id)
+        source = find_image(line[source_key(line, keys)], self.folder, below=below) if self.edits else None
+        record = said.record if source is None else self._editing(said.record, source)
+        group = self.groups.get(record.id)
         is_new = group is None or not keys.one_image
         if group is None or not keys.one_image:
-            group = OpenGroup(self._unique(said.record), said.weight, where)
+            group = OpenGroup(self._unique(record), said.weight, where, source)
         elif group.weight != said.weight:
             raise ValueError(
                 f"weight is {said.weight:g}, and {group.weight:g} in {group.where}; a group has one weight"
@@ -127,6 +134,17 @@ class _Table:
             group.add(OwnImage(find_image(image, self.folder, below=below), scores))
         if is_new:
             self.groups[group.record.id] = group
+
+    def _editing(self, record: PromptRecord, source: ImageSource) -> PromptRecord:
+        """The record with the digest of the image that it edits."""
+        if IMAGE in record.metadata:
+            raise ValueError(f"metadata {IMAGE} is the name of the source image's digest; rename yours")
+        digest = self.digests.get(source.path) if source.row is None else None
+        if digest is None:
+            digest = sha256(source.read()).hexdigest()
+            if source.row is None:
+                self.digests[source.path] = digest
+        return PromptRecord.of(record.prompt, target=record.target, metadata={**record.metadata, IMAGE: digest})
 
     def _form(self, where: str, line: Mapping[str, Any]) -> Keys:
         try:

@@ -67,6 +67,10 @@ class FluxFlow(PackedFlow):
             pooled_projections=text["pooled_prompt_embeds"],
             encoder_hidden_states=embeds,
             txt_ids=torch.zeros(embeds.shape[1], 3, dtype=self.dtype, device=self.device),
-            img_ids=positions(1, *grid, device=self.device).to(self.dtype),  # (unused, row, column)
+            img_ids=self._image_positions(grid),
             return_dict=False,
         )[0]
+
+    def _image_positions(self, grid: tuple[int, int]) -> Tensor:
+        """Positions [S, 3] of the image tokens: (unused, row, column)."""
+        return positions(1, *grid, device=self.device).to(self.dtype)

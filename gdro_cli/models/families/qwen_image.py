@@ -27,6 +27,8 @@ class QwenImageFlow(PackedFlow):
     pads_text: ClassVar[bool] = False
     negative_prompt: ClassVar[str] = " "  # what the model's authors sample with
     lora_targets: tuple[str, ...] = ATTENTION_LAYERS
+    images_seen: ClassVar[int] = 1
+    """Images, all on one grid, whose tokens the transformer takes."""
 
     def _vae_scale(self) -> int:
         return int(2 ** len(self.vae_config["temperal_downsample"]))
@@ -61,7 +63,7 @@ class QwenImageFlow(PackedFlow):
             timestep=sigma,  # the transformer itself multiplies by 1000
             encoder_hidden_states=text["prompt_embeds"],
             encoder_hidden_states_mask=text.get("prompt_embeds_mask"),
-            img_shapes=[[(1, *grid)]] * len(x),
+            img_shapes=[[(1, *grid)] * self.images_seen] * len(x),
             return_dict=False,
         )[0]
 

@@ -1,7 +1,8 @@
 """What a reward server and its client say to each other; docs/reward-servers.md is the description for others.
 
 ``GET`` on the server's address returns ``Info``. ``POST`` of ``{"prompts", "targets", "metadata", "images"}``, four
-lists of one length, returns ``{"version", "scores"}``: for each image ``{"value", "details"}`` or ``{"error"}``.
+lists of one length, returns ``{"version", "scores"}``: for each image ``{"value", "details"}`` or ``{"error"}``. If
+prompts edit images, a fifth list, ``sources``, has these images.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gdro_cli.rewards.address import without_key
 from gdro_cli.rewards.base import PromptLike, Score, one_line
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 PROTOCOL = 1
 """The number of this protocol. A server may state it, and a client refuses another one."""
@@ -38,7 +42,7 @@ class Info:
     version: Mapping[str, Any]
     """Equal versions give equal scores; it names the score table."""
     needs: frozenset[str] = frozenset()
-    """What a prompt must carry: ``target``, keys of its metadata, or nothing."""
+    """What a prompt must carry: ``target``, ``image``, keys of its metadata, or nothing."""
     scale: tuple[float, float] | None = None
     """The range of the values, two finite numbers, if the server states it."""
 
@@ -50,21 +54,30 @@ class RemotePrompt:
     prompt: str
     target: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    source: Image.Image | None = None
+    """The image that the prompt edits."""
 
 
-def request_body(images: Sequence[str], prompts: Sequence[PromptLike]) -> bytes:
-    """The body of a request; ``images`` are PNG in base64."""
-    content = {
+def request_body(
+    images: Sequence[str], prompts: Sequence[PromptLike], sources: Sequence[str | None] | None = None
+) -> bytes:
+    """The body of a request; ``images`` and the prompts' ``sources`` are PNG in base64."""
+    content: dict[str, Any] = {
         "prompts": [prompt.prompt for prompt in prompts],
         "targets": [prompt.target for prompt in prompts],
         "metadata": [dict(prompt.metadata) for prompt in prompts],
         "images": list(images),
     }
+    if sources is not None and any(source is not None for source in sources):
+        content["sources"] = list(sources)
     return json.dumps(content).encode("ascii")
 
 
-def read_request(body: bytes) -> tuple[list[str], list[RemotePrompt]]:
-    """The images and prompts of a request. Raises ``ValueError`` with a sentence for the sender."""
+def read_request(body: bytes) -> tuple[list[str], list[RemotePrompt], list[str | None]]:
+    """The images, prompts and source images of a request, which are still texts.
+
+    Raises ``ValueError`` with a sentence for the sender.
+    """
     try:
         content = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -79,7 +92,10 @@ def read_request(body: bytes) -> tuple[list[str], list[RemotePrompt]]:
     types = ((images, str), (prompts, str), (targets, str | None), (metadata, dict))
     if not all(isinstance(value, kind) for values, kind in types for value in values):
         raise ValueError("images and prompts are texts, targets texts or null, and metadata objects")
-    return images, [RemotePrompt(*parts) for parts in zip(prompts, targets, metadata, strict=True)]
+    sources = content.get("sources", [None] * len(images))
+    if not isinstance(sources, list) or len(sources) != len(images) or not all(_is(s, str | None) for s in sources):
+        raise ValueError("sources must be a list of texts or nulls, one for each image")
+    return images, [RemotePrompt(*parts) for parts in zip(prompts, targets, metadata, strict=True)], sources
 
 
 def answer_content(version: Mapping[str, Any], scores: Sequence[Score]) -> dict[str, Any]:

@@ -140,7 +140,8 @@ class HttpReward(Reward):
 
         images, scores = await asyncio.to_thread(_encode, [image for image, _ in pairs])
         if images:
-            body = request_body(list(images.values()), [pairs[index][1] for index in images])
+            prompts = [pairs[index][1] for index in images]
+            body = request_body(list(images.values()), prompts, await asyncio.to_thread(_sources, prompts))
             try:
                 # a server that has just been down for all attempts is not waited for again
                 answer = await client.ask(body, attempts=1 if self._down else 1 + self.settings.retries)
@@ -184,6 +185,14 @@ class HttpReward(Reward):
     def __getstate__(self) -> dict[str, Any]:
         """A scoring process checks the server itself."""
         return {**self.__dict__, "_checked": False}
+
+
+def _sources(prompts: Sequence[PromptLike]) -> list[str | None]:
+    """The images that prompts edit as PNG in base64; None for a prompt that edits none."""
+    from gdro_cli.rewards.png import png_base64
+
+    sources = [prompt.source for prompt in prompts]
+    return [None if source is None else png_base64(source) for source in sources]
 
 
 def _encode(sources: Sequence[ImageSource]) -> tuple[dict[int, str], dict[int, Score]]:

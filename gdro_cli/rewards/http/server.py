@@ -73,11 +73,11 @@ def make_app(reward: Reward, version: Mapping[str, Any], pool: Pool, *, key: str
         if request.headers.get("Content-Type", "").split(";")[0].strip() != "application/json":
             raise HTTPException(415, "the body must be application/json")  # which no web page sends unasked
         try:
-            images, prompts = read_request(await _body(request))
+            images, prompts, sources = read_request(await _body(request))
         except ValueError as error:
             raise HTTPException(400, str(error)) from error
         async with turn:
-            scores = await asyncio.to_thread(_score, reward, pool, images, prompts)
+            scores = await asyncio.to_thread(_score, reward, pool, images, prompts, sources)
         return JSONResponse(answer_content(version, scores))
 
     async def failed(_: Request, error: Exception) -> Response:
@@ -88,19 +88,26 @@ def make_app(reward: Reward, version: Mapping[str, Any], pool: Pool, *, key: str
     return Starlette(routes=routes, exception_handlers={HTTPException: failed, GdroError: failed})
 
 
-def _score(reward: Reward, pool: Pool, texts: Sequence[str], prompts: Sequence[RemotePrompt]) -> list[Score]:
+def _score(
+    reward: Reward,
+    pool: Pool,
+    texts: Sequence[str],
+    prompts: Sequence[RemotePrompt],
+    sources: Sequence[str | None],
+) -> list[Score]:
     """The scores of a request. Raises what the pool raises, after which the next request opens the pool again."""
     scores: dict[int, Score] = {}
     images: dict[int, Image.Image] = {}
     readable: dict[int, RemotePrompt] = {}
-    for index, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+    for index, (text, prompt, given) in enumerate(zip(texts, prompts, sources, strict=True)):
         try:
             target = reward.read_prompt(prompt.prompt, target=prompt.target, metadata=prompt.metadata)
+            source = None if given is None else _decode(given)
             images[index] = _decode(text)
         except (UnreadableImageError, ValueError) as error:
             scores[index] = Score(None, str(error))
         else:
-            readable[index] = RemotePrompt(prompt.prompt, target, prompt.metadata)
+            readable[index] = RemotePrompt(prompt.prompt, target, prompt.metadata, source)
     pool.reopen()
     scores |= dict(zip(images, pool.score(list(images.values()), list(readable.values())), strict=True))
     return [scores[index] for index in range(len(texts))]

@@ -21,10 +21,25 @@ YES_NO = """\
 Does this image show what the prompt asks for? Answer with one word, yes or no.
 
 Prompt: {prompt}"""
+EDIT_RATING = """\
+The first image was edited into the second. The instruction was:
+
+{prompt}
+
+How well does the second image do what the instruction asks for, with everything else as in the first, and how good is \
+it as an image? Answer with one line, a number from LOW (worst) to HIGH (best):
+
+Score: X"""
+EDIT_YES_NO = """\
+The first image was edited into the second. Does the second image do what the instruction asks for, with everything \
+else as in the first? Answer with one word, yes or no.
+
+Instruction: {prompt}"""
 QUESTION = """\
 {prompt} Answer with one word, yes or no."""
 RULE = "vlm-3"
-"""Name of the rule in the provenance; it changes whenever the same answer would be read differently."""
+"""Name of the rule in the provenance; it changes whenever the same answer would be read differently, or the same edit
+would be asked about in other words."""
 
 _MARGIN = 0.0125
 """Share of the scale by which a number may lie beyond it: 0.05 of 1 to 5, as for the judge."""

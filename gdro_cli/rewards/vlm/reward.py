@@ -13,6 +13,8 @@ from gdro_cli.config.base import Affects, StrictModel
 from gdro_cli.files import sha256
 from gdro_cli.rewards.base import ImageSource, PromptLike, Resources, Reward, Score
 from gdro_cli.rewards.vlm.answers import (
+    EDIT_RATING,
+    EDIT_YES_NO,
     QUESTION,
     RATING,
     RULE,
@@ -48,7 +50,8 @@ class VlmSettings(StrictModel):
     """Mean over a prompt's questions. `geometric`: one certain no makes the reward 0."""
     template: Annotated[str | None, Affects("speed")] = Field(None, min_length=1)
     """File with the words of a request, with the place {prompt} for the prompt, or for the question. Its content names
-    the scores. Unset: words of our own."""
+    the scores. Unset: words of our own. The words come after the image; where a prompt edits an image, after that one
+    and the drawn one."""
     api_key_env: Annotated[str | None, Affects("speed")] = Field(None, min_length=1)
     """Name of the environment variable with the endpoint's key, if the endpoint needs one. The key itself is never
     stored."""
@@ -102,15 +105,23 @@ class VlmReward(Reward):
 
     @cached_property
     def template(self) -> str:
-        """The words of a request. Raises ``UserError``."""
+        """The words of a request about an image. Raises ``UserError``."""
+        return self._words(rating=RATING, yes_no=YES_NO)
+
+    @cached_property
+    def edit_template(self) -> str:
+        """The words of a request about an edited image. Raises ``UserError``."""
+        return self._words(rating=EDIT_RATING, yes_no=EDIT_YES_NO)
+
+    def _words(self, *, rating: str, yes_no: str) -> str:
         from gdro_cli.rewards.chat import read_template
 
         settings = self.settings
         if settings.template is not None:
             return read_template(settings.template, key="reward.vlm.template")
         low, high = (f"{end:g}" for end in settings.scale)
-        rating = RATING.replace("LOW", low).replace("HIGH", high)
-        return {"rating": rating, "yes_no": YES_NO, "questions": QUESTION}[settings.ask]
+        rating = rating.replace("LOW", low).replace("HIGH", high)
+        return {"rating": rating, "yes_no": yes_no, "questions": QUESTION}[settings.ask]
 
     @property
     def version(self) -> Mapping[str, Any]:
@@ -150,21 +161,21 @@ class VlmReward(Reward):
     async def _score_one(
         self, endpoint: Endpoint, gate: asyncio.Semaphore, source: ImageSource, prompt: PromptLike
     ) -> Score:
-        from gdro_cli.rewards.base import UnreadableImageError, read_rgb
+        from gdro_cli.rewards.base import UnreadableImageError
         from gdro_cli.rewards.chat import filled
         from gdro_cli.rewards.endpoint import NoAnswerError
-        from gdro_cli.rewards.png import png_base64
 
         questions = _questions(prompt.metadata) if self.settings.ask == "questions" else [prompt.prompt]
         values: list[float] = []
         answers: list[str] = []
         try:
             async with gate:
-                image = await asyncio.to_thread(lambda: png_base64(read_rgb(source)))
+                images = await asyncio.to_thread(_images, source, prompt)
+                template = self.template if len(images) == 1 else self.edit_template
                 for question in questions:
                     content: list[dict[str, Any]] = [
-                        {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image}"}},
-                        {"type": "text", "text": filled(self.template, question)},
+                        *({"type": "image_url", "image_url": {"url": url}} for url in images),
+                        {"type": "text", "text": filled(template, question)},
                     ]
                     answer = await endpoint.ask(content, max_tokens=self._max_tokens, probabilities=not self._rates)
                     answers.append(answer.text[:_QUOTED])
@@ -211,6 +222,16 @@ class VlmReward(Reward):
     def __getstate__(self) -> dict[str, Any]:
         """A scoring process checks the endpoint itself."""
         return {**self.__dict__, "_checked": False}
+
+
+def _images(image: ImageSource, prompt: PromptLike) -> list[str]:
+    """The image as a data URL; before it, if the prompt edits an image, that one. Raises ``UnreadableImageError``."""
+    from gdro_cli.rewards.base import read_rgb
+    from gdro_cli.rewards.png import png_base64
+
+    edited, drawn = prompt.source, read_rgb(image)
+    images = [drawn] if edited is None else [edited, drawn]
+    return [f"data:image/png;base64,{png_base64(one)}" for one in images]
 
 
 def _questions(metadata: Mapping[str, Any]) -> list[str]:

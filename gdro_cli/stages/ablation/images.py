@@ -21,6 +21,7 @@ from gdro_cli.stages.reporting.image_sheet import blank, decoded
 from gdro_cli.stages.runs.weights import RunWeights, applied, evaluated_weights
 from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.sources import encode_prompts
 from gdro_cli.stages.setup.store import evaluation_plan
 
 PROMPTS = 4
@@ -96,7 +97,7 @@ class _Painter:
         part = self.session.part(recipe)
         model = part.model
         if self.conditioning is None:
-            self.conditioning = model.encode([prompt.prompt for prompt in self.prompts])
+            self.conditioning = encode_prompts(model, self.prompts)
             model.release_encoders()
         plan = evaluation_plan(part, images_per_prompt=1)
         seeds = [[plan.image_seed(prompt.id, 0)] for prompt in self.prompts]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from gdro_cli.core.scores import Interval
 from gdro_cli.data.imagefolder import PromptImages, read_image_folder, refuse_used, write_image_folder
+from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow, ScoreTable, read_scores, write_scores
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.files import make_folder, new_folder, sha256_file, write_json
@@ -166,8 +167,8 @@ def _checked(entries: list[PromptImages], check: Callable[[], None]) -> Iterator
 
 
 def _entries(table: ScoreTable) -> list[PromptImages]:
-    images: dict[str, list[Path]] = {}
+    images: dict[PromptRecord, list[Path]] = {}
     for number in range(len(table.store.shards)):
         for stored in table.store.images(number):
-            images.setdefault(stored.prompt.id, []).append(stored.path)
-    return [PromptImages(prompt, tuple(images[prompt.id])) for prompt in table.store.prompts]
+            images.setdefault(stored.prompt, []).append(stored.path)
+    return [PromptImages(prompt, tuple(files)) for prompt, files in images.items()]

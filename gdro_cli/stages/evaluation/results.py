@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gdro_cli.config.recipe import Recipe
+from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreTable
 from gdro_cli.errors import PrerequisiteError
 from gdro_cli.identity import digest
@@ -96,17 +97,22 @@ def protocol_name(recipe: Recipe, protocol: dict[str, Any], *, prompts: int) -> 
     return f"{recipe.reward.kind}-{prompts}x{recipe.eval.images_per_prompt}-{recipe.eval_steps}steps-{digest(protocol)}"
 
 
+def _asks(record: PromptRecord) -> tuple[str, str | None]:
+    """What a prompt asks for: its text, and the image that it edits."""
+    return record.prompt, record.image_sha256
+
+
 def count_seen(session: Session) -> int:
     """How many of the evaluation's prompts are also in the training or validation prompts.
 
     Imported training prompts are only known while their store is there.
     """
-    seen = {record.prompt for record in session.prompts("validation").records}
+    seen = {_asks(record) for record in session.prompts("validation").records}
     try:
-        seen |= {record.prompt for record in session.prompts("train").records}
+        seen |= {_asks(record) for record in session.prompts("train").records}
     except PrerequisiteError as error:
         session.reporter.say(f"whether held-out prompts were trained on cannot be said ({error})")
-    return sum(record.prompt in seen for record in session.prompts("eval").records)
+    return sum(_asks(record) in seen for record in session.prompts("eval").records)
 
 
 def _image_rows(rated: Rated, table: ScoreTable, workspace: Path) -> tuple[ImageRow, ...]:

@@ -28,11 +28,12 @@ from gdro_cli.rewards.pool import Pool, ScoringStopped
 from gdro_cli.runtime.metrics import ValidationRow
 from gdro_cli.stages.evaluation.measures import GROUP_SIGNALS, quality_measures
 from gdro_cli.stages.evaluation.quality import Rated, joined, pair_verdict, rate
-from gdro_cli.stages.reporting.image_sheet import draw_sheet
+from gdro_cli.stages.reporting.image_sheet import SheetRow, draw_sheet, source_row
 from gdro_cli.stages.sampling.fill_store import decode_images, sample_images
 from gdro_cli.stages.scoring.score_rows import Slot, score_images, why_none
 from gdro_cli.stages.setup.scorers import open_judge_pool, open_reward_pool
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.sources import encode_prompts
 from gdro_cli.stages.setup.store import SamplingPlan, evaluation_plan
 
 FOLDER = "validation"
@@ -109,7 +110,7 @@ class Validation:
     def open(cls, session: Session, run: Path, stack: ExitStack, *, rewards: Pool | None = None) -> Validation:
         """Encode the prompts and start the scoring processes, which end with ``stack``; ``rewards`` already runs."""
         engine, prompts = session.engine, session.prompts("validation")
-        conditioning = session.model.encode([prompt.prompt for prompt in prompts.records])
+        conditioning = encode_prompts(session.model, prompts.records)
         session.model.release_encoders()
         protocol = engine.from_main(lambda: validation_protocol(session))
         judges = None
@@ -250,7 +251,10 @@ class Validation:
         judged: list[ScoreRow] | list[None] = [None] * len(scored) if self.judges is None else rows(self.judges)
         full = [joined(reward, row, judgement) for row, judgement in zip(scored, judged, strict=True)]
         if shown := self.prompts.records[: session.recipe.eval.grid_prompts]:
-            sheet = {f"step {step}": [(images[i * count], full[i * count]) for i in range(len(shown))]}
+            drawn: dict[str, SheetRow] = {
+                f"step {step}": [(images[i * count], full[i * count]) for i in range(len(shown))]
+            }
+            sheet = source_row(shown) | drawn
             draw_sheet(self._sheet(step), [prompt.prompt for prompt in shown], sheet, reward=reward)
         return rate(reward, self.prompts.records, full, images, judged=self.judges is not None)
 

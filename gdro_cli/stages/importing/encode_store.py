@@ -7,18 +7,19 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Self
 
 import torch
 from PIL import Image
 
-from gdro_cli.data.own_data import OwnData, OwnGroup, OwnImage
+from gdro_cli.data.own_data import ImageSource, OwnData, OwnGroup, OwnImage
 from gdro_cli.data.promptfile import MAX_PROBLEMS
 from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import UserError
 from gdro_cli.files import sha256
 from gdro_cli.images import Fitting, UnusableImageError, fit, open_image, scaling
+from gdro_cli.models.families.editing import trained_on
 from gdro_cli.models.latents import to_pixels
 from gdro_cli.rewards.pool import usable_cores
 from gdro_cli.runtime.lock import folder_lock
@@ -45,6 +46,7 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
     own = engine.share(missing)
     stopped = f"stopped while importing; finished shards are kept in {store.path}: run the command again to continue"
     keeps, enlarged = store.image_format != "none", 0
+    sources = {group.record.id: group for group in data.groups if group.source is not None}
 
     def make(number: int) -> None:
         nonlocal enlarged
@@ -63,9 +65,11 @@ def encode_store(session: Session, store: GroupStore, data: OwnData, *, how: Fit
             session.stop.check(stopped)
         prompts, whole, end = store.shards[number], torch.cat(latents), 0
         groups = []
-        for prompt, text in zip(prompts, model.encode([prompt.prompt for prompt in prompts]), strict=True):
+        edited = [_source(sources[prompt.id], session.image_size, how) for prompt in prompts if prompt.id in sources]
+        texts = model.encode([prompt.prompt for prompt in prompts], edited)
+        for prompt, text, source in zip_longest(prompts, map(trained_on, texts), edited):
             members = slice(end, end := end + store.sizes[prompt.id])
-            groups.append(Group(prompt, whole[members], text, images[members], origins[members]))
+            groups.append(Group(prompt, whole[members], text, images[members], origins[members], source))
         writer.write(number, groups, start)
 
     total = sum(store.images_in(number) for number in own)
@@ -91,6 +95,23 @@ def _images(store: GroupStore, data: OwnData, shards: Sequence[int]) -> Iterator
         for prompt in store.shards[number]
         for image in groups[prompt.id].images
     )
+
+
+def _source(group: OwnGroup, size: tuple[int, int], how: Fitting) -> Image.Image:
+    """The image that was edited, of the recipe's size. Raises UserError if it cannot be used or has changed."""
+    if group.source is None:
+        raise TypeError(f"{group.where} has no image that was edited")
+    content = group.source.read()
+    if sha256(content) != group.record.image_sha256:
+        raise UserError(f"{group.where}: {group.source.name} has changed since the import began: run the command again")
+    return fit(_opened(content, group, group.source), height=size[0], width=size[1], how=how)
+
+
+def _opened(content: bytes, group: OwnGroup, source: ImageSource) -> Image.Image:
+    try:
+        return open_image(content)
+    except UnusableImageError as error:
+        raise UserError(f"{group.where}: {source.name} cannot be used: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,10 +188,7 @@ class _Readers:
     def _read(self, group: OwnGroup, image: OwnImage, content: bytes | None) -> _Fitted:
         source = image.source
         content = source.read() if content is None else content
-        try:
-            shown = open_image(content)
-        except UnusableImageError as error:
-            raise UserError(f"{group.where}: {source.name} cannot be used: {error}") from error
+        shown = _opened(content, group, source)
         height, width = self._size
         enlarged = scaling(shown, height=height, width=width, how=self._how) > 1
         origin = {"source": source.name, "bytes": len(content), "modified": source.modified()}

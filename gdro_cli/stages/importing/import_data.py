@@ -25,6 +25,7 @@ from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.importing.encode_store import encode_store
 from gdro_cli.stages.setup.imported import COMMAND, check_name, encoding_identity, imported_path
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.sources import check_sources
 
 DEMONSTRATION = "demonstration"
 """Name of the scores of data that has none: 1 for every image, for a method that needs no order."""
@@ -90,7 +91,7 @@ def run(session: Session, request: Import) -> ImportResult:
     with session:
         engine = session.engine
         with engine.together():
-            data = read_own_data(request.data)
+            data = _read(session, request)
         for note in data.notes:
             session.reporter.say(note)
         store = engine.from_main(lambda: _open(session, request, data))
@@ -102,6 +103,13 @@ def run(session: Session, request: Import) -> ImportResult:
         return ImportResult(store, data, enlarged, made)
 
 
+def _read(session: Session, request: Import) -> OwnData:
+    """The data. Raises UserError, also if it has images to edit and the model edits none, or the other way round."""
+    data = read_own_data(request.data, edits=session.model.edits)
+    check_sources([group.record for group in data.groups], session.model, where=str(request.data), key="source")
+    return data
+
+
 def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str, str]]:
     """What the import would bring, as (what, how much). It makes nothing and opens no image.
 
@@ -110,7 +118,7 @@ def describe(request: Import, recipe: Recipe, workspace: Path) -> list[tuple[str
         PrerequisiteError: the model is missing, or a package that reads the data.
     """
     session = Session(recipe, workspace, planning=True)
-    data = read_own_data(request.data)
+    data = _read(session, request)
     height, width = session.image_size
     rows = [
         ("data", str(request.data)),
@@ -135,7 +143,7 @@ def _size_text(session: Session, data: OwnData) -> str:
     latents = math.prod(model.latent_shape(height=height, width=width)) * sum(
         len(group.images) for group in data.groups
     )
-    shapes = model.conditioning_shapes(model.max_sequence_length).values()
+    shapes = model.sized_shapes(model.max_sequence_length, height=height, width=width).values()
     texts = sum(math.prod(shape) for shape in shapes) * len(data.groups)
     sizes = [f"{values * model.dtype.itemsize / 1e6:,.0f} MB" for values in (latents, texts)]
     return f"latents {sizes[0]}, texts at most {sizes[1]}: on disk, and in the memory of each process that trains"

@@ -13,6 +13,7 @@ from typing import Any
 
 from gdro_cli.core.verdict import LIMITS, Change
 from gdro_cli.data.records import PromptRecord
+from gdro_cli.data.shards import source_name
 from gdro_cli.files import write_bytes
 from gdro_cli.rewards.base import Reward
 from gdro_cli.rewards.registry import reward_class
@@ -94,7 +95,8 @@ class Shot:
     """An image with what is known of it."""
 
     model: str
-    index: int
+    """Or ``source``, the image that the prompt edits."""
+    index: int | None
     source: str | None
     """Data URI; None when the file is missing or damaged."""
     alt: str
@@ -302,8 +304,8 @@ def _shots(
     workspace: Path,
     change: float | None = None,
 ) -> Case:
-    reward = reward_class(results.task)
-    shots = (
+    reward, listed = reward_class(results.task), list(rows)
+    shots = [
         Shot(
             model=model,
             index=row.index,
@@ -311,8 +313,12 @@ def _shots(
             alt=f"{model} model, image {row.index}: {prompt.prompt}",
             facts=tuple(_facts(row, reward)),
         )
-        for model, row in rows
-    )
+        for model, row in listed
+    ]
+    edited = next((workspace / row.file for _, row in listed if row.file), None) if prompt.image_sha256 else None
+    if edited is not None:
+        file = edited.with_name(source_name(prompt.id, edited.suffix[1:]))
+        shots.insert(0, Shot("source", None, data_uri(file), f"the image to edit: {prompt.prompt}", ()))
     return Case(prompt, tuple(shots), change)
 
 

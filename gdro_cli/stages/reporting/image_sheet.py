@@ -8,7 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from gdro_cli.data.records import PromptRecord
 from gdro_cli.data.scores import ScoreRow, ScoreTable
+from gdro_cli.data.store import GroupStore, StoredImage
 from gdro_cli.files import write_bytes
 from gdro_cli.rewards.base import Reward, UnreadableImageError, read_rgb
 from gdro_cli.rewards.registry import reward_class
@@ -19,20 +21,22 @@ LINE = 15  # pixels per line of text
 TEXT_SIZE = 11
 INK, PAPER, FAINT = (24, 24, 28), (255, 255, 255), (110, 110, 118)
 
-SheetRow = Sequence[tuple[Image.Image | None, ScoreRow]]
-"""Images with their scores; None is a missing image."""
+SheetRow = Sequence[tuple[Image.Image | None, ScoreRow | None]]
+"""Images with their scores; None is a missing image. Source images have no score."""
 
 
 def draw_grid(path: Path, base: ScoreTable, trained: ScoreTable, *, prompts: int) -> Path | None:
     """Draw the first image of the first ``prompts`` prompts of both models and write a PNG.
 
+    Above them are the images that the prompts edit, if they do.
     The reward writes a caption below each image. Returns None for no prompts.
     """
     shown = base.store.prompts[:prompts]
     if not shown:
         return None
     rows = {name: first_images(table, len(shown)) for name, table in (("base", base), ("trained", trained))}
-    draw_sheet(path, [prompt.prompt for prompt in shown], rows, reward=reward_class(base.name))
+    edited = [stored.prompt for stored in _first_stored(base.store, len(shown))] if shown[0].image_sha256 else []
+    draw_sheet(path, [prompt.prompt for prompt in shown], source_row(edited) | rows, reward=reward_class(base.name))
     return path
 
 
@@ -55,7 +59,7 @@ def draw_sheet(
             x = left + column * (CELL + MARGIN)
             shown = blank() if image is None else image
             sheet.paste(shown.resize((CELL, CELL), Image.Resampling.NEAREST), (x, y))
-            for number, text in enumerate(caption(score, reward)):
+            for number, text in enumerate(() if score is None else caption(score, reward)):
                 pen.text((x, y + CELL + 2 + number * LINE), wrapped(text, font, CELL)[0], fill=FAINT, font=font)
     data = io.BytesIO()
     sheet.save(data, "PNG")
@@ -67,6 +71,20 @@ def point_sheet(run: Path, step: int) -> str | None:
     sheet = f"validation/step-{step:06d}.png"
     inside = (run / sheet).is_file() and (run / sheet).resolve().is_relative_to(run.resolve())
     return sheet if inside else None
+
+
+def source_row(prompts: Sequence[PromptRecord]) -> dict[str, SheetRow]:
+    """The row of the images that prompts edit; no row if they edit none."""
+    return {"source": [(prompt.source, None) for prompt in prompts]} if any(prompt.image for prompt in prompts) else {}
+
+
+def _first_stored(store: GroupStore, count: int) -> list[StoredImage]:
+    """The first image of each of the first ``count`` prompts."""
+    stored: list[StoredImage] = []
+    for number in range(len(store.shards)):
+        if len(stored) < count:
+            stored += [image for image in store.images(number) if image.index == 0]
+    return stored[:count]
 
 
 def first_images(table: ScoreTable, count: int) -> list[tuple[Image.Image | None, ScoreRow]]:

@@ -95,13 +95,14 @@ def card(run: FinishedRun, folder: CardFolder) -> bytes:
 
 def front_matter(run: FinishedRun, folder: CardFolder) -> ModelCardData:
     """The card's metadata. It names no licence: that is for the base model's authors."""
-    tags = ["text-to-image", "diffusers", "gdro", run.recipe.method.name, run.recipe.reward.kind, run.model["family"]]
+    task = "image-to-image" if FAMILIES[run.model["pipeline"]].edits else "text-to-image"
+    tags = [task, "diffusers", "gdro", run.recipe.method.name, run.recipe.reward.kind, run.model["family"]]
     on_hub, merged = _on_hub(run), folder.kind == "merged"
     return ModelCardData(
         base_model=run.model["path"] if on_hub else None,
         base_model_relation=("finetune" if merged else "adapter") if on_hub else None,
         library_name="peft" if folder.format == "peft" else "diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         tags=tags if merged else [*tags, "lora"],
     )
 
@@ -128,8 +129,14 @@ def loading_code(run: FinishedRun, folder: CardFolder) -> str:
     elif folder.kind != "merged":
         lines.append(f"pipe.load_lora_weights({here})")
     if setup := FAMILIES[pipeline].pipeline_setup:
-        lines.append(Template(setup).substitute(run.call))
-    lines.append(f"image = pipe({prompt!r}, {arguments}).images[0]")
+        lines.append(Template(setup).safe_substitute({key: repr(value) for key, value in run.call.items()}))
+    given = repr(prompt)
+    if FAMILIES[pipeline].edits:
+        size = f"({run.call.get('width')!r}, {run.call.get('height')!r})"
+        lines[1:1] = ["from PIL import Image, ImageOps"]
+        lines.append(f"source = ImageOps.fit(Image.open('image.png').convert('RGB'), {size}, Image.Resampling.LANCZOS)")
+        given = f"source, {prompt!r}"
+    lines.append(f"image = pipe({given}, {arguments}).images[0]")
     return "\n".join(lines)
 
 

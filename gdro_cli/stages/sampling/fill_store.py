@@ -21,11 +21,13 @@ from gdro_cli.data.store import Group, GroupStore
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import merged
 from gdro_cli.models.base import Conditioning, FlowModel
+from gdro_cli.models.families.editing import trained_on
 from gdro_cli.models.latents import complete
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.runtime.distributed import Engine
 from gdro_cli.runtime.lock import folder_lock
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.sources import encode_prompts
 from gdro_cli.stages.setup.store import SamplingPlan
 
 
@@ -158,7 +160,7 @@ def sample_groups(
         StoreError: an image is not finite.
     """
     count = plan.images_per_prompt
-    conditioning = model.encode([prompt.prompt for prompt in prompts])
+    conditioning = encode_prompts(model, prompts)
     seeds = [[plan.image_seed(prompt.id, index) for index in range(count)] for prompt in prompts]
     latents = sample_images(model, conditioning, seeds, plan, batch_size=batch_size, on_step=on_step, split=split)
     if split is not None and not split.is_main:
@@ -168,7 +170,8 @@ def sample_groups(
         own = latents[position * count : (position + 1) * count]
         images = _all_finite(prompt, decode_images(model, own, plan, batch_size=batch_size))
         origins = [{"seed": seed} for seed in seeds[position]]
-        groups.append(Group(prompt, own.to("cpu", model.dtype), conditioning[position], images, origins))
+        kept = trained_on(conditioning[position])
+        groups.append(Group(prompt, own.to("cpu", model.dtype), kept, images, origins, prompt.source))
     return groups
 
 

@@ -81,4 +81,5 @@ def _id(prompt_id: str, index: int) -> str:
 def _line(image: StoredImage) -> dict[str, Any]:
     prompt = image.prompt
     about = {"prompt": prompt.prompt, "target": prompt.target, "metadata": dict(prompt.metadata)}
-    return {"id": _id(prompt.id, image.index), "path": str(image.path.resolve()), **about}
+    edited = {} if prompt.image is None else {"source": str(prompt.image.path.resolve())}
+    return {"id": _id(prompt.id, image.index), "path": str(image.path.resolve()), **edited, **about}

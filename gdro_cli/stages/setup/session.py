@@ -22,6 +22,7 @@ from gdro_cli.stages.setup.imported import check_imported_prompts, open_imported
 from gdro_cli.stages.setup.judge import open_judge
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.reward import open_reward
+from gdro_cli.stages.setup.sources import check_sources
 
 Split = Literal["train", "validation", "eval"]
 
@@ -161,7 +162,11 @@ class Session:
         return sample.height, sample.width
 
     def prompts(self, split: Split) -> PromptSet:
-        """The recipe's training, validation or held-out prompts. Raises UserError if the reward cannot use them."""
+        """The recipe's training, validation or held-out prompts, their source images at the size of the job's images.
+
+        Raises:
+            UserError: the reward or the model cannot use them.
+        """
         if split not in self._prompts:
             imported = self.imported_store if split == "train" else None
             if imported is None:
@@ -172,7 +177,9 @@ class Session:
                 prompts = PromptSet(imported.prompts, dropped_duplicates=0)
             self._remark(split, prompts)
             self._prompts[split] = prompts
-        return self._prompts[split]
+        prompts = self._prompts[split]
+        check_sources(prompts.records, self.model, where=f"prompts.{split}", key="image")
+        return prompts.at_size(*self.image_size) if self.model.edits else prompts
 
     def _remark(self, split: Split, prompts: PromptSet) -> None:
         """Say what a user should know about prompts before images are made for them. Raises UserError."""

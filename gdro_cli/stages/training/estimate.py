@@ -55,7 +55,8 @@ class Shape:
     def text(self) -> dict[str, tuple[int, ...]]:
         """Shapes of one prompt's conditioning."""
         flow = without_adapter(*self.model).flow
-        return flow.conditioning_shapes(flow.max_sequence_length if flow.pads_text else _MASKED_TOKENS)
+        tokens = flow.max_sequence_length if flow.pads_text else _MASKED_TOKENS
+        return flow.sized_shapes(tokens, height=self.size[0], width=self.size[1])
 
 
 @cache

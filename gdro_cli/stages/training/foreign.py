@@ -16,6 +16,7 @@ from gdro_cli.core.flow import interpolate, velocity_error, velocity_target
 from gdro_cli.core.seeds import generator, seed_for
 from gdro_cli.data.dataset import GroupDataset
 from gdro_cli.models.adapters import reference
+from gdro_cli.models.base import takes_two_passes
 from gdro_cli.models.sampling import sample_latents
 from gdro_cli.stages.setup.session import Session
 
@@ -53,6 +54,8 @@ def foreign_errors(session: Session, dataset: GroupDataset) -> ForeignErrors:
     noise = torch.stack(
         [torch.randn(imported.shape[1:], generator=generator(seed, "foreign", prompt.id)) for prompt in prompts]
     )
+    # Of an editing model the store has no negative conditioning, so its own images are drawn without guidance.
+    guided = not (model.edits and takes_two_passes(model, recipe.sample.guidance))
     errors: list[tuple[float, float]] = []
     with torch.no_grad(), reference(model):
         own = sample_latents(
@@ -60,7 +63,7 @@ def foreign_errors(session: Session, dataset: GroupDataset) -> ForeignErrors:
             model.noise([seed_for(seed, "own", prompt.id) for prompt in prompts], height=height, width=width),
             texts,
             steps=recipe.sample.steps,
-            guidance=recipe.sample.guidance,
+            guidance=recipe.sample.guidance if guided else 1.0,
             height=height,
             width=width,
             batch_size=recipe.sample.batch_size,

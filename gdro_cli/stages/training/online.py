@@ -26,12 +26,13 @@ from gdro_cli.core.seeds import generator
 from gdro_cli.data.scores import ScoreRow
 from gdro_cli.errors import StoreError
 from gdro_cli.models.adapters import Ema, reference
-from gdro_cli.models.base import Conditioning, takes_two_passes
+from gdro_cli.models.base import Conditioning
 from gdro_cli.rewards.pool import Pool, ScoringStopped
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.scoring.score_rows import score_images, why_none
 from gdro_cli.stages.setup.scorers import open_reward_pool
 from gdro_cli.stages.setup.session import Session
+from gdro_cli.stages.setup.sources import encode_prompts
 from gdro_cli.stages.training.batch_sizes import check_shares, micro_batch
 from gdro_cli.stages.training.micro_batch import MicroBatch
 from gdro_cli.stages.training.rollout import (
@@ -96,10 +97,8 @@ class OnlineSteps:
 
     def open(self, stack: ExitStack, folder: RunFolder, ema: Ema) -> Pool:
         """Encode the prompts and start the scoring processes, which end with ``stack``."""
-        texts = self.model.encode([prompt.prompt for prompt in self.prompts])
+        texts = encode_prompts(self.model, self.prompts)
         self.conditioning = {prompt.id: text for prompt, text in zip(self.prompts, texts, strict=True)}
-        if takes_two_passes(self.model, self.policy.guidance):
-            self.model.unconditional()  # the model keeps it
         self.model.release_encoders()
         self.pool = stack.enter_context(open_reward_pool(self.session))
         return self.pool

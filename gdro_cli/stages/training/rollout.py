@@ -51,7 +51,7 @@ class Policy:
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """The velocity [N, ...] of latents [N, ...] at noise levels [N], with guidance as in sampling."""
         (height, width), guidance = self.size, self.guidance
-        away = away_from(self.model, len(latents), guidance=guidance)
+        away = away_from(self.model, conditioning, guidance=guidance)
         return guided_velocity(
             self.model, latents, sigma, conditioning, away, guidance=guidance, height=height, width=width
         )

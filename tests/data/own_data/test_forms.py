@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -266,3 +267,23 @@ def test_the_digest_depends_on_all_but_scores_and_content(folder: Path) -> None:
     with (folder / "images/a.png").open("ab") as file:
         file.write(b"x")
     assert read(folder, {**line, "scores": [0, 2]}).digest == first
+
+
+def test_edits_name_the_image_that_was_edited(folder: Path) -> None:
+    """Only for a model that edits: elsewhere ``source`` may be anything."""
+    rows = [
+        {"prompt": KITE, "chosen": "images/a.png", "rejected": "images/b.png", "image": "images/c.png"},
+        {"prompt": KITE, "chosen": "images/a.png", "rejected": "images/b.png", "source": "images/b.png"},
+    ]
+    data = read_own_data(write_table(folder / "data.jsonl", *rows), edits=True)
+    assert [group.source.name for group in data.groups if group.source] == ["images/c.png", "images/b.png"]
+    digests = [sha256((folder / name).read_bytes()).hexdigest() for name in ("images/c.png", "images/b.png")]
+    assert [group.record.metadata for group in data.groups] == [{"image": digest} for digest in digests]
+    assert read(folder, *(row | {"source": "a web page"} for row in rows)).groups[0].source is None
+
+    given = {"prompt": KITE, "media": [{"type": "image", "path": "images/c.png"}]}
+    target = {"type": "demonstration", "target": {"media": [{"type": "image", "path": "images/a.png"}]}}
+    record = {"schema_version": 2, "input": given, "supervision": target}
+    (group,) = read_own_data(write_table(folder / "data.jsonl", record), edits=True).groups
+    assert group.source is not None and group.source.name == "images/c.png"
+    assert group.images[0].source.name == "images/a.png"

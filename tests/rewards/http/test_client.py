@@ -66,6 +66,16 @@ def test_a_request_carries_images_without_loss_and_all_of_a_prompt(reward_server
     assert found == [Score(0.5, None, {"seen": 'a "B"'}), Score(0.5, None, {"seen": "c"})]
 
 
+def test_the_image_that_a_prompt_edits_is_sent_with_it(reward_server: RewardServer) -> None:
+    drawn, edited = Image.new("RGB", (4, 4), "red"), Image.effect_noise((7, 5), 60).convert("RGB")
+    reward(reward_server).score([drawn, drawn], [Prompt("p", None, source=edited), Prompt("q", None)])
+    (seen,) = reward_server.seen
+    text, nothing = seen["sources"]
+    assert Image.open(io.BytesIO(base64.b64decode(text))).tobytes() == edited.tobytes() and nothing is None
+    reward(reward_server).score([drawn], [Prompt("q", None)])
+    assert "sources" not in reward_server.seen[1]
+
+
 def test_requests_are_divided_and_run_at_the_same_time(reward_server: RewardServer) -> None:
     def slow(payload: dict[str, Any]) -> Reply:
         return Reply(halves(payload).body, delay=0.1)

@@ -97,6 +97,25 @@ def test_a_crash_costs_its_image_and_a_give_up_its_request(serve: Serve) -> None
     assert post(url, one(Image.new("RGB", (5, 4)))).json()["scores"] == [{"value": 0.0, "details": {}}]
 
 
+def test_a_reward_sees_the_image_that_its_prompt_edits(serve: Serve, tmp_path: Path) -> None:
+    """The brightness of the source: by another process of another process."""
+    code = BRIGHTNESS.replace("image.convert", "prompt.source.convert").replace(
+        "    version", "    needs = frozenset({'image'})\n    version"
+    )
+    install(tmp_path, "brightness", code, target="Brightness")
+    url, black = serve("brightness", "--set", "reward.workers=1"), Image.new("RGB", (5, 4))
+    remote = HttpReward(HttpSettings(url=url))
+    (score,) = remote.score([black], [Prompt("p", None, {"image": "0" * 64}, Image.new("RGB", (5, 4), "white"))])
+    assert score.value == 1.0
+    with pytest.raises(ValueError, match="the key image is missing"):
+        remote.read_prompt("p", target=None, metadata={})
+    body = json.loads(one(black)) | {"sources": ["no image"]}
+    assert post(url, body).json()["scores"] == [{"error": "the key image is missing"}]
+    body["metadata"] = [{"image": "0" * 64}]
+    assert post(url, body).json()["scores"] == [{"error": "the image is not a PNG, WebP or JPEG in base64"}]
+    assert "one for each image" in post(url, body | {"sources": []}).json()["error"]
+
+
 def test_a_server_states_no_scale_that_is_not_finite(serve: Serve, tmp_path: Path) -> None:
     code = BRIGHTNESS.replace("    version", "    scale = (0.0, float('inf'))\n    version").replace("/ 255", "")
     install(tmp_path, "brightness", code, target="Brightness")
