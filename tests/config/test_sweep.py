@@ -92,7 +92,7 @@ def test_another_method_keeps_the_common_keys_and_reports_what_it_drops(ocr: Rec
     sweep = plan_sweep(ocr, ["method"], ["gdro,rank,dpo"])
     gdro, rank, dpo = (cell.recipe.resolved()["method"] for cell in sweep.cells)
     assert rank == {name: value for name, value in gdro.items() if name != "tau"} | {"name": "rank"}
-    assert (dpo["gamma"], dpo["pairs"]) == (1, "best_worst")
+    assert (dpo["gamma"], dpo["pairs"]) == (ocr.group_method.gamma, "best_worst")
     assert any(note.startswith("rank has no tau") for note in sweep.notes)
     assert any("dpo has the default pairs best_worst" in note for note in sweep.notes)
 

@@ -35,23 +35,23 @@ SMALL = (
     "prompts.train.count=2",
     "prompts.validation.count=1",
     "prompts.eval.count=2",
-    "sample.images_per_prompt=3",
     "train.steps=2",
 )
+STORED = (*SMALL, "sample.images_per_prompt=3")
 
 
 def test_training_and_evaluation(jobs: Jobs, tmp_path: Path) -> None:
     """Also in two precisions, each in one state of autocast, and without the model while a scorer needs the GPU."""
     output, *_ = jobs(
-        ["recipe", tmp_path / "recipe", *SMALL],
-        ["autocast", tmp_path / "autocast", *SMALL],
-        ["device-scorer", tmp_path / "scorer", *SMALL],
+        ["recipe", tmp_path / "recipe", *STORED],
+        ["autocast", tmp_path / "autocast", *STORED],
+        ["device-scorer", tmp_path / "scorer", *STORED],
     )
     assert "validation reward" in output
     (metrics,) = tmp_path.glob("recipe/runs/*/metrics.jsonl")
     steps = [row for row in map(json.loads, metrics.read_text().splitlines()) if row["kind"] == "train"]
     assert [row["gpu_peak_gb"] for row in steps] == [2, 2]
-    on_gpu = load_recipe("smoke", overrides=[*SMALL, "model.dtype=bfloat16"])
+    on_gpu = load_recipe("smoke", overrides=[*STORED, "model.dtype=bfloat16"])
     expected = Estimate(on_gpu).step_flops / 1e12
     assert [row["tflops"] * row["seconds"] for row in steps] == pytest.approx([expected, expected])
 
@@ -65,9 +65,9 @@ def test_small_memory_online_and_resumed(jobs: Jobs, tmp_path: Path) -> None:
     method = ("group_size=2", "prompts_per_round=2", "updates_per_round=1", "train_sample_steps=3")
     online = ("method.name=flow-grpo", *(f"method.{each}" for each in method), "model.offload=true")
     _, output, _ = jobs(
-        ["small_gpu", tmp_path / "small", *SMALL, *automatic],
+        ["small_gpu", tmp_path / "small", *STORED, *automatic],
         ["recipe", tmp_path / "online", *SMALL, *online, "train.eval_every=0"],
-        ["resume", tmp_path / "resume", *SMALL],
+        ["resume", tmp_path / "resume", *STORED],
     )
     (metrics,) = tmp_path.glob("small/runs/*/metrics.jsonl")
     assert [json.loads(row)["micro_batch"] for row in metrics.read_text().splitlines()] == [3, 3]

@@ -86,7 +86,7 @@ def test_a_repository_in_the_cache_needs_no_network(cache: Path, monkeypatch: py
 def test_a_repository_that_cannot_be_fetched(cache: Path) -> None:
     sentence = (
         r"owner/name is neither a local folder nor could .* be read from the Hugging Face cache or fetched "
-        r"\(OfflineModeIsEnabled\): .*`hf download owner/name`.* set reward\.some_model=FOLDER$"
+        r"\(OfflineModeIsEnabled\): .*`hf download owner/name`.* set reward\.some_model=FOLDER \(docs/rewards\.md\)$"
     )
     with pytest.raises(PrerequisiteError, match=sentence):
         open_files("owner/name")
