@@ -58,7 +58,10 @@ class TrainResult:
                 rows[f"validation {name}"] = f"{points[0][name]:.3f} -> {points[-1][name]:.3f}"
         best = latest_checkpoint(best_folder(self.run))
         if best is not None:
-            rows["weights kept"] = f"those of step {checkpoint_step(best)}, the best evaluation point"
+            step = checkpoint_step(best)
+            verdict = next((row.verdict for row in points if row.step == step), None)
+            bad = f", whose verdict is {verdict}" if verdict in ("suspicious", "collapsed") else ""
+            rows["weights kept"] = f"those of step {step}, the best evaluation point{bad}"
         if early_end(self.run.path) is not None:
             rows["training"] = f"ended early, the images had collapsed ({STOPPED})"
         return rows | {"adapter": str(self.run.path / LORA_FILE)}
