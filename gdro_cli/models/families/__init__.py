@@ -1,1 +1,1 @@
-"""The families of models, one file each, and what those with 2 x 2 pixels in a token share."""
+"""The families of models, one file each, and what packed latents and editing have in common."""

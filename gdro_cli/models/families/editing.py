@@ -20,7 +20,7 @@ from gdro_cli.models.latents import to_pixels
 
 SOURCE = "source_latents"
 NEGATIVE = "negative_"
-"""How the names begin of what only the unconditional pass of its own prompt needs."""
+"""Prefix of the names of what only the unconditional pass needs, where each prompt has its own."""
 
 
 def trained_on(conditioning: Conditioning) -> Conditioning:

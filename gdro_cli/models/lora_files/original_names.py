@@ -293,8 +293,7 @@ def _rows(parts: Iterable[str], down: Tensor) -> list[int]:
 
 
 def _reordered(original: str, own: str, pair: Pair) -> Tensor:
-    """B; its halves swapped if it makes shift and scale for the last norm, which diffusers renames and has as scale and
-    shift."""
+    """B; its halves swapped for a last norm that diffusers renames: shift and scale become scale and shift."""
     down, up = pair
     swapped = original.endswith("adaLN_modulation.1") and own != original and len(up) == 2 * down.shape[1]
     return up.roll(down.shape[1], 0) if swapped else up

@@ -17,7 +17,7 @@ from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.comparison.matched_reward import EvaluatedRun, Gain, Matching, match
 from gdro_cli.stages.comparison.result import Comparison
 from gdro_cli.stages.comparison.seed_groups import SeedGroup, group_seeds
-from gdro_cli.stages.reporting.charts import time_chart
+from gdro_cli.stages.reporting.charts import MANY, time_chart
 from gdro_cli.stages.runs.store_times import note_batch, read_batches
 from tests.support.rows import point, read, results, step
 
@@ -101,6 +101,13 @@ def test_the_chart_has_a_line_per_method_against_minutes() -> None:
     for text in (">gdro<", ">dpo<", ">minutes<", ">validation reward<", ">corrected score<"):
         assert text in drawn
     assert time_chart({"gdro": {"reward": (), "corrected": ()}}) is None
+
+
+@pytest.mark.parametrize(("methods", "named"), [(MANY + 1, True), (2 * MANY + 1, False)])
+def test_a_chart_of_very_many_methods_names_none(methods: int, named: bool) -> None:
+    group, _ = compared([run("a", "gdro", [0.5, 0.7]), run("b", "dpo", [0.5, 0.6])], {"a": 1, "b": 1})
+    drawn = time_chart({f"method {number}": group.curves for number in range(methods)})
+    assert drawn is not None and (">method 0<" in drawn) == named
 
 
 def test_times_of_shards_are_those_of_the_last_try_and_shared_by_processes(tmp_path: Path) -> None:

@@ -109,8 +109,7 @@ def test_the_best_point_is_kept_and_exported(finished: Finished, make_recipe: Ma
     _, trained, evaluated = finished
     run = trained.run.path
     assert json_of(run / "best" / "best.json") == {"step": 4, "corrected": points_of(run)[-1]["corrected"]}
-    bad = {"healthy": ""}.get(points_of(run)[-1]["verdict"], f", whose verdict is {points_of(run)[-1]['verdict']}")
-    assert trained.summary["weights kept"] == f"those of step 4, the best evaluation point{bad}"
+    assert trained.summary["weights kept"].startswith("those of step 4, the best evaluation point")
     assert evaluated.results.weights.step == 4
     best, last = latest_checkpoint(best_folder(trained.run)), latest_checkpoint(run)
     assert best is not None and last is not None

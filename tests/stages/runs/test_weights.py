@@ -15,6 +15,7 @@ from gdro_cli.errors import PrerequisiteError, StoreError
 from gdro_cli.runtime.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.runs.weights import STOPPED, best_folder, early_end, evaluated_weights, keep_if_best
+from gdro_cli.stages.training.train import TrainResult
 from tests.support.rows import point
 
 MakeRecipe = Callable[..., Recipe]
@@ -77,6 +78,16 @@ def test_a_better_verdict_comes_before_a_higher_score(run: RunFolder) -> None:
     assert offer(run, 20, 0.8, verdict="suspicious") and offer(run, 30, 0.5, verdict="healthy")
     assert not offer(run, 40, 0.95, verdict="suspicious")
     assert offer(run, 50, 0.6, verdict="healthy") and kept(run) == (50, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "said"), [("healthy", ""), (None, ""), ("suspicious", ", whose verdict is suspicious")]
+)
+def test_the_summary_says_which_point_is_kept(run: RunFolder, verdict: str | None, said: str) -> None:
+    run.append_metrics(point(10, 0.5, corrected=0.5, verdict=verdict))
+    offer(run, 10, 0.5, verdict=verdict)
+    summary = TrainResult(run, steps=10, resumed_from=0, was_finished=False).summary
+    assert summary["weights kept"] == f"those of step 10, the best evaluation point{said}"
 
 
 def test_the_same_point_again_replaces_nothing(run: RunFolder) -> None:
