@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,14 @@ class Ablation:
         return (
             f"Best by {what} on the validation prompts: {' and '.join(names)}{equal}, with {number(top.mean)} ({how};"
             f" {seeds}{peak['prompts']} prompts, {peak['images']} images per point)."
+            f"{self._doubts(names)}"
         )
+
+    def _doubts(self, names: Sequence[str]) -> str:
+        """A sentence about the best values whose peak is not healthy with every seed."""
+        found = Counter(result.verdicts[1] for name in names for result in self.of(name) if result.verdicts[1])
+        doubts = ", ".join(f"{found[verdict]} {verdict}" for verdict in ("suspicious", "collapsed") if found[verdict])
+        return f" Look at its images first: of the verdicts there, {doubts}." if doubts else ""
 
     def _others_text(self) -> str:
         names = self.best()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,24 @@ def test_numbers_are_those_of_the_runs(done: Done) -> None:
     assert document["best"] == [label for label in sweep.labels if means[label] == max(means.values())]
     assert document["deciding_measure"] == "corrected" and document["best"][0] in document["summary"]
     assert "2 prompts, 2 images per point" in document["summary"] and "mean of 2 seeds" in document["summary"]
+
+
+def test_a_best_value_with_doubtful_images_is_named_with_them(done: Done) -> None:
+    found = done[2].ablation
+    (best,) = found.best()
+
+    def summary_with(verdict: str) -> str:
+        cells = []
+        for each in found.cells:
+            peak = each.chosen.peak
+            assert isinstance(peak, ValidationRow)
+            if each.cell.label == best:
+                peak = peak.model_copy(update={"verdict": verdict})
+            cells.append(replace(each, chosen=replace(each.chosen, peak=peak)))
+        return replace(found, cells=tuple(cells)).summary()
+
+    assert " Look at its images first: of the verdicts there, 2 suspicious." in summary_with("suspicious")
+    assert "Look at its images" not in summary_with("healthy")
 
 
 def test_the_table_has_a_line_per_point(done: Done) -> None:
