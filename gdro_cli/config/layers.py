@@ -1,13 +1,14 @@
 """From files and ``--set`` to one mapping: ``extends:``, overrides, and what a later layer replaces.
 
 A recipe is a stack of layers: the recipe it extends (and whatever that one extends), its own file, then all ``--set``
-together. A later layer wins key by key: sections are merged, lists and plain values are replaced. Three choices replace
+together. A later layer wins key by key: sections are merged, lists and plain values are replaced. Some choices replace
 more:
 
 - A layer that changes ``method.name`` drops the inherited keys that the new method does not use, also in ``ablation``.
   The keys that this layer itself sets must belong to the new method.
 - What ``--set`` gives is dropped from ``ablation.KEY.set``, which is below it.
 - A layer that gives a mixture weights replaces the inherited weights and ranges; other ranges replace the ranges.
+- A layer that gives weights of objectives or of a prompt set's tags replaces the inherited ones.
 - A layer that names another kind of prompt source than the inherited one (``file``, ``builtin``, ``imported``)
   replaces the whole source.
 
@@ -47,6 +48,8 @@ _PATHS = (
     "train.lora.init",
 )
 _ABSENT = object()
+#: Mappings of weights, in which a name that is missing has the weight 0.
+_WEIGHTS = ("reward.geneval.objective", *(f"prompts.{name}.tags" for name in ("train", "validation", "eval")))
 #: Characters that end a key.
 _KEY_ENDS = re.compile(r"[\s:=]")
 
@@ -213,7 +216,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_replaced(below: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
-    """``below`` without what the layer's choice of another method, mixture or prompt source replaces."""
+    """``below`` without what the layer's choice of another method, mixture, weights or prompt source replaces."""
     remaining = dict(below)
     method, chosen = below.get("method"), _inner(layer.get("method"), "name")
     if isinstance(method, dict) and isinstance(chosen, str) and chosen != method.get("name") and chosen in METHODS:
@@ -228,7 +231,19 @@ def _without_replaced(below: dict[str, Any], layer: Mapping[str, Any]) -> dict[s
         remaining["prompts"] = {
             key: {} if _other_kind(value, sources.get(key)) else value for key, value in prompts.items()
         }
+    for path in _WEIGHTS:
+        if _at(layer, path) is not _ABSENT:
+            remaining = _without_value(remaining, path.split("."))
     return remaining
+
+
+def _without_value(data: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """A copy without the value at the path, if it is there."""
+    key, *rest = path
+    if not rest:
+        return {name: value for name, value in data.items() if name != key}
+    inner = data.get(key)
+    return {**data, key: _without_value(inner, rest)} if isinstance(inner, dict) else data
 
 
 def _without(data: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:

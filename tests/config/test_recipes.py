@@ -106,6 +106,18 @@ def test_extends_merges_sections_and_replaces_values(tmp_path: Path) -> None:
     assert (leaf.name, leaf.description) == ("leaf", "")
 
 
+def test_weights_are_replaced_as_a_whole() -> None:
+    """Of objectives and tags: what is not named has no weight. Several ``--set`` are one layer."""
+    objective = "reward.geneval.objective"
+    for overrides, weights in (
+        ([f"{objective}={{strict: 1}}"], {"strict": 1}),
+        ([f"{objective}.soft=1", f"{objective}.accuracy=2"], {"soft": 1, "accuracy": 2}),
+    ):
+        assert load_recipe("geneval", overrides=overrides).reward.geneval.objective == weights
+    train = load_recipe("geneval", overrides=["prompts.train.tags={counting: 2}"]).prompts.train
+    assert (train.tags, train.count) == ({"counting": 2}, 960)
+
+
 def test_extends_takes_a_shipped_name(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, "mine.yaml", "extends: ocr\nseed: 5\n"))
     assert (recipe.seed, recipe.prompts) == (5, load_recipe("ocr").prompts)
