@@ -44,8 +44,8 @@ VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "crd": ("regression", "method.target=crd", "method.penalty=0.3", "train.lr=1e-3"),
     },
     "geneval": {
-        "dpo-stabilised": ("dpo", "method.gamma=0.25"),
-        "crd": ("regression", "method.target=crd", "method.penalty=0.3"),
+        "dpo-plain": ("dpo", "method.gamma=0"),
+        "crd": ("regression", "method.target=crd", "method.penalty=1"),
     },
 }
 """By the task: a method's recipe, and what it is changed in."""

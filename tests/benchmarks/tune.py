@@ -29,8 +29,8 @@ RATES = ["1e-3", "6e-4", "3e-4"]
 BETAS = {"ocr": (6, 12), "geneval": (3, 6)}
 STABILISED = {"ocr": "1", "geneval": "0.25"}
 """The gamma that each method with a stabilisation is tried with, beside 0."""
-LEFT_OUT = {"flow-grpo", "dance-grpo", "dpo-stabilised"}
-"""Online methods have other keys. The stabilised DPO is among the settings of DPO."""
+LEFT_OUT = {"flow-grpo", "dance-grpo", "dpo-stabilised", "dpo-plain"}
+"""Online methods have other keys. The other DPO, with or without stabilisation, is among the settings of DPO."""
 
 
 def settings_of(method: str, task: str) -> list[list[str]]:
