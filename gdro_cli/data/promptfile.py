@@ -152,6 +152,12 @@ def check_prompt(prompt: str, target: str | None) -> None:
         check_characters(target, "the target")
 
 
+def refuse_several(image: Any, key: str) -> None:
+    """Raise ValueError if the value of ``key``, the image that a prompt edits, is a list."""
+    if isinstance(image, list):
+        raise ValueError(f"{key} is a list, and a prompt edits one image: name the path of one (docs/editing.md)")
+
+
 def check_characters(text: str, what: str) -> None:
     """Raise ValueError, with ``what`` it is, if a text has control characters or halves of surrogate pairs."""
     match = _NOT_TEXT.search(text)
@@ -192,6 +198,7 @@ def _parse_json(line: str) -> _Line:
     if target is not None and not isinstance(target, str):
         raise ValueError(f"target must be a text, not {type(target).__name__}")
     if image is not None:
+        refuse_several(image, IMAGE)
         if not isinstance(image, str) or not image:
             raise ValueError(f"image must be the path of the image to edit, not {shown(image)}")
         check_characters(image, "the path of the image")

@@ -19,6 +19,7 @@ from gdro_cli.models.families.hidream import HiDreamFlow
 from gdro_cli.models.families.lumina2 import Lumina2Flow
 from gdro_cli.models.families.qwen_image import QwenImageFlow
 from gdro_cli.models.families.qwen_image_edit import QwenImageEditFlow
+from gdro_cli.models.families.qwen_image_edit_plus import QwenImageEditPlusFlow
 from gdro_cli.models.families.sana import SanaFlow
 from gdro_cli.models.families.sd3 import StableDiffusion3Flow
 from gdro_cli.models.families.z_image import ZImageFlow
@@ -35,6 +36,7 @@ FAMILIES: dict[str, type[FlowModel]] = {
     "Lumina2Pipeline": Lumina2Flow,
     "QwenImagePipeline": QwenImageFlow,
     "QwenImageEditPipeline": QwenImageEditFlow,
+    "QwenImageEditPlusPipeline": QwenImageEditPlusFlow,
     "SanaPipeline": SanaFlow,
     "StableDiffusion3Pipeline": StableDiffusion3Flow,
     "ZImagePipeline": ZImageFlow,

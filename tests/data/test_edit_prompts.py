@@ -61,7 +61,8 @@ def test_the_image_is_brought_to_the_size_of_the_job_by_cutting(tmp_path: Path) 
         ('"image": "cow.png"', "the image cow.png is missing; paths are relative to "),
         ('"image": "../x.png"', "the image ../x.png is outside the folder "),
         ('"image": "edits.jsonl"', "the image edits.jsonl cannot be used: it is not an image of a format that is read"),
-        ('"image": ["cat.png"]', "image must be the path of the image to edit, not ['cat.png']"),
+        ('"image": ["a.png", "b.png"]', "image is a list, and a prompt edits one image: name the path of one (docs/"),
+        ('"image": 3', "image must be the path of the image to edit, not 3"),
         ('"image": ""', "image must be the path of the image to edit, not ''"),
     ],
 )

@@ -32,6 +32,7 @@ TRAINED = (
     "sd3",
     "qwen-image",
     "qwen-image-edit",
+    "qwen-image-edit-plus",
     "z-image",
     "flux2-klein",
     "chroma",
@@ -41,7 +42,7 @@ TRAINED = (
     "hidream",
 )
 """One model of each family."""
-EDITING = ("flux-kontext", "qwen-image-edit")
+EDITING = ("flux-kontext", "qwen-image-edit", "qwen-image-edit-plus")
 
 
 TEXT_LENGTH = {
@@ -187,6 +188,15 @@ def test_each_prompt_edits_its_own_image(name: str, family_folder: Folder) -> No
     torch.testing.assert_close(swapped, torch.stack([other, one]), rtol=1e-3, atol=1e-3 * float(one.std()))
     with pytest.raises(ValueError, match="2 prompts and 1 images to edit"):
         model.encode(prompts, edited[:1])
+
+
+def test_the_estimate_has_the_image_that_the_text_encoder_sees(family_folder: Folder) -> None:
+    """Sides near 384 x 384 pixels, in multiples of 32, and a token per 28 pixels: 11 x 17, 14 x 14 and 8 x 24."""
+    model = open_model(family_folder, "qwen-image-edit-plus")
+    sizes = {(32, 48): 187, (64, 64): 196, (32, 96): 192}
+    assert {s: model.sized_shapes(0, height=s[0], width=s[1])["prompt_embeds"][0] for s in sizes} == sizes
+    lengths = [len(model.encode([""], [sources(1)[0].resize((w, h))])[0]["prompt_embeds"]) for h, w in sizes]
+    assert len({length - seen for length, seen in zip(lengths, sizes.values(), strict=True)}) == 1
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -47,6 +47,7 @@ PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
     "sd3": {"guidance_scale": GUIDANCE},
     "qwen-image": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
     "qwen-image-edit": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
+    "qwen-image-edit-plus": {"true_cfg_scale": GUIDANCE, "negative_prompt": " "},
     "z-image": {"guidance_scale": GUIDANCE - 1.0},
     "flux2": {"guidance_scale": GUIDANCE},
     "flux2-klein": {"guidance_scale": GUIDANCE},
@@ -57,7 +58,7 @@ PIPELINE_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-EDITING = ("flux-kontext", "qwen-image-edit")
+EDITING = ("flux-kontext", "qwen-image-edit", "qwen-image-edit-plus")
 
 
 def edit_prompts(folder: Path, split: str, count: int) -> dict[str, Any]:
@@ -139,7 +140,8 @@ def check_that_sources_are_shown(recipe: Recipe, evaluated: evaluate.EvalResult,
     assert (
         "source = ImageOps.fit(Image.open('image.png').convert('RGB'), (48, 32), " in card and "pipe(source, '" in card
     )
-    assert ("calculate_dimensions = lambda area, ratio: (48, 32, None)" in card) == ("Qwen" in card)
+    assert ("calculate_dimensions = lambda area, ratio: (48, 32, None)" in card) == ("QwenImageEditPipeline" in card)
+    assert ("own(area, ratio) if area == edit_plus.CONDITION_IMAGE_SIZE else (48, 32) " in card) == ("EditPlus" in card)
     assert "pipeline_tag: image-to-image" in card
     exchange.export_images(Session(recipe, workspace, Reporter(quiet=True)), workspace / "images.jsonl")
     lines = [json.loads(line) for line in (workspace / "images.jsonl").read_text().splitlines()]

@@ -100,7 +100,7 @@ def written(adapter: Adapter, folder: Path, format: Format, family: str) -> Path
 # -- every format, every family ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen-image-edit-plus"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_each_format_holds_the_same_updates(
     format: Format, family: str, folder_of: Callable[[str], Path], tmp_path: Path

@@ -300,14 +300,10 @@ def build_sd3(folder: Path, *, t5: bool = True, dual: bool = True) -> Path:
     return folder
 
 
-def build_qwen_image(folder: Path, *, edits: bool = False) -> Path:
-    """Qwen-Image (or Qwen-Image-Edit) with its linear-in-size shift that ends at 0.02."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        QwenImageEditPipeline,
-        QwenImagePipeline,
-        QwenImageTransformer2DModel,
-    )
+def build_qwen_image(folder: Path, *, pipeline: str = "QwenImagePipeline", zero_cond_t: bool = False) -> Path:
+    """Qwen-Image (or a Qwen-Image-Edit) with its linear-in-size shift that ends at 0.02."""
+    import diffusers
+    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     with seeded():
@@ -319,6 +315,7 @@ def build_qwen_image(folder: Path, *, edits: bool = False) -> Path:
             num_attention_heads=2,
             joint_attention_dim=16,
             axes_dims_rope=(4, 6, 6),
+            zero_cond_t=zero_cond_t,
         )
         vae = AutoencoderKLQwenImage(
             base_dim=8,
@@ -370,11 +367,11 @@ def build_qwen_image(folder: Path, *, edits: bool = False) -> Path:
             text_encoder=encoder.eval(),
             tokenizer=qwen_tokenizer(),
         )
-        if not edits:
-            QwenImagePipeline(**parts).save_pretrained(folder)
+        if pipeline == "QwenImagePipeline":
+            diffusers.QwenImagePipeline(**parts).save_pretrained(folder)
             return folder
         parts["tokenizer"].add_special_tokens({"additional_special_tokens": _VISION_TOKENS})
-        QwenImageEditPipeline(**parts, processor=None).save_pretrained(folder)
+        getattr(diffusers, pipeline)(**parts, processor=None).save_pretrained(folder)
         image_processor(parts["tokenizer"]).image_processor.save_pretrained(folder / "processor")
         index = json.loads((folder / "model_index.json").read_text())
         index["processor"] = ["transformers", "Qwen2VLProcessor"]
@@ -383,7 +380,12 @@ def build_qwen_image(folder: Path, *, edits: bool = False) -> Path:
 
 
 def build_qwen_image_edit(folder: Path) -> Path:
-    return build_qwen_image(folder, edits=True)
+    return build_qwen_image(folder, pipeline="QwenImageEditPipeline")
+
+
+def build_qwen_image_edit_plus(folder: Path) -> Path:
+    """As Qwen-Image-Edit-2511, which differs from 2509 in ``zero_cond_t``."""
+    return build_qwen_image(folder, pipeline="QwenImageEditPlusPipeline", zero_cond_t=True)
 
 
 def image_processor(tokenizer: Any) -> Any:
@@ -664,6 +666,7 @@ BUILDERS: dict[str, Callable[[Path], Path]] = {
     "sd3-without-t5": build_sd3_without_t5,
     "qwen-image": build_qwen_image,
     "qwen-image-edit": build_qwen_image_edit,
+    "qwen-image-edit-plus": build_qwen_image_edit_plus,
     "z-image": build_z_image,
     "flux2": build_flux2,
     "flux2-klein": build_flux2_klein,

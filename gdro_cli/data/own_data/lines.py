@@ -25,7 +25,7 @@ from typing import Any
 
 from gdro_cli.config.sections import NAME
 from gdro_cli.data.own_data.jsonl import finite_number
-from gdro_cli.data.promptfile import check_prompt
+from gdro_cli.data.promptfile import check_prompt, refuse_several
 from gdro_cli.data.records import PromptRecord
 from gdro_cli.suggest import similar
 
@@ -88,10 +88,11 @@ def find_keys(line: Mapping[str, Any]) -> Keys:
 
 
 def source_key(line: Mapping[str, Any], keys: Keys) -> str:
-    """The key of the image that was edited. Raises ValueError if the line has none."""
+    """The key of the image that was edited. Raises ValueError if the line has none, or several."""
     key = next((key for key in _SOURCE if line.get(key) is not None and key not in keys.used(line)), None)
     if key is None:
         raise ValueError("it has no `source`, the image that was edited, and the model edits images; add it")
+    refuse_several(line[key], key)
     return key
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
+from gdro_cli.images import fit
 from gdro_cli.models.base import Conditioning
 from gdro_cli.models.families.editing import NEGATIVE, SOURCE, EditingFlow
 from gdro_cli.models.families.qwen_image import QwenImageFlow
@@ -43,8 +44,13 @@ class QwenImageEditFlow(EditingFlow, QwenImageFlow):
 
     def sized_shapes(self, tokens: int, *, height: int, width: int) -> dict[str, tuple[int, ...]]:
         """Image and text, and the source image's tokens in the transformer."""
-        seen = round(height / _TOKEN_SIDE) * round(width / _TOKEN_SIDE)
+        seen_height, seen_width = self._seen_size(height=height, width=width)
+        seen = round(seen_height / _TOKEN_SIDE) * round(seen_width / _TOKEN_SIDE)
         return super().sized_shapes(tokens + seen, height=height, width=width)
+
+    def _seen_size(self, *, height: int, width: int) -> tuple[int, int]:
+        """Height and width of a source image of this size as the text encoder sees it: its own unless overridden."""
+        return height, width
 
     def unconditional(self) -> Conditioning:
         """Return nothing: each conditioning has its own negative prompt."""
@@ -80,7 +86,9 @@ class QwenImageEditFlow(EditingFlow, QwenImageFlow):
     def _states(self, prompts: list[str], sources: Sequence[Image.Image]) -> list[Tensor]:
         """Hidden states [L_i, D] of each source image and prompt."""
         template, head = self._template
-        images = self._processor(images=list(sources), return_tensors="pt").to(self.device)
+        height, width = self._seen_size(height=sources[0].height, width=sources[0].width)  # all have the job's size
+        seen = [fit(source, height=height, width=width, how="stretch") for source in sources]
+        images = self._processor(images=seen, return_tensors="pt").to(self.device)
         counts = (images["image_grid_thw"].prod(dim=1) // self._processor.merge_size**2).tolist()
         texts = [
             template.replace(_PLACE, _PLACE * count).format(prompt)

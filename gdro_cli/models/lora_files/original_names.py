@@ -179,7 +179,7 @@ _TABLES: dict[str, dict[tuple[str, str], dict[str, str]]] = {
 }  # fmt: skip
 _TABLES["flux2"] = _TABLES["flux2-klein"]
 _TABLES["flux-kontext"] = _TABLES["flux"]
-_TABLES["qwen-image-edit"] = _TABLES["qwen-image"]
+_TABLES["qwen-image-edit"] = _TABLES["qwen-image-edit-plus"] = _TABLES["qwen-image"]
 _TAKE_ALL = "export with --format diffusers or peft, which take every layer"
 _BLOCKS = sorted({name for table in _TABLES.values() for pair in table for name in pair if name})
 _IN_BLOCK = re.compile(rf"({'|'.join(_BLOCKS)})[._](\d+)[._](.+)", re.ASCII)

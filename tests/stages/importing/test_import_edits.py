@@ -98,6 +98,9 @@ def test_edits_without_a_source_are_refused_and_a_source_that_nothing_edits_is_i
     write_table(data, rows[0], {name: value for name, value in rows[1].items() if name != "source"})
     with pytest.raises(UserError, match=r"data\.jsonl line 2: it has no `source`, the image that was edited"):
         bring(mine, tmp_path / "out", data)
+    write_table(data, rows[0], {**rows[1], "source": ["before-0.png", "before-1.png"]})
+    with pytest.raises(UserError, match=r"data\.jsonl line 2: source is a list, and a prompt edits one image: name "):
+        bring(mine, tmp_path / "out", data)
     (tmp_path / "data" / "before-1.png").write_bytes(b"no")
     write_table(data, *rows)
     with pytest.raises(UserError, match=r"data\.jsonl line 2: before-1\.png cannot be used: it is not an image"):
