@@ -89,6 +89,9 @@ def _interruptions() -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         raise Interrupted(stopped_at_once(error)) from error
+    except typer.BadParameter as error:
+        error.message = error.message.removeprefix("Value error, ")  # words of pydantic, with which typer reads values
+        raise
     except OSError as error:
         if error.errno != errno.EPIPE:
             raise

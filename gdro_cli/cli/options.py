@@ -82,16 +82,19 @@ ImagesOption = Annotated[
 ]
 RunsArgument = Annotated[
     list[str],
-    typer.Argument(metavar="RUN RUN...", parser=at_home, help="Evaluated runs: their folders, or their names."),
+    typer.Argument(metavar="RUN", parser=at_home, help="Evaluated runs: their folders, or their names."),
 ]
 EvaluatedRunArgument = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RUN]", parser=at_home, help="A finished run: its folder, or its name. Default: the run of the recipe."
+        metavar="RUN", parser=at_home, help="A finished run: its folder, or its name. Default: the run of the recipe."
     ),
 ]
 AtRewardOption = Annotated[
-    float | None, typer.Option("--at-reward", metavar="R", help="Compare at this validation reward.")
+    float | None,
+    typer.Option(
+        "--at-reward", metavar="R", help="Compare at this validation reward. Default: the lowest of the runs' highest."
+    ),
 ]
 ExportOption = Annotated[
     Path | None,

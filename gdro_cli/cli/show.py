@@ -61,7 +61,7 @@ def show(
 
 @recipes.command(name="check")
 def check(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME|PATH]...", help="Default: all shipped.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME|PATH", help="Default: all shipped.")] = None,
     overrides: SetOption = None,
     debug: DebugOption = False,
 ) -> None:
@@ -83,7 +83,7 @@ def check(
 
 @recipes.command(name="fields")
 def fields(
-    prefix: Annotated[str, typer.Argument(metavar="[KEY]", help="Only this key or section.")] = "",
+    prefix: Annotated[str, typer.Argument(metavar="KEY", help="Only this key or section.")] = "",
 ) -> None:
     """Explain every key, with those of installed rewards: type, default, meaning."""
     from rich.console import Console
@@ -131,7 +131,7 @@ def prompts(
         raise UserError(f"there is no built-in prompt set {name!r}{hint}")
     source = PromptSource(builtin=name, count=count, seed=seed, plurals=plurals)
     for problem in source_problems(source, path=name):
-        raise UserError(f"{problem.path}: {problem.message}")
+        raise UserError(f"--{problem.path.removeprefix(f'{name}.')} {problem.message}")
     from gdro_cli.data.prompts import draw_prompts
 
     for record in draw_prompts(source, name):
@@ -149,7 +149,7 @@ def env(debug: DebugOption = False) -> None:
 
 def runs(
     out: Annotated[
-        Path, typer.Argument(metavar="[DIR]", parser=path_at_home, help="Folder given as --out.")
+        Path, typer.Argument(metavar="DIR", parser=path_at_home, help="Folder given as --out.")
     ] = DEFAULT_OUT,
     debug: DebugOption = False,
 ) -> None:
@@ -166,7 +166,7 @@ def runs(
 def watch(
     run: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN]", parser=at_home, help="A run: its folder, or its name. Default: the newest."),
+        typer.Argument(metavar="RUN", parser=at_home, help="A run: its folder, or its name. Default: the newest."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option("--recipe", metavar="NAME|PATH", help="Watch the run of this recipe instead.")

@@ -52,7 +52,7 @@ def read_image_folder(folder: Path, *, reward: PromptReader) -> tuple[PromptImag
         reason = error.strerror or error
         raise UserError(f"the folder {folder} cannot be read ({reason}): check its name and permissions") from error
     if not numbered:
-        raise UserError(f"{folder} has no images: it needs folders 00000, 00001 ... with {METADATA} and {SAMPLES}/")
+        raise UserError(f"{folder} has no folders 00000, 00001 ..., each with {METADATA} and {SAMPLES}/: name another")
     entries: dict[str, PromptImages] = {}
     for path in numbered:
         if not (path / METADATA).exists():

@@ -26,7 +26,8 @@ def tokenize(
         to_length: pad to ``length``; otherwise to the longest text.
         prompts: what the warning names instead of a text that is a prompt inside a template.
     """
-    warn_of_cuts([len(tokenizer(text).input_ids) for text in texts], prompts or texts, length)
+    whole = [len(tokenizer(text, verbose=False).input_ids) for text in texts]  # or the tokenizer itself would warn
+    warn_of_cuts(whole, prompts or texts, length)
     padding = "max_length" if to_length else "longest"
     return tokenizer(list(texts), padding=padding, max_length=length, truncation=True, return_tensors="pt")
 

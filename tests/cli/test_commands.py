@@ -97,6 +97,18 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"gdro_cli {__version__}\n"
 
 
+def test_a_value_that_an_option_does_not_have(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("export", "RUN", "--format", "comfy") == 2
+    error = " ".join(capsys.readouterr().err.replace("│", "").split())
+    assert "'--format': 'comfy' is not one of 'diffusers', 'peft', 'comfyui', 'kohya'" in error
+
+
+def test_usage_shows_each_argument_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [run(*command, "--help") for command in (["compare"], ["eval"], ["runs"], ["recipes", "check"])] == [0] * 4
+    usages = [line.split("[OPTIONS] ")[1].strip() for line in capsys.readouterr().out.splitlines() if "Usage" in line]
+    assert not [usage for usage in usages if "[[" in usage or usage.count("...") > 1]
+
+
 def test_recipes_fields_explains_one_section_or_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("recipes", "fields") == 0
     everything = capsys.readouterr().out
@@ -140,7 +152,7 @@ def test_prompts_prints_a_file_that_is_the_set(
         (["mine.txt"], "choose one of ocr-train, "),
         (
             ["ocr-test", "--plurals", "correct"],
-            "ocr-test.plurals: only applies to a geneval-coco set, not to 'ocr-test'",
+            "Error: --plurals only applies to a geneval-coco set, not to 'ocr-test'",
         ),
         (["geneval-test", "--plurals", "correct"], "only applies to a geneval-coco set"),
         (["geneval-test", "--count", "1975"], "has 1974 different prompts"),
@@ -375,7 +387,7 @@ def test_several_processes_exit_with_the_code_of_the_one_that_failed() -> None:
     ("arguments", "words"),
     [
         (["score", "--images", "nowhere"], "the folder nowhere cannot be read (No such file"),
-        (["score", "--images", "."], ". has no images: it needs folders 00000"),
+        (["score", "--images", "."], ". has no folders 00000, 00001 ..., each with"),
         (["score", "--images", ".", "--dry-run"], "--images cannot be combined with --dry-run or --num-processes"),
         (["eval", "--export", "."], ". is not empty: name a new folder"),
         (["eval", "--export", "file"], "the images cannot be written to file (Not a directory"),

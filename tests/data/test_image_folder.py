@@ -179,7 +179,7 @@ def test_bad_metadata_names_file_and_line(tmp_path: Path, metadata: str, words: 
 def test_the_missing_part_is_named(tmp_path: Path) -> None:
     assert "cannot be read (No such file or directory): check its name" in refusal(tmp_path / "nowhere")
     save_image(tmp_path / "flat" / "0000.png")
-    assert f"{tmp_path / 'flat'} has no images" in refusal(tmp_path / "flat")
+    assert f"{tmp_path / 'flat'} has no folders 00000" in refusal(tmp_path / "flat")
     assert "cannot be read (Not a directory)" in refusal(tmp_path / "flat" / "0000.png")
     message = refusal(numbered(tmp_path / "no metadata", "00000", None, "0000.png"))
     assert message.startswith(f"{tmp_path / 'no metadata' / '00000'} has no metadata.jsonl") and "recipe" not in message

@@ -14,6 +14,8 @@ from gdro_cli.errors import UserError
 from gdro_cli.models.base import FlowModel
 from gdro_cli.models.diffusers_flow import load_flow_model
 from gdro_cli.models.sampling import sample_latents
+from gdro_cli.models.text import tokenize
+from tests.support.tiny_families import t5_tokenizer
 
 from .conftest import PROMPTS, SIZE, TOKENS
 
@@ -108,6 +110,13 @@ def test_too_long_a_prompt_is_cut_with_a_warning(flux_folder: Path, caplog: pyte
     embeds = model.encode(["abcdefghijklmnopq"])[0]["prompt_embeds"]
     assert embeds.shape[0] == TOKENS
     assert f"cut to {TOKENS} of its 19 text tokens" in caplog.text  # 17 letters, the word mark and the end
+
+
+def test_the_tokenizer_itself_does_not_warn_of_a_cut() -> None:
+    """Its words, "will result in indexing errors", would be wrong."""
+    tokenizer = t5_tokenizer()
+    assert tokenize(tokenizer, ["abcdefghijklmnopq"], length=TOKENS).input_ids.shape == (1, TOKENS)
+    assert not tokenizer.deprecation_warnings
 
 
 def test_own_sequence_length(flux_folder: Path) -> None:

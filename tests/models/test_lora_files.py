@@ -483,7 +483,7 @@ def test_configurations_without_a_plain_scale_are_one_sentence(
 
 
 def test_a_folder_without_one_adapter_and_an_absent_file_are_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(PrerequisiteError, match="contains 0 adapter files: name the file"):
+    with pytest.raises(PrerequisiteError, match="contains no adapter file: name the file"):
         read_adapter(tmp_path)
     for name in ("one", "two"):
         saved(tmp_path / f"{name}.safetensors", GOOD)

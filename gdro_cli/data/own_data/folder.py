@@ -84,9 +84,11 @@ class _AnyPrompt:
 def _sidecars(folder: Path, images: Sequence[Path], others: Sequence[Path]) -> OwnData:
     bare = [image.name for image in images if not image.with_suffix(".txt").is_file()]
     if bare:
+        tables = [path.name for path in others if path.suffix.lower() in SUFFIXES]
+        table = f"name its table, {_some(tables)}" if tables else "write a table"
         raise UserError(
             f"{folder} has images without a prompt ({len(bare)} of {len(images)}): write the prompt of {bare[0]} into"
-            f" {Path(bare[0]).with_suffix('.txt')}, or write a table"
+            f" {Path(bare[0]).with_suffix('.txt')}, or {table}"
         )
     prompts = {path: _prompt(path) for path in dict.fromkeys(image.with_suffix(".txt") for image in images)}
     groups: dict[str, list[Path]] = {}

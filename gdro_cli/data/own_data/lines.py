@@ -82,9 +82,9 @@ def find_keys(line: Mapping[str, Any]) -> Keys:
     for keys in KEYS:
         if keys.used(line):
             return keys
-    guesses = "".join(similar(key, _KNOWN) for key in line if key not in _KNOWN)
-    forms = ", ".join(keys.text for keys in KEYS)
-    raise ValueError(f"its keys ({', '.join(line)}) fit no form{guesses}: write {forms}; see docs/own-data.md")
+    guesses = "".join(guess(key, line) for key in line if key not in READ)
+    forms = f"the forms are {', '.join(keys.text for keys in KEYS)}; see docs/own-data.md"
+    raise ValueError(f"its keys ({', '.join(line)}) fit no form{guesses or ';'} {forms}")
 
 
 def source_key(line: Mapping[str, Any], keys: Keys) -> str:
@@ -103,7 +103,9 @@ def ignored_keys(line: Mapping[str, Any], keys: Keys, *, edits: bool = False) ->
 
 
 def guess(key: str, line: Mapping[str, Any]) -> str:
-    """``; did you mean `x`?`` for an ignored key, or an empty text."""
+    """``; did you mean `x`?`` for an ignored key, or an empty text; a source has another reason."""
+    if key == _SOURCE[0]:
+        return ", which only a model that edits images reads"
     return similar(key, [name for name in _KNOWN if name not in line])
 
 

@@ -38,7 +38,8 @@ def _score(line: dict[str, Any]) -> tuple[str, float | str]:
     if not isinstance(name, str) or not name:
         raise ValueError(f"id must be a text, not {shown(name)}")
     if ("score" in line) == ("error" in line):
-        raise ValueError("it must have either score, or error with the reason why there is none")
+        keys = ", ".join(line)
+        raise ValueError(f"it must have either score, or error with the reason why there is none; its keys are {keys}")
     if "error" in line:
         if not isinstance(line["error"], str) or not line["error"].strip():
             raise ValueError(f"error must say why there is no score, not {shown(line['error'])}")

@@ -73,7 +73,10 @@ def read_adapter(path: Path) -> Adapter:
         if not math.isfinite(scale):
             raise _damaged(file, f"{key} has the scale {scale}")
         if layers is None and (key.startswith("lora_") or family in _ORIGINAL):
-            raise UserError(f"{file} names a layer that gdro_cli does not know, {key}: give an adapter of diffusers")
+            raise UserError(
+                f"{file} names a layer that gdro_cli does not know, {key}: give an adapter of this model, or its form"
+                " for diffusers"
+            )
         for layer, pair in (layers or {name: (down, up)}).items():
             if layer in pairs:
                 raise _damaged(file, f"{layer} is in it twice")
@@ -87,7 +90,8 @@ def _file(path: Path) -> Path:
         found = [path / name for name in (LORA_FILE, PEFT_FILE) if (path / name).is_file()]
         found = found or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
-            raise PrerequisiteError(f"{path} contains {len(found)} adapter files: name the file")
+            what = f"contains {len(found)} adapter files" if found else "contains no adapter file"
+            raise PrerequisiteError(f"{path} {what}: name the file")
         return found[0]
     if not path.is_file():
         raise PrerequisiteError(f"there is no adapter {path}: name a safetensors file, or a folder with one")

@@ -79,7 +79,7 @@ def compare(runs: Sequence[Path], *, at_reward: float | None, workspace: Path) -
 
 def _open_all(runs: Sequence[Path]) -> tuple[EvaluatedRun, ...]:
     if len(runs) < 2:
-        raise UserError("a comparison needs at least two runs")
+        raise UserError("a comparison needs at least two runs: name another one (gdro runs lists them)")
     twice = [path for path, count in Counter(path.resolve() for path in runs).items() if count > 1]
     if twice:
         raise UserError(f"the run {twice[0]} is named twice: a comparison is of different runs")
@@ -92,7 +92,7 @@ def _open_all(runs: Sequence[Path]) -> tuple[EvaluatedRun, ...]:
 
 def _open(path: Path, name: str) -> EvaluatedRun:
     if not (path / RESULTS).is_file():
-        raise UserError(f"the run {path} has no {RESULTS}: run `gdro eval` with its recipe first")
+        raise UserError(f"the run {path} has no {RESULTS}: run `gdro eval {path}` first")
     results, folder = read_results(path), RunFolder(path)
     metrics, limits = folder.metrics(), _limits(folder)
     points = validation_rows(metrics)
@@ -116,6 +116,10 @@ def _limits(folder: RunFolder) -> MissingLimits:
 
 def _refuse_differing(runs: Sequence[EvaluatedRun]) -> None:
     first = runs[0]
+    tasks = {run.name: run.results.task for run in runs}
+    if len(set(tasks.values())) > 1:
+        listed = ", ".join(f"{name}: {task}" for name, task in tasks.items())
+        raise UserError(f"runs of different tasks cannot be compared ({listed}): name runs of one task")
     differing = [
         f"{first.name} and {other.name} in {'; '.join(keys)}"
         for other in runs[1:]

@@ -95,12 +95,15 @@ def match(runs: Sequence[EvaluatedRun], *, at_reward: float | None) -> Matching:
     highest = [max(point.reward for point in points) for points in candidates if points]
     reward = min(highest) if at_reward is None else at_reward
     nearest = [min(points, key=lambda point: abs(point.reward - reward), default=None) for points in candidates]
-    return Matching(reward, protocol, tuple(map(_matched, runs, nearest)), "; ".join(_notes(runs, nearest)))
+    return Matching(reward, protocol, tuple(map(_matched, runs, nearest)), "; ".join(_notes(runs, candidates, reward)))
 
 
-def _notes(runs: Sequence[EvaluatedRun], nearest: Sequence[ValidationRow | None]) -> list[str]:
-    without = [run.name for run, point in zip(runs, nearest, strict=True) if point is None]
+def _notes(runs: Sequence[EvaluatedRun], candidates: Sequence[Sequence[ValidationRow]], reward: float) -> list[str]:
+    of_runs = list(zip(runs, candidates, strict=True))
+    without = [run.name for run, points in of_runs if not points]
+    below = [run.name for run, points in of_runs if points and max(point.reward for point in points) < reward]
     notes = [f"no evaluation points of this protocol: {', '.join(without)}"] if without else []
+    notes += [f"below this reward at all their points: {', '.join(below)}"] if below else []
     return notes + [
         f"left out of {run.name}, since too many images have no reward or judgement:"
         f" {'step' if len(run.left_out) == 1 else 'steps'} {', '.join(map(str, run.left_out))}"

@@ -111,7 +111,8 @@ def _opened(content: bytes, group: OwnGroup, source: ImageSource) -> Image.Image
     try:
         return open_image(content)
     except UnusableImageError as error:
-        raise UserError(f"{group.where}: {source.name} cannot be used: {error}") from error
+        where = "" if group.where == source.name else f"{group.where}: "  # the same in a folder without a table
+        raise UserError(f"{where}{source.name} cannot be used: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

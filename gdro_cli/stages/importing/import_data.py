@@ -31,6 +31,8 @@ DEMONSTRATION = "demonstration"
 """Name of the scores of data that has none: 1 for every image, for a method that needs no order."""
 _SHARD_IMAGES = 128
 """Images that a shard has at least: smaller ones would spend their time on files."""
+_OTHER_DATA = "data: other prompts, weights, source images or names of images"
+"""In place of the two digests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +208,10 @@ def _open(session: Session, request: Import, data: OwnData) -> GroupStore:
 
 def _refuse_other(store: GroupStore, request: Import, data: OwnData, identity: dict[str, Any]) -> None:
     """Raise StoreError unless the store was made of this data in this way; what it has of it must not have changed."""
-    changes = [str(difference) for difference in differences(store.identity, identity)]
+    changes = [
+        _OTHER_DATA if difference.path == "data" else str(difference)
+        for difference in differences(store.identity, identity)
+    ]
     if changes:
         raise StoreError(
             f"the data {request.name} was imported from something else ({'; '.join(changes[:4])}): choose another"

@@ -15,6 +15,7 @@ from typing import Literal
 from huggingface_hub import ModelCardData
 
 import gdro_cli
+from gdro_cli.config.recipe import Recipe
 from gdro_cli.files import write_bytes
 from gdro_cli.models.adapters import LORA_FILE
 from gdro_cli.models.diffusers_flow import FAMILIES
@@ -88,7 +89,7 @@ def card(run: FinishedRun, folder: CardFolder) -> bytes:
         file=folder.file,
         call=", ".join(f"{key}={value!r}" for key, value in run.call.items()),
         provenance=list(_provenance(run, exported=exported)),
-        commands=fenced("\n".join(command(recipe, stage, file=recipe_file) for stage in ("train", "eval")), "sh"),
+        commands=fenced("\n".join(_commands(recipe, recipe_file)), "sh"),
         rounding=folder.rounding,
     )
 
@@ -138,6 +139,12 @@ def loading_code(run: FinishedRun, folder: CardFolder) -> str:
         given = f"source, {prompt!r}"
     lines.append(f"image = pipe({given}, {arguments}).images[0]")
     return "\n".join(lines)
+
+
+def _commands(recipe: Recipe, file: str) -> list[str]:
+    """The command lines that make the run and its results again; DATA is what was imported."""
+    brought = [f"{command(recipe, 'import', file=file)} DATA"] if recipe.prompts.train.imported else []
+    return [*brought, *(command(recipe, stage, file=file) for stage in ("train", "eval"))]
 
 
 def _on_hub(run: FinishedRun) -> bool:

@@ -120,9 +120,12 @@ _LISTED = 8
 
 def run_named(name: str, workspace: Path) -> Path:
     """The folder of a run, given as a path or by its name among the workspace's runs. Raises UserError."""
-    for path in (Path(name), runs_folder(workspace) / name):
-        if path.is_dir():
+    folders = [path for path in (Path(name), runs_folder(workspace) / name) if path.is_dir()]
+    for path in folders:
+        if (path / "recipe.json").is_file():
             return path
+    if folders:
+        raise UserError(f"{folders[0]} is not a run: name a folder that `gdro train` made (gdro runs lists them)")
     names = sorted(path.parent.name for path in runs_folder(workspace).glob("*/recipe.json"))
     listed = ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")
     present = f"its runs are {listed}" if names else "it has no runs"

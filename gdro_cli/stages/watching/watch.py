@@ -57,10 +57,7 @@ def run_to_watch(name: str | None, recipe: Recipe | None, workspace: Path) -> Pa
     if recipe is not None:
         return run_path(Session(recipe, workspace, planning=True))
     if name is not None:
-        path = run_named(name, workspace)
-        if not (path / _RECIPE).is_file():
-            raise UserError(f"{path} is not a run: name a folder that `gdro train` made (gdro runs lists them)")
-        return path
+        return run_named(name, workspace)
     runs = [path.parent for path in runs_folder(workspace).glob(f"*/{_RECIPE}")]
     if not runs:
         raise UserError(

@@ -139,7 +139,9 @@ def test_unknown_keys(table: Path) -> None:
     for form in ("scored groups (prompt, images, scores)", "pairs (prompt, chosen, rejected)", "docs/own-data.md"):
         assert form in message
     write_table(table, {"promt": "a kite", "image": "a.png"})
-    assert "did you mean `prompt`?" in refusal(table)
+    assert "fit no form; did you mean `prompt`? the forms are scored groups" in refusal(table)
+    write_table(table, {**{key: LABELS[key] for key in LABELS if key != "label_0"}, "label_o": 1, "has_label": True})
+    assert "fit no form; did you mean `label_0`? the forms" in refusal(table)
 
 
 def test_mixed_forms(table: Path) -> None:

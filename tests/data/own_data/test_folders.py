@@ -93,6 +93,8 @@ def test_images_without_a_prompt(tmp_path: Path) -> None:
     assert "has images without a prompt (2 of 3): write the prompt of b.png into b.txt, or write a table" in refusal(
         tmp_path
     )
+    (tmp_path / "pairs.jsonl").write_text("")
+    assert "into b.txt, or name its table, pairs.jsonl" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(

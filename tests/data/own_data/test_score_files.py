@@ -22,7 +22,7 @@ def test_scores_and_reasons(tmp_path: Path) -> None:
     ("line", "said"),
     [
         ({"id": "a", "score": 2}, "the id a appeared before; give each image one score"),
-        ({"id": "b"}, "it must have either score, or error with the reason why there is none"),
+        ({"id": "b", "value": 1}, "either score, or error with the reason why there is none; its keys are id, value"),
         ({"id": "b", "score": 1, "error": "x"}, "it must have either score, or error"),
         ({"id": "b", "score": None}, "score must be a finite number, not None"),
         ({"id": "b", "score": True}, "score must be a finite number, not True"),

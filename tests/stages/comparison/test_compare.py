@@ -173,6 +173,13 @@ def test_every_difference_of_the_protocols_is_named(make_run: Callable[..., Path
     assert "\n" not in message and not (tmp_path / "comparisons").exists()
 
 
+def test_runs_of_different_tasks_are_refused_by_their_tasks(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    make_run("a", make_results(FIRST))
+    make_run("b", make_results(FIRST, tags=["colors", "counting"], protocol=PROTOCOL | {"seed": 7}))
+    with pytest.raises(UserError, match=r"different tasks cannot be compared \(a: ocr, b: geneval\): name runs of one"):
+        compare.run(["a", "b"], workspace=tmp_path)
+
+
 def test_other_images_than_the_protocol_says_are_refused(make_run: Callable[..., Path], tmp_path: Path) -> None:
     make_run("first", make_results(FIRST))
     make_run("fewer", make_results([[0.5], [0.5]]))
@@ -191,13 +198,15 @@ def test_runs_are_found_by_name_or_folder(make_run: Callable[..., Path], tmp_pat
         run_named("first-0124", tmp_path)
     with pytest.raises(UserError, match="it has no runs"):
         run_named("first-0123", tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{tmp_path} is not a run"):
+        run_named(str(tmp_path), tmp_path)
 
 
 def test_a_run_that_was_not_evaluated_is_named(make_run: Callable[..., Path], tmp_path: Path) -> None:
     """Damaged results are in tests/faults."""
     make_run("first", make_results(FIRST))
     (make_run("other", make_results(OTHER)) / "results.json").unlink()
-    with pytest.raises(UserError, match="other has no results.json: run `gdro eval`"):
+    with pytest.raises(UserError, match="other has no results.json: run `gdro eval .*other` first"):
         compare.run(["first", "other"], workspace=tmp_path)
 
 
@@ -233,6 +242,7 @@ def test_runs_are_matched_at_the_lowest_of_their_highest_rewards(make_run: Calla
     ]
     assert [each.sheet for each in found.matching.points] == ["validation/step-000010.png", None]
     assert found.page.read_text().count('<img class="sheet" src="data:image/png;base64,') == 1
+    assert "over seeds. Matched is" in found.page.read_text()
     assert "-0.050" in found.page.read_text()
 
 
@@ -262,7 +272,13 @@ def test_points_of_which_too_much_is_missing_are_left_out(make_run: Callable[...
     found = compare.run(["fast", "slow"], at_reward=1.0, workspace=tmp_path)
     assert [each.step for each in found.matching.points] == [30, 20]
     assert found.matching.note == "; ".join(
-        f"left out of {name}, since too many images have no reward or judgement: step 40" for name in ("fast", "slow")
+        [
+            "below this reward at all their points: fast, slow",
+            *(
+                f"left out of {name}, since too many images have no reward or judgement: step 40"
+                for name in ("fast", "slow")
+            ),
+        ]
     )
 
 
@@ -286,7 +302,9 @@ def test_only_points_of_one_protocol_are_matched(make_run: Callable[..., Path], 
     found = compare.run(["fast", "slow", "none"], at_reward=0.62, workspace=tmp_path)
     assert found.matching.protocol == "p"
     assert [each.step for each in found.matching.points] == [10, 20, None]
-    assert found.matching.note == "no evaluation points of this protocol: none"
+    assert found.matching.note == (
+        "no evaluation points of this protocol: none; below this reward at all their points: slow"
+    )
     assert found.matched_table[1][2] == ["none", *"------"]
 
 

@@ -111,7 +111,7 @@ def test_other_data_of_the_same_name_is_refused(tmp_path: Path, recipe: Recipe) 
     before = {path: path.stat().st_mtime_ns for path in store.path.rglob("*") if path.is_file()}
     with pytest.raises(StoreError, match=r"was imported from something else \(resize: .*choose another --name"):
         bring(recipe, tmp_path / "out", data, resize="pad")
-    with pytest.raises(StoreError, match=r"\(data: "):
+    with pytest.raises(StoreError, match=r"\(data: other prompts, weights, source images or names of images\)"):
         bring(recipe, tmp_path / "out", table(tmp_path / "data", [*rows[:3], rows[3] | {"weight": 2}], "other.jsonl"))
     rows[0]["scores"][0] = 0.1
     with pytest.raises(StoreError, match=r"has other scores called score: give them another name"):
@@ -154,6 +154,13 @@ def test_an_unreadable_image_is_named_with_its_line_and_nothing_is_half_imported
         train.run(Session(recipe, tmp_path / "out"))
     other = table(tmp_path / "data", rows[:2], "other.jsonl")
     assert bring(recipe, tmp_path / "out", other).shards_made == 1  # nothing of the first table was there
+    broken.with_suffix(".txt").write_text("a sign")
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for file in (broken, broken.with_suffix(".txt")):
+        file.rename(alone / file.name)
+    with pytest.raises(UserError, match=r"^MILK-1.png cannot be used: "):
+        bring(recipe, tmp_path / "elsewhere", alone)
 
 
 def test_a_stopped_import_continues_and_ends_like_an_undisturbed_one(

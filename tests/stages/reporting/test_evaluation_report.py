@@ -333,7 +333,10 @@ def test_first_and_last_training_steps_by_hand(written: Callable[..., str]) -> N
 
 def test_points_of_another_protocol_are_not_drawn(written: Callable[..., str]) -> None:
     text = " ".join(Page(written()).text.split())
-    assert "4 prompts, 8 images at each of 3 points" in text and "1 points of another protocol are left out" in text
+    assert (
+        "4 prompts, 8 images at each of 3 points" in text
+        and "weights. Points of another protocol, left out: 1." in text
+    )
 
 
 # -- images ---------------------------------------------------------------------------------------------------------

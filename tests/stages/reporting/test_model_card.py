@@ -92,6 +92,11 @@ def test_a_card_says_which_reading_of_the_corrected_score_decides(make_run: Make
     assert "The verdict and the best checkpoint go by the first." in text
 
 
+def test_a_card_of_imported_data_begins_with_the_import(make_run: MakeRun, tmp_path: Path) -> None:
+    _, text = split(write_card(make_run(tmp_path / "run", recipe=load_recipe("own-pairs"))).read_bytes())
+    assert "gdro import --recipe own-pairs DATA\ngdro train --recipe own-pairs\n" in text
+
+
 def test_a_card_without_results_says_so(run: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("results.json"))
     _, text = split(card(open_finished(bare), CardFolder()))
