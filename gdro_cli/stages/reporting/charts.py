@@ -291,7 +291,8 @@ def _panel(lines: Sequence[_Line], label: str, *, legend: int = 0, level: float 
         if legend and len(drawn) <= MANY:
             axes.legend(ncols=legend)
         elif legend and len(drawn) <= 2 * MANY:
-            axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.1, 1), columnspacing=1, handlelength=1.5)
+            spacing = {"columnspacing": 1.0, "handlelength": 1.5}
+            axes.legend(ncols=3, fontsize=7, loc="lower left", bbox_to_anchor=(-0.1, 1), **spacing)
 
     return draw if drawn else None
 
