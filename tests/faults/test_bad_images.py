@@ -77,4 +77,4 @@ def test_an_image(case: Case, tmp_path: Path) -> None:
 
 def test_the_command_line_refuses_a_folder_without_images(tmp_path: Path) -> None:
     result = command("score", "--recipe", "smoke", "--images", str(tmp_path), "--out", str(tmp_path / "out"))
-    check(result, 2, "has no images")
+    check(result, 2, "has no folders 00000")
