@@ -6,19 +6,16 @@ From ``gdro train`` to the loss: the stage's ``train.run`` calls ``Trainer.train
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
 
 from gdro_cli import __version__
 from gdro_cli.cli import launch, show, tables
+from gdro_cli.cli.group import Commands
 from gdro_cli.cli.options import (
     ABLATION_RECIPE,
     DEFAULT_OUT,
@@ -60,42 +57,11 @@ from gdro_cli.cli.options import (
     WorkerOption,
 )
 from gdro_cli.cli.rewards import rewards
-from gdro_cli.errors import Interrupted, StoreError, UserError
-from gdro_cli.runtime.interrupt import stopped_at_once, work_begins
-from gdro_cli.runtime.terminal import UNREAD
+from gdro_cli.errors import StoreError, UserError
+from gdro_cli.runtime.interrupt import work_begins
 
 _COMPLETE = "_GDRO_COMPLETE"
 """With this variable a shell asks typer to complete a command line."""
-
-
-class Commands(TyperGroup):
-    """All commands. Typer would end silently at Ctrl-C and at a closed pipe: ``main`` reports the first instead, and
-    the second has its own exit code."""
-
-    def make_context(self, *arguments: Any, **options: Any) -> Any:
-        """Read the command line; ``--help`` is carried out here."""
-        with _interruptions():
-            return super().make_context(*arguments, **options)
-
-    def invoke(self, ctx: Any) -> Any:
-        """Carry out the command."""
-        with _interruptions():
-            return super().invoke(ctx)
-
-
-@contextmanager
-def _interruptions() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Interrupted(stopped_at_once(error)) from error
-    except typer.BadParameter as error:
-        error.message = error.message.removeprefix("Value error, ")  # words of pydantic, with which typer reads values
-        raise
-    except OSError as error:
-        if error.errno != errno.EPIPE:
-            raise
-        raise typer.Exit(UNREAD) from error
 
 
 app = typer.Typer(

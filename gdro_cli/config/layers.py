@@ -221,11 +221,10 @@ def _without_replaced(below: dict[str, Any], layer: Mapping[str, Any]) -> dict[s
     method, chosen = below.get("method"), _inner(layer.get("method"), "name")
     if isinstance(method, dict) and isinstance(chosen, str) and chosen != method.get("name") and chosen in METHODS:
         remaining = _without(remaining, foreign_keys(chosen))
-    reward, mix = below.get("reward"), _inner(layer.get("reward"), MIX)
-    inherited = _inner(reward, MIX)
-    if isinstance(reward, dict) and isinstance(inherited, dict) and isinstance(mix, Mapping):
-        replaced = {"weights", "ranges"} if _inner(mix, "weights") is not None else set(mix)
-        remaining["reward"] = {**reward, MIX: {key: value for key, value in inherited.items() if key not in replaced}}
+    mix = _inner(layer.get("reward"), MIX)
+    if isinstance(mix, Mapping):
+        for key in ("weights", "ranges") if _inner(mix, "weights") is not None else mix:
+            remaining = _without_value(remaining, ["reward", MIX, key])
     prompts, sources = below.get("prompts"), layer.get("prompts")
     if isinstance(prompts, dict) and isinstance(sources, Mapping):
         remaining["prompts"] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,15 @@ def test_a_chart_of_very_many_methods_names_none(methods: int, named: bool) -> N
     group, _ = compared([run("a", "gdro", [0.5, 0.7]), run("b", "dpo", [0.5, 0.6])], {"a": 1, "b": 1})
     drawn = time_chart({f"method {number}": group.curves for number in range(methods)})
     assert drawn is not None and (">method 0<" in drawn) == named
+
+
+def test_the_names_of_many_methods_leave_the_panels_their_width() -> None:
+    """A legend that is too wide is cut off, and its panel shrinks."""
+    group, _ = compared([run("a", "gdro", [0.5, 0.7]), run("b", "dpo", [0.5, 0.6])], {"a": 1, "b": 1})
+    drawn = time_chart({f"geneval-dance-{number:04}": group.curves for number in range(2 * MANY)})
+    assert drawn is not None
+    *_, panel, figure = sorted({float(x) for x in re.findall(r"L (\d+\.?\d*) ", drawn)})
+    assert panel > 0.95 * figure
 
 
 def test_times_of_shards_are_those_of_the_last_try_and_shared_by_processes(tmp_path: Path) -> None:
