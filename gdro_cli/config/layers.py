@@ -49,7 +49,10 @@ _PATHS = (
 )
 _ABSENT = object()
 #: Mappings of weights, in which a name that is missing has the weight 0.
-_WEIGHTS = ("reward.geneval.objective", *(f"prompts.{name}.tags" for name in ("train", "validation", "eval")))
+_WEIGHTS = (
+    *(f"reward.{name}.objective" for name in ("ocr", "geneval")),
+    *(f"prompts.{name}.tags" for name in ("train", "validation", "eval")),
+)
 #: Characters that end a key.
 _KEY_ENDS = re.compile(r"[\s:=]")
 

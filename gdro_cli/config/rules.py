@@ -45,7 +45,19 @@ class Problem:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every rule between keys that a recipe breaks. Each key by itself is valid."""
-    for rule in (_model, _method, _prompts, _sizes, _train, _geneval, _servers, _other_rewards, _judge, _ablation):
+    for rule in (
+        _model,
+        _method,
+        _prompts,
+        _sizes,
+        _train,
+        _objectives,
+        _geneval,
+        _servers,
+        _other_rewards,
+        _judge,
+        _ablation,
+    ):
         yield from rule(recipe)
 
 
@@ -190,10 +202,14 @@ def _train(recipe: Recipe) -> Iterator[Problem]:
         )
 
 
+def _objectives(recipe: Recipe) -> Iterator[Problem]:
+    for name, settings in (("ocr", recipe.reward.ocr), ("geneval", recipe.reward.geneval)):
+        if not isinstance(settings.objective, str) and not sum(settings.objective.values()):
+            yield Problem(f"reward.{name}.objective", "needs at least one weight above 0")
+
+
 def _geneval(recipe: Recipe) -> Iterator[Problem]:
     settings = recipe.reward.geneval
-    if not isinstance(settings.objective, str) and not sum(settings.objective.values()):
-        yield Problem("reward.geneval.objective", "needs at least one weight above 0")
     if settings.detector_model is not None and settings.detector != "mask2former":
         yield Problem(
             "reward.geneval.detector_model",

@@ -16,7 +16,9 @@ _MOST_WORKERS = 1024
 Attention = Literal[
     "auto", "native", "native_cudnn", "native_efficient", "native_flash", "native_math", "flash", "flash_3", "xformers"
 ]
-Objective = Literal["soft", "strict", "accuracy"]
+OcrObjective = Literal["accuracy", "exact", "similarity", "confident"]
+GenEvalObjective = Literal["soft", "strict", "accuracy"]
+Weight = Annotated[float, Field(ge=0)]
 Tracker = Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 SOURCE_KINDS = {"file": "a `file`", "builtin": "a `builtin` set", "imported": "`imported` data"}
 """Keys that say where prompts come from, and their words in messages."""
@@ -141,10 +143,12 @@ class SampleSection(StrictModel):
 class OcrReward(StrictModel):
     """The reward to train on, and the text recognition engine, PaddleOCR."""
 
-    objective: Annotated[Literal["accuracy", "confident"], Affects("training")] = "accuracy"
-    """The reward to train on. `accuracy`: how much of the text was read, in steps of a letter; `confident`: that times
-    the recogniser's confidence, which also orders images with the same letters. Both are stored, so a change needs no
-    new scoring."""
+    objective: Annotated[OcrObjective | dict[OcrObjective, Weight], Affects("training")] = "accuracy"
+    """The reward to train on. `accuracy`: how much of the text was read, in steps of a letter, where more text than
+    asked for costs nothing; `exact`: 1 for the text and nothing else; `similarity`: as `accuracy`, where more text
+    costs as much as too little; `confident`: the accuracy times the recogniser's confidence, which also orders images
+    with the same letters; or a weighted mean of them, such as `{accuracy: 1, exact: 1}`. All four are stored, so a
+    change needs no new scoring."""
     engine: Literal["onnxruntime", "paddle"] = "onnxruntime"
     """What runs the models: `onnxruntime`, or `paddle` if paddlepaddle is installed (for GPUs; it needs models in its
     own format, see `model_dir`)."""
@@ -162,7 +166,7 @@ class OcrReward(StrictModel):
 class GenEvalReward(StrictModel):
     """The detector of objects, the classifier of colours, and the reward to train on."""
 
-    objective: Annotated[Objective | dict[Objective, Annotated[float, Field(ge=0)]], Affects("training")] = "soft"
+    objective: Annotated[GenEvalObjective | dict[GenEvalObjective, Weight], Affects("training")] = "soft"
     """The reward to train on. `soft`: the mean score of the prompt's clauses, 0 to 1; `strict`: 1 for exactly what the
     prompt asks for; `accuracy`: 1 if the official metric says correct (for most prompts it forgives additional
     objects); or a weighted mean of them, such as `{soft: 1, accuracy: 2}`. All three are stored, so a change needs no

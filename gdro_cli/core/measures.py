@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Detail = str | Mapping[str, float] | None
-"""A number of a score: a key of its details, the weighted sum of several, or (None) the score itself."""
+"""A number of a score: a key of its details, the score itself (None), or the weighted mean of several, in which an
+empty name is the score itself."""
 
 
 def measured(detail: Detail, value: float | None, details: Mapping[str, Any]) -> float | None:
@@ -22,7 +23,7 @@ def measured(detail: Detail, value: float | None, details: Mapping[str, Any]) ->
         if len(present) < len(numbers):
             return None
         return math.fsum(weight * number for weight, number in present) / math.fsum(detail.values())
-    number = value if detail is None else details.get(detail)
+    number = details.get(detail) if detail else value
     if isinstance(number, str | list | dict):
         raise TypeError(detail)
     return None if number is None else float(number)

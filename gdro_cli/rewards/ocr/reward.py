@@ -54,8 +54,11 @@ class OcrReward(Reward):
 
     @property
     def trained_on(self) -> Detail:
-        """The objective: the accuracy, which is the score's value, or the detail ``confident``."""
-        return None if self.settings.objective == "accuracy" else self.settings.objective
+        """The objective: the score's value for the accuracy, a detail, or several with their weights."""
+        objective = self.settings.objective
+        if isinstance(objective, str):
+            return None if objective == "accuracy" else objective
+        return {"" if name == "accuracy" else str(name): weight for name, weight in objective.items()}
 
     @property
     def resources(self) -> Resources:
