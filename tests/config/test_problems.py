@@ -70,6 +70,8 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         ("reward.workers=many", "reward.workers: must be a whole number or 'auto', not 'many'."),
         ("eval.rewards=[http]", "reward.http.url: is missing"),
         ("reward={kind: mix, mix: {weights: {ocr: 1, http: 1}}}", "reward.http.url: is missing"),
+        ("reward.ocr.objective={exact: 0}", "reward.ocr.objective: needs at least one weight above 0"),
+        ("reward.geneval.objective={}", "reward.geneval.objective: needs at least one weight above 0"),
         ("reward.workers=0", "reward.workers: must be at least 1 or 'auto', not 0."),
         ("train.adam_betas=[0.9]", "train.adam_betas[1]: is missing."),
         ("train.adam_betas=[0.9, 1]", "train.adam_betas[1]: must be less than 1, not 1."),

@@ -106,7 +106,7 @@ def test_extends_merges_sections_and_replaces_values(tmp_path: Path) -> None:
     assert (leaf.name, leaf.description) == ("leaf", "")
 
 
-def test_weights_are_replaced_as_a_whole() -> None:
+def test_weights_are_replaced_as_a_whole(tmp_path: Path) -> None:
     """Of objectives and tags: what is not named has no weight. Several ``--set`` are one layer."""
     objective = "reward.geneval.objective"
     for overrides, weights in (
@@ -114,6 +114,8 @@ def test_weights_are_replaced_as_a_whole() -> None:
         ([f"{objective}.soft=1", f"{objective}.accuracy=2"], {"soft": 1, "accuracy": 2}),
     ):
         assert load_recipe("geneval", overrides=overrides).reward.geneval.objective == weights
+    recipe = write(tmp_path, "mean.yaml", MINIMAL + "reward: {ocr: {objective: {accuracy: 1, similarity: 1}}}\n")
+    assert load_recipe(recipe, overrides=["reward.ocr.objective={exact: 1}"]).reward.ocr.objective == {"exact": 1}
     train = load_recipe("geneval", overrides=["prompts.train.tags={counting: 2}"]).prompts.train
     assert (train.tags, train.count) == ({"counting": 2}, 960)
 

@@ -138,6 +138,7 @@ SETS = [
     Case("ablation of a section", "ablation={tau: {a: 1}}", 2, "ablation.tau"),
     Case("tags of a list", "prompts.train.tags=[position]", 2, "prompts.train.tags"),
     Case("weights below zero", "reward.geneval.objective={soft: -1}", 2, "reward.geneval.objective"),
+    Case("weight of nothing", "reward.ocr.objective={confidence: 1}", 2, "reward.ocr.objective"),
     Case("weights not finite", "reward.geneval.objective={soft: .inf}", 2, "reward.geneval.objective"),
     Case(
         "user in the judge's address", "judge={kind: unified-reward, model: m, base_url: 'http://u:p@h/v1'}", 2, "key"
@@ -153,7 +154,14 @@ def test_a_setting(case: Case) -> None:
     check(outcome(lambda: load_recipe("ocr", overrides=[case.given])), case.code, case.words)
 
 
-_FREE = ("prompts.train.tags", "prompts.validation.tags", "prompts.eval.tags", "reward.geneval.objective", "ablation")
+_FREE = (
+    "prompts.train.tags",
+    "prompts.validation.tags",
+    "prompts.eval.tags",
+    "reward.geneval.objective",
+    "reward.ocr.objective",
+    "ablation",
+)
 _KEYS = [doc for doc in describe_fields() if not doc.section and not doc.path.startswith(_FREE)]
 WRONG_TYPES = [
     Case(f"{doc.path} a section", ("ocr" if "gdro" in doc.methods or not doc.methods else "", doc), 2) for doc in _KEYS

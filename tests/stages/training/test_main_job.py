@@ -23,6 +23,7 @@ from torch import Tensor
 from gdro_cli.config.recipe import Recipe
 from gdro_cli.core.losses import group_loss
 from gdro_cli.data.dataset import GroupDataset
+from gdro_cli.data.scores import ScoreRow
 from gdro_cli.embedded import tiny_model_path
 from gdro_cli.errors import Interrupted, PrerequisiteError, StoreError, UserError
 from gdro_cli.models.adapters import LORA_FILE
@@ -96,20 +97,34 @@ def test_a_second_call_reuses_everything(
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("stores/*/shards/**/*")}
 
 
-def test_the_confident_objective_is_trained_on_without_new_scores(
-    finished: Finished, make_recipe: MakeRecipe, quiet: Reporter, tmp_path: Path
+@pytest.mark.parametrize(
+    ("objective", "reward"),
+    [
+        ("confident", lambda row: row.value * (row.details["confidence"] or 0.0)),
+        ("exact", lambda row: float(row.details["exact"])),
+        ({"accuracy": 1, "similarity": 3}, lambda row: (row.value + 3 * row.details["similarity"]) / 4),
+    ],
+    ids=["confident", "exact", "mean"],
+)
+def test_another_objective_is_trained_on_without_new_scores(
+    objective: str | dict[str, float],
+    reward: Callable[[ScoreRow], float],
+    finished: Finished,
+    make_recipe: MakeRecipe,
+    quiet: Reporter,
+    tmp_path: Path,
 ) -> None:
     workspace = shutil.copytree(finished[0], tmp_path / "out")
-    session = Session(make_recipe(reward={"ocr": {"objective": "confident"}}), workspace, quiet)
+    session = Session(make_recipe(reward={"ocr": {"objective": objective}}), workspace, quiet)
     assert score.run(session).shards_made == 0
     assert run_path(session).name != finished[1].run.path.name
     store = open_training_store(session)
     table = open_reward_table(session, store)
-    assert session.reward.trained_on == "confident"
+    trained_on = session.reward.trained_on
     for row in table.rows():
-        assert row.measured("confident") == pytest.approx(row.value * (row.details["confidence"] or 0.0), abs=1e-3)
-    rewards = GroupDataset.load(store, table, k=2, detail="confident").rewards
-    assert set(rewards.flatten().tolist()) <= {np.float32(row.details["confident"]) for row in table.rows()}
+        assert row.measured(trained_on) == pytest.approx(reward(row), abs=1e-3)
+    rewards = GroupDataset.load(store, table, k=2, detail=trained_on).rewards
+    assert set(rewards.flatten().tolist()) <= {np.float32(row.measured(trained_on)) for row in table.rows()}
 
 
 def test_changed_settings_get_their_own_store_or_run(
