@@ -49,7 +49,7 @@ def test_every_cell_is_the_recipe_with_these_settings(tmp_path: Path) -> None:
 
 
 def test_what_differs_from_the_recipe_is_reported(tmp_path: Path) -> None:
-    sweep = plan_sweep(loaded(tmp_path, fixing("{k: 8, beta: 8, train.steps: 240}")), ["tau"], ["0.3"])
+    sweep = plan_sweep(loaded(tmp_path, fixing("{k: 8, beta: 7, train.steps: 240}")), ["tau"], ["0.3"])
     assert [(each.path, each.before, each.after) for each in sweep.fixed] == [
         ("method.k", 6, 8),
         ("train.steps", 300, 240),
