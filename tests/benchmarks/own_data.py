@@ -112,11 +112,12 @@ def roundtrip(out: Path) -> list[dict[str, Any]]:
     gdro(out, "import", str(scores), "--recipe", "own-scores")
     gdro(out, "import", str(pairs), "--recipe", "own-pairs")
     gdro(out, "import", str(rankings), "--recipe", "ocr-rank", "--name", "rankings")
+    gentle = {"method__beta": "12", "method__gamma": "1"}  # as own-scores and own-pairs
     ranked = {"prompts__train__imported": "rankings", "train__scores": "rank_score"}
     return [
-        train(out, "GDRO, original store", "ocr-fast"),
+        train(out, "GDRO, original store", "ocr-fast", **gentle),
         train(out, "GDRO, imported scores", "own-scores"),
-        train(out, "DPO, original store", "ocr-dpo"),
+        train(out, "DPO, original store", "ocr-dpo", **gentle, train__lr="6e-4"),
         train(out, "DPO, imported pairs", "own-pairs"),
         train(out, "rank, original store", "ocr-rank"),
         train(out, "rank, imported rankings", "ocr-rank", **ranked),
