@@ -247,7 +247,7 @@ def test_an_ablation_can_be_described_first(tmp_path: Path, capsys: pytest.Captu
     assert run("ablate", "--param", "tau", "--seeds", "2", "--dry-run", "--out", str(out)) == 0
     shown = capsys.readouterr().out
     for words in (
-        "192 prompts x 16 = 3072 images; none is made yet",
+        "384 prompts x 8 = 3072 images; none is made yet",
         "1920 steps are left",
         "128 validation prompts",
     ):
