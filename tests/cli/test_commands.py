@@ -83,7 +83,7 @@ def test_recipes_check_says_what_a_wrong_key_means(capsys: pytest.CaptureFixture
         "      File format of the images in a new store. Both are lossless.",
         "  train.lr: must be greater than 0, not -1",
         "      Highest learning rate of AdamW.",
-        "  method.k: 99 is more than sample.images_per_prompt (16): lower k or sample more images",
+        "  method.k: 99 is more than sample.images_per_prompt: lower k or sample more images",
         "      Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.",
     ]
     bad.write_text("extends: ocr\ntrain: {lr: x}\n")
@@ -202,7 +202,7 @@ def test_env_names_versions(capsys: pytest.CaptureFixture[str]) -> None:
         (["--recipe", "nowhere.yaml"], "there is no recipe file 'nowhere.yaml'"),
         (["--set", "method.taau=1"], "did you mean `method.tau`?"),
         (["--set", "method.tau=-1"], "method.tau: must be at least 0"),
-        (["--set", "method.k=17"], "more than sample.images_per_prompt (16)"),
+        (["--set", "method.k=17"], "more than sample.images_per_prompt"),
         (["--set", "oops"], "key=value"),
     ],
 )
@@ -225,7 +225,7 @@ def test_a_wrong_recipe_is_one_sentence_and_exit_code_2(
         ([], "name one with --param"),
         (["--param", "taau"], "did you mean `method.tau`?"),
         (["--param", "tau", "--values", "0.5,-1"], "method.tau: must be at least 0, not -1"),
-        (["--param", "k", "--values", "17"], "more than sample.images_per_prompt (16)"),
+        (["--param", "k", "--values", "17"], "more than sample.images_per_prompt"),
         (["--param", "seed"], "--seeds N"),
         (["--param", "reward.geneval.objective", "--values", "soft,strict"], "are the same training"),
     ],
@@ -247,7 +247,7 @@ def test_an_ablation_can_be_described_first(tmp_path: Path, capsys: pytest.Captu
     assert run("ablate", "--param", "tau", "--seeds", "2", "--dry-run", "--out", str(out)) == 0
     shown = capsys.readouterr().out
     for words in (
-        "384 prompts x 8 = 3072 images; none is made yet",
+        "192 prompts x 16 = 3072 images; none is made yet",
         "1920 steps are left",
         "128 validation prompts",
     ):
@@ -264,7 +264,7 @@ def test_what_the_recipe_fixes_is_part_of_the_description(tmp_path: Path, capsys
     assert run("ablate", "--recipe", str(path), "--param", "tau", "--dry-run", "--out", str(tmp_path / "out")) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "480 steps are left" in shown and "evaluation points 8 validation prompts" in shown
-    assert "fixes for this sweep: prompts.validation.count 8 (otherwise 128), train.steps 240 (otherwise 300)" in shown
+    assert "fixes for this sweep: prompts.validation.count 8 (otherwise 128), train.steps 240 (otherwise 100)" in shown
 
 
 @pytest.mark.parametrize("arguments", [["trian"], ["train", "--foo"], ["train", "--num-processes", "0"]])

@@ -45,17 +45,17 @@ def test_every_cell_is_the_recipe_with_these_settings(tmp_path: Path) -> None:
         "description": recipe.description
     }
     (cell,) = plan_sweep(recipe, ["beta"], ["4"]).cells
-    assert (cell.recipe.group_method.k, cell.recipe.train.steps) == (6, 300)
+    assert (cell.recipe.group_method.k, cell.recipe.train.steps) == (6, 100)
 
 
 def test_what_differs_from_the_recipe_is_reported(tmp_path: Path) -> None:
-    sweep = plan_sweep(loaded(tmp_path, fixing("{k: 8, beta: 7, train.steps: 240}")), ["tau"], ["0.3"])
+    sweep = plan_sweep(loaded(tmp_path, fixing("{k: 8, beta: 5, train.steps: 240}")), ["tau"], ["0.3"])
     assert [(each.path, each.before, each.after) for each in sweep.fixed] == [
         ("method.k", 6, 8),
-        ("train.steps", 300, 240),
+        ("train.steps", 100, 240),
     ]
     (note,) = sweep.notes
-    assert note.endswith("for this sweep: method.k 8 (otherwise 6), train.steps 240 (otherwise 300)")
+    assert note.endswith("for this sweep: method.k 8 (otherwise 6), train.steps 240 (otherwise 100)")
     assert sweep.labels == ("tau 0.3",)
     assert plan_sweep(load_recipe("ocr"), ["tau"]).fixed == ()
 
@@ -88,7 +88,7 @@ def test_a_set_that_changes_other_keys_refuses_only_the_sweep(tmp_path: Path) ->
         ("{name: x}", "name says something about the recipe and not about the training: remove it"),
         ("{ablation: {}}", "ablation says something about the recipe"),
         ("{k: eight}", "method.k: must be a whole number, not 'eight'"),
-        ("{k: 17}", "method.k: 17 is more than sample.images_per_prompt (16)"),
+        ("{k: 17}", "method.k: 17 is more than sample.images_per_prompt (8)"),
         ("{k: 8, sample.images_per_prompt: 4}", "method.k: 8 is more than sample.images_per_prompt (4)"),
         ("[k]", "must be a section of keys and values, not a list of 1"),
     ],

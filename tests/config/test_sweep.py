@@ -134,7 +134,7 @@ def test_lists_texts_and_flags_can_be_values(ocr: Recipe) -> None:
         (["tau"], ["0.5] [1"], "is not valid YAML"),
         (["tau"], [""], "there are no values"),
         (["lr"], None, "the recipe ocr has none in its section `ablation`"),
-        (["k"], ["2,17"], "ocr with k 17: method.k: 17 is more than sample.images_per_prompt (16)"),
+        (["k"], ["2,17"], "ocr with k 17: method.k: 17 is more than sample.images_per_prompt (8)"),
         (["tau"], ["0.5,0.50"], "tau 0.5: the same value twice"),
         (["beta"], ["12,12.0"], "beta 12 and beta 12.0: the same value twice"),
         (["tau", "method.tau"], None, "--param method.tau is given twice"),
