@@ -83,7 +83,7 @@ def test_recipes_check_says_what_a_wrong_key_means(capsys: pytest.CaptureFixture
         "      File format of the images in a new store. Both are lossless.",
         "  train.lr: must be greater than 0, not -1",
         "      Highest learning rate of AdamW.",
-        "  method.k: 99 is more than sample.images_per_prompt: lower k or sample more images",
+        "  method.k: 99 is more than sample.images_per_prompt (8): lower k or sample more images",
         "      Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.",
     ]
     bad.write_text("extends: ocr\ntrain: {lr: x}\n")
