@@ -28,6 +28,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gdro_cli.config.layers import shipped_recipes
 from gdro_cli.config.load import load_recipe
+from gdro_cli.runtime.metrics import ValidationRow
+from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.comparison.compare import compare
 from gdro_cli.stages.comparison.result import Comparison
 from gdro_cli.stages.reporting.charts import time_chart
@@ -35,6 +37,7 @@ from gdro_cli.stages.reporting.image_sheet import LINE, MARGIN
 from gdro_cli.stages.runs.identity import find_run
 from gdro_cli.stages.setup.model import open_model
 from gdro_cli.stages.setup.session import Session
+from tests.benchmarks.head_to_head_tables import head_to_head_tables
 
 METHODS = ("fast", "dpo", "rank", "top1", "sft", "regression", "dgpo", "nft", "flow-grpo", "dance-grpo")
 """Last parts of the recipes' names, GDRO's first."""
@@ -84,6 +87,12 @@ def sheet_of(comparison: Comparison, run: str, out: Path) -> Path | None:
     return None if sheet is None else out / "runs" / run / sheet
 
 
+def last_verdict(run: Path) -> str | None:
+    """The verdict at a run's last evaluation point."""
+    points = [row for row in RunFolder(run).metrics() if isinstance(row, ValidationRow)]
+    return points[-1].verdict
+
+
 def draw_grid(path: Path, sheets: Mapping[str, Path | None]) -> None:
     """Draw one row of images per method, below one row with their prompts."""
     drawn = {name: Image.open(sheet) for name, sheet in sheets.items() if sheet is not None}
@@ -109,7 +118,12 @@ def main() -> None:
     options.add_argument("--methods", help="in addition to GDRO, which comes first (default: all with a recipe)")
     options.add_argument("--cores", default="", help="numbers of cores, e.g. 0,1; default: one training uses all")
     options.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="for every recipe")
-    options.add_argument("--at-reward", type=float, help="default: the lowest of the runs' highest validation rewards")
+    options.add_argument(
+        "--at-reward",
+        type=float,
+        action="append",
+        help="several times: several columns, and the last for the pictures; default: the lowest of the runs' highest",
+    )
     options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
     arguments = options.parse_args()
 
@@ -169,12 +183,13 @@ def main() -> None:
             for method in recipes
         ]
         runs = [run_of(method, overrides.result()) for method, overrides in jobs]
-    log = out / "logs" / "compare.log"
-    log.unlink(missing_ok=True)
-    matched = [] if arguments.at_reward is None else ["--at-reward", str(arguments.at_reward)]
-    gdro(["compare", *map(str, runs), *matched, "--out", str(out)], log=log, core=None)
-    print(log.read_text())
-    comparison = compare(runs, at_reward=arguments.at_reward, workspace=out)
+    compared = [compare(runs, at_reward=reward, workspace=out) for reward in arguments.at_reward or [None]]
+    comparison = compared[-1]
+    last_verdicts = {
+        group.name: [last_verdict(out / "runs" / name) for name in group.runs] for group in comparison.seed_groups
+    }
+    at_rewards = {each.matching.reward: each for each in compared if each.matching.reward is not None}
+    print(*head_to_head_tables(task, at_rewards, last_verdicts), sep="\n", end="\n\n")
     grid = out / f"head-to-head-{task}.png"
     draw_grid(grid, {group.name: sheet_of(comparison, group.runs[0], out) for group in comparison.seed_groups})
     chart = time_chart({group.name: group.curves for group in comparison.seed_groups}, level=comparison.matching.reward)
