@@ -134,6 +134,8 @@ def check_that_sources_are_shown(recipe: Recipe, evaluated: evaluate.EvalResult,
         prompt = Session(recipe, workspace).prompts("eval" if rows == 3 else "validation").records[0]
         assert prompt.source is not None
         assert shown.tobytes() == prompt.source.resize((CELL, CELL), Image.Resampling.NEAREST).tobytes()
+    judged = Session(build_recipe(merge_layers([recipe.resolved(), {"judge": {"kind": "embedded"}}])), workspace)
+    assert judged.judge is not None and judged.judge.version["axes"] == ["coherence", "style"]
     page = evaluated.page.read_text(encoding="utf-8")
     assert page.index('alt="the image to edit: ') < page.index('alt="base model') < page.index('alt="trained model')
     card = (evaluated.run / "README.md").read_text(encoding="utf-8")

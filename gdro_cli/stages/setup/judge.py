@@ -11,8 +11,13 @@ from gdro_cli.stages.setup.model import EMBEDDED
 from gdro_cli.stages.setup.reward import open_reward
 
 
-def open_judge(recipe: Recipe) -> JudgeReward | None:
-    """The recipe's judge, with the axes that suit the reward; None if the recipe has no judge.
+def open_judge(recipe: Recipe, *, edits: bool = False) -> JudgeReward | None:
+    """The recipe's judge, with the axes that suit the reward and the model; None if the recipe has no judge.
+
+    Args:
+        recipe: the recipe.
+        edits: whether its model edits images. A judge does not see the image that a prompt edits, so it cannot say
+            how well the edit was made: alignment has no part in u, unless it is the only axis that suits the reward.
 
     Raises:
         PrerequisiteError: its weights are missing.
@@ -23,7 +28,10 @@ def open_judge(recipe: Recipe) -> JudgeReward | None:
         kind = "embedded" if recipe.model.path == EMBEDDED else "none"
     if kind == "none":
         return None
-    return JudgeReward(_open(recipe, kind), axes=open_reward(recipe).judge_axes)
+    axes = open_reward(recipe).judge_axes
+    if edits:
+        axes = tuple(axis for axis in axes if axis != "alignment") or axes
+    return JudgeReward(_open(recipe, kind), axes=axes)
 
 
 def _open(recipe: Recipe, kind: str) -> Judge:

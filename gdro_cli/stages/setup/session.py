@@ -151,7 +151,7 @@ class Session:
     @cached_property
     def judge(self) -> JudgeReward | None:
         """The recipe's judge; None if the recipe has none. Raises PrerequisiteError if its weights are missing."""
-        return open_judge(self.recipe)
+        return open_judge(self.recipe, edits=self.model.edits)
 
     @property
     def image_size(self) -> tuple[int, int]:
