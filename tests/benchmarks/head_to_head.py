@@ -4,10 +4,10 @@
     python -m tests.benchmarks.head_to_head geneval --cores 0,1
 
 It runs the commands that a user would run, one after the other: ``gdro score`` for the store that the offline methods
-share, ``gdro train`` and ``gdro eval`` of each recipe with each seed, ``gdro compare`` of all. After a stop the same
-command continues. With ``--cores`` each of these cores runs one training at a time, on one thread, so that all methods
-are timed alike. Trainings do not share reference errors (``train.cache_reference=false``), so that each computes its
-own.
+share, ``gdro train`` and ``gdro eval`` of each recipe with each seed. Then it compares them, as ``gdro compare`` does.
+After a stop the same command continues. With ``--cores`` each of these cores runs one training at a time, on one
+thread, so that all methods are timed alike. Trainings do not share reference errors (``train.cache_reference=false``),
+so that each computes its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gdro_cli.config.layers import shipped_recipes
 from gdro_cli.config.load import load_recipe
-from gdro_cli.runtime.metrics import ValidationRow
+from gdro_cli.runtime.metrics import validation_rows
 from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.comparison.compare import compare
 from gdro_cli.stages.comparison.result import Comparison
@@ -89,8 +89,7 @@ def sheet_of(comparison: Comparison, run: str, out: Path) -> Path | None:
 
 def last_verdict(run: Path) -> str | None:
     """The verdict at a run's last evaluation point."""
-    points = [row for row in RunFolder(run).metrics() if isinstance(row, ValidationRow)]
-    return points[-1].verdict
+    return validation_rows(RunFolder(run).metrics())[-1].verdict
 
 
 def draw_grid(path: Path, sheets: Mapping[str, Path | None]) -> None:
@@ -122,7 +121,7 @@ def main() -> None:
         "--at-reward",
         type=float,
         action="append",
-        help="several times: several columns, and the last for the pictures; default: the lowest of the runs' highest",
+        help="may be repeated; the pictures show the last one (default: the lowest of the runs' highest)",
     )
     options.add_argument("--out", type=Path, default=Path("gdro-head-to-head"))
     arguments = options.parse_args()

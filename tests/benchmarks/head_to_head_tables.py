@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
-from gdro_cli.core.sweeps import Spread
 from gdro_cli.rewards.judge.base import AXES
-from gdro_cli.stages.comparison.result import Comparison
+from gdro_cli.stages.comparison.result import Comparison, minutes_over_seeds, over_seeds
 from gdro_cli.stages.comparison.seed_groups import SeedGroup
 from gdro_cli.stages.evaluation.measures import CORRECTED, CORRECTED_OF_MEANS
 
@@ -16,6 +15,7 @@ METHOD_NAMES = {
     "dpo": "DPO",
     "dpo-stabilised": "DPO, stabilised",
     "dpo-plain": "DPO, plain",
+    "rank": "rank",
     "top1": "top-1",
     "sft": "fine-tuning",
     "regression": "LAIR",
@@ -25,7 +25,7 @@ METHOD_NAMES = {
     "flow-grpo": "Flow-GRPO",
     "dance-grpo": "DanceGRPO",
 }
-"""By the last part of a recipe's name, where the two differ."""
+"""By the last part of a recipe's name."""
 MEASURES = {"ocr": ("reward", "exact match"), "geneval": ("overall", "strict reward")}
 
 
@@ -40,14 +40,14 @@ def head_to_head_tables(
         last_verdicts: of each group of seeds, by its name, the verdicts at its runs' last evaluation points.
     """
     groups = next(iter(at_rewards.values())).seed_groups
-    names = {group.name: METHOD_NAMES.get(last := group.name.removeprefix(f"{task}-"), last) for group in groups}
+    names = {group.name: METHOD_NAMES[group.name.removeprefix(f"{task}-")] for group in groups}
 
     measures = MEASURES[task]
     yield from _header("method", *measures, ", ".join(AXES), "u", CORRECTED, "verdicts")
     for group in groups:
         axes = ", ".join(f"{group.trained[axis].mean:.2f}" for axis in AXES)  # type: ignore[union-attr]
-        cells = [*(_spread(group.trained[name]) for name in measures), axes]
-        cells += [_spread(group.trained[name]) for name in ("u", CORRECTED)]
+        cells = [*(over_seeds(group.trained[name]) for name in measures), axes]
+        cells += [over_seeds(group.trained[name]) for name in ("u", CORRECTED)]
         yield _row(names[group.name], *cells, _counted(group.verdicts))
 
     readings = {
@@ -60,14 +60,14 @@ def head_to_head_tables(
     )
     for index, group in enumerate(groups):
         costs = group.costs
-        split = [] if costs is None else [costs.sampling, costs.scoring, costs.updates, costs.total]
+        split = [None] * 4 if costs is None else [costs.sampling, costs.scoring, costs.updates, costs.total]
         matched = {reward: comparison.seed_groups[index] for reward, comparison in at_rewards.items()}
         yield _row(
             names[group.name],
-            *(f"{seconds / 60:.2f}" for seconds in split),
+            *("" if seconds is None else f"{seconds / 60:.2f}" for seconds in split),
             *map(_to_reward, matched.values()),
             *(
-                _spread(matched[reward].matched[CORRECTED if name == "corrected" else CORRECTED_OF_MEANS])
+                over_seeds(matched[reward].matched[CORRECTED if name == "corrected" else CORRECTED_OF_MEANS])
                 if matched[reward].reached
                 else ""
                 for name, reward in readings.values()
@@ -84,8 +84,8 @@ def head_to_head_tables(
         yield _row(
             names[group.name],
             f"{max(point.over_seeds.mean for point in corrected[1:]):.3f}",
-            _spread(corrected[-1].over_seeds),
-            _spread(reward[-1].over_seeds),
+            over_seeds(corrected[-1].over_seeds),
+            over_seeds(reward[-1].over_seeds),
             _counted(unhealthy) or "none",
         )
 
@@ -100,18 +100,13 @@ def _row(*cells: str) -> str:
     return "".join(f"| {cell} " if cell else "| " for cell in cells) + "|"
 
 
-def _spread(value: Spread | None) -> str:
-    return "" if value is None else f"{value.mean:.3f} ({value.low:.3f} to {value.high:.3f})"
-
-
 def _counted(words: Sequence[str]) -> str:
     return ", ".join(f"{count} {word}" for word, count in Counter(words).most_common())
 
 
 def _to_reward(group: SeedGroup) -> str:
     """Minutes, and how many runs have got there if not all."""
-    value = group.to_reward
-    if value is None:
+    if not group.reached:
         return ""
-    minutes = f"{value.mean / 60:.2f} ({value.low / 60:.2f} to {value.high / 60:.2f})"
-    return minutes if group.reached == len(group.runs) else f"{minutes}, {group.reached} of {len(group.runs)}"
+    minutes, runs = minutes_over_seeds(group.to_reward), len(group.runs)
+    return minutes if group.reached == runs else f"{minutes}, {group.reached} of {runs}"

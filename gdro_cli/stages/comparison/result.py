@@ -62,8 +62,8 @@ class Comparison:
         columns = ["method", "seeds", *held_out, "verdicts", *(f"{name}, matched" for name in matched)]
         rows = []
         for group in self.seed_groups:
-            own = [_over_seeds(group.trained.get(name)) for name in held_out]
-            at_reward = [_over_seeds(group.matched[name]) for name in matched]
+            own = [over_seeds(group.trained.get(name)) for name in held_out]
+            at_reward = [over_seeds(group.matched[name]) for name in matched]
             rows.append([group.name, str(len(group.runs)), *own, ", ".join(group.verdicts), *at_reward])
         return columns, rows
 
@@ -76,7 +76,7 @@ class Comparison:
             costs = group.costs
             split = [None] * 4 if costs is None else [costs.sampling, costs.scoring, costs.updates, costs.total]
             reached = f"{group.reached} of {len(group.runs)}"
-            rows.append([group.name, *map(_minutes, split), _minutes_over_seeds(group.to_reward), reached])
+            rows.append([group.name, *map(_minutes, split), minutes_over_seeds(group.to_reward), reached])
         return columns, rows
 
 
@@ -87,7 +87,7 @@ def _gain_row(gain: Gain, *, is_first: bool) -> list[str]:
     return [gain.measure, gain.run, interval(gain.trained), shown, *counts]
 
 
-def _over_seeds(value: Spread | None) -> str:
+def over_seeds(value: Spread | None) -> str:
     """Mean, and lowest and highest of several seeds."""
     if value is None:
         return MISSING
@@ -101,7 +101,8 @@ def _minutes(seconds: float | None) -> str:
     return f"{seconds / 60:.2f}" if seconds < 600 else f"{seconds / 60:.1f}"
 
 
-def _minutes_over_seeds(value: Spread | None) -> str:
+def minutes_over_seeds(value: Spread | None) -> str:
+    """The same of seconds, as minutes."""
     if value is None:
         return MISSING
     ends = "" if value.seeds == 1 else f" ({_minutes(value.low)} to {_minutes(value.high)})"
