@@ -191,9 +191,18 @@ class Engine(ProcessGroup):
         for tracker in self._accelerator.trackers if self._tracked else ():
             _log_image(tracker, name, path, step)
 
-    def end(self) -> None:
-        """Close the trackers and leave the process group. Call it once, at the end of the job."""
-        self._accelerator.end_training()
+    def close_trackers(self) -> None:
+        """Close the trackers, if there are any."""
+        for tracker in self._accelerator.trackers if self._tracked else ():
+            tracker.finish()
+
+    def end(self, *, failed: bool = False) -> None:
+        """Leave the process group; call it last. A thread of gloo that outlives the interpreter aborts the process.
+
+        ``failed``: leave only gloo's group, since NCCL may wait for a process that is gone.
+        """
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group(self._waiting if failed else None)
 
 
 def _log_image(tracker: Any, name: str, path: Path, step: int) -> None:

@@ -76,6 +76,25 @@ os._exit(0)
 """Two gloo groups: the one in place of NCCL gives up after 4 seconds, and then never notices a lost process."""
 
 
+FAILED = """
+import json, sys, torch
+from pathlib import Path
+from gdro_cli.config.load import load_recipe
+from gdro_cli.errors import EndedElsewhere, UserError
+from gdro_cli.stages.setup.session import Session
+
+session = Session(load_recipe("ocr"), Path(sys.argv[1]))
+rank = session.engine.rank
+before = torch.distributed.is_initialized()
+try:
+    with session, session.engine.together():
+        if rank == 1:
+            raise UserError("one process fails")
+except (UserError, EndedElsewhere):
+    Path(sys.argv[1], f"{rank}.json").write_text(json.dumps([before, torch.distributed.is_initialized()]))
+"""
+
+
 def run_two(folder: Path, work: str = WORK) -> list[dict[str, Any]]:
     """Start the work twice, as a launcher would, and read the result of each process."""
     with socket.socket() as probe:
@@ -121,6 +140,11 @@ def test_long_waits_and_lost_processes_are_no_matter_of_nccl(tmp_path: Path) -> 
     first, second = run_two(tmp_path, DEAF)
     assert "lost the others" in first.pop("end")
     assert first == second == {"names": [0, 1], "heard": True, "total": [2.0], "rows": [1.0, 1.0]}
+
+
+def test_processes_that_fail_leave_their_group(tmp_path: Path) -> None:
+    """If a thread of gloo still works when the interpreter exits, the process aborts and its exit code is lost."""
+    assert run_two(tmp_path, FAILED) == [[True, False]] * 2
 
 
 def test_one_process_works_alone() -> None:

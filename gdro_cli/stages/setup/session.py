@@ -70,8 +70,11 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is None and "engine" in self.__dict__ and (self._parent is None or self._tracked):
-                self.engine.end()
+            if "engine" in self.__dict__:
+                if error is None:
+                    self.engine.close_trackers()
+                if self._parent is None and (error is None or isinstance(error, Exception)):  # not in a broken message
+                    self.engine.end(failed=error is not None)
         finally:
             self.stop.__exit__(kind, error, trace)
 
