@@ -44,7 +44,7 @@ METHODS = ("fast", "dpo", "rank", "top1", "sft", "regression", "dgpo", "nft", "f
 VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "ocr": {
         "dpo-stabilised": ("dpo", "method.beta=12", "method.gamma=1"),
-        "crd": ("regression", "method.target=crd", "method.penalty=0.3", "train.lr=1e-3"),
+        "crd": ("regression", "method.target=crd", "method.penalty=0.3"),
     },
     "geneval": {
         "dpo-plain": ("dpo", "method.gamma=0"),
