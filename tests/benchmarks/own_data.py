@@ -39,6 +39,8 @@ from gdro_cli.tiny.world import ALPHABET, COLOURS, draw_sign
 
 SIGNS = 8
 """Foreign images of each prompt."""
+PROMPTS = 96
+"""Twice as many as `ocr-fast` has."""
 
 
 def gdro(out: Path, *arguments: str) -> None:
@@ -103,8 +105,9 @@ def rankings_of(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def roundtrip(out: Path) -> list[dict[str, Any]]:
     """Train on the images of a store, and on the same images after export and import."""
-    gdro(out, "score", "--recipe", "ocr-fast")
-    table, _ = make_scored_store(Session(load_recipe("ocr-fast"), out))
+    count = f"prompts.train.count={PROMPTS}"
+    gdro(out, "score", "--recipe", "ocr-fast", "--set", count)
+    table, _ = make_scored_store(Session(load_recipe("ocr-fast", overrides=[count]), out))
     groups = groups_of(table, out / "data")
     scores = write_table(out / "data" / "scores.jsonl", groups)
     pairs = write_table(out / "data" / "pairs.jsonl", pairs_of(groups))
@@ -112,14 +115,15 @@ def roundtrip(out: Path) -> list[dict[str, Any]]:
     gdro(out, "import", str(scores), "--recipe", "own-scores")
     gdro(out, "import", str(pairs), "--recipe", "own-pairs")
     gdro(out, "import", str(rankings), "--recipe", "ocr-rank", "--name", "rankings")
-    gentle = {"method__beta": "12", "method__gamma": "1"}  # as own-scores and own-pairs
+    original = {"prompts__train__count": str(PROMPTS)}
+    gentle = {**original, "method__beta": "12", "method__gamma": "1"}  # as own-scores and own-pairs
     ranked = {"prompts__train__imported": "rankings", "train__scores": "rank_score"}
     return [
         train(out, "GDRO, original store", "ocr-fast", **gentle),
         train(out, "GDRO, imported scores", "own-scores"),
         train(out, "DPO, original store", "ocr-dpo", **gentle, train__lr="6e-4"),
         train(out, "DPO, imported pairs", "own-pairs"),
-        train(out, "rank, original store", "ocr-rank"),
+        train(out, "rank, original store", "ocr-rank", **original),
         train(out, "rank, imported rankings", "ocr-rank", **ranked),
     ]
 
@@ -131,7 +135,8 @@ def foreign_groups(folder: Path) -> list[dict[str, Any]]:
     """
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for prompt in Session(load_recipe("ocr-fast"), folder).prompts("train").records:
+    recipe = load_recipe("ocr-fast", overrides=[f"prompts.train.count={PROMPTS}"])
+    for prompt in Session(recipe, folder).prompts("train").records:
         target = prompt.target or ""
         rng = np.random.default_rng(seed_for(0, "foreign", prompt.id))
         colour = next(name for name in COLOURS if f" {name} " in prompt.prompt)
