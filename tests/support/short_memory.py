@@ -44,5 +44,4 @@ if __name__ == "__main__":
         if os.environ["RANK"] == "1":
             plant(patched, lambda images: 0 if images > int(limit) else 99)
         reporter = Reporter(quiet=os.environ["RANK"] != "0")
-        with Session(load_recipe(path), Path(workspace), reporter) as session:
-            train.run(session)
+        train.run(Session(load_recipe(path), Path(workspace), reporter))

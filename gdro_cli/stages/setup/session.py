@@ -71,9 +71,9 @@ class Session:
     ) -> None:
         try:
             if "engine" in self.__dict__:
-                if error is None:
+                if error is None and (self._parent is None or self._tracked):
                     self.engine.close_trackers()
-                if self._parent is None and (error is None or isinstance(error, Exception)):  # not in a broken message
+                if self._parent is None and (error is None or isinstance(error, Exception)):  # no message is under way
                     self.engine.end(failed=error is not None)
         finally:
             self.stop.__exit__(kind, error, trace)
