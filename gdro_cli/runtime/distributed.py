@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Never
 
@@ -252,6 +253,8 @@ def make_engine(*, trackers: Sequence[str] = (), out: Path | None = None, cpu: b
 
     _check_trackers(trackers)
     _check_launcher()
+    if "WORLD_SIZE" in os.environ:
+        import_module("torch.distributed.nn")  # imported later, its default arguments would keep the group for ever
     cpu = cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(
         mixed_precision="no",  # models have their own
