@@ -204,6 +204,8 @@ class Engine(ProcessGroup):
         """
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group(self._waiting if failed else None)
+        self._waiting = None  # a group ends when nothing refers to it
+        _waiting_group.cache_clear()
 
 
 def _log_image(tracker: Any, name: str, path: Path, step: int) -> None:

@@ -98,7 +98,24 @@ except (UserError, EndedElsewhere):
 """
 
 
-def run_two(folder: Path, work: str = WORK) -> list[dict[str, Any]]:
+ENDED = """
+import json, sys, torch
+from pathlib import Path
+torch.accelerator.is_available = lambda: True  # as in DEAF
+from gdro_cli.runtime.distributed import make_engine
+
+def gloo():
+    return sum(path.read_text().strip() == "pt_gloo_runloop" for path in Path("/proc/self/task").glob("*/comm"))
+
+engine = make_engine()
+engine.gather_objects([engine.rank])
+engine.end(failed=sys.argv[1].endswith("failed"))
+Path(sys.argv[1], f"{engine.rank}.json").write_text(json.dumps(gloo()))
+"""
+"""A group for NCCL's work and one for long waits, with two threads each."""
+
+
+def run_two(folder: Path, work: str = WORK) -> list[Any]:
     """Start the work twice, as a launcher would, and read the result of each process."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -148,6 +165,13 @@ def test_long_waits_and_lost_processes_are_no_matter_of_nccl(tmp_path: Path) -> 
 def test_processes_that_fail_leave_their_group(tmp_path: Path) -> None:
     """If a thread of gloo frees a tensor while the interpreter exits, the process aborts and its exit code is lost."""
     assert run_two(tmp_path, FAILED) == [[True, False]] * 2
+
+
+@pytest.mark.parametrize(("end", "left"), [("finished", 0), ("failed", 2)])
+def test_the_group_for_long_waits_ends(end: str, left: int, tmp_path: Path) -> None:
+    """After a failure the other one is left alone, since NCCL may wait for a process that is gone."""
+    (tmp_path / end).mkdir()
+    assert run_two(tmp_path / end, ENDED) == [left, left]
 
 
 def test_one_process_works_alone() -> None:
