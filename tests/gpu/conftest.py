@@ -17,10 +17,10 @@ from filelock import FileLock
 SOURCE = Path(__file__).with_name("pretend_gpu.cpp")
 TORCH = Path(torch.__file__).parent
 END = "-- end of the job --\n"
-"""What ``tests.gpu.jobs`` prints after each job."""
+"""What ``python -m tests.gpu`` prints after each job."""
 
 Jobs = Callable[..., list[str]]
-"""Runs jobs of ``tests.gpu.jobs``, each given by its name and arguments; returns what each one printed."""
+"""Runs jobs of ``tests.gpu.jobs.JOBS``, each given by its name and arguments; returns what each one printed."""
 
 
 def compile_library(target: Path) -> Path:
@@ -54,7 +54,7 @@ def jobs(library: Path) -> Jobs:
     """Jobs in one process, since starting it takes longer than most of them. One that fails fails the test."""
 
     def run(*each: Sequence[str | Path]) -> list[str]:
-        command = [sys.executable, "-m", "tests.gpu.jobs", json.dumps(each, default=str)]
+        command = [sys.executable, "-m", "tests.gpu", json.dumps(each, default=str)]
         done = subprocess.run(
             command,
             env={**os.environ, "PRETEND_GPU": str(library), "OMP_NUM_THREADS": "1"},

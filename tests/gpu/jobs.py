@@ -1,8 +1,4 @@
-"""What is done on the pretended GPU: ``python -m tests.gpu.jobs JOBS``, with ``PRETEND_GPU`` set.
-
-JOBS is a JSON list of ``[NAME, ARGUMENT, ...]``. They need a process of their own, since the pretended GPU must be
-there before PyTorch. It ends with an error where a check fails.
-"""
+"""What is done on the pretended GPU. A job ends with an error where a check fails."""
 
 from __future__ import annotations
 
@@ -11,7 +7,6 @@ from tests.gpu.pretend_gpu import pretend_gpu  # isort: skip - before whatever i
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +31,6 @@ from gdro_cli.stages.training import group_gradient, train
 from gdro_cli.stages.training.group_gradient import GroupGradient
 from tests.gpu import passes
 from tests.gpu.acceptance import __main__ as acceptance
-from tests.gpu.conftest import END
 from tests.gpu.passes import FAMILIES, difference, engine_pass, flat
 from tests.gpu.peaks import check_peaks
 
@@ -209,19 +203,15 @@ def check_acceptance(out: str) -> None:
     print(json.dumps(codes))  # noqa: T201
 
 
-if __name__ == "__main__":
-    JOBS = {
-        "families": check_families,
-        "planted": check_planted,
-        "attention": check_attention,
-        "autocast": check_autocast,
-        "recipe": run_recipe,
-        "small_gpu": run_on_small_gpu,
-        "resume": check_resume,
-        "peaks": check_peaks,
-        "acceptance": check_acceptance,
-        "device-scorer": check_device_scorer,
-    }
-    for name, *arguments in json.loads(sys.argv[1]):
-        JOBS[name](*arguments)
-        print(END, end="", flush=True)  # noqa: T201
+JOBS: dict[str, Callable[..., None]] = {
+    "families": check_families,
+    "planted": check_planted,
+    "attention": check_attention,
+    "autocast": check_autocast,
+    "recipe": run_recipe,
+    "small_gpu": run_on_small_gpu,
+    "resume": check_resume,
+    "peaks": check_peaks,
+    "acceptance": check_acceptance,
+    "device-scorer": check_device_scorer,
+}

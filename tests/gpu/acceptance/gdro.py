@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from tests.gpu.pretend_gpu import pretend_gpu  # isort: skip - before whatever imports torch
+if __name__ == "__main__":  # the scoring processes import this file, and should not import all of this
+    from tests.gpu.pretend_gpu import pretend_gpu  # isort: skip - before whatever imports torch
+    from gdro_cli.cli.app import main
 
-from gdro_cli.cli.app import main
-
-if __name__ == "__main__":
     with pretend_gpu():
         main()
