@@ -48,7 +48,7 @@ VARIANTS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     },
     "geneval": {
         "dpo-plain": ("dpo", "method.gamma=0"),
-        "crd": ("regression", "method.target=crd", "method.penalty=3", "train.lr=1e-3"),
+        "crd": ("regression", "method.target=crd", "method.penalty=3"),
     },
 }
 """By the task: a method's recipe, and what it is changed in."""
