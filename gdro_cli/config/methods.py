@@ -10,11 +10,16 @@ Flow-GRPO (arXiv 2505.05470) and DanceGRPO (arXiv 2505.07818). A new method is o
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar, Literal, Self, get_args
 
 from pydantic import Field
 
 from gdro_cli.config.base import FallsBackTo, StrictModel
+
+NoiseLevels = Annotated[
+    tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]], Field(strict=False)
+]
+"""The lowest and the highest noise level that is trained."""
 
 
 class AnyMethod(StrictModel):
@@ -34,6 +39,13 @@ class GroupMethod(AnyMethod):
 
     needs_order: ClassVar[bool] = True
     """Whether the method learns nothing from images of equal reward."""
+
+    def of_round(self, number: int) -> Self:
+        """The method with the noise levels of round ``number`` (from 0) as its own."""
+        if self.sigma_by_round is None:
+            return self
+        lowest, highest = self.sigma_by_round[number]
+        return self.model_copy(update={"sigma_min": lowest, "sigma_max": highest})
 
     k: int = Field(6, ge=2)
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
@@ -65,6 +77,9 @@ class GroupMethod(AnyMethod):
     """Lowest noise level trained, 0 = clean. In [0, 1), below `sigma_max`."""
     sigma_max: float = Field(1.0, gt=0, le=1)
     """Highest noise level trained, 1 = pure noise. In (0, 1], above `sigma_min`."""
+    sigma_by_round: Annotated[tuple[NoiseLevels, ...] | None, Field(strict=False)] = None
+    """Noise levels [lowest, highest] of each of the `train.rounds`, in place of `sigma_min` and `sigma_max`. Unset: all
+    rounds train those two."""
     min_spread: float = Field(0.0, ge=0)
     """A group whose highest and lowest reward differ by no more than this carries no preference and is left out. In
     units of the reward, 0 or more."""

@@ -103,6 +103,14 @@ def _stored(recipe: Recipe, method: GroupMethod) -> Iterator[Problem]:
     if method.sigma_min >= method.sigma_max:
         message = f"{method.sigma_min:g} must be below method.sigma_max ({method.sigma_max:g})"
         yield Problem("method.sigma_min", message)
+    if method.sigma_by_round is not None:
+        if len(method.sigma_by_round) != recipe.train.rounds:
+            message = f"has levels for {len(method.sigma_by_round)} rounds, but train.rounds is {recipe.train.rounds}"
+            yield Problem("method.sigma_by_round", message)
+        for number, (lowest, highest) in enumerate(method.sigma_by_round):
+            if lowest >= highest:
+                message = f"the lowest level, {lowest:g}, must be below the highest, {highest:g}"
+                yield Problem(f"method.sigma_by_round[{number}]", message)
 
 
 def _prompts(recipe: Recipe) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gdro_cli.config.methods import GroupMethod
 from gdro_cli.core.losses import DEVIATION_LOSSES
 from gdro_cli.data.dataset import GroupBatch, GroupDataset
 from gdro_cli.data.references import ReferenceErrors
@@ -58,10 +59,10 @@ class GroupSteps:
     }
     remedy = "lower train.lr or method.beta"
 
-    def __init__(self, session: Session, table: ScoreTable, micro: MicroBatch | None = None) -> None:
+    def __init__(self, session: Session, table: ScoreTable, micro: MicroBatch | None = None, number: int = 0) -> None:
         self._micro = micro or MicroBatch(session)
         recipe, model, engine = session.recipe, session.model, session.engine
-        method = recipe.group_method
+        method = recipe.group_method.of_round(number)
         check_shares(recipe, engine.world)
         model.release_encoders()
         model.release_decoder()
@@ -83,7 +84,7 @@ class GroupSteps:
         # No method of this object is passed on here and below. It would close a cycle, and the model and the images of
         # a finished training would stay in memory.
         self._prefetch = Prefetch(
-            partial(_draw, session, self.dataset), steps=recipe.train.steps if recipe.train.prefetch else 0
+            partial(_draw, session, self.dataset, method), steps=recipe.train.steps if recipe.train.prefetch else 0
         )
         self._use_micro_batch()
 
@@ -195,11 +196,13 @@ def _first_look(session: Session, dataset: GroupDataset) -> ForeignErrors | None
     return errors
 
 
-def _draw(session: Session, dataset: GroupDataset, step: int) -> tuple[GroupBatch, tuple[Tensor, Tensor]]:
+def _draw(
+    session: Session, dataset: GroupDataset, method: GroupMethod, step: int
+) -> tuple[GroupBatch, tuple[Tensor, Tensor]]:
     """This process's share of the step's groups and its noise, in memory that is fast to copy to the device."""
     recipe, engine, seed = session.recipe, session.engine, session.recipe.train_seed
     batch = dataset.draw(step, groups=recipe.train.groups_per_step, seed=seed).share(engine.rank, engine.world)
-    sigma, noise = draw_noise(batch, recipe.group_method, seed=seed)
+    sigma, noise = draw_noise(batch, method, seed=seed)
     if engine.device.type == "cuda":
         return replace(batch, latents=batch.latents.pin_memory()), (sigma.pin_memory(), noise.pin_memory())
     return batch, (sigma, noise)
