@@ -90,6 +90,14 @@ def test_a_rule_about_a_wrong_key_is_not_reported_as_well() -> None:
         # rules between keys
         ("method.k=17", "method.k: 17 is more than sample.images_per_prompt (16)"),
         ("method={sigma_min: 0.2, sigma_max: 0.2}", "method.sigma_min: 0.2 must be below method.sigma_max (0.2)."),
+        (
+            "method.sigma_by_round=[[0, 1], [0.5, 0.8]]",
+            "method.sigma_by_round: has levels for 2 rounds, but train.rounds is 1",
+        ),
+        (
+            "method.sigma_by_round=[[0.8, 0.5]]",
+            "method.sigma_by_round[0]: the lowest level, 0.8, must be below the highest, 0.5.",
+        ),
         ("prompts.eval.builtin=ocr-tst", "prompts.eval.builtin: 'ocr-tst' is not a built-in set"),
         ("prompts.eval.min_letters=7", "prompts.eval.min_letters: 7 is more than prompts.eval.max_letters (6)."),
         ("prompts.eval={builtin: ocr-test, file: a}", "prompts.eval: names both a `file` and a `builtin` set"),

@@ -19,7 +19,9 @@ from gdro_cli.config.recipe import Recipe
 from gdro_cli.data.store import GroupStore
 from gdro_cli.errors import Interrupted, StoreError
 from gdro_cli.identity import digest
+from gdro_cli.runtime.metrics import train_rows
 from gdro_cli.runtime.progress import Reporter
+from gdro_cli.runtime.run import RunFolder
 from gdro_cli.stages.evaluation import evaluate
 from gdro_cli.stages.planning import dry_run as plan
 from gdro_cli.stages.runs.store_times import read_batches
@@ -61,6 +63,27 @@ def test_the_second_round_learns_from_its_own_images(straight: tuple[Path, train
     batches = read_batches(trained.run)
     assert batches is not None and [batch.step for batch in batches] == [0, 2]
     assert all(batch.sampling > 0 and batch.scoring > 0 for batch in batches)
+
+
+def test_each_round_trains_its_own_noise_levels(
+    straight: tuple[Path, train.TrainResult], make_recipe: MakeRecipe, tmp_path: Path, quiet: Reporter
+) -> None:
+    """Levels that equal those of the recipe change nothing; the second round is another once its levels are."""
+    shutil.copytree(straight[0] / "stores", tmp_path / "stores")
+    plain = make_recipe(**ROUNDS)
+    own = [plain.group_method.sigma_min, plain.group_method.sigma_max]
+    losses = {}
+    for second in (own, [0.0, 0.1]):
+        recipe = make_recipe(**ROUNDS, method={"sigma_by_round": [own, second]})
+        losses[second[1]] = losses_of(train.run(Session(recipe, tmp_path, quiet)).run)
+    expected = losses_of(straight[1].run)
+    assert losses[own[1]] == expected
+    assert losses[0.1][:2] == expected[:2] and not set(losses[0.1][2:]) & set(expected[2:])
+
+
+def losses_of(run: RunFolder) -> list[float | None]:
+    """The loss of each step."""
+    return [row.loss for row in train_rows(run.metrics())]
 
 
 class Impatient(Reporter):
