@@ -59,10 +59,12 @@ class GroupSteps:
     }
     remedy = "lower train.lr or method.beta"
 
-    def __init__(self, session: Session, table: ScoreTable, micro: MicroBatch | None = None, number: int = 0) -> None:
+    def __init__(
+        self, session: Session, table: ScoreTable, micro: MicroBatch | None = None, *, round_number: int = 0
+    ) -> None:
         self._micro = micro or MicroBatch(session)
         recipe, model, engine = session.recipe, session.model, session.engine
-        method = recipe.group_method.of_round(number)
+        method = recipe.group_method.of_round(round_number)
         check_shares(recipe, engine.world)
         model.release_encoders()
         model.release_decoder()

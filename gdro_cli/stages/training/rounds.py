@@ -82,7 +82,7 @@ class RoundSteps:
         if number != self._number or self._steps is None:
             self._close()
             self._steps = None  # frees its images before others are loaded
-            self._steps = GroupSteps(self.session, self._table(number, step), self._micro, number)
+            self._steps = GroupSteps(self.session, self._table(number, step), self._micro, round_number=number)
             self._number = number
         return True
 
