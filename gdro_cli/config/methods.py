@@ -40,13 +40,6 @@ class GroupMethod(AnyMethod):
     needs_order: ClassVar[bool] = True
     """Whether the method learns nothing from images of equal reward."""
 
-    def of_round(self, number: int) -> Self:
-        """The method with the noise levels of round ``number`` (from 0) as its own."""
-        if self.sigma_by_round is None:
-            return self
-        lowest, highest = self.sigma_by_round[number]
-        return self.model_copy(update={"sigma_min": lowest, "sigma_max": highest})
-
     k: int = Field(6, ge=2)
     """Images drawn from a stored group per visit (K). At least 2, at most `sample.images_per_prompt`.
     Paper: 6; 2 is unstable."""
@@ -83,6 +76,13 @@ class GroupMethod(AnyMethod):
     min_spread: float = Field(0.0, ge=0)
     """A group whose highest and lowest reward differ by no more than this carries no preference and is left out. In
     units of the reward, 0 or more."""
+
+    def of_round(self, number: int) -> Self:
+        """The method with the noise levels of round ``number`` (from 0) as its own."""
+        if self.sigma_by_round is None:
+            return self
+        lowest, highest = self.sigma_by_round[number]
+        return self.model_copy(update={"sigma_min": lowest, "sigma_max": highest})
 
 
 class GdroMethod(GroupMethod):
